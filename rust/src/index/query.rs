@@ -1,0 +1,236 @@
+//! What the index answers. Expired rows are left out exactly, dropped or not.
+
+use std::cmp::Reverse;
+use std::collections::binary_heap::PeekMut;
+use std::collections::{BinaryHeap, HashSet};
+use std::convert::Infallible;
+use std::hash::BuildHasher;
+
+use super::range::{Bounds, Range};
+use super::{number_key, room_span, Found, Row, StickyIndex};
+use crate::rules;
+
+/// Rows of the stream that may be looked at for each room asked for, before looking into each room is the cheaper way: a row is a
+/// step along a tree and a look at its room, a room is a search by name and another for the place to start.
+const ROWS_PER_ROOM: usize = 4;
+
+/// A set of rooms that can be looked into or gone through. Python's sets can do both without being copied first.
+pub trait Rooms {
+    /// What can go wrong. [`Infallible`] for Rust's own sets.
+    type Error;
+    /// How many there are.
+    fn len(&self) -> usize;
+    /// Whether there is none.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+    /// Whether `room_id` is one of them.
+    ///
+    /// # Errors
+    /// As the set has it.
+    fn contains(&self, room_id: &str) -> Result<bool, Self::Error>;
+    /// Calls `visit` with each of them, once.
+    ///
+    /// # Errors
+    /// As the set has it.
+    fn for_each(&self, visit: impl FnMut(&str)) -> Result<(), Self::Error>;
+}
+
+impl<S: BuildHasher> Rooms for HashSet<&str, S> {
+    type Error = Infallible;
+
+    fn len(&self) -> usize {
+        Self::len(self)
+    }
+
+    fn contains(&self, room_id: &str) -> Result<bool, Infallible> {
+        Ok(Self::contains(self, room_id))
+    }
+
+    fn for_each(&self, visit: impl FnMut(&str)) -> Result<(), Infallible> {
+        self.iter().copied().for_each(visit);
+        Ok(())
+    }
+}
+
+impl Row {
+    pub(super) const fn is_unexpired(&self, now_ms: i64) -> bool {
+        rules::is_unexpired(self.expires_at_ms, now_ms)
+    }
+}
+
+impl StickyIndex {
+    /// The events of these rooms in this range that are unexpired at `now_ms`, by ascending stream ID, `limit` of them at most
+    /// (D1, D2, D4).
+    ///
+    /// The cost follows the smaller of how many rooms are asked for and how many rows are in the range: with nothing new, the rooms
+    /// are not looked at.
+    ///
+    /// # Errors
+    /// As looking into `rooms` has it.
+    pub fn events_in_rooms<R: Rooms>(
+        &self,
+        rooms: &R,
+        range: &Range,
+        now_ms: i64,
+        limit: Option<usize>,
+    ) -> Result<Vec<Found<'_>>, R::Error> {
+        let limit = limit.unwrap_or(usize::MAX);
+        let mut found = Vec::new();
+        let Some(bounds) = Bounds::new(range, &self.instances) else {
+            return Ok(found);
+        };
+        if limit == 0 || rooms.is_empty() {
+            return Ok(found);
+        }
+        let affordable = rooms.len().saturating_mul(ROWS_PER_ROOM);
+        if self.stream(&bounds).nth(affordable).is_none() {
+            for number in self.stream(&bounds) {
+                let row = self.rows.get(number);
+                if bounds.contain(row.instance, row.stream_id)
+                    && row.is_unexpired(now_ms)
+                    && rooms.contains(self.rooms.get(row.room))?
+                {
+                    found.push(self.found(row));
+                    if found.len() == limit {
+                        break;
+                    }
+                }
+            }
+        } else {
+            let mut asked = Vec::new();
+            rooms.for_each(|name| asked.extend(self.rooms.find(name)))?;
+            found.extend(
+                self.merged(&asked, &bounds)
+                    .map(|number| self.rows.get(number))
+                    .filter(|row| {
+                        bounds.contain(row.instance, row.stream_id) && row.is_unexpired(now_ms)
+                    })
+                    .take(limit)
+                    .map(|row| self.found(row)),
+            );
+        }
+        Ok(found)
+    }
+
+    /// This server's own events of a room from `from_stream_id` (inclusive), unexpired at `now_ms`, by ascending stream ID, `limit`
+    /// of them at most: what a server that joins is sent (P3, P4, P5).
+    pub fn own_events(
+        &self,
+        room_id: &str,
+        from_stream_id: i64,
+        now_ms: i64,
+        limit: usize,
+    ) -> impl Iterator<Item = Found<'_>> {
+        self.rooms
+            .find(room_id)
+            .into_iter()
+            .flat_map(move |room| {
+                self.own_by_room
+                    .range(room_span(room, from_stream_id, i64::MAX))
+            })
+            .map(|key| self.rows.get(key[3]))
+            .filter(move |row| row.is_unexpired(now_ms))
+            .take(limit)
+            .map(|row| self.found(row))
+    }
+
+    /// The servers whose users sent the events of a room that are unexpired at `now_ms`, sorted.
+    ///
+    /// Senders without a domain are nobody's. The cost follows the number of servers; only if a server's last event to expire was
+    /// removed before its time are the room's rows gone through, once, hence `&mut`.
+    pub fn servers_in_room(&mut self, room_id: &str, now_ms: i64) -> Vec<&str> {
+        let Some(room) = self.rooms.find(room_id) else {
+            return Vec::new();
+        };
+        let all_servers = (room, 0)..=(room, u32::MAX);
+        // If even a stale time is past, the true one is too.
+        if self
+            .tallies
+            .range(all_servers.clone())
+            .any(|(_, tally)| tally.stale && rules::is_unexpired(tally.latest_ms, now_ms))
+        {
+            self.freshen_tallies(room);
+        }
+        let mut servers: Vec<&str> = self
+            .tallies
+            .range(all_servers)
+            .filter(|(_, tally)| rules::is_unexpired(tally.latest_ms, now_ms))
+            .map(|((_, server), _)| self.servers.get(*server))
+            .filter(|server| !server.is_empty())
+            .collect();
+        servers.sort_unstable();
+        servers
+    }
+
+    /// An event, even one that has expired but is not dropped yet.
+    #[must_use]
+    pub fn get(&self, event_id: &str) -> Option<Found<'_>> {
+        let number = self.number_of(event_id)?;
+        Some(self.found(self.rows.get(number)))
+    }
+
+    /// Whether the event is there, even one that has expired but is not dropped yet.
+    #[must_use]
+    pub fn contains(&self, event_id: &str) -> bool {
+        self.number_of(event_id).is_some()
+    }
+
+    /// The rows of all rooms between the outermost bounds, in order.
+    fn stream(&self, bounds: &Bounds) -> impl Iterator<Item = u32> + '_ {
+        self.by_stream
+            .range(number_key(bounds.first, 0)..=number_key(bounds.last, u32::MAX))
+            .map(|key| key[2])
+    }
+
+    /// The rows of these rooms between the outermost bounds, in order: each room's own, merged.
+    fn merged(&self, rooms: &[u32], bounds: &Bounds) -> impl Iterator<Item = u32> + '_ {
+        let mut rest = Vec::new();
+        let mut heads = Vec::new();
+        for room in rooms {
+            let mut keys = self
+                .by_room
+                .range(room_span(*room, bounds.first, bounds.last));
+            if let Some([_, in_room @ ..]) = keys.next() {
+                heads.push(Reverse((*in_room, rest.len())));
+                rest.push(keys);
+            }
+        }
+        // Built in one go, which is linear; pushing one by one is not.
+        let mut heads = BinaryHeap::from(heads);
+        std::iter::from_fn(move || {
+            let mut head = heads.peek_mut()?;
+            let Reverse(([_, _, number], room)) = *head;
+            match rest[room].next() {
+                Some([_, in_room @ ..]) => *head = Reverse((*in_room, room)),
+                None => {
+                    PeekMut::pop(head);
+                }
+            }
+            Some(number)
+        })
+    }
+
+    fn freshen_tallies(&mut self, room: u32) {
+        for (_, tally) in self.tallies.range_mut((room, 0)..=(room, u32::MAX)) {
+            tally.latest_ms = i64::MIN;
+            tally.stale = false;
+        }
+        for [_, _, _, number] in self.by_room.range(room_span(room, i64::MIN, i64::MAX)) {
+            let row = self.rows.get(*number);
+            if let Some(tally) = self.tallies.get_mut(&(room, row.server)) {
+                tally.latest_ms = tally.latest_ms.max(row.expires_at_ms);
+            }
+        }
+    }
+
+    fn found<'a>(&'a self, row: &'a Row) -> Found<'a> {
+        Found {
+            stream_id: row.stream_id,
+            room_id: self.rooms.get(row.room),
+            event_id: &row.event_id,
+            sender: self.senders.get(row.sender),
+            expires_at_ms: row.expires_at_ms,
+        }
+    }
+}

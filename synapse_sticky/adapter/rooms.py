@@ -1,0 +1,195 @@
+"""Who is in a room: state changes, current membership, ACLs, erasure."""
+
+from collections.abc import Collection, Iterable
+from typing import TYPE_CHECKING, Any
+
+import attr
+from synapse.api.constants import EventTypes, Membership
+from synapse.storage.database import LoggingTransaction, make_in_list_sql_clause
+from synapse.types import get_domain_from_id
+from synapse.util.stringutils import parse_server_name
+
+from synapse_sticky.adapter import hooks
+from synapse_sticky.homeserver import ServerJoin
+
+if TYPE_CHECKING:
+    from synapse.server import HomeServer
+    from synapse.storage.databases.main.state_deltas import StateDelta
+
+_PAGE = 100
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class _Membership:
+    room_id: str
+    user_id: str
+    membership: str
+    stream_ordering: int
+    depth: int
+    outlier: bool
+    received_ts_ms: int
+
+
+class SynapseRooms:
+    """Implements ``homeserver.Rooms``."""
+
+    def __init__(self, hs: "HomeServer") -> None:
+        self._server_name = hs.hostname
+        self._store: Any = hs.get_datastores().main
+        self._state: Any = hs.get_storage_controllers().state
+        self._whitelisted = hooks.method(
+            hs.config.federation,
+            "is_domain_allowed_according_to_federation_whitelist",
+            "domain",
+        )
+        hooks.method(self._store, "is_host_joined", "room_id", "host")
+        hooks.method(self._store, "get_partial_state_servers_at_join", "room_id")
+        hooks.method(
+            self._store,
+            "get_partial_current_state_deltas",
+            "prev_stream_id",
+            "max_stream_id",
+            "limit",
+        )
+        hooks.method(self._state, "get_server_acl_for_room", "room_id")
+
+    def state_position(self) -> int:
+        return self._store.get_room_max_stream_ordering()
+
+    async def server_joins(
+        self, *, after: int, up_to: int, not_before_ms: int
+    ) -> tuple[int, list[ServerJoin]]:
+        position, deltas = await self._store.get_partial_current_state_deltas(
+            after, up_to, limit=_PAGE
+        )
+        changes = [d for d in deltas if d.event_type == EventTypes.Member and d.event_id]
+        # When this server itself joins, the whole state of the room arrives as changes at one
+        # position; nobody in it is a newcomer to this server's events.
+        own_joins = {
+            (d.stream_id, d.room_id)
+            for d in changes
+            if d.prev_event_id is None and _domain(d.state_key) == self._server_name
+        }
+        changes = [
+            d
+            for d in changes
+            if (d.stream_id, d.room_id) not in own_joins
+            and _domain(d.state_key) not in (self._server_name, None)
+        ]
+        joins: dict[ServerJoin, None] = {}
+        if changes:
+            memberships = await self._memberships(
+                e for d in changes for e in (d.event_id, d.prev_event_id) if e
+            )
+            for change in changes:
+                new = memberships.get(change.event_id or "")
+                if new and await self._is_server_join(change, new, memberships, not_before_ms):
+                    joins[ServerJoin(get_domain_from_id(new.user_id), new.room_id)] = None
+        return position, list(joins)
+
+    async def _memberships(self, event_ids: Iterable[str]) -> dict[str, _Membership]:
+        clause, args = make_in_list_sql_clause(
+            self._store.database_engine, "e.event_id", set(event_ids)
+        )
+
+        def read_txn(txn: LoggingTransaction) -> dict[str, _Membership]:
+            txn.execute(
+                "SELECT e.event_id, e.room_id, m.user_id, m.membership, e.stream_ordering,"
+                " e.depth, e.outlier, e.received_ts"
+                " FROM events AS e INNER JOIN room_memberships AS m ON m.event_id = e.event_id"
+                f" WHERE {clause}",
+                args,
+            )
+            return {
+                row[0]: _Membership(row[1], row[2], row[3], row[4], row[5], bool(row[6]), row[7])
+                for row in txn
+            }
+
+        return await self._store.db_pool.runInteraction("synapse_sticky_memberships", read_txn)
+
+    async def _is_server_join(
+        self,
+        change: "StateDelta",
+        new: _Membership,
+        memberships: dict[str, _Membership],
+        not_before_ms: int,
+    ) -> bool:
+        if new.membership != Membership.JOIN or new.received_ts_ms < not_before_ms:
+            return False
+        old = memberships.get(change.prev_event_id or "")
+        if old is not None and old.membership == Membership.JOIN:
+            return False  # a profile change
+
+        def read_txn(txn: LoggingTransaction) -> bool:
+            # Only a member who has been joined since before proves that the server is no
+            # newcomer. Others may have joined along with this one, in changes yet to be read.
+            txn.execute(
+                "SELECT state_key FROM current_state_events"
+                " WHERE room_id = ? AND type = ? AND membership = ? AND state_key LIKE ?"
+                " AND state_key != ?"
+                " AND (event_stream_ordering IS NULL OR event_stream_ordering < ?)",
+                (
+                    new.room_id,
+                    EventTypes.Member,
+                    Membership.JOIN,
+                    f"%:{get_domain_from_id(new.user_id)}",
+                    new.user_id,
+                    new.stream_ordering,
+                ),
+            )
+            # LIKE is only a first sieve: it ignores case, and `_` stands for any character.
+            domain = get_domain_from_id(new.user_id)
+            if any(_domain(user_id) == domain for (user_id,) in txn):
+                return False
+            if not new.outlier:
+                return True
+            # An outlier came as part of fetched state. If it is from before this server's own
+            # join, /send_join named its server and it has been sent everything since.
+            txn.execute(
+                "SELECT MIN(e.depth) FROM current_state_events AS c"
+                " INNER JOIN events AS e ON e.event_id = c.event_id"
+                " WHERE c.room_id = ? AND c.type = ? AND c.membership = ? AND c.state_key LIKE ?",
+                (
+                    new.room_id,
+                    EventTypes.Member,
+                    Membership.JOIN,
+                    f"%:{self._server_name}",
+                ),
+            )
+            row = txn.fetchone()
+            return row is None or row[0] is None or new.depth > row[0]
+
+        return await self._store.db_pool.runInteraction("synapse_sticky_is_server_join", read_txn)
+
+    async def is_joined(self, room_id: str, server: str) -> bool:
+        return await self._joined(room_id, server) and await self._acl_allows(room_id, server)
+
+    async def may_receive(self, room_id: str, destination: str) -> bool:
+        if not self._whitelisted(destination):
+            return False
+        if not await self._joined(room_id, self._server_name):
+            return False
+        if not await self._joined(room_id, destination):
+            # While the room's state is partial, those whom /send_join named count as joined.
+            servers = await self._store.get_partial_state_servers_at_join(room_id)
+            if servers is None or destination not in servers:
+                return False
+        return await self._acl_allows(room_id, destination)
+
+    async def _joined(self, room_id: str, server: str) -> bool:
+        if "%" in server or "_" in server:  # no valid server name; Synapse would raise
+            return False
+        return await self._store.is_host_joined(room_id, server)
+
+    async def _acl_allows(self, room_id: str, server: str) -> bool:
+        acl = await self._state.get_server_acl_for_room(room_id)
+        return acl is None or acl.server_matches_acl_event(parse_server_name(server)[0])
+
+    async def erased(self, user_ids: Collection[str]) -> set[str]:
+        erased = await self._store.are_users_erased(user_ids)
+        return {user_id for user_id in user_ids if erased.get(user_id)}
+
+
+def _domain(user_id: str) -> str | None:
+    _, colon, domain = user_id.partition(":")
+    return domain if colon else None

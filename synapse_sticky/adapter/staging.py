@@ -1,0 +1,138 @@
+"""The staging area of inbound PDUs, and what Synapse prunes of it."""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import attr
+from synapse.api.constants import StickyEvent
+from synapse.api.room_versions import EventFormatVersions, RoomVersion
+from synapse.storage.database import LoggingTransaction, make_in_list_sql_clause
+from synapse.util.json import json_decoder
+
+from synapse_sticky.adapter import hooks
+from synapse_sticky.homeserver import StagedEvent
+
+if TYPE_CHECKING:
+    from synapse.server import HomeServer
+
+logger = logging.getLogger(__name__)
+
+_PRUNE_FROM = 100
+"""How many PDUs may be staged for a room before Synapse prunes."""
+
+_ROOMS_REMEMBERED = 64
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class _Staged:
+    keep: bool
+    prev_event_ids: tuple[str, ...]
+
+
+class SynapseStaging:
+    """Implements ``homeserver.Staging``."""
+
+    def __init__(self, hs: "HomeServer") -> None:
+        self._store: Any = hs.get_datastores().main
+        self._replace = hooks.replace(
+            self._store, "prune_staged_events_in_room", "room_id", "room_version"
+        )
+        # Pruning is considered after every single PDU of a busy room. What is known of the
+        # waiting ones is remembered, so that each is read and parsed once.
+        self._known: OrderedDict[str, dict[str, _Staged]] = OrderedDict()
+
+    def keep_from_pruning(self, keep: Callable[[StagedEvent], bool]) -> None:
+        original = self._store.prune_staged_events_in_room
+
+        async def prune(room_id: str, room_version: RoomVersion) -> bool:
+            try:
+                to_delete = await self._to_delete(room_id, room_version, keep)
+                if not to_delete:
+                    return False
+                if to_delete is True:
+                    return await original(room_id, room_version)
+                logger.info("Pruning %d staged PDUs of %s", len(to_delete), room_id)
+                await self._store.db_pool.simple_delete_many(
+                    table="federation_inbound_events_staging",
+                    column="event_id",
+                    iterable=to_delete,
+                    keyvalues={"room_id": room_id},
+                    desc="synapse_sticky_prune_staged",
+                )
+                return True
+            except Exception:
+                # Pruning is housekeeping: leaving it out this time loses nothing.
+                logger.exception("Could not prune the staged PDUs of %s", room_id)
+                return False
+
+        self._replace(prune)
+
+    async def _to_delete(
+        self, room_id: str, room_version: RoomVersion, keep: Callable[[StagedEvent], bool]
+    ) -> "set[str] | bool":
+        """The event IDs to prune; True if Synapse may do it, False if there is nothing to do."""
+        store = self._store
+        known = self._known.get(room_id, {})
+
+        def read_txn(
+            txn: LoggingTransaction,
+        ) -> tuple[list[str], list[tuple[str, str, int]]] | None:
+            txn.execute(
+                "SELECT event_id FROM federation_inbound_events_staging WHERE room_id = ?",
+                (room_id,),
+            )
+            staged = [event_id for (event_id,) in txn]
+            if len(staged) < _PRUNE_FROM:
+                return None
+            unknown = [event_id for event_id in staged if event_id not in known]
+            if not unknown:
+                return staged, []
+            clause, args = make_in_list_sql_clause(store.database_engine, "event_id", unknown)
+            txn.execute(
+                "SELECT event_id, event_json, received_ts"
+                f" FROM federation_inbound_events_staging WHERE room_id = ? AND {clause}",
+                (room_id, *args),
+            )
+            return staged, [(row[0], row[1], row[2]) for row in txn]
+
+        found = await store.db_pool.runInteraction("synapse_sticky_read_staged", read_txn)
+        if found is None:
+            self._known.pop(room_id, None)
+            return False
+        staged, new = found
+
+        v1_format = room_version.event_format == EventFormatVersions.ROOM_V1_V2
+        now_known = {event_id: known[event_id] for event_id in staged if event_id in known}
+        for event_id, event_json, received_ts_ms in new:
+            content = json_decoder.decode(event_json)
+            now_known[event_id] = _Staged(
+                keep(
+                    StagedEvent(
+                        event_id,
+                        content.get(StickyEvent.EVENT_FIELD_NAME),
+                        content.get("origin_server_ts"),
+                        received_ts_ms,
+                    )
+                ),
+                _prev_event_ids(content, v1_format),
+            )
+        self._known[room_id] = now_known
+        self._known.move_to_end(room_id)
+        while len(self._known) > _ROOMS_REMEMBERED:
+            self._known.popitem(last=False)
+
+        if not any(staged_event.keep for staged_event in now_known.values()):
+            return True
+        referenced = {p for s in now_known.values() for p in s.prev_event_ids}
+        return {e for e, s in now_known.items() if e in referenced and not s.keep}
+
+
+def _prev_event_ids(content: Any, v1_format: bool) -> tuple[str, ...]:
+    prev_events = content.get("prev_events")
+    if not isinstance(prev_events, list):
+        return ()
+    if v1_format:
+        prev_events = [p[0] for p in prev_events if isinstance(p, list) and p]
+    return tuple(p for p in prev_events if isinstance(p, str))

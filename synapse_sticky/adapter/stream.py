@@ -1,0 +1,110 @@
+"""The sticky events stream: Synapse's table, its positions and what changes an event later."""
+
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, Any
+
+from synapse.storage.database import LoggingTransaction, make_in_list_sql_clause
+from synapse.util.json import json_decoder
+
+from synapse_sticky.adapter import hooks
+from synapse_sticky.homeserver import StickyRow
+
+if TYPE_CHECKING:
+    from synapse.server import HomeServer
+
+_COLUMNS = """
+    SELECT se.stream_id, se.instance_name, se.room_id, se.event_id, se.sender, se.expires_at,
+        ej.internal_metadata,
+        EXISTS (SELECT 1 FROM redactions AS r WHERE r.redacts = se.event_id)
+    FROM sticky_events AS se
+    INNER JOIN event_json AS ej ON ej.event_id = se.event_id
+"""
+
+
+class SynapseStickyStream:
+    """Implements ``homeserver.StickyStream``."""
+
+    def __init__(self, hs: "HomeServer") -> None:
+        # Any, as in all of the adapter: Synapse's cached methods are typed by a plugin that it does
+        # not ship.
+        self._store: Any = hs.get_datastores().main
+        self._notifier = hs.get_notifier()
+        self._clock = hs.get_clock()
+        self._writers = hs.config.worker.writers.events
+        self._token = hooks.method(self._store, "get_sticky_events_stream_token")
+        hooks.method(self._store, "_invalidate_local_get_event_cache", "event_id")
+        hooks.method(self._store, "_invalidate_local_get_event_cache_room_id", "room_id")
+
+    def positions(self) -> dict[str, int]:
+        token = self._token()
+        return {writer: token.get_stream_pos_for_instance(writer) for writer in self._writers}
+
+    async def rows(self, *, after: int, up_to: int, limit: int) -> list[StickyRow]:
+        return await self._rows(
+            "WHERE ? < se.stream_id AND se.stream_id <= ? AND ? < se.expires_at "
+            "ORDER BY se.stream_id LIMIT ?",
+            (after, up_to, self._clock.time_msec(), limit),
+        )
+
+    async def rows_of(self, event_ids: Collection[str]) -> list[StickyRow]:
+        clause, args = make_in_list_sql_clause(
+            self._store.database_engine, "se.event_id", event_ids
+        )
+        return await self._rows(f"WHERE {clause}", args)
+
+    async def _rows(self, where: str, args: Sequence[Any]) -> list[StickyRow]:
+        def read_txn(txn: LoggingTransaction) -> list[tuple[Any, ...]]:
+            txn.execute(_COLUMNS + where, args)
+            return txn.fetchall()
+
+        found = await self._store.db_pool.runInteraction("synapse_sticky_read_rows", read_txn)
+
+        # A redaction counts only where Synapse itself applies it: it may be invalid.
+        still_sticky = set()
+        if disputed := [row[3] for row in found if row[7]]:
+            events = await self._store.get_events(disputed, allow_rejected=False)
+            still_sticky = {
+                event_id for event_id, event in events.items() if event.sticky_duration()
+            }
+        return [
+            StickyRow(
+                stream_id=stream_id,
+                instance_name=instance_name,
+                room_id=room_id,
+                event_id=event_id,
+                sender=sender,
+                expires_at_ms=expires_at_ms,
+                deliverable=not json_decoder.decode(metadata).get("soft_failed", False)
+                and (not disputed_row or event_id in still_sticky),
+            )
+            for (
+                stream_id,
+                instance_name,
+                room_id,
+                event_id,
+                sender,
+                expires_at_ms,
+                metadata,
+                disputed_row,
+            ) in found
+        ]
+
+    def on_advance(self, callback: Callable[[], None]) -> None:
+        self._notifier.add_replication_callback(callback)
+
+    def on_event_changed(self, callback: Callable[[str], None]) -> None:
+        # Synapse drops an event from its cache in every process whenever a redaction, a purge or
+        # a change of soft-failure makes the cached copy untrue: that is what is needed here too.
+        self._after("_invalidate_local_get_event_cache", callback)
+
+    def on_room_purged(self, callback: Callable[[str], None]) -> None:
+        self._after("_invalidate_local_get_event_cache_room_id", callback)
+
+    def _after(self, name: str, callback: Callable[[str], None]) -> None:
+        original = hooks.attribute(self._store, name)
+
+        def invalidate(changed: str) -> None:
+            original(changed)
+            callback(changed)
+
+        setattr(self._store, name, invalidate)

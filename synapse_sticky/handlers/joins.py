@@ -1,0 +1,344 @@
+"""A server that newly joins a room gets all own unexpired sticky events of it (P3, P7, F3).
+
+New joins are read from the state changes, from a stored position on. Each newcomer is pushed to
+through Synapse's own backlog of sticky events, in portions that fit a newcomer's staging area.
+An event counts as delivered once the newcomer acknowledged it by ID and, when asked, has it: a
+plain Synapse may prune what it acknowledged. What else Synapse notes in that backlog (events that
+a destination missed while it was unreachable) goes out in the same way.
+
+Fails open: if this cannot say what to send, Synapse's own selection goes on.
+"""
+
+import logging
+from collections.abc import Collection, Sequence
+
+import attr
+
+from synapse_sticky._core import MAX_STICKY_DURATION_MS
+from synapse_sticky.config import JoinsConfig
+from synapse_sticky.handlers.push import CONFIRM_PATIENCE_MS, Backoff, Push, Sent
+from synapse_sticky.homeserver import Batch, Cancellable, Homeserver, Possession, ServerJoin
+from synapse_sticky.index import IndexFollower
+from synapse_sticky.storage import Storage
+
+logger = logging.getLogger(__name__)
+
+_CONFIRM_MIN_MS = 100
+_CONFIRM_MAX_MS = 5_000
+_NUDGE_MIN_MS = 1_000
+_NUDGE_MAX_MS = 60_000
+_REFUSALS_TO_BELIEVE = 3
+_READ_RETRY_MS = 5_000
+_ALL = 2**31
+
+
+@attr.s(auto_attribs=True, slots=True)
+class _Destination:
+    """The pushes of one destination, and the one timer that they share."""
+
+    pushes: dict[str, Push] = attr.Factory(dict)
+    timer: Cancellable | None = None
+    nudge_ms: int = _NUDGE_MIN_MS
+
+
+class JoinsHandler:
+    """Pushes own sticky events to newcomers, for the destinations that this process sends to."""
+
+    def __init__(
+        self,
+        homeserver: Homeserver,
+        storage: Storage,
+        follower: IndexFollower,
+        config: JoinsConfig,
+    ) -> None:
+        self._hs = homeserver
+        self._rooms = homeserver.rooms
+        self._federation = homeserver.federation
+        self._storage = storage
+        self._follower = follower
+        self._index = follower.index
+        self._config = config
+        self._backoff = Backoff(config.retry_min_ms, config.retry_max_ms)
+        self._destinations: dict[str, _Destination] = {}
+        self._position = 0
+        self._reading = False
+        self._read_again = False
+
+    async def start(self) -> None:
+        """Takes up what an earlier run left, then follows the state changes."""
+        self._position = await self._storage.state_position(
+            self._hs.instance_name, self._rooms.state_position()
+        )
+        for newcomer in await self._storage.newcomers():
+            if self._federation.handles(newcomer.destination):
+                self._add(
+                    newcomer.destination,
+                    newcomer.room_id,
+                    position=newcomer.position,
+                    watch_until_ms=newcomer.watch_until_ms,
+                )
+        self._federation.serve_backlog_from(self.next_batch)
+        self._federation.on_acknowledged(self._acknowledged)
+        self._follower.on_new_events(self._new_events)
+        self._hs.stream.on_advance(self._poke)
+        self._poke()
+        for destination in list(self._destinations):
+            self._schedule(destination)
+
+    # Reading the state changes
+
+    def _poke(self) -> None:
+        self._read_again = True
+        if not self._reading and self._rooms.state_position() > self._position:
+            self._reading = True
+            self._hs.in_background("read_joins", self._read_joins)
+
+    async def _read_joins(self) -> None:
+        try:
+            while self._read_again:
+                self._read_again = False
+                while (up_to := self._rooms.state_position()) > self._position:
+                    await self._read_page(up_to)
+        except Exception:
+            logger.exception("Could not read who joined, trying again in %d ms", _READ_RETRY_MS)
+            self._hs.call_later(_READ_RETRY_MS, "read_joins_retry", self._poke_later)
+        finally:
+            self._reading = False
+
+    async def _poke_later(self) -> None:
+        self._poke()
+
+    async def _read_page(self, up_to: int) -> None:
+        now_ms = self._hs.now_ms()
+        # An earlier join is of no interest: what was sent before it has expired by now.
+        position, joins = await self._rooms.server_joins(
+            after=self._position, up_to=up_to, not_before_ms=now_ms - MAX_STICKY_DURATION_MS
+        )
+        mine = [join for join in joins if self._federation.handles(join.destination)]
+        watch_until_ms = now_ms + MAX_STICKY_DURATION_MS
+        await self._storage.record_joins(self._hs.instance_name, position, mine, watch_until_ms)
+        self._position = position
+        for join in mine:
+            self._newcomer(join, watch_until_ms)
+
+    def _newcomer(self, join: ServerJoin, watch_until_ms: int) -> None:
+        logger.info("%s has newly joined %s", join.destination, join.room_id)
+        self._add(join.destination, join.room_id, position=0, watch_until_ms=watch_until_ms)
+        self._federation.wake(join.destination)
+
+    def _add(self, destination: str, room_id: str, *, position: int, watch_until_ms: int) -> Push:
+        push = Push(
+            destination,
+            room_id,
+            position=position,
+            created_position=max(self._hs.stream.positions().values(), default=0),
+            watch_until_ms=watch_until_ms,
+            backoff=self._backoff,
+        )
+        self._destinations.setdefault(destination, _Destination()).pushes[room_id] = push
+        return push
+
+    # Sending
+
+    async def next_batch(self, destination: str, limit: int) -> Batch | None:
+        """The next own sticky events for the destination, at most ``limit``; None if there are
+        none for now. Called by Synapse whenever it is the backlog's turn."""
+        await self._adopt(destination)
+        state = self._destinations.get(destination)
+        if state is None:
+            return None
+        state.nudge_ms = _NUDGE_MIN_MS
+        try:
+            for room_id, push in list(state.pushes.items()):
+                batch = await self._batch_of(push, limit)
+                if batch is not None:
+                    # The room goes to the end of the line.
+                    if state.pushes.get(room_id) is push:
+                        state.pushes[room_id] = state.pushes.pop(room_id)
+                    return batch
+            return None
+        finally:
+            self._schedule(destination)
+
+    async def _adopt(self, destination: str) -> None:
+        """Takes over what Synapse noted as missed by the destination."""
+        for room_id, position in await self._storage.backlog(destination):
+            state = self._destinations.get(destination)
+            push = state.pushes.get(room_id) if state else None
+            if push is None:
+                self._add(destination, room_id, position=position, watch_until_ms=0)
+            elif position < push.base:
+                push.lower(position)
+
+    async def _batch_of(self, push: Push, limit: int) -> Batch | None:
+        if not await self._rooms.may_receive(push.room_id, push.destination):
+            logger.info("%s may not get events of %s now", push.destination, push.room_id)
+            await self._drop(push)
+            return None
+        self._update(push)
+        if not push.open:
+            await self._settle(push)
+            return None
+        await self._skip_erased(push)
+        event_ids = push.choose(limit, self._hs.now_ms())
+        if not event_ids:
+            return None
+        return Batch(push.room_id, push.base - 1, event_ids)
+
+    async def _skip_erased(self, push: Push) -> None:
+        own = self._own_events(push)
+        erased = await self._rooms.erased({sender for _, _, sender in own})
+        push.skip((position, event_id) for position, event_id, sender in own if sender in erased)
+
+    def _update(self, push: Push) -> None:
+        now_ms = self._hs.now_ms()
+        pushing = len(self._index.servers_in_room(push.room_id, now_ms))
+        window = max(1, self._config.window // max(1, pushing))
+        push.update(self._own_events(push), now_ms, window)
+
+    def _own_events(self, push: Push) -> list[tuple[int, str, str]]:
+        now_ms = self._hs.now_ms()
+        return self._index.own_events(push.room_id, push.position, now_ms, _ALL)
+
+    async def _settle(self, push: Push) -> None:
+        """Nothing is due. The push ends unless there is something to watch for."""
+        if not self._follower.in_step():
+            return  # the index may yet bring something
+        watched = self._hs.now_ms() < push.watch_until_ms
+        if watched and push.settled:
+            return
+        if push.delivered:
+            logger.info(
+                "%s has the %d own sticky events of %s",
+                push.destination,
+                push.delivered,
+                push.room_id,
+            )
+        push.settle()
+        if not watched:
+            self._forget(push)
+        await self._storage.settle(
+            push.destination, push.room_id, push.position, still_watched=watched
+        )
+
+    async def _drop(self, push: Push) -> None:
+        self._forget(push)
+        await self._storage.settle(
+            push.destination, push.room_id, push.position, still_watched=False
+        )
+
+    def _forget(self, push: Push) -> None:
+        if not self._is_current(push):
+            return
+        state = self._destinations[push.destination]
+        del state.pushes[push.room_id]
+        if not state.pushes:
+            del self._destinations[push.destination]
+            if state.timer is not None and state.timer.active():
+                state.timer.cancel()
+
+    def _new_events(self, rooms: Collection[str]) -> None:
+        for destination, state in list(self._destinations.items()):
+            touched = [p for room_id, p in state.pushes.items() if room_id in rooms]
+            for push in touched:
+                self._update(push)
+            if touched:
+                self._schedule(destination)
+
+    def _schedule(self, destination: str) -> None:
+        """Sets the destination's timer to when something is due, or a watch ends."""
+        state = self._destinations.get(destination)
+        if state is None:
+            return
+        if state.timer is not None and state.timer.active():
+            state.timer.cancel()
+        now_ms = self._hs.now_ms()
+        times = [p.next_due_ms(now_ms) for p in state.pushes.values()]
+        times += [p.watch_until_ms for p in state.pushes.values() if not p.open]
+        due_ms = min((t for t in times if t is not None), default=now_ms + _NUDGE_MAX_MS)
+        state.timer = self._hs.call_later(
+            max(due_ms - now_ms, 0) + 1, "nudge", self._nudge, destination
+        )
+
+    async def _nudge(self, destination: str) -> None:
+        """Has Synapse ask for a batch, unless the destination is backed off until later."""
+        state = self._destinations.get(destination)
+        if state is None:
+            return
+        # If Synapse does not ask (it is busy sending, or backed off), try again later.
+        delay_ms = state.nudge_ms
+        try:
+            delay_ms = max(
+                delay_ms, await self._federation.retry_at_ms(destination) - self._hs.now_ms()
+            )
+        finally:
+            state.nudge_ms = min(state.nudge_ms * 2, _NUDGE_MAX_MS)
+            state.timer = self._hs.call_later(delay_ms, "nudge", self._nudge, destination)
+        self._federation.wake(destination)
+
+    # Acknowledgements
+
+    async def _acknowledged(self, destination: str, events: Sequence[tuple[str, str]]) -> None:
+        state = self._destinations.get(destination)
+        if state is None:
+            return
+        now_ms = self._hs.now_ms()
+        for push in [p for r, p in state.pushes.items() if r in {room_id for room_id, _ in events}]:
+            self._update(push)
+            for room_id, event_id in events:
+                if room_id != push.room_id or not push.acknowledge(event_id, now_ms):
+                    continue
+                if not self._config.confirm:
+                    push.done(event_id)
+                elif not push.confirming:
+                    push.confirming = True
+                    self._hs.in_background("confirm", self._confirm, push)
+        self._schedule(destination)
+
+    def _is_current(self, push: Push) -> bool:
+        state = self._destinations.get(push.destination)
+        return state is not None and state.pushes.get(push.room_id) is push
+
+    async def _confirm(self, push: Push) -> None:
+        """Asks the newcomer for what it acknowledged, oldest first, until it has all of it."""
+        delay_ms = _CONFIRM_MIN_MS
+        try:
+            while self._is_current(push) and (waiting := push.unconfirmed()):
+                if await self._confirm_one(push, waiting):
+                    delay_ms = _CONFIRM_MIN_MS
+                    if push.worth_sending(self._hs.now_ms()):
+                        self._federation.wake(push.destination)
+                    continue
+                await self._hs.sleep_ms(delay_ms)
+                delay_ms = min(delay_ms * 2, _CONFIRM_MAX_MS)
+                self._update(push)
+        finally:
+            push.confirming = False
+            self._schedule(push.destination)
+
+    async def _confirm_one(self, push: Push, waiting: list[Sent]) -> bool:
+        """Asks for the oldest of the waiting events; is anything decided?"""
+        oldest, newest = waiting[0], waiting[-1]
+        answer = await self._federation.has_event(push.destination, oldest.event_id)
+        if answer is Possession.REFUSES:
+            oldest.refused += 1
+            # No answer will come: the acknowledgement has to do.
+            answer = Possession.HAS if oldest.refused >= _REFUSALS_TO_BELIEVE else answer
+        if answer is Possession.HAS:
+            push.done(oldest.event_id)
+            return True
+        if answer is not Possession.LACKS:
+            return False
+        # A newcomer takes staged events in order: if it has a later one, this one was pruned.
+        # Once is not enough, as events that arrived together have no order.
+        if newest is not oldest and (
+            await self._federation.has_event(push.destination, newest.event_id) is Possession.HAS
+        ):
+            push.done(newest.event_id)
+            oldest.passed += 1
+        now_ms = self._hs.now_ms()
+        waited_ms = now_ms - (oldest.acknowledged_ms or now_ms)
+        if oldest.passed >= 2 or waited_ms > CONFIRM_PATIENCE_MS:
+            push.lost(oldest, now_ms)
+            return True
+        return False

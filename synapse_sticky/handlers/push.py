@@ -1,0 +1,209 @@
+"""One newcomer to one room: which own sticky events it still lacks, and when each goes out.
+
+The bookkeeping of ``joins.py``, without any waiting or asking in it: time is an argument.
+"""
+
+import random
+from collections.abc import Iterable
+
+import attr
+
+PATIENT_ATTEMPTS = 3
+"""An event that failed more often than this no longer takes a place in the window."""
+
+GRACE_MS = 2_000
+"""How long an event that was sent after the join is left to Synapse's ordinary queue."""
+
+WATCH_AFTER_ACK_MS = 10_000
+"""How long to watch on once the newcomer has acknowledged an event: it knows the room by then;
+what is left are events that were under way when it joined."""
+
+CONFIRM_PATIENCE_MS = 30_000
+"""How long an acknowledged event may stay unknown to the newcomer before it is sent again."""
+
+
+@attr.s(auto_attribs=True, slots=True)
+class Sent:
+    """An own sticky event that the newcomer is not yet known to have."""
+
+    stream_id: int
+    event_id: str
+    due_ms: int
+    """When it goes out (again), unless it is acknowledged by then."""
+    attempts: int = 0
+    acknowledged_ms: int | None = None
+    passed: int = 0
+    """How often the newcomer had a later event, but not this one."""
+    refused: int = 0
+    """How often the newcomer would not say whether it has the event."""
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class Backoff:
+    """A delay that doubles from ``min_ms`` to ``max_ms``, give or take a fifth."""
+
+    min_ms: int
+    max_ms: int
+
+    def after(self, attempts: int) -> int:
+        """The delay in ms after this many attempts (at least one)."""
+        delay_ms = min(self.min_ms << min(attempts - 1, 40), self.max_ms)
+        return int(delay_ms * random.uniform(0.8, 1.2))
+
+
+class Push:
+    """What a destination lacks of a room.
+
+    ``base``: what Synapse's backlog notes for as long as the push lasts, so that Synapse starts
+    over from there if the module is taken out. ``position``: all own events before it are done
+    with. ``created_position``: own events after it were sent since the join, so Synapse's ordinary
+    queue has them too. ``watch_until_ms``: until then such events are watched for.
+    """
+
+    def __init__(
+        self,
+        destination: str,
+        room_id: str,
+        *,
+        position: int,
+        created_position: int,
+        watch_until_ms: int,
+        backoff: Backoff,
+    ) -> None:
+        self.destination = destination
+        self.room_id = room_id
+        self.base = position
+        self.position = position
+        self.created_position = created_position
+        self.watch_until_ms = watch_until_ms
+        self.window = 1
+        self.delivered = 0
+        self.confirming = False
+        self.settled = False
+        self._backoff = backoff
+        self._sent: dict[str, Sent] = {}
+        self._fresh: list[tuple[int, str]] = []
+        self._done: dict[str, int] = {}
+
+    def lower(self, position: int) -> None:
+        """Events from ``position`` on are lacking, too."""
+        self.base = min(self.base, position)
+        self.position = min(self.position, position)
+        self.settled = False
+
+    def settle(self) -> None:
+        """Nothing before ``position`` is lacking, and that has been noted."""
+        self.base = self.position
+        self.settled = True
+        self.delivered = 0
+
+    def update(self, own: Iterable[tuple[int, str, str]], now_ms: int, window: int) -> None:
+        """Takes in the own unexpired events of the room: ``(stream_id, event_id, sender)``,
+        ascending, from ``position`` on. What is no longer among them has expired or is gone."""
+        self.window = window
+        self._fresh = []
+        present = set()
+        for stream_id, event_id, _ in own:
+            present.add(event_id)
+            if event_id in self._done:
+                continue
+            sent = self._sent.get(event_id)
+            if sent is not None:
+                sent.stream_id = stream_id
+            elif stream_id <= self.created_position:
+                self._fresh.append((stream_id, event_id))
+            else:
+                self._sent[event_id] = Sent(stream_id, event_id, now_ms + GRACE_MS)
+        self._sent = {e: s for e, s in self._sent.items() if e in present}
+        open_positions = [s.stream_id for s in self._sent.values()]
+        if self._fresh:
+            open_positions.append(self._fresh[0][0])
+        if open_positions:
+            self.settled = False
+            self.position = min(open_positions)
+        elif self._done:
+            self.position = max(self.position, max(self._done.values()) + 1)
+        self._done = {e: p for e, p in self._done.items() if p >= self.position}
+
+    def choose(self, limit: int, now_ms: int) -> list[str]:
+        """The event IDs to send now, oldest first; they count as sent from here on."""
+        due = [s for s in self._sent.values() if s.acknowledged_ms is None and s.due_ms <= now_ms]
+        room = min(limit, self.window - self._in_flight(now_ms))
+        candidates = sorted([(s.stream_id, s.event_id) for s in due] + self._fresh)
+        chosen = candidates[: max(room, 0)]
+        for stream_id, event_id in chosen:
+            sent = self._sent.setdefault(event_id, Sent(stream_id, event_id, 0))
+            sent.attempts += 1
+            sent.due_ms = now_ms + self._backoff.after(sent.attempts)
+        chosen_ids = {event_id for _, event_id in chosen}
+        self._fresh = [f for f in self._fresh if f[1] not in chosen_ids]
+        return [event_id for _, event_id in chosen]
+
+    def _in_flight(self, now_ms: int) -> int:
+        """Events that may be in the newcomer's staging area, as far as that can be known."""
+        return sum(
+            0 < s.attempts <= PATIENT_ATTEMPTS
+            and (s.acknowledged_ms is not None or s.due_ms > now_ms)
+            for s in self._sent.values()
+        )
+
+    def acknowledge(self, event_id: str, now_ms: int) -> bool:
+        """The newcomer acknowledged the event; is it one that this push cares about?"""
+        self.watch_until_ms = min(self.watch_until_ms, now_ms + WATCH_AFTER_ACK_MS)
+        sent = self._sent.get(event_id)
+        if sent is None:
+            return False
+        # Acknowledged without having been pushed: it went by the ordinary queue.
+        sent.attempts = max(sent.attempts, 1)
+        sent.acknowledged_ms = now_ms
+        return True
+
+    def unconfirmed(self) -> list[Sent]:
+        """Acknowledged events that the newcomer is not yet known to have, oldest first."""
+        waiting = [s for s in self._sent.values() if s.acknowledged_ms is not None]
+        return sorted(waiting, key=lambda s: s.stream_id)
+
+    def done(self, event_id: str) -> None:
+        """The newcomer has the event, or is not to get it."""
+        sent = self._sent.pop(event_id, None)
+        if sent is not None:
+            self._done[event_id] = sent.stream_id
+            self.delivered += 1
+
+    def skip(self, events: Iterable[tuple[int, str]]) -> None:
+        """These events are not to go out: ``(stream_id, event_id)``."""
+        for stream_id, event_id in events:
+            self._sent.pop(event_id, None)
+            self._done[event_id] = stream_id
+        self._fresh = [f for f in self._fresh if f[1] not in self._done]
+
+    def lost(self, sent: Sent, now_ms: int) -> None:
+        """Acknowledged, yet the newcomer lacks it: it goes out again, later each time."""
+        sent.acknowledged_ms = None
+        sent.passed = 0
+        sent.due_ms = now_ms + self._backoff.after(sent.attempts)
+
+    @property
+    def open(self) -> bool:
+        """Is there anything that the newcomer is not yet known to have?"""
+        return bool(self._sent or self._fresh)
+
+    def worth_sending(self, now_ms: int) -> bool:
+        """Do events wait, and is there enough of the window free to make a transaction of?"""
+        waits = self._fresh or any(
+            s.acknowledged_ms is None and s.due_ms <= now_ms for s in self._sent.values()
+        )
+        return bool(waits) and self._in_flight(now_ms) <= self.window // 2
+
+    def next_due_ms(self, now_ms: int) -> int | None:
+        """When there is something to send next, None if nothing waits for a time."""
+        if self.worth_sending(now_ms):
+            return now_ms
+        return min(
+            (
+                s.due_ms
+                for s in self._sent.values()
+                if s.acknowledged_ms is None and s.due_ms > now_ms
+            ),
+            default=None,
+        )

@@ -1,0 +1,158 @@
+"""Keeps the Rust index in step with Synapse's sticky events stream, and says up to where.
+
+The index is a view, never the truth: it is filled from the database when the process starts and
+follows the stream from there. Whoever asks more of it than it has taken in must ask the database.
+"""
+
+import logging
+from collections.abc import Callable, Collection
+
+from synapse_sticky._core import StickyIndex
+from synapse_sticky.homeserver import Homeserver, StickyRow
+
+logger = logging.getLogger(__name__)
+
+_PAGE = 500
+_EXPIRE_EVERY_MS = 10_000
+_RETRY_MIN_MS = 1_000
+_RETRY_MAX_MS = 60_000
+
+RoomsListener = Callable[[Collection[str]], None]
+
+
+class IndexFollower:
+    """The index of this process, and what keeps it true.
+
+    A failing database only makes it lag: it tries again, and ``in_step`` says so meanwhile.
+    """
+
+    def __init__(self, homeserver: Homeserver) -> None:
+        self._hs = homeserver
+        self._stream = homeserver.stream
+        self.index = StickyIndex(homeserver.server_name)
+        self._listeners: list[RoomsListener] = []
+        self._running = False
+        self._again = False
+        self._taken_in = 0
+        self._changed: set[str] = set()
+        self._retry_ms = _RETRY_MIN_MS
+
+    def start(self) -> None:
+        """Begins to fill the index and to follow the stream."""
+        self._stream.on_advance(self._poke)
+        self._stream.on_event_changed(self._event_changed)
+        self._stream.on_room_purged(self._room_purged)
+        self._hs.call_later(_EXPIRE_EVERY_MS, "expire", self._expire)
+        self._poke()
+
+    def on_new_events(self, listener: RoomsListener) -> None:
+        """Calls back with the IDs of rooms that have new deliverable sticky events."""
+        self._listeners.append(listener)
+
+    def in_step(self) -> bool:
+        """Does the index hold all that is visible to this process right now?"""
+        return not self._changed and self.index.in_step(self._stream.positions())
+
+    async def rows_of(self, event_ids: Collection[str]) -> dict[str, StickyRow]:
+        """The deliverable rows of these events by event ID, from the database if need be."""
+        if self.in_step():
+            positions = {e: self.index.get(e) for e in event_ids}
+            return {
+                e: StickyRow(row[0], "", row[1], row[2], row[3], row[4], True)
+                for e, row in positions.items()
+                if row is not None
+            }
+        return {r.event_id: r for r in await self._stream.rows_of(event_ids) if r.deliverable}
+
+    def _poke(self) -> None:
+        self._again = True
+        if not self._running:
+            if not self._changed and self.index.in_step(self._stream.positions()):
+                return
+            self._running = True
+            self._hs.in_background("follow_stream", self._follow)
+
+    def _event_changed(self, event_id: str) -> None:
+        # While a page is being read, any event may be in it in its state of before.
+        if self._running or event_id in self.index:
+            self._changed.add(event_id)
+            self._poke()
+
+    def _room_purged(self, room_id: str) -> None:
+        # Rare: whatever of the room is known gets looked up anew.
+        up_to = max(self._stream.positions().values(), default=0)
+        for _, _, event_id in self.index.events_in_rooms([room_id], 0, {}, up_to, {}, 0, None):
+            self._changed.add(event_id)
+        self._poke()
+
+    async def _follow(self) -> None:
+        try:
+            while self._again:
+                self._again = False
+                await self._take_in()
+                await self._recheck()
+            self._retry_ms = _RETRY_MIN_MS
+        except Exception:
+            logger.exception(
+                "Could not read the sticky events stream, trying again in %d ms", self._retry_ms
+            )
+            self._hs.call_later(self._retry_ms, "follow_stream_retry", self._retry)
+            self._retry_ms = min(self._retry_ms * 2, _RETRY_MAX_MS)
+        finally:
+            self._running = False
+
+    async def _retry(self) -> None:
+        self._poke()
+
+    async def _take_in(self) -> None:
+        positions = self._stream.positions()
+        if self.index.in_step(positions):
+            return
+        # From the slowest writer's position: rows of the others that are read again are known.
+        known = self.index.positions()
+        after = min((known.get(writer, 0) for writer in positions), default=0)
+        up_to = max(positions.values(), default=0)
+        loading = not known
+        while True:
+            rows = await self._stream.rows(after=after, up_to=up_to, limit=_PAGE)
+            self._insert(rows)
+            if len(rows) < _PAGE:
+                break
+            after = rows[-1].stream_id
+            if loading:
+                logger.info("Loading the sticky events index: %d so far", len(self.index))
+        for writer, position in positions.items():
+            self.index.advance(writer, position)
+        if loading:
+            logger.info("The sticky events index is filled: %d unexpired events", len(self.index))
+
+    def _insert(self, rows: Collection[StickyRow]) -> None:
+        for row in rows:
+            if not row.deliverable:
+                self.index.remove(row.event_id)
+        deliverable = [r for r in rows if r.deliverable]
+        if not deliverable:
+            return
+        self.index.insert(
+            [
+                (r.stream_id, r.instance_name, r.room_id, r.event_id, r.sender, r.expires_at_ms)
+                for r in deliverable
+            ]
+        )
+        rooms = {r.room_id for r in deliverable}
+        for listener in self._listeners:
+            listener(rooms)
+
+    async def _recheck(self) -> None:
+        while self._changed:
+            event_ids = set(list(self._changed)[:_PAGE])
+            rows = {r.event_id: r for r in await self._stream.rows_of(event_ids)}
+            for event_id in event_ids:
+                if (row := rows.get(event_id)) is None or not row.deliverable:
+                    self.index.remove(event_id)
+            self._changed -= event_ids
+
+    async def _expire(self) -> None:
+        more = self.index.expire(self._hs.now_ms(), _PAGE) == _PAGE
+        # In small steps, so that a mass expiry does not hold the reactor up.
+        self._hs.call_later(10 if more else _EXPIRE_EVERY_MS, "expire", self._expire)

@@ -1,0 +1,176 @@
+"""The module's own tables, and their migrations.
+
+Sticky events, the stream and the backlog stay in Synapse's tables. Here is only what Synapse has
+no place for: who is a newcomer, and how far each process has read the state changes.
+"""
+
+import logging
+
+import attr
+
+from synapse_sticky.homeserver import Cursor, Federation, Homeserver, ServerJoin
+
+logger = logging.getLogger(__name__)
+
+_MIGRATIONS: tuple[tuple[str, ...], ...] = (
+    (
+        """
+        CREATE TABLE synapse_sticky_newcomers (
+            destination TEXT NOT NULL,
+            room_id TEXT NOT NULL,
+            position BIGINT NOT NULL,
+            watch_until_ms BIGINT NOT NULL,
+            PRIMARY KEY (destination, room_id)
+        )
+        """,
+        """
+        CREATE TABLE synapse_sticky_state_positions (
+            instance_name TEXT NOT NULL PRIMARY KEY,
+            position BIGINT NOT NULL,
+            updated_ts_ms BIGINT NOT NULL
+        )
+        """,
+    ),
+)
+"""One entry a version of the layout; entries are only ever added."""
+
+_FORGET_INSTANCE_AFTER_MS = 24 * 3600 * 1000
+
+
+class NewerLayout(Exception):
+    """The tables were made by a later version of the module."""
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class Newcomer:
+    """A server that newly joined a room, until it is certain to have what it needs.
+
+    ``position`` is the lowest position of the sticky events stream that it may lack;
+    until ``watch_until_ms`` own events that are sent meanwhile are watched for, too.
+    """
+
+    destination: str
+    room_id: str
+    position: int
+    watch_until_ms: int
+
+
+class Storage:
+    """The module's tables. Every method is one transaction."""
+
+    def __init__(self, homeserver: Homeserver) -> None:
+        self._hs = homeserver
+        self._federation: Federation = homeserver.federation
+
+    async def migrate(self) -> None:
+        """Brings the tables to this version's layout; any number of processes may try at once.
+
+        Raises:
+            NewerLayout: a later version of the module has been here.
+        """
+        await self._hs.transact("migrate", self._migrate_txn)
+
+    def _migrate_txn(self, txn: Cursor) -> None:
+        self._hs.lock_migrations_txn(txn)
+        txn.execute("CREATE TABLE IF NOT EXISTS synapse_sticky_layout (version BIGINT NOT NULL)")
+        txn.execute("SELECT MAX(version) FROM synapse_sticky_layout")
+        row = txn.fetchone()
+        version = (row[0] if row else None) or 0
+        if version > len(_MIGRATIONS):
+            raise NewerLayout(
+                f"The tables synapse_sticky_* have layout {version}, this version of "
+                f"synapse-sticky knows {len(_MIGRATIONS)}. Install the later version again."
+            )
+        for number, statements in enumerate(_MIGRATIONS[version:], start=version + 1):
+            logger.info("Migrating the tables synapse_sticky_* to layout %d", number)
+            for statement in statements:
+                txn.execute(statement)
+            txn.execute("INSERT INTO synapse_sticky_layout (version) VALUES (?)", (number,))
+
+    async def state_position(self, instance_name: str, now_position: int) -> int:
+        """Up to where the instance has read the state changes.
+
+        An instance that is new starts where the slowest of the others is: destinations may have
+        moved to it from any of them. The first of all starts at ``now_position``.
+        """
+
+        def read_txn(txn: Cursor) -> int:
+            txn.execute(
+                "DELETE FROM synapse_sticky_state_positions WHERE updated_ts_ms < ?",
+                (self._hs.now_ms() - _FORGET_INSTANCE_AFTER_MS,),
+            )
+            txn.execute("SELECT instance_name, position FROM synapse_sticky_state_positions")
+            known: dict[str, int] = dict(txn.fetchall())
+            return known.get(instance_name, min(known.values(), default=now_position))
+
+        return min(await self._hs.transact("state_position", read_txn), now_position)
+
+    async def record_joins(
+        self, instance_name: str, position: int, joins: list[ServerJoin], watch_until_ms: int
+    ) -> None:
+        """Notes the newcomers and up to where the state changes have been read, as one.
+
+        Each newcomer lacks everything. It is in Synapse's own backlog as well, so that Synapse
+        goes on by itself if the module is taken out.
+        """
+
+        def write_txn(txn: Cursor) -> None:
+            for join in joins:
+                txn.execute(
+                    "INSERT INTO synapse_sticky_newcomers"
+                    " (destination, room_id, position, watch_until_ms) VALUES (?, ?, 0, ?)"
+                    " ON CONFLICT (destination, room_id)"
+                    " DO UPDATE SET position = 0, watch_until_ms = EXCLUDED.watch_until_ms",
+                    (join.destination, join.room_id, watch_until_ms),
+                )
+                self._federation.lower_backlog_txn(txn, join.destination, join.room_id, 0)
+            txn.execute(
+                "INSERT INTO synapse_sticky_state_positions"
+                " (instance_name, position, updated_ts_ms) VALUES (?, ?, ?)"
+                " ON CONFLICT (instance_name) DO UPDATE"
+                " SET position = EXCLUDED.position, updated_ts_ms = EXCLUDED.updated_ts_ms",
+                (instance_name, position, self._hs.now_ms()),
+            )
+
+        await self._hs.transact("record_joins", write_txn)
+
+    async def newcomers(self) -> list[Newcomer]:
+        """All newcomers, of every process; a position is never past what is still to be sent."""
+
+        def read_txn(txn: Cursor) -> list[Newcomer]:
+            txn.execute(
+                "SELECT destination, room_id, position, watch_until_ms"
+                " FROM synapse_sticky_newcomers"
+            )
+            return [Newcomer(*row) for row in txn.fetchall()]
+
+        return await self._hs.transact("newcomers", read_txn)
+
+    async def backlog(self, destination: str) -> list[tuple[str, int]]:
+        """Synapse's own note of what a destination lacks: ``(room_id, position)``."""
+        return await self._hs.transact("backlog", self._federation.backlog_txn, destination)
+
+    async def settle(
+        self, destination: str, room_id: str, position: int, *, still_watched: bool
+    ) -> None:
+        """The destination lacks nothing of the room before ``position`` and nothing is due.
+
+        A newcomer that is still watched stays one.
+        """
+
+        def write_txn(txn: Cursor) -> None:
+            self._federation.clear_backlog_txn(txn, destination, room_id, 0)
+            key = (destination, room_id)
+            if still_watched:
+                txn.execute(
+                    "UPDATE synapse_sticky_newcomers SET position = ?"
+                    " WHERE destination = ? AND room_id = ?",
+                    (position, *key),
+                )
+            else:
+                txn.execute(
+                    "DELETE FROM synapse_sticky_newcomers WHERE destination = ? AND room_id = ?",
+                    key,
+                )
+
+        await self._hs.transact("settle", write_txn)

@@ -9,6 +9,8 @@ nothing. An ``int`` has at most 64 bits unless said otherwise.
 from collections.abc import Collection, Iterable, Mapping
 from typing import Final, final
 
+__all__ = ["MAX_STICKY_DURATION_MS", "StickyIndex", "sticky_duration_ms", "sticky_until_ms"]
+
 MAX_STICKY_DURATION_MS: Final[int]
 """The longest that an event can be sticky, one hour (MSC4354; S1)."""
 
@@ -44,7 +46,7 @@ class StickyIndex:
     listed, in either order.
     """
 
-    def __init__(self, server_name: str) -> None:
+    def __new__(cls, server_name: str) -> StickyIndex:
         """An empty index.
 
         Args:
@@ -109,7 +111,7 @@ class StickyIndex:
         ``str`` raises ``TypeError`` in some calls, and in others is merely never found.)
 
         Args:
-            room_ids: a ``set`` or ``frozenset`` is used as it is, anything else copied into one.
+            room_ids: a ``set`` or ``frozenset`` is used as it is, another copied when looked at.
             from_stream_id, from_positions: exclusive.
             to_stream_id, to_positions: inclusive.
             now_ms: events with ``expires_at_ms <= now_ms`` are left out.
@@ -139,5 +141,5 @@ class StickyIndex:
     def __len__(self) -> int:
         """How many rows there are, expired ones that are not dropped yet among them."""
 
-    def __contains__(self, event_id: str) -> bool:
+    def __contains__(self, event_id: str, /) -> bool:
         """Is the event there, if only expired and not dropped yet?"""

@@ -4,7 +4,7 @@ import attr
 @attr.s(auto_attribs=True, frozen=True, slots=True)
 class JoinsConfig:
     enabled: bool = True
-    window: int = 80
+    window: int = 48
     retry_min_ms: int = 500
     retry_max_ms: int = 300000
     confirm: bool = True

@@ -3,6 +3,7 @@
 
 mod arguments;
 
+use std::cell::OnceCell;
 use std::collections::BTreeMap;
 
 use pyo3::exceptions::{PyMemoryError, PyTypeError, PyValueError};
@@ -242,30 +243,45 @@ impl OwnedRow {
     }
 }
 
-/// A Python set of room IDs, as it is: a sync with little news looks few rooms up in it and goes through it never.
+/// A Python collection of room IDs. A set is used as it is, another is made one of when first looked into: a sync with nothing new
+/// never does.
 struct PyRooms<'py> {
-    set: Any<'py>,
+    given: Any<'py>,
     len: usize,
+    set: OnceCell<Any<'py>>,
 }
 
 impl<'py> PyRooms<'py> {
-    fn read(room_ids: &Any<'py>) -> PyResult<Self> {
-        const EXPECTED: &str = "a set, list or other collection of str";
-        let is_set = room_ids.is_instance_of::<PySet>() || room_ids.is_instance_of::<PyFrozenSet>();
+    const EXPECTED: &'static str = "a set, list or other collection of str";
+
+    fn read(given: &Any<'py>) -> PyResult<Self> {
+        // A string is a collection of one-letter strings, but never meant as one.
+        match given.len() {
+            Ok(len) if !given.is_instance_of::<PyString>() => Ok(Self {
+                given: given.clone(),
+                len,
+                set: OnceCell::new(),
+            }),
+            _ => Err(wrong_type("room_ids", Self::EXPECTED).into()),
+        }
+    }
+
+    fn set(&self) -> PyResult<&Any<'py>> {
+        if let Some(set) = self.set.get() {
+            return Ok(set);
+        }
+        let given = &self.given;
+        let is_set = given.is_instance_of::<PySet>() || given.is_instance_of::<PyFrozenSet>();
         let set = if is_set {
-            room_ids.clone()
-        } else if room_ids.is_instance_of::<PyString>() {
-            // A collection of one-letter strings, but never meant as one.
-            return Err(wrong_type("room_ids", EXPECTED).into());
+            given.clone()
         } else {
-            room_ids
+            given
                 .py()
                 .get_type::<PyFrozenSet>()
-                .call1((room_ids,))
-                .map_err(|_| wrong_type("room_ids", EXPECTED))?
+                .call1((given,))
+                .map_err(|_| wrong_type("room_ids", Self::EXPECTED))?
         };
-        let len = set.len()?;
-        Ok(Self { set, len })
+        Ok(self.set.get_or_init(|| set))
     }
 }
 
@@ -277,11 +293,11 @@ impl Rooms for PyRooms<'_> {
     }
 
     fn contains(&self, room_id: &str) -> PyResult<bool> {
-        self.set.contains(room_id)
+        self.set()?.contains(room_id)
     }
 
     fn for_each(&self, mut visit: impl FnMut(&str)) -> PyResult<()> {
-        for room_id in self.set.try_iter()? {
+        for room_id in self.set()?.try_iter()? {
             visit(&text(&room_id?, "room_ids' items")?);
         }
         Ok(())

@@ -176,6 +176,9 @@ class JoinsHandler:
             await self._drop(push)
             return None
         self._update(push)
+        if not push.open and push.start_over():
+            logger.info("%s pruned events of %s, sending all again", push.destination, push.room_id)
+            self._update(push)
         if not push.open:
             await self._settle(push)
             return None
@@ -329,13 +332,13 @@ class JoinsHandler:
             return True
         if answer is not Possession.LACKS:
             return False
-        # A newcomer takes staged events in order: if it has a later one, this one was pruned.
-        # Once is not enough, as events that arrived together have no order.
         if newest is not oldest and (
             await self._federation.has_event(push.destination, newest.event_id) is Possession.HAS
         ):
             push.done(newest.event_id)
-            oldest.passed += 1
+        # A newcomer takes staged events in order: if it has a later one, this one was pruned.
+        # Once is not enough, as events that arrived together have no order.
+        oldest.passed += push.overtaken(oldest)
         now_ms = self._hs.now_ms()
         waited_ms = now_ms - (oldest.acknowledged_ms or now_ms)
         if oldest.passed >= 2 or waited_ms > CONFIRM_PATIENCE_MS:

@@ -80,6 +80,8 @@ class Push:
         self.delivered = 0
         self.confirming = False
         self.settled = False
+        self._pruned = False
+        self._highest_done = 0
         self._backoff = backoff
         self._sent: dict[str, Sent] = {}
         self._fresh: list[tuple[int, str]] = []
@@ -168,6 +170,7 @@ class Push:
         sent = self._sent.pop(event_id, None)
         if sent is not None:
             self._done[event_id] = sent.stream_id
+            self._highest_done = max(self._highest_done, sent.stream_id)
             self.delivered += 1
 
     def skip(self, events: Iterable[tuple[int, str]]) -> None:
@@ -177,11 +180,31 @@ class Push:
             self._done[event_id] = stream_id
         self._fresh = [f for f in self._fresh if f[1] not in self._done]
 
+    def overtaken(self, sent: Sent) -> bool:
+        """Does the newcomer have a later event? It takes what it has staged in order."""
+        return sent.stream_id < self._highest_done
+
     def lost(self, sent: Sent, now_ms: int) -> None:
         """Acknowledged, yet the newcomer lacks it: it goes out again, later each time."""
+        self._pruned = True
         sent.acknowledged_ms = None
         sent.passed = 0
         sent.due_ms = now_ms + self._backoff.after(sent.attempts)
+
+    def start_over(self) -> bool:
+        """If the newcomer pruned, everything has to go out once more; so is it?
+
+        It may have fetched pruned events meanwhile, as what somebody's event refers to. It answers
+        that it has such an event, but does not take it for sticky until it is sent it in full.
+        """
+        if not self._pruned:
+            return False
+        self._pruned = False
+        self.created_position = max(self.created_position, self._highest_done)
+        self.position = self.base
+        self._done = {}
+        self._highest_done = 0
+        return True
 
     @property
     def open(self) -> bool:

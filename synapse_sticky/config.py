@@ -1,31 +1,175 @@
+"""The module's configuration: what can be set, within which bounds, and the errors that say so.
+
+The classes below are the only description of the options: their fields carry the checks, and the
+field's name is the option's name (durations are called ``..._ms`` here and go without it in
+homeserver.yaml).
+"""
+
+import difflib
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import attr
+from synapse.module_api.errors import ConfigError
+
+_PATH = ("modules", "synapse_sticky.StickyEventsModule", "config")
+
+_UNITS_MS = {
+    "": 1,
+    "s": 1_000,
+    "m": 60_000,
+    "h": 3_600_000,
+    "d": 86_400_000,
+}
+_DURATION = re.compile(r"([0-9]{1,15})([smhd]?)", re.ASCII)
+_HOUR_MS = 3_600_000
+
+Check = Callable[[object], Any]
+"""Takes the value as it is in the file; gives the value to use or raises ValueError with what is
+allowed."""
+
+
+def _option(default: Any, check: Check) -> Any:
+    return attr.ib(default=default, metadata={"check": check})
+
+
+def _section(kind: type) -> Any:
+    return attr.ib(factory=kind, metadata={"section": kind})
+
+
+def _boolean(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("true or false")
+    return value
+
+
+def _integer(at_least: int, at_most: int) -> Check:
+    def check(value: object) -> int:
+        # A bool is an int in Python, but not in a configuration.
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"a whole number from {at_least} to {at_most}")
+        if not at_least <= value <= at_most:
+            raise ValueError(f"a whole number from {at_least} to {at_most}")
+        return value
+
+    return check
+
+
+def _duration(at_least_ms: int, at_most_ms: int) -> Check:
+    allowed = (
+        f"a duration from {at_least_ms} to {at_most_ms} ms, as a whole number of milliseconds "
+        "or a string such as '30s', '5m' or '1h'"
+    )
+
+    def check(value: object) -> int:
+        duration_ms: int | None = None
+        if isinstance(value, int) and not isinstance(value, bool):
+            duration_ms = value
+        elif isinstance(value, str) and (match := _DURATION.fullmatch(value)):
+            duration_ms = int(match[1]) * _UNITS_MS[match[2]]
+        if duration_ms is None or not at_least_ms <= duration_ms <= at_most_ms:
+            raise ValueError(allowed)
+        return duration_ms
+
+    return check
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
 class JoinsConfig:
-    enabled: bool = True
-    window: int = 48
-    retry_min_ms: int = 500
-    retry_max_ms: int = 300000
-    confirm: bool = True
+    """Pushing own sticky events to servers that newly join a room (P3, P7, F3).
+
+    enabled: whether this is done at all.
+    window: how many events all servers of a room together may leave unprocessed at a newcomer,
+        1 to 99; a plain Synapse prunes what it has staged at 100 a room (L3).
+    retry_min_ms: the delay before an event is first sent again, 10 ms to an hour. It doubles.
+    retry_max_ms: the longest such delay, at least retry_min_ms, at most an hour.
+    confirm: whether to ask the newcomer if it has what it acknowledged.
+    """
+
+    enabled: bool = _option(True, _boolean)
+    window: int = _option(48, _integer(1, 99))
+    retry_min_ms: int = _option(500, _duration(10, _HOUR_MS))
+    retry_max_ms: int = _option(300_000, _duration(10, _HOUR_MS))
+    confirm: bool = _option(True, _boolean)
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
 class StagingConfig:
-    keep_sticky: bool = True
+    """The staging area of inbound PDUs (L3).
+
+    keep_sticky: whether acknowledged sticky events are kept when Synapse prunes it.
+    """
+
+    keep_sticky: bool = _option(True, _boolean)
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
 class VisibilityConfig:
-    servers: bool = True
+    """Who may see sticky events whatever the history visibility (C1).
+
+    servers: whether servers that are joined to the room may.
+    """
+
+    servers: bool = _option(True, _boolean)
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
 class StickyConfig:
-    joins: JoinsConfig = JoinsConfig()
-    staging: StagingConfig = StagingConfig()
-    visibility: VisibilityConfig = VisibilityConfig()
+    """The whole configuration. See the classes of the sections."""
+
+    joins: JoinsConfig = _section(JoinsConfig)
+    staging: StagingConfig = _section(StagingConfig)
+    visibility: VisibilityConfig = _section(VisibilityConfig)
 
 
 def parse(config: object) -> StickyConfig:
-    return StickyConfig()
+    """Checks what stands under ``config:`` in homeserver.yaml; None or nothing gives the defaults.
+
+    Raises:
+        ConfigError: an option is unknown or has a wrong value; names it and says what is allowed.
+    """
+    parsed: StickyConfig = _parse_section(StickyConfig, {} if config is None else config, ())
+    joins = parsed.joins
+    if joins.retry_max_ms < joins.retry_min_ms:
+        raise _error(
+            ("joins", "retry_max"),
+            f"must not be less than joins.retry_min: {joins.retry_max_ms} ms is less than "
+            f"{joins.retry_min_ms} ms",
+        )
+    return parsed
+
+
+def _parse_section(kind: type, values: object, path: tuple[str, ...]) -> Any:
+    if not isinstance(values, Mapping):
+        raise _error(path, f"must be a mapping of options, not {_shown(values)}")
+    fields = {field.name.removesuffix("_ms"): field for field in attr.fields(kind)}
+    parsed: dict[str, Any] = {}
+    for key, value in values.items():
+        field = fields.get(key) if isinstance(key, str) else None
+        if field is None:
+            raise _error((*path, str(key)), _unknown(str(key), list(fields)))
+        if section := field.metadata.get("section"):
+            parsed[field.name] = _parse_section(section, value, (*path, key))
+            continue
+        try:
+            parsed[field.name] = field.metadata["check"](value)
+        except ValueError as e:
+            raise _error((*path, key), f"must be {e}, not {_shown(value)}") from None
+    return kind(**parsed)
+
+
+def _unknown(key: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"is no option; {hint}there are: {', '.join(known)}"
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _error(path: tuple[str, ...], problem: str) -> ConfigError:
+    name = ".".join(path) or "config"
+    return ConfigError(f"{name} {problem}", path=(*_PATH, *path))

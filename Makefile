@@ -1,0 +1,52 @@
+# All commands of the project. They build in .venv, from package registries, without root.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTEST_ARGS ?=
+RUST_SOURCES := Cargo.toml Cargo.lock $(shell find rust/src -name '*.rs')
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench format clean
+
+help: ## This list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: $(VENV)/.built ## The main job on three real homeservers, without and with the module
+	$(BIN)/python -m tests.demo
+
+test: $(VENV)/.built ## All tests: the Rust core, then Python on real homeservers
+	cargo test --quiet
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.built ## ruff, mypy, stubtest, rustfmt, clippy
+	@cargo fmt --version >/dev/null 2>&1 || { echo "rustfmt is missing: rustup component add rustfmt"; exit 1; }
+	@cargo clippy --version >/dev/null 2>&1 || { echo "clippy is missing: rustup component add clippy"; exit 1; }
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest synapse_sticky._core
+	cargo fmt --check
+	cargo clippy --quiet --all-targets -- -D warnings
+	cargo clippy --quiet --all-targets --all-features -- -D warnings
+
+bench: ## Benchmarks of the Rust core
+	cargo bench
+
+format: $(VENV)/.built ## Formats Python and Rust
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	cargo fmt
+
+clean: ## Removes everything that was built
+	rm -rf $(VENV) target synapse_sticky/_core*.so
+
+# The environment: the module itself (its Python files used where they are, its Rust core built),
+# Synapse, and what linting and testing need.
+$(VENV)/.built: pyproject.toml $(RUST_SOURCES)
+	@command -v $(PYTHON) >/dev/null || { echo "Python 3.10 or later is needed: $(PYTHON) is not there"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or later is needed, $(PYTHON) is older: make PYTHON=..."; exit 1; }
+	@command -v cargo >/dev/null || { echo "A Rust toolchain is needed: cargo is not there"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@

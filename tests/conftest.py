@@ -1,0 +1,57 @@
+"""Fixtures, and the end of every server's log beside a test that failed."""
+
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
+
+import pytest
+
+from tests.lab import Homeserver, Lab
+
+Servers = Callable[..., list[Homeserver]]
+"""``servers(2)``, or ``servers({"module": False}, {})`` with Homeserver's options."""
+
+_LOG_LINES = 60
+
+
+@pytest.fixture(scope="session")
+def lab() -> Iterator[Lab]:
+    """The session's lab; what it starts ends with it."""
+    with Lab() as lab:
+        yield lab
+
+
+@pytest.fixture
+def servers(lab: Lab) -> Iterator[Servers]:
+    """Starts servers for one test."""
+    started: list[Homeserver] = []
+
+    def start(*options: Any) -> list[Homeserver]:
+        if len(options) == 1 and isinstance(options[0], int):
+            options = ({},) * options[0]
+        new = lab.servers(*options)
+        started.extend(new)
+        return new
+
+    yield start
+    lab.close_servers(started)
+
+
+@pytest.fixture(scope="module")
+def three(lab: Lab) -> Iterator[list[Homeserver]]:
+    """Three servers with the module, for tests that do not disturb them."""
+    started = lab.servers({}, {}, {})
+    yield started
+    lab.close_servers(started)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    lab = getattr(item, "funcargs", {}).get("lab")
+    if report.failed and isinstance(lab, Lab):
+        for server in lab.servers_started:
+            tail = "\n".join(server.output().splitlines()[-_LOG_LINES:])
+            report.sections.append((f"log of {server.name} (module: {server.module})", tail))
+    return report

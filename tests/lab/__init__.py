@@ -1,0 +1,9 @@
+"""A lab of real homeservers: Synapse processes that federate over TLS on loopback."""
+
+from tests.lab.client import Client
+from tests.lab.federation import FederationRequester
+from tests.lab.homeserver import Homeserver
+from tests.lab.lab import Lab
+from tests.lab.wait import wait_until
+
+__all__ = ["Client", "FederationRequester", "Homeserver", "Lab", "wait_until"]

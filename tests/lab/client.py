@@ -1,0 +1,132 @@
+"""A client over HTTP."""
+
+import itertools
+import time
+from typing import Any
+from urllib.parse import quote
+
+import requests
+
+STICKY_PARAMETER = "org.matrix.msc4354.sticky_duration_ms"
+STICKY_FIELD = "msc4354_sticky"
+HOUR_MS = 3_600_000
+
+_transactions = itertools.count()
+
+
+class ApiError(AssertionError):
+    """A request was answered with an error."""
+
+    def __init__(self, response: requests.Response) -> None:
+        self.status = response.status_code
+        try:
+            self.errcode = response.json().get("errcode")
+        except ValueError:
+            self.errcode = None
+        request = response.request
+        super().__init__(f"{request.method} {request.url}: {self.status} {response.text[:500]}")
+
+
+class Client:
+    """One user's device."""
+
+    def __init__(self, base_url: str, user_id: str, access_token: str) -> None:
+        self.user_id = user_id
+        self._base_url = base_url
+        self._session = requests.Session()
+        self._session.headers["Authorization"] = f"Bearer {access_token}"
+
+    def request(self, method: str, path: str, body: object = None, **query: Any) -> Any:
+        """A request to the client-server API; ``path`` follows ``/_matrix/client/v3/``.
+
+        Raises:
+            ApiError: it was answered with an error.
+        """
+        if method != "GET" and body is None:
+            body = {}
+        url = path if path.startswith("/") else f"/_matrix/client/v3/{path}"
+        response = self._session.request(
+            method, self._base_url + url, json=body, params=query, timeout=90
+        )
+        if not response.ok:
+            raise ApiError(response)
+        return response.json()
+
+    def create_room(self, history_visibility: str = "shared", **options: Any) -> str:
+        """A public room."""
+        visibility = {
+            "type": "m.room.history_visibility",
+            "state_key": "",
+            "content": {"history_visibility": history_visibility},
+        }
+        body = {"preset": "public_chat", "initial_state": [visibility], **options}
+        room_id: str = self.request("POST", "createRoom", body)["room_id"]
+        return room_id
+
+    def join(self, room_id: str, via: str | None = None) -> None:
+        """Joins by room ID, through the server ``via`` if it is given."""
+        self.request("POST", f"join/{quote(room_id)}", **({"via": via} if via else {}))
+
+    def leave(self, room_id: str) -> None:
+        self.request("POST", f"rooms/{quote(room_id)}/leave")
+
+    def kick(self, room_id: str, user_id: str) -> None:
+        self.request("POST", f"rooms/{quote(room_id)}/kick", {"user_id": user_id})
+
+    def invite(self, room_id: str, user_id: str) -> None:
+        self.request("POST", f"rooms/{quote(room_id)}/invite", {"user_id": user_id})
+
+    def members(self, room_id: str) -> set[str]:
+        """The joined users, as this client's server sees it."""
+        return set(self.request("GET", f"rooms/{quote(room_id)}/joined_members")["joined"])
+
+    def send(self, room_id: str, content: object = None, **query: Any) -> str:
+        """Sends an event and gives its ID."""
+        path = f"rooms/{quote(room_id)}/send/org.example.call/{next(_transactions)}"
+        event_id: str = self.request("PUT", path, content or {"body": "here"}, **query)["event_id"]
+        return event_id
+
+    def send_sticky(self, room_id: str, duration_ms: int = HOUR_MS) -> str:
+        """Sends a sticky event and gives its ID."""
+        return self.send(room_id, **{STICKY_PARAMETER: duration_ms})
+
+    def send_state(self, room_id: str, kind: str, content: object) -> str:
+        path = f"rooms/{quote(room_id)}/state/{kind}/"
+        event_id: str = self.request("PUT", path, content)["event_id"]
+        return event_id
+
+    def redact(self, room_id: str, event_id: str) -> None:
+        path = f"rooms/{quote(room_id)}/redact/{quote(event_id)}/{next(_transactions)}"
+        self.request("PUT", path)
+
+    def sync(self, since: str | None = None, timeout_ms: int = 0) -> Any:
+        query: dict[str, Any] = {"timeout": timeout_ms}
+        if since is not None:
+            query["since"] = since
+        return self.request("GET", "sync", **query)
+
+    def collect_sticky(
+        self, room_id: str, expected: set[str], timeout_s: float = 90
+    ) -> dict[str, float]:
+        """Syncs until all expected sticky events have been seen, or the time is over.
+
+        Gives all sticky events of the room in the order of their arrival, with the monotonic
+        second at which each was seen, whether in the sticky section or in the timeline.
+        """
+        seen: dict[str, float] = {}
+        since: str | None = None
+        deadline = time.monotonic() + timeout_s
+        while not expected <= seen.keys() and (left_s := deadline - time.monotonic()) > 0:
+            answer = self.sync(since, int(min(left_s, 10) * 1000) if since else 0)
+            since = answer["next_batch"]
+            for event_id in sticky_events(answer, room_id):
+                seen.setdefault(event_id, time.monotonic())
+        return seen
+
+
+def sticky_events(sync: Any, room_id: str) -> list[str]:
+    """The IDs of the room's sticky events in a /sync answer."""
+    room = sync.get("rooms", {}).get("join", {}).get(room_id, {})
+    events = room.get("msc4354_sticky", {}).get("events", [])
+    timeline = room.get("timeline", {}).get("events", [])
+    return [e["event_id"] for e in [*events, *(e for e in timeline if STICKY_FIELD in e)]]

@@ -1,0 +1,305 @@
+"""One real Synapse process with SQLite, in a temporary folder, on loopback."""
+
+import hashlib
+import hmac
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import requests
+from signedjson.key import generate_signing_key, write_signing_keys
+
+from tests.lab.client import Client
+from tests.lab.federation import FederationRequester
+from tests.lab.forwarder import Forwarder
+from tests.lab.wait import wait_until
+
+MODULE = "synapse_sticky.StickyEventsModule"
+_SECRET = "registration"
+_OPEN = {"per_second": 10_000, "burst_count": 100_000}
+_START_ATTEMPTS = 5
+
+
+class StartError(AssertionError):
+    """The server ended before it was ready."""
+
+
+class Homeserver:
+    """A Synapse process.
+
+    Args:
+        folder: an empty folder of its own.
+        certificate: the TLS certificate and its key, PEM files.
+        template: a database with Synapse's schema to begin with, if there is one.
+        module: whether the module is loaded.
+        config: the module's ``config:``; None leaves it out.
+        extra: merged into homeserver.yaml.
+        forwarded: whether the federation port lies behind a forwarder, so that it can be cut off.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        certificate: tuple[Path, Path],
+        *,
+        template: Path | None = None,
+        module: bool = True,
+        config: dict[str, Any] | None = None,
+        extra: dict[str, Any] | None = None,
+        forwarded: bool = False,
+    ) -> None:
+        self.folder = folder
+        self.module = module
+        self._certificate = certificate
+        self._config = config
+        self._extra = extra or {}
+        self.forwarder = Forwarder() if forwarded else None
+        self.process: subprocess.Popen[bytes] | None = None
+        self.log_path = folder / "homeserver.log"
+        self.database_path = folder / "homeserver.db"
+        self.signing_key = generate_signing_key("a_lab")
+        with (folder / "signing.key").open("w") as file:
+            write_signing_keys(file, [self.signing_key])
+        if template is not None:
+            shutil.copy(template, self.database_path)
+        self._choose_ports()
+
+    # Set-up
+
+    def _choose_ports(self) -> None:
+        self.federation_port, self.client_port = _free_ports(2)
+        if self.forwarder is not None:
+            self.forwarder.target_port = self.federation_port
+        public_port = self.forwarder.port if self.forwarder else self.federation_port
+        self.name = f"localhost:{public_port}"
+        self.base_url = f"http://127.0.0.1:{self.client_port}"
+        self.write_config()
+
+    def write_config(self, **changes: Any) -> None:
+        """Writes homeserver.yaml (as JSON, which YAML reads); ``changes`` are merged into it."""
+        log = {
+            "version": 1,
+            "disable_existing_loggers": False,
+            "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(name)s %(message)s"}},
+            "handlers": {
+                "file": {
+                    "class": "logging.FileHandler",
+                    "filename": str(self.log_path),
+                    "formatter": "line",
+                }
+            },
+            "root": {"level": "INFO", "handlers": ["file"]},
+        }
+        (self.folder / "log.yaml").write_text(json.dumps(log))
+        certificate, key = self._certificate
+        config: dict[str, Any] = {
+            "server_name": self.name,
+            "pid_file": str(self.folder / "homeserver.pid"),
+            "listeners": [
+                _listener(self.federation_port, "federation", tls=True),
+                _listener(self.client_port, "client", tls=False),
+            ],
+            "database": {"name": "sqlite3", "args": {"database": str(self.database_path)}},
+            "log_config": str(self.folder / "log.yaml"),
+            "media_store_path": str(self.folder / "media"),
+            "signing_key_path": str(self.folder / "signing.key"),
+            "tls_certificate_path": str(certificate),
+            "tls_private_key_path": str(key),
+            "registration_shared_secret": _SECRET,
+            "macaroon_secret_key": "macaroon",
+            "form_secret": "form",
+            "report_stats": False,
+            "presence": {"enabled": False},
+            "trusted_key_servers": [],
+            "federation_verify_certificates": False,
+            "ip_range_blacklist": [],
+            "federation_ip_range_blacklist": [],
+            "experimental_features": {"msc4354_enabled": True},
+            # Retries in test time.
+            "federation": {
+                "client_timeout": "20s",
+                "max_short_retry_delay": 500,
+                "max_long_retry_delay": "2s",
+                "max_long_retries": 3,
+                "destination_min_retry_interval": "1s",
+                "destination_max_retry_interval": "3s",
+                "destination_retry_multiplier": 2,
+            },
+            "rc_message": _OPEN,
+            "rc_registration": _OPEN,
+            "rc_login": {"address": _OPEN, "account": _OPEN, "failed_attempts": _OPEN},
+            "rc_joins": {"local": _OPEN, "remote": _OPEN},
+            "rc_joins_per_room": _OPEN,
+            "rc_room_creation": _OPEN,
+            "rc_admin_redaction": _OPEN,
+            "rc_invites": {"per_room": _OPEN, "per_user": _OPEN, "per_issuer": _OPEN},
+            "rc_federation": {"sleep_limit": 100_000, "reject_limit": 100_000, "concurrent": 100},
+        }
+        if self.module:
+            with_config = {} if self._config is None else {"config": self._config}
+            config["modules"] = [{"module": MODULE, **with_config}]
+        _merge(config, self._extra)
+        _merge(config, changes)
+        (self.folder / "homeserver.yaml").write_text(json.dumps(config, indent=1))
+
+    # Control
+
+    def start(self) -> None:
+        """Starts the process; ``wait_until_ready`` waits for it."""
+        command = [sys.executable, "-m", "synapse.app.homeserver", "-c", "homeserver.yaml"]
+        with (self.folder / "stdout").open("ab") as output:
+            self.process = subprocess.Popen(
+                command, cwd=self.folder, stdout=output, stderr=subprocess.STDOUT
+            )
+
+    def wait_until_ready(self, timeout_s: float = 120) -> None:
+        """Waits until the server answers.
+
+        Raises:
+            StartError: it ended instead; with what it said.
+        """
+        process = self._running()
+
+        def ready() -> bool:
+            if process.poll() is not None:
+                raise StartError(f"{self.name} ended: {self.output()[-4000:]}")
+            try:
+                return requests.get(f"{self.base_url}/health", timeout=10).ok
+            except requests.ConnectionError:
+                return False
+
+        wait_until(ready, f"{self.name} to answer", timeout_s)
+
+    def first_start(self) -> None:
+        """Starts and waits; takes other ports if somebody else got these meanwhile."""
+        for attempt in range(_START_ATTEMPTS):
+            if self.process is None:
+                self.start()
+            try:
+                return self.wait_until_ready()
+            except StartError:
+                if attempt + 1 == _START_ATTEMPTS or "Address already in use" not in self.output():
+                    raise
+                self.process = None
+                (self.folder / "stdout").unlink()
+                self._choose_ports()
+
+    def pause(self) -> None:
+        """Stops the process where it is; connections stay open."""
+        self._running().send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._running().send_signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        """Ends the process at once, as a crash would."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+    def stop(self) -> None:
+        """Ends the process in good order."""
+        process = self._running()
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.kill()
+        self.process = None
+
+    def restart(self) -> None:
+        """Starts again, on the same ports and data."""
+        if self.process is not None:
+            self.stop()
+        self.start()
+        self.wait_until_ready()
+
+    def close(self) -> None:
+        """Ends everything that belongs to the server."""
+        self.kill()
+        if self.forwarder is not None:
+            self.forwarder.close()
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        assert self.process is not None, f"{self.name} is not running"
+        return self.process
+
+    # Looking inside
+
+    def output(self) -> str:
+        """What the process printed, and its log."""
+        parts = [self.folder / "stdout", self.log_path]
+        return "".join(p.read_text(errors="replace") for p in parts if p.exists())
+
+    def log_has(self, text: str) -> bool:
+        return text in self.output()
+
+    def query(self, sql: str, *args: object) -> list[tuple[Any, ...]]:
+        """Reads from the server's database."""
+        connection = sqlite3.connect(f"file:{self.database_path}?mode=ro", uri=True, timeout=30)
+        try:
+            return connection.execute(sql, args).fetchall()
+        finally:
+            connection.close()
+
+    # Users and peers
+
+    def user(self, name: str = "user", *, admin: bool = False) -> Client:
+        """Registers a user with a name like this."""
+        url = f"{self.base_url}/_synapse/admin/v1/register"
+        username = f"{name}-{secrets.token_hex(4)}"
+        nonce = requests.get(url, timeout=60).json()["nonce"]
+        role = "admin" if admin else "notadmin"
+        message = "\0".join([nonce, username, "password", role]).encode()
+        body = {
+            "nonce": nonce,
+            "username": username,
+            "password": "password",
+            "admin": admin,
+            "mac": hmac.new(_SECRET.encode(), message, hashlib.sha1).hexdigest(),
+        }
+        answer = requests.post(url, json=body, timeout=60)
+        answer.raise_for_status()
+        return Client(self.base_url, answer.json()["user_id"], answer.json()["access_token"])
+
+    def as_seen_by(self, other: "Homeserver") -> FederationRequester:
+        """This server's federation API, asked by the other server."""
+        return FederationRequester(other.name, other.signing_key, self.name, self.federation_port)
+
+
+def _listener(port: int, resource: str, *, tls: bool) -> dict[str, Any]:
+    return {
+        "port": port,
+        "type": "http",
+        "tls": tls,
+        "bind_addresses": ["127.0.0.1"],
+        "resources": [{"names": [resource]}],
+    }
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+def _merge(into: dict[str, Any], changes: dict[str, Any]) -> None:
+    for key, value in changes.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+assert os.name == "posix", "the lab needs POSIX signals"

@@ -1,0 +1,23 @@
+"""The lab's one way to wait: for a condition."""
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def wait_until(condition: Callable[[], T], what: str, timeout_s: float = 60) -> T:
+    """Asks until the condition is true, and gives its value.
+
+    Raises:
+        AssertionError: it was not within the time; says what was waited for and the last value.
+    """
+    deadline = time.monotonic() + timeout_s
+    pause_s = 0.01
+    while not (value := condition()):
+        if time.monotonic() > deadline:
+            raise AssertionError(f"waited {timeout_s:.0f} s for {what}; last seen: {value!r}")
+        time.sleep(pause_s)
+        pause_s = min(pause_s * 1.5, 0.25)
+    return value

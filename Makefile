@@ -29,8 +29,9 @@ lint: $(VENV)/.built ## ruff, mypy, stubtest, rustfmt, clippy
 	cargo fmt --check
 	cargo clippy --quiet --all-targets -- -D warnings
 	cargo clippy --quiet --all-targets --all-features -- -D warnings
+	@! git grep -nE '(pypi[.]org|pythonhosted[.]org|crates[.]io)' -- ':!Makefile' | grep -v '^Cargo.lock:[0-9]*:source = "registry+' || { echo "A registry's host is named"; exit 1; }
 
-bench: ## Benchmarks of the Rust core
+bench: ## Benchmarks of the Rust core (needs cargo only)
 	cargo bench
 
 format: $(VENV)/.built ## Formats Python and Rust

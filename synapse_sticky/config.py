@@ -7,13 +7,12 @@ homeserver.yaml).
 
 import difflib
 import re
+import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import attr
 from synapse.module_api.errors import ConfigError
-
-_PATH = ("modules", "synapse_sticky.StickyEventsModule", "config")
 
 _UNITS_MS = {
     "": 1,
@@ -166,10 +165,13 @@ def _unknown(key: str, known: list[str]) -> str:
 
 
 def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python does not print numbers of thousands of digits
+        return "a number of very many digits"
 
 
 def _error(path: tuple[str, ...], problem: str) -> ConfigError:
     name = ".".join(path) or "config"
-    return ConfigError(f"{name} {problem}", path=(*_PATH, *path))
+    # Synapse puts the module's own path in front.
+    return ConfigError(f"{name} {problem}", path=path)

@@ -29,7 +29,7 @@ class StickyEventsModule:
         homeserver = SynapseHomeserver(api)
         self._homeserver = homeserver
         self._storage = Storage(homeserver)
-        follower = IndexFollower(homeserver)
+        self._follower = follower = IndexFollower(homeserver)
         duties = ["index"]
 
         self._joins: JoinsHandler | None = None

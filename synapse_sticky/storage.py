@@ -37,7 +37,7 @@ _MIGRATIONS: tuple[tuple[str, ...], ...] = (
 _FORGET_INSTANCE_AFTER_MS = 24 * 3600 * 1000
 
 
-class NewerLayout(Exception):
+class NewerLayoutError(Exception):
     """The tables were made by a later version of the module."""
 
 
@@ -66,7 +66,7 @@ class Storage:
         """Brings the tables to this version's layout; any number of processes may try at once.
 
         Raises:
-            NewerLayout: a later version of the module has been here.
+            NewerLayoutError: a later version of the module has been here.
         """
         await self._hs.transact("migrate", self._migrate_txn)
 
@@ -77,7 +77,7 @@ class Storage:
         row = txn.fetchone()
         version = (row[0] if row else None) or 0
         if version > len(_MIGRATIONS):
-            raise NewerLayout(
+            raise NewerLayoutError(
                 f"The tables synapse_sticky_* have layout {version}, this version of "
                 f"synapse-sticky knows {len(_MIGRATIONS)}. Install the later version again."
             )

@@ -12,7 +12,7 @@ from synapse.module_api.errors import ConfigError
 from synapse.util import SYNAPSE_VERSION
 
 
-class HookMismatch(ConfigError):
+class HookMismatchError(ConfigError):
     """A private part of Synapse is not what this version of the module knows."""
 
     def __init__(self, owner: object, name: str, problem: str) -> None:
@@ -31,24 +31,24 @@ def _name(owner: object) -> str:
 
 
 def attribute(owner: object, name: str) -> Any:
-    """The attribute, or HookMismatch if there is none."""
+    """The attribute, or HookMismatchError if there is none."""
     try:
         return getattr(owner, name)
     except AttributeError:
-        raise HookMismatch(owner, name, "is not there") from None
+        raise HookMismatchError(owner, name, "is not there") from None
 
 
 def method(owner: object, name: str, *parameters: str) -> Callable[..., Any]:
-    """The callable, if it takes exactly these parameters (without self), else HookMismatch."""
+    """The callable, if it takes exactly these parameters (without self), else HookMismatchError."""
     function = attribute(owner, name)
     if not callable(function):
-        raise HookMismatch(owner, name, "is not a function")
+        raise HookMismatchError(owner, name, "is not a function")
     found = tuple(p for p in inspect.signature(function).parameters if p != "self")
     if found != parameters:
-        raise HookMismatch(
+        raise HookMismatchError(
             owner, name, f"takes ({', '.join(found)}) instead of ({', '.join(parameters)})"
         )
-    return function  # type: ignore[no-any-return]  # callable() narrows Any to Any
+    return function
 
 
 def replace(owner: object, name: str, *parameters: str) -> Callable[[Callable[..., Any]], None]:

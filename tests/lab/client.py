@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import quote
 
@@ -86,9 +87,9 @@ class Client:
         event_id: str = self.request("PUT", path, content or {"body": "here"}, **query)["event_id"]
         return event_id
 
-    def send_sticky(self, room_id: str, duration_ms: int = HOUR_MS) -> str:
+    def send_sticky(self, room_id: str, duration_ms: int = HOUR_MS, content: object = None) -> str:
         """Sends a sticky event and gives its ID."""
-        return self.send(room_id, **{STICKY_PARAMETER: duration_ms})
+        return self.send(room_id, content, **{STICKY_PARAMETER: duration_ms})
 
     def send_state(self, room_id: str, kind: str, content: object) -> str:
         path = f"rooms/{quote(room_id)}/state/{kind}/"
@@ -106,12 +107,17 @@ class Client:
         return self.request("GET", "sync", **query)
 
     def collect_sticky(
-        self, room_id: str, expected: set[str], timeout_s: float = 90
+        self,
+        room_id: str,
+        expected: set[str],
+        timeout_s: float = 90,
+        progress: Callable[[int], None] | None = None,
     ) -> dict[str, float]:
         """Syncs until all expected sticky events have been seen, or the time is over.
 
         Gives all sticky events of the room in the order of their arrival, with the monotonic
         second at which each was seen, whether in the sticky section or in the timeline.
+        ``progress`` is told how many there are after each sync.
         """
         seen: dict[str, float] = {}
         since: str | None = None
@@ -121,6 +127,8 @@ class Client:
             since = answer["next_batch"]
             for event_id in sticky_events(answer, room_id):
                 seen.setdefault(event_id, time.monotonic())
+            if progress is not None:
+                progress(len(seen))
         return seen
 
 

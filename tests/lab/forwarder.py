@@ -4,6 +4,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
 
 class Forwarder:
@@ -63,7 +64,7 @@ class Forwarder:
                 self.refusals.append(time.monotonic())
                 connection.close()
                 continue
-            self._in_thread(lambda c=connection: self._serve(c))
+            self._in_thread(partial(self._serve, connection))
 
     def _serve(self, connection: socket.socket) -> None:
         if not self._flowing.is_set():

@@ -23,9 +23,12 @@ from tests.lab.forwarder import Forwarder
 from tests.lab.wait import wait_until
 
 MODULE = "synapse_sticky.StickyEventsModule"
+PROBED_MODULE = "tests.lab.probe.ProbedModule"
+_PROJECT = Path(__file__).parents[2]
 _SECRET = "registration"
 _OPEN = {"per_second": 10_000, "burst_count": 100_000}
 _START_ATTEMPTS = 5
+PROBE_PATH = "/_synapse/client/sticky_probe"
 
 
 class StartError(AssertionError):
@@ -40,6 +43,7 @@ class Homeserver:
         certificate: the TLS certificate and its key, PEM files.
         template: a database with Synapse's schema to begin with, if there is one.
         module: whether the module is loaded.
+        probed: whether the module lets the tests look inside (``index_knows``).
         config: the module's ``config:``; None leaves it out.
         extra: merged into homeserver.yaml.
         forwarded: whether the federation port lies behind a forwarder, so that it can be cut off.
@@ -52,12 +56,14 @@ class Homeserver:
         *,
         template: Path | None = None,
         module: bool = True,
+        probed: bool = False,
         config: dict[str, Any] | None = None,
         extra: dict[str, Any] | None = None,
         forwarded: bool = False,
     ) -> None:
         self.folder = folder
         self.module = module
+        self._module_name = PROBED_MODULE if probed else MODULE
         self._certificate = certificate
         self._config = config
         self._extra = extra or {}
@@ -145,7 +151,7 @@ class Homeserver:
         }
         if self.module:
             with_config = {} if self._config is None else {"config": self._config}
-            config["modules"] = [{"module": MODULE, **with_config}]
+            config["modules"] = [{"module": self._module_name, **with_config}]
         _merge(config, self._extra)
         _merge(config, changes)
         (self.folder / "homeserver.yaml").write_text(json.dumps(config, indent=1))
@@ -157,7 +163,11 @@ class Homeserver:
         command = [sys.executable, "-m", "synapse.app.homeserver", "-c", "homeserver.yaml"]
         with (self.folder / "stdout").open("ab") as output:
             self.process = subprocess.Popen(
-                command, cwd=self.folder, stdout=output, stderr=subprocess.STDOUT
+                command,
+                cwd=self.folder,
+                env={**os.environ, "PYTHONPATH": str(_PROJECT)},
+                stdout=output,
+                stderr=subprocess.STDOUT,
             )
 
     def wait_until_ready(self, timeout_s: float = 120) -> None:
@@ -184,7 +194,8 @@ class Homeserver:
             if self.process is None:
                 self.start()
             try:
-                return self.wait_until_ready()
+                self.wait_until_ready()
+                return
             except StartError:
                 if attempt + 1 == _START_ATTEMPTS or "Address already in use" not in self.output():
                     raise
@@ -242,6 +253,18 @@ class Homeserver:
 
     def log_has(self, text: str) -> bool:
         return text in self.output()
+
+    def index_knows(self, event_id: str) -> bool:
+        """Whether the module's index has the event, once it is in step with the stream."""
+        url = self.base_url + PROBE_PATH
+
+        def in_step() -> dict[str, bool] | None:
+            answer = requests.get(url, {"event_id": event_id}, timeout=60).json()
+            return answer if answer["in_step"] else None
+
+        answer = wait_until(in_step, "the index to be in step")
+        assert answer is not None
+        return answer["known"]
 
     def query(self, sql: str, *args: object) -> list[tuple[Any, ...]]:
         """Reads from the server's database."""

@@ -1,5 +1,6 @@
 """The configuration: defaults, and an error for everything wrong that names the option."""
 
+import contextlib
 import math
 from typing import Any
 
@@ -56,9 +57,9 @@ def test_durations(value: object, expected_ms: int) -> None:
     assert config.joins.retry_min_ms == expected_ms
 
 
-WRONG_DURATIONS = [
+WRONG_DURATIONS: list[object] = [
     *(True, 1.5, None, [], {}, "", "s", "h1", "-1s", "+1s", "1 s", "1_0", "1.5s", "1s\n"),
-    *(-1, 0, 9, "2h", 3_600_001, "9" * 16, math.nan, "١s", "500ms"),
+    *(-1, 0, 9, "2h", 3_600_001, "9" * 16, math.nan, "\u0661s", "500ms"),
 ]
 
 
@@ -69,7 +70,7 @@ def test_wrong_durations(value: object) -> None:
     assert "joins.retry_max must be a duration from 10 to 3600000 ms" in error.value.msg
 
 
-@pytest.mark.parametrize("value", [0, 100, -1, True, "5", 5.0, None, [], math.inf])
+@pytest.mark.parametrize("value", [0, 100, -1, True, "5", 5.0, None, [], math.inf, 10**5000])
 def test_wrong_integers(value: object) -> None:
     with pytest.raises(ConfigError) as error:
         parse({"joins": {"window": value}})
@@ -113,12 +114,7 @@ def test_errors_name_the_option(config: object, path: tuple[str, ...], message: 
     with pytest.raises(ConfigError) as error:
         parse(config)
     assert message in error.value.msg
-    assert tuple(error.value.path or ()) == (
-        "modules",
-        "synapse_sticky.StickyEventsModule",
-        "config",
-        *path,
-    )
+    assert tuple(error.value.path or ()) == path
 
 
 def test_long_values_are_cut() -> None:
@@ -137,10 +133,7 @@ JSON: st.SearchStrategy[Any] = st.recursive(
 
 @given(JSON)
 def test_any_value_is_taken_or_refused_clearly(config: object) -> None:
-    try:
+    with contextlib.suppress(ConfigError):
         parsed = parse(config)
-    except ConfigError as e:
-        assert e.msg
-    else:
         assert 1 <= parsed.joins.window <= 99
         assert 10 <= parsed.joins.retry_min_ms <= parsed.joins.retry_max_ms <= 3_600_000

@@ -1,0 +1,91 @@
+"""What several test modules do with rooms and servers."""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from tests.lab import Client, Homeserver, wait_until
+
+
+def room_of(*users: Client, via: Homeserver, history_visibility: str = "shared") -> str:
+    """A room that all users are in, made by the first of them on the server ``via``."""
+    room_id = users[0].create_room(history_visibility)
+    for user in users[1:]:
+        user.join(room_id, via.name)
+    everybody = {user.user_id for user in users}
+    for user in users:
+        wait_until_joined(user, room_id, everybody)
+    return room_id
+
+
+def wait_until_joined(user: Client, room_id: str, members: set[str]) -> None:
+    """Waits until these users are joined, as this user's server sees it."""
+    wait_until(lambda: members <= user.members(room_id), f"{members} to be joined")
+
+
+def wait_until_gone(user: Client, room_id: str, gone: Client) -> None:
+    """Waits until the user is no longer joined, as this user's server sees it."""
+    wait_until(lambda: gone.user_id not in user.members(room_id), f"{gone.user_id} to be gone")
+
+
+def wait_until_seen(server: Homeserver, newcomer: Homeserver, room_id: str) -> None:
+    """Waits until the server has noticed the newcomer."""
+    line = joined_line(newcomer, room_id)
+    wait_until(lambda: server.log_has(line), f"{newcomer.name} to be noticed")
+
+
+def joined_line(newcomer: Homeserver, room_id: str) -> str:
+    """What the module logs of a newcomer."""
+    return f"{newcomer.name} has newly joined {room_id}"
+
+
+def wait_until_all_pushed(server: Homeserver, room_id: str) -> None:
+    """Waits until the server owes nobody anything of the room."""
+    wait_until(lambda: room_id not in backlogged_rooms(server), "everything to be pushed")
+
+
+def wait_until_sticky(server: Homeserver, event_id: str) -> None:
+    """Waits until the server has taken the event for sticky."""
+    wait_until(lambda: is_sticky_at(server, event_id), f"{event_id} to arrive at {server.name}")
+
+
+def send_old_events(room_id: str, senders: list[Client], count: int) -> set[str]:
+    """Each sends so many sticky events, all of them in turns."""
+    return {sender.send_sticky(room_id) for _ in range(count) for sender in senders}
+
+
+def backlogged_rooms(server: Homeserver) -> set[str]:
+    """The rooms that the server has something left to push of, to anybody."""
+    rows = server.query("SELECT room_id FROM destination_rooms_sticky_events_backlog")
+    return {room_id for (room_id,) in rows}
+
+
+def is_sticky_at(server: Homeserver, event_id: str) -> bool:
+    """Has the server taken the event for sticky?"""
+    return bool(server.query("SELECT 1 FROM sticky_events WHERE event_id = ?", event_id))
+
+
+def wait_until_expired(server: Homeserver, event_id: str) -> None:
+    """Waits for the end of a sticky event."""
+    wait_until(
+        lambda: (
+            not server.query(
+                "SELECT 1 FROM sticky_events WHERE event_id = ? AND expires_at > ?",
+                event_id,
+                int(time.time() * 1000),
+            )
+        ),
+        "the event to expire",
+    )
+
+
+def in_thread(function: Callable[[], object]) -> Callable[[], None]:
+    """Runs the function by itself; the result waits for its end and raises what it raised."""
+    executor = ThreadPoolExecutor(1)
+    future = executor.submit(function)
+
+    def finish() -> None:
+        future.result(120)
+        executor.shutdown()
+
+    return finish

@@ -1,0 +1,427 @@
+"""Newcomers get every sticky event, from real homeservers (P3, P4, P5, P7, F3)."""
+
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from urllib.parse import quote
+
+import pytest
+
+from tests.conftest import Servers
+from tests.integration.rooms import (
+    backlogged_rooms,
+    in_thread,
+    is_sticky_at,
+    joined_line,
+    room_of,
+    send_old_events,
+    wait_until_all_pushed,
+    wait_until_expired,
+    wait_until_gone,
+    wait_until_joined,
+    wait_until_seen,
+    wait_until_sticky,
+)
+from tests.lab import Client, Homeserver, wait_until
+
+
+@pytest.mark.requirement("P3", "P4", "F1")
+@pytest.mark.parametrize("history_visibility", ["shared", "invited", "joined"])
+def test_newcomer_among_two(three: list[Homeserver], history_visibility: str) -> None:
+    a, b, c = three
+    alice, bob, carol = a.user(), b.user(), c.user()
+    room_id = room_of(alice, bob, via=a, history_visibility=history_visibility)
+    old = send_old_events(room_id, [alice, bob], 1)
+    carol.join(room_id, a.name)
+    assert set(carol.collect_sticky(room_id, old)) == old
+
+
+@pytest.mark.requirement("P3")
+def test_newcomer_among_four(servers: Servers) -> None:
+    *residents, newcomer = servers(5)
+    senders = [server.user() for server in residents]
+    room_id = room_of(*senders, via=residents[0])
+    old = send_old_events(room_id, senders, 10)
+    user = newcomer.user()
+    user.join(room_id, residents[1].name)
+    assert set(user.collect_sticky(room_id, old)) == old
+
+
+@pytest.mark.requirement("P3", "P7", "L3")
+@pytest.mark.parametrize("history_visibility", ["shared", "joined"])
+@pytest.mark.parametrize("with_module", [True, False])
+def test_hundreds_of_old_events(
+    servers: Servers, with_module: bool, history_visibility: str
+) -> None:
+    a, b, c = servers({}, {}, {"module": with_module})
+    alice, bob, carol = a.user(), b.user(), c.user()
+    room_id = room_of(alice, bob, via=a, history_visibility=history_visibility)
+    old = send_old_events(room_id, [alice, bob], 130)
+    carol.join(room_id, a.name)
+    assert set(carol.collect_sticky(room_id, old, timeout_s=180)) == old
+    assert not c.log_has("Pruning")
+    # What was delivered is noted as such: nothing is sent for ever.
+    for resident in (a, b):
+        wait_until_all_pushed(resident, room_id)
+
+
+@pytest.mark.requirement("P3")
+def test_delivery_after_a_join_takes_no_time(three: list[Homeserver]) -> None:
+    a, b, c = three
+    delays_s = []
+    for _ in range(7):
+        alice, bob, carol = a.user(), b.user(), c.user()
+        room_id = room_of(alice, bob, via=a)
+        old = send_old_events(room_id, [alice, bob], 1)
+        carol.join(room_id, a.name)
+        joined_s = time.monotonic()
+        seen = carol.collect_sticky(room_id, old)
+        assert set(seen) == old
+        delays_s.append(max(seen.values()) - joined_s)
+    # A wide margin for a busy machine, yet less than any retry that grew.
+    assert statistics.median(delays_s) < 10, delays_s
+
+
+@pytest.mark.requirement("P3")
+def test_module_without_config_and_with_all_of_it(servers: Servers) -> None:
+    everything = {
+        "joins": {"enabled": True, "window": 10, "retry_min": "1s", "confirm": False},
+        "staging": {"keep_sticky": True},
+        "visibility": {"servers": True},
+    }
+    a, b, c = servers({"config": None}, {"config": everything}, {"config": {}})
+    alice, bob, carol = a.user(), b.user(), c.user()
+    room_id = room_of(alice, bob, via=a)
+    old = send_old_events(room_id, [alice, bob], 15)
+    carol.join(room_id, a.name)
+    assert set(carol.collect_sticky(room_id, old)) == old
+    for server in (a, b, c):
+        assert server.log_has("synapse-sticky runs in master: index, joins, staging, visibility")
+
+
+def test_duties_can_be_switched_off(servers: Servers) -> None:
+    off = {
+        "joins": {"enabled": False},
+        "staging": {"keep_sticky": False},
+        "visibility": {"servers": False},
+    }
+    (server,) = servers({"config": off})
+    assert server.log_has("synapse-sticky runs in master: index\n")
+
+
+@pytest.mark.requirement("F3", "P7")
+def test_pushed_before_the_newcomer_has_finished_joining(servers: Servers) -> None:
+    a, b, c = servers({}, {"forwarded": True}, {})
+    assert b.forwarder is not None
+    alice, bob, carol = a.user(), b.user(), c.user()
+    room_id = room_of(alice, bob, via=a)
+    old = send_old_events(room_id, [alice, bob], 3)
+    # To finish its join the newcomer needs the second resident's keys: held up.
+    b.forwarder.hold()
+    finish = in_thread(lambda: carol.join(room_id, a.name))
+    wait_until(lambda: c.log_has("Ignoring PDU for unknown room_id"), "the race")
+    during = {alice.send_sticky(room_id)}
+    b.forwarder.release()
+    finish()
+    assert set(carol.collect_sticky(room_id, old | during)) == old | during
+
+
+@pytest.mark.requirement("E4", "P3")
+@pytest.mark.parametrize("end", [Homeserver.stop, Homeserver.kill])
+def test_resident_ends_between_join_and_push(
+    servers: Servers, end: Callable[[Homeserver], None]
+) -> None:
+    a, b, c = servers({}, {}, {"forwarded": True})
+    assert c.forwarder is not None
+    alice, bob, carol = a.user(), b.user(), c.user()
+    room_id = room_of(alice, bob, via=a)
+    old = send_old_events(room_id, [alice, bob], 5)
+    c.forwarder.offline()
+    carol.join(room_id, a.name)
+    wait_until(lambda: c.forwarder and c.forwarder.refusals, "a push to be refused")
+    wait_until_joined(bob, room_id, {carol.user_id})
+    end(b)
+    c.forwarder.online()
+    b.start()
+    b.wait_until_ready()
+    assert set(carol.collect_sticky(room_id, old)) == old
+
+
+@pytest.mark.requirement("E4", "P3")
+def test_join_while_the_resident_is_down(servers: Servers) -> None:
+    a, b, c = servers(3)
+    alice, bob, carol = a.user(), b.user(), c.user()
+    room_id = room_of(alice, bob, via=a)
+    old = send_old_events(room_id, [alice, bob], 3)
+    b.kill()
+    carol.join(room_id, a.name)
+    b.start()
+    b.wait_until_ready()
+    # The join reaches the resident along with the next event, or by its sender's retries.
+    alice.send(room_id)
+    assert set(carol.collect_sticky(room_id, old)) == old
+
+
+@pytest.mark.requirement("P3", "P7")
+def test_newcomer_is_paused_at_the_join(servers: Servers) -> None:
+    a, b, c = servers(3)
+    alice, bob, carol = a.user(), b.user(), c.user()
+    room_id = room_of(alice, bob, via=a)
+    old = send_old_events(room_id, [alice, bob], 20)
+    carol.join(room_id, a.name)
+    c.pause()
+    try:
+        wait_until_seen(b, c, room_id)
+        late = {bob.send_sticky(room_id)}
+    finally:
+        c.resume()
+    assert set(carol.collect_sticky(room_id, old | late)) == old | late
+
+
+@pytest.mark.requirement("P2", "P3")
+def test_newcomer_is_unreachable_for_half_a_minute(servers: Servers) -> None:
+    """Nor has the destination ever been reached before."""
+    a, b, c = servers({}, {}, {"forwarded": True})
+    forwarder = c.forwarder
+    assert forwarder is not None
+    alice, bob, carol = a.user(), b.user(), c.user()
+    room_id = room_of(alice, bob, via=a)
+    old = send_old_events(room_id, [alice, bob], 10)
+    forwarder.offline()
+    carol.join(room_id, a.name)
+    wait_until(
+        lambda: forwarder.refusals and time.monotonic() - forwarder.refusals[0] > 30,
+        "half a minute of refused connections",
+    )
+    assert len(forwarder.refusals) > 2
+    forwarder.online()
+    assert set(carol.collect_sticky(room_id, old)) == old
+
+
+@pytest.mark.requirement("S2", "P3")
+def test_expired_events_are_not_sent(three: list[Homeserver]) -> None:
+    a, b, c = three
+    alice, bob, carol = a.user(), b.user(), c.user()
+    room_id = room_of(alice, bob, via=a, history_visibility="joined")
+    expired = alice.send_sticky(room_id, duration_ms=500)
+    lasting = alice.send_sticky(room_id)
+    wait_until_expired(a, expired)
+    carol.join(room_id, a.name)
+    assert expired not in carol.collect_sticky(room_id, {lasting})
+    assert not is_sticky_at(c, expired)
+
+
+@pytest.mark.requirement("P4")
+def test_remote_events_are_not_sent_by_a_third_server(servers: Servers) -> None:
+    a, b, c = servers(3)
+    alice, bob, carol = a.user(), b.user(), c.user()
+    room_id = room_of(alice, bob, via=a)
+    of_bob = bob.send_sticky(room_id)
+    wait_until_sticky(a, of_bob)
+    of_alice = alice.send_sticky(room_id)
+    b.kill()
+    carol.join(room_id, a.name)
+    assert set(carol.collect_sticky(room_id, {of_alice})) == {of_alice}
+    wait_until_all_pushed(a, room_id)
+    assert of_bob not in [e for (e,) in c.query("SELECT event_id FROM sticky_events")]
+    b.start()
+    b.wait_until_ready()
+    alice.send(room_id)
+    assert set(carol.collect_sticky(room_id, {of_alice, of_bob})) == {of_alice, of_bob}
+
+
+@pytest.mark.requirement("L3", "F1")
+def test_outlier_first_and_in_full_later(servers: Servers) -> None:
+    a, b, c = servers({}, {"forwarded": True}, {})
+    assert b.forwarder is not None
+    alice, bob, carol = a.user(), b.user(), c.user()
+    room_id = room_of(alice, bob, via=a)
+    # Far more than /get_missing_events fetches, so that the newcomer fetches the state at a gap.
+    for _ in range(30):
+        bob.send(room_id)
+    of_bob = bob.send_sticky(room_id)
+    wait_until_sticky(a, of_bob)
+    of_alice = alice.send_sticky(room_id)
+    b.pause()
+    try:
+        carol.join(room_id, a.name)
+        carol.collect_sticky(room_id, {of_alice})
+    finally:
+        b.resume()
+    alice.send(room_id)
+    old = {of_alice, of_bob}
+    assert set(carol.collect_sticky(room_id, old)) == old
+
+
+@pytest.mark.requirement("P3")
+def test_rejoining_after_leaving(three: list[Homeserver]) -> None:
+    a, b, c = three
+    alice, bob, carol = a.user(), b.user(), c.user()
+    room_id = room_of(alice, bob, via=a)
+    first = send_old_events(room_id, [alice, bob], 2)
+    carol.join(room_id, a.name)
+    assert set(carol.collect_sticky(room_id, first)) == first
+    carol.leave(room_id)
+    for user in (alice, bob):
+        wait_until_gone(user, room_id, carol)
+    meanwhile = send_old_events(room_id, [alice, bob], 2)
+    for event_id in meanwhile:
+        for server in (a, b):
+            wait_until_sticky(server, event_id)
+    assert not any(is_sticky_at(c, e) for e in meanwhile)
+    carol.join(room_id, b.name)
+    assert set(carol.collect_sticky(room_id, first | meanwhile)) >= meanwhile
+
+
+@pytest.mark.requirement("P3")
+def test_second_user_of_a_server_is_no_newcomer(three: list[Homeserver]) -> None:
+    a, b, c = three
+    alice, carol, dave = a.user(), c.user(), c.user()
+    room_id = room_of(alice, carol, via=a)
+    old = {alice.send_sticky(room_id)}
+    carol.collect_sticky(room_id, old)
+    wait_until_seen(a, c, room_id)
+    dave.join(room_id)
+    assert set(dave.collect_sticky(room_id, old)) == old
+    wait_until_joined(alice, room_id, {dave.user_id})
+    # The next newcomer comes after it in the stream: by then it has been read.
+    bob = b.user()
+    bob.join(room_id, a.name)
+    wait_until_seen(a, b, room_id)
+    assert a.output().count(joined_line(c, room_id)) == 1
+
+
+@pytest.mark.requirement("P3")
+def test_server_that_left_gets_nothing(servers: Servers) -> None:
+    a, b, c = servers({}, {}, {"forwarded": True})
+    assert c.forwarder is not None
+    alice, bob, carol = a.user(), b.user(), c.user()
+    room_id = room_of(alice, bob, via=a)
+    old = send_old_events(room_id, [alice], 2)
+    c.forwarder.offline()
+    carol.join(room_id, b.name)
+    wait_until_seen(a, c, room_id)
+    alice.kick(room_id, carol.user_id)
+    c.forwarder.online()
+    refused = f"{c.name} may not get events of {room_id} now"
+    wait_until(lambda: a.log_has(refused), "the push to be given up")
+    assert not any(is_sticky_at(c, e) for e in old)
+    assert not backlogged_rooms(a)
+
+
+@pytest.mark.requirement("P3")
+def test_server_that_the_acl_denies_gets_nothing(servers: Servers) -> None:
+    a, b, c = servers({}, {}, {"forwarded": True})
+    assert c.forwarder is not None
+    alice, bob, carol = a.user(), b.user(), c.user()
+    room_id = room_of(alice, bob, via=a)
+    old = send_old_events(room_id, [alice], 2)
+    c.forwarder.offline()
+    carol.join(room_id, b.name)
+    wait_until_seen(a, c, room_id)
+    # All names are localhost here: an ACL names hosts without their port.
+    alice.send_state(room_id, "m.room.server_acl", {"allow": ["elsewhere"], "deny": []})
+    c.forwarder.online()
+    refused = f"{c.name} may not get events of {room_id} now"
+    wait_until(lambda: a.log_has(refused), "the push to be given up")
+    assert not any(is_sticky_at(c, e) for e in old)
+
+
+@pytest.mark.requirement("P3")
+def test_server_outside_the_federation_whitelist_gets_nothing(servers: Servers) -> None:
+    a, b, c = servers(3)
+    alice, bob, carol = a.user(), b.user(), c.user()
+    room_id = room_of(alice, bob, via=a)
+    old = send_old_events(room_id, [alice], 1)
+    a.write_config(federation_domain_whitelist=[b.name])
+    a.restart()
+    of_bob = bob.send_sticky(room_id)
+    carol.join(room_id, b.name)
+    assert of_bob in carol.collect_sticky(room_id, {of_bob})
+    wait_until_joined(alice, room_id, {carol.user_id})
+    wait_until_all_pushed(b, room_id)
+    assert not a.log_has(joined_line(c, room_id))
+    assert not any(is_sticky_at(c, e) for e in old)
+
+
+@pytest.mark.requirement("P6")
+def test_events_of_an_erased_user_are_not_sent(three: list[Homeserver]) -> None:
+    a, b, c = three
+    alice, eve, carol = a.user(), a.user(), c.user()
+    room_id = room_of(alice, eve, via=a)
+    of_eve = eve.send_sticky(room_id)
+    of_alice = alice.send_sticky(room_id)
+    admin = a.user(admin=True)
+    admin.request("POST", f"/_synapse/admin/v1/deactivate/{eve.user_id}", {"erase": True})
+    wait_until_gone(alice, room_id, eve)
+    carol.join(room_id, a.name)
+    assert set(carol.collect_sticky(room_id, {of_alice})) == {of_alice}
+    wait_until_all_pushed(a, room_id)
+    assert not is_sticky_at(c, of_eve)
+
+
+@pytest.mark.requirement("S5")
+def test_redacted_events_are_not_sent_as_sticky(three: list[Homeserver]) -> None:
+    a, b, c = three
+    alice, bob, carol = a.user(), b.user(), c.user()
+    room_id = room_of(alice, bob, via=a, history_visibility="joined")
+    redacted, kept = alice.send_sticky(room_id), alice.send_sticky(room_id)
+    alice.redact(room_id, redacted)
+    carol.join(room_id, a.name)
+    assert set(carol.collect_sticky(room_id, {kept})) == {kept}
+    wait_until_all_pushed(a, room_id)
+    assert not is_sticky_at(c, redacted)
+
+
+@pytest.mark.requirement("P3")
+def test_room_whose_state_is_still_partial(servers: Servers) -> None:
+    """The resident itself joined without the room's full state (a faster join)."""
+    a, b, c, d = servers(4)
+    alice, bob, carol, dave = a.user(), b.user(), c.user(), d.user()
+    room_id = room_with_partial_state(a, b, alice, bob, dave)
+    try:
+        of_bob = bob.send_sticky(room_id)
+        carol.join(room_id, d.name)
+        assert set(carol.collect_sticky(room_id, {of_bob})) == {of_bob}
+        assert has_partial_state(b, room_id)
+    finally:
+        a.resume()
+    wait_until(lambda: not has_partial_state(b, room_id), "the full state")
+    # Those whom the full state brought were there before: they are no newcomers.
+    of_alice = alice.send_sticky(room_id)
+    wait_until_sticky(b, of_alice)
+    eve = d.user()
+    eve.join(room_id)
+    wait_until_joined(bob, room_id, {eve.user_id})
+    for server in (a, d):
+        assert not b.log_has(joined_line(server, room_id))
+
+
+def room_with_partial_state(
+    a: Homeserver, b: Homeserver, alice: Client, bob: Client, dave: Client
+) -> str:
+    """A room that ``b`` has partial state of; ``a``, which could give the rest, is paused."""
+    for _ in range(20):
+        room_id = room_of(alice, dave, via=a)
+        finish = in_thread(partial(bob.join, room_id, a.name))
+        wait_until(partial(join_is_answered, a, room_id), "the join to be answered")
+        a.pause()
+        # If that was too early, the answer is still on its way and the join cannot finish.
+        finish()
+        if has_partial_state(b, room_id):
+            return room_id
+        a.resume()
+    raise AssertionError("no join left partial state")
+
+
+def join_is_answered(server: Homeserver, room_id: str) -> bool:
+    """Has the server answered a /send_join for the room?"""
+    path = f"send_join/{quote(room_id, safe='')}"
+    return any(
+        "Processed request" in line and path in line for line in server.output().splitlines()
+    )
+
+
+def has_partial_state(server: Homeserver, room_id: str) -> bool:
+    return bool(server.query("SELECT 1 FROM partial_state_rooms WHERE room_id = ?", room_id))

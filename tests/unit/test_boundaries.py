@@ -1,0 +1,239 @@
+"""The design's boundaries, read off the source: who imports what, and who touches what is private.
+
+Each check is a function from a file's source to its findings. It is shown to find what it must
+on small pieces of bad source, and then to find nothing in the project.
+"""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = "synapse_sticky"
+
+SYNAPSE_ALLOWED = {
+    "synapse.module_api": "the stable interface to modules",
+    "synapse.module_api.errors": "the errors that are part of it",
+}
+
+# Every part of the package, and the parts that it may import. A new part needs its line here.
+MAY_IMPORT = {
+    "__init__": {"module"},
+    "module": {"adapter", "config", "handlers", "homeserver", "index", "storage"},
+    "handlers": {"_core", "config", "handlers", "homeserver", "index", "storage"},
+    "storage": {"homeserver"},
+    "index": {"_core", "homeserver"},
+    "adapter": {"_core", "adapter", "homeserver"},
+    "config": set[str](),
+    "homeserver": set[str](),
+}
+
+# File and function that may sleep.
+MAY_SLEEP = ("tests/lab/wait.py", "wait_until")
+
+
+def part_of(path: str) -> str:
+    """``synapse_sticky/handlers/joins.py`` belongs to ``handlers``."""
+    return Path(path).parts[1].removesuffix(".py")
+
+
+def imports(path: str, tree: ast.AST) -> Iterator[tuple[int, str, list[str]]]:
+    """Line, absolute module name and the names taken from it (none for a plain ``import``)."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name, []
+        elif isinstance(node, ast.ImportFrom):
+            package = Path(path).parent.parts
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join((*base, *([node.module] if node.module else [])))
+            yield node.lineno, module, [alias.name for alias in node.names]
+
+
+def directions(path: str, source: str) -> Iterator[str]:
+    """Imports of this package that do not point the one way."""
+    part = part_of(path)
+    if part not in MAY_IMPORT:
+        yield f"{path}: '{part}' has no line in MAY_IMPORT"
+        return
+    for line, module, names in imports(path, ast.parse(source)):
+        if module.split(".")[0] != PACKAGE:
+            continue
+        if module != PACKAGE:
+            targets = [module.split(".")[1]]
+        else:
+            # `from synapse_sticky import x`: a part, or something of the package's own file.
+            known = {*MAY_IMPORT, "_core"}
+            targets = [name if name in known else "__init__" for name in names or ["__init__"]]
+        for target in targets:
+            if target not in MAY_IMPORT[part]:
+                yield f"{path}:{line}: {part} may not import {target}"
+
+
+def private_parts(path: str, source: str) -> Iterator[str]:
+    """What only the adapter may do: import Synapse's inside, touch what is private to others."""
+    if part_of(path) == "adapter":
+        return
+    tree = ast.parse(source)
+    for line, module, names in imports(path, tree):
+        if module.split(".")[0] == "synapse" and module not in SYNAPSE_ALLOWED:
+            yield f"{path}:{line}: imports {module}"
+        for name in names:
+            if is_private(name) and name != "_core":
+                yield f"{path}:{line}: imports the private {module}.{name}"
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(value=ast.Name(id="self" | "cls")):
+                pass
+            case ast.Attribute(attr=name) if is_private(name):
+                yield f"{path}:{node.lineno}: touches the private {ast.unparse(node)}"
+            case ast.Call(
+                func=ast.Name(id="getattr" | "setattr" | "hasattr" | "delattr"),
+                args=[_, ast.Constant(value=str(name)), *_],
+            ) if is_private(name):
+                yield f"{path}:{node.lineno}: touches the private {ast.unparse(node)}"
+            case ast.Name(id="import_module" | "__import__") | ast.Attribute(attr="import_module"):
+                yield f"{path}:{node.lineno}: imports by a computed name"
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def sleeps(path: str, source: str) -> Iterator[str]:
+    """Uses of any ``sleep`` but the one wait helper's: a test waits for a condition, not a time."""
+    tree = ast.parse(source)
+    allowed = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and (path, node.name) == MAY_SLEEP
+        for inner in ast.walk(node)
+    }
+    for line, module, names in imports(path, tree):
+        if "sleep" in names:
+            yield f"{path}:{line}: imports {module}.sleep"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr == "sleep" and id(node) not in allowed:
+            yield f"{path}:{node.lineno}: sleeps"
+
+
+def sources(folder: str) -> list[str]:
+    paths = sorted(str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob("*.py"))
+    assert paths, f"no sources in {folder}"
+    return paths
+
+
+@pytest.mark.parametrize("path", sources(PACKAGE))
+def test_dependencies_point_one_way(path: str) -> None:
+    assert list(directions(path, (ROOT / path).read_text())) == []
+
+
+@pytest.mark.parametrize("path", sources(PACKAGE))
+def test_only_the_adapter_touches_private_parts(path: str) -> None:
+    assert list(private_parts(path, (ROOT / path).read_text())) == []
+
+
+@pytest.mark.parametrize("path", sources("tests"))
+def test_no_test_sleeps(path: str) -> None:
+    assert list(sleeps(path, (ROOT / path).read_text())) == []
+
+
+def test_no_part_depends_on_itself_through_others() -> None:
+    def reach(part: str, seen: frozenset[str]) -> None:
+        assert part not in seen, f"{part} is in a circle with {sorted(seen - {part})}"
+        for target in MAY_IMPORT.get(part, set()) - {part}:
+            reach(target, seen | {part})
+
+    for part in MAY_IMPORT:
+        reach(part, frozenset())
+
+
+HANDLER = "synapse_sticky/handlers/joins.py"
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        (HANDLER, "import synapse_sticky.adapter"),
+        (HANDLER, "from synapse_sticky.adapter.hooks import Hook"),
+        (HANDLER, "from synapse_sticky import config, adapter"),
+        (HANDLER, "from synapse_sticky import StickyEventsModule"),
+        (HANDLER, "import synapse_sticky"),
+        (HANDLER, "from ..adapter import hooks"),
+        (HANDLER, "from .. import module"),
+        (HANDLER, "from synapse_sticky.module import StickyEventsModule"),
+        (HANDLER, "def late():\n    from synapse_sticky.adapter import hooks"),
+        ("synapse_sticky/storage.py", "from synapse_sticky.handlers.joins import JoinsHandler"),
+        ("synapse_sticky/index.py", "from .adapter import stream"),
+        ("synapse_sticky/config.py", "from synapse_sticky.handlers import joins"),
+        ("synapse_sticky/homeserver.py", "from synapse_sticky.handlers import joins"),
+        ("synapse_sticky/adapter/hooks.py", "from synapse_sticky.config import parse"),
+        ("synapse_sticky/adapter/hooks.py", "from synapse_sticky.handlers import joins"),
+        ("synapse_sticky/brand_new.py", ""),
+    ],
+)
+def test_a_wrong_direction_is_found(path: str, source: str) -> None:
+    assert len(list(directions(path, source))) == 1
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import synapse",
+        "import synapse.server",
+        "from synapse import server",
+        "from synapse.config._base import Config",
+        "from synapse.types import UserID",
+        "def late():\n    import synapse.storage",
+        "import importlib\nimportlib.import_module('synapse.' + 'server')",
+        "__import__('synapse.server')",
+        "api._hs",
+        "self.api._hs",
+        "api._hs = None",
+        "getattr(api, '_hs')",
+        "setattr(api, '_hs', None)",
+        "from synapse.module_api import _secret",
+    ],
+)
+def test_a_touch_of_private_parts_is_found(source: str) -> None:
+    for path in (HANDLER, "synapse_sticky/module.py", "synapse_sticky/config.py"):
+        assert len(list(private_parts(path, source))) == 1
+    assert list(private_parts("synapse_sticky/adapter/hooks.py", source)) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from synapse.module_api import ModuleApi",
+        "from synapse.module_api.errors import ConfigError",
+        "from synapse_sticky import _core",
+        "self._api = cls._api",
+        "api.__class__.__name__",
+        "getattr(api, 'public')",
+    ],
+)
+def test_what_is_allowed_is_not_found(source: str) -> None:
+    assert list(private_parts(HANDLER, source)) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import time\ntime.sleep(1)",
+        "import time as t\ndef wait_until():\n    t.sleep(1)",
+        "import asyncio\nasync def f():\n    await asyncio.sleep(1)",
+        "from time import sleep",
+        "from time import sleep as pause",
+        "import time\nwaste = time.sleep",
+    ],
+)
+def test_a_sleep_is_found(source: str) -> None:
+    assert len(list(sleeps("tests/unit/test_x.py", source))) == 1
+
+
+def test_only_the_wait_helper_may_sleep() -> None:
+    source = "import time\ndef {}():\n    time.sleep(1)"
+    assert list(sleeps("tests/lab/wait.py", source.format("wait_until"))) == []
+    assert len(list(sleeps("tests/lab/wait.py", source.format("wait_a_bit")))) == 1

@@ -1,5 +1,6 @@
 """Fixtures, and the end of every server's log beside a test that failed."""
 
+import signal
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
@@ -23,17 +24,15 @@ def lab() -> Iterator[Lab]:
 @pytest.fixture
 def servers(lab: Lab) -> Iterator[Servers]:
     """Starts servers for one test."""
-    started: list[Homeserver] = []
+    others = list(lab.servers_started)
 
     def start(*options: Any) -> list[Homeserver]:
         if len(options) == 1 and isinstance(options[0], int):
             options = ({},) * options[0]
-        new = lab.servers(*options)
-        started.extend(new)
-        return new
+        return lab.servers(*options)
 
     yield start
-    lab.close_servers(started)
+    lab.close_servers([server for server in lab.servers_started if server not in others])
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +41,11 @@ def three(lab: Lab) -> Iterator[list[Homeserver]]:
     started = lab.servers({}, {}, {})
     yield started
     lab.close_servers(started)
+
+
+def pytest_configure() -> None:
+    """Has ``kill`` and ``timeout`` end the tests as Ctrl-C does: with all servers."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -28,6 +28,22 @@ def wait_until_gone(user: Client, room_id: str, gone: Client) -> None:
     wait_until(lambda: gone.user_id not in user.members(room_id), f"{gone.user_id} to be gone")
 
 
+def keep_sending_until_joined(sender: Client, room_id: str, user: Client, joined: Client) -> None:
+    """Sends events, so that the sender's server looks whether its back-off is over, until this
+    user's server knows that the other one joined."""
+    wait_until(
+        lambda: sender.send(room_id) and joined.user_id in user.members(room_id),
+        f"{joined.user_id} to be joined",
+    )
+
+
+def introduce(newcomer: Homeserver, *servers: Homeserver) -> None:
+    """Has the servers fetch the newcomer's keys, without their sending it anything else."""
+    for server in servers:
+        response = server.as_seen_by(newcomer).event("$of-no-interest")
+        assert response.status_code == 404, response.text
+
+
 def wait_until_seen(server: Homeserver, newcomer: Homeserver, room_id: str) -> None:
     """Waits until the server has noticed the newcomer."""
     line = joined_line(newcomer, room_id)

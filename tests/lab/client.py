@@ -35,6 +35,7 @@ class Client:
         self.user_id = user_id
         self._base_url = base_url
         self._session = requests.Session()
+        self._session.trust_env = False  # the environment may name a proxy
         self._session.headers["Authorization"] = f"Bearer {access_token}"
 
     def request(self, method: str, path: str, body: object = None, **query: Any) -> Any:
@@ -74,6 +75,9 @@ class Client:
     def kick(self, room_id: str, user_id: str) -> None:
         self.request("POST", f"rooms/{quote(room_id)}/kick", {"user_id": user_id})
 
+    def ban(self, room_id: str, user_id: str) -> None:
+        self.request("POST", f"rooms/{quote(room_id)}/ban", {"user_id": user_id})
+
     def invite(self, room_id: str, user_id: str) -> None:
         self.request("POST", f"rooms/{quote(room_id)}/invite", {"user_id": user_id})
 
@@ -95,6 +99,9 @@ class Client:
         path = f"rooms/{quote(room_id)}/state/{kind}/"
         event_id: str = self.request("PUT", path, content)["event_id"]
         return event_id
+
+    def event(self, room_id: str, event_id: str) -> Any:
+        return self.request("GET", f"rooms/{quote(room_id)}/event/{quote(event_id)}")
 
     def redact(self, room_id: str, event_id: str) -> None:
         path = f"rooms/{quote(room_id)}/redact/{quote(event_id)}/{next(_transactions)}"

@@ -21,6 +21,7 @@ class FederationRequester:
         self._destination = destination
         self._port = port
         self._session = requests.Session()
+        self._session.trust_env = False  # the environment may name another authority or a proxy
         self._session.verify = False
 
     def request(self, method: str, path: str, content: object = None) -> requests.Response:
@@ -50,6 +51,20 @@ class FederationRequester:
 
     def event(self, event_id: str) -> requests.Response:
         return self.request("GET", f"event/{quote(event_id, safe='')}")
+
+    def state_ids(self, room_id: str, event_id: str) -> dict[str, list[str]]:
+        """The IDs of the state before the event, and of its auth chain."""
+        query = urlencode({"event_id": event_id})
+        response = self.request("GET", f"state_ids/{quote(room_id, safe='')}?{query}")
+        response.raise_for_status()
+        ids: dict[str, list[str]] = response.json()
+        return ids
+
+    def make_join(self, room_id: str, user_id: str) -> requests.Response:
+        """For rooms of the versions that Synapse makes by default, and the older ones."""
+        path = f"make_join/{quote(room_id, safe='')}/{quote(user_id, safe='')}"
+        versions = urlencode({"ver": [str(n) for n in range(1, 13)]}, doseq=True)
+        return self.request("GET", f"{path}?{versions}")
 
     def backfill(self, room_id: str, event_id: str, limit: int) -> list[dict[str, Any]]:
         """PDUs from the event backwards."""

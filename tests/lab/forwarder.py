@@ -27,7 +27,6 @@ class Forwarder:
 
     def offline(self) -> None:
         """Cuts all connections and refuses new ones."""
-        self._reachable = False
         self._cut()
 
     def online(self) -> None:
@@ -44,15 +43,30 @@ class Forwarder:
 
     def close(self) -> None:
         """Ends the forwarder."""
+        _shut(self._listener)  # closing alone would not wake the thread that accepts
         self._listener.close()
-        self._reachable = False
-        self._flowing.set()
         self._cut()
+        self._flowing.set()
 
     def _cut(self) -> None:
         with self._lock:
-            for connection in list(self._open):
+            self._reachable = False
+            for connection in self._open:
                 _shut(connection)
+
+    def _opened(self, connection: socket.socket) -> bool:
+        """Takes the connection in, so that it can be cut; closes it if nobody may come in now."""
+        with self._lock:
+            if self._reachable:
+                self._open.add(connection)
+                return True
+        connection.close()
+        return False
+
+    def _closed(self, connection: socket.socket) -> None:
+        with self._lock:
+            self._open.discard(connection)
+        connection.close()
 
     def _accept(self) -> None:
         while True:
@@ -60,11 +74,10 @@ class Forwarder:
                 connection, _ = self._listener.accept()
             except OSError:
                 return
-            if not self._reachable or self.target_port is None:
+            if self._opened(connection):
+                self._in_thread(partial(self._serve, connection))
+            else:
                 self.refusals.append(time.monotonic())
-                connection.close()
-                continue
-            self._in_thread(partial(self._serve, connection))
 
     def _serve(self, connection: socket.socket) -> None:
         if not self._flowing.is_set():
@@ -73,17 +86,14 @@ class Forwarder:
         try:
             target = socket.create_connection(("127.0.0.1", self.target_port or 0))
         except OSError:
-            connection.close()
+            self._closed(connection)
             return
-        with self._lock:
-            self._open |= {connection, target}
-        back = self._in_thread(lambda: _pump(target, connection))
-        _pump(connection, target)
-        back.join()
-        with self._lock:
-            self._open -= {connection, target}
-        connection.close()
-        target.close()
+        if self._opened(target):
+            back = self._in_thread(partial(_pump, target, connection))
+            _pump(connection, target)
+            back.join()
+            self._closed(target)
+        self._closed(connection)
 
     @staticmethod
     def _in_thread(function: Callable[[], None]) -> threading.Thread:

@@ -47,6 +47,7 @@ class Homeserver:
         config: the module's ``config:``; None leaves it out.
         extra: merged into homeserver.yaml.
         forwarded: whether the federation port lies behind a forwarder, so that it can be cut off.
+        host: the host in its server name; ACLs tell servers apart by it.
     """
 
     def __init__(
@@ -60,8 +61,10 @@ class Homeserver:
         config: dict[str, Any] | None = None,
         extra: dict[str, Any] | None = None,
         forwarded: bool = False,
+        host: str = "localhost",
     ) -> None:
         self.folder = folder
+        self._host = host
         self.module = module
         self._module_name = PROBED_MODULE if probed else MODULE
         self._certificate = certificate
@@ -70,6 +73,7 @@ class Homeserver:
         self.forwarder = Forwarder() if forwarded else None
         self.process: subprocess.Popen[bytes] | None = None
         self.log_path = folder / "homeserver.log"
+        self._log_start = 0
         self.database_path = folder / "homeserver.db"
         self.signing_key = generate_signing_key("a_lab")
         with (folder / "signing.key").open("w") as file:
@@ -85,7 +89,7 @@ class Homeserver:
         if self.forwarder is not None:
             self.forwarder.target_port = self.federation_port
         public_port = self.forwarder.port if self.forwarder else self.federation_port
-        self.name = f"localhost:{public_port}"
+        self.name = f"{self._host}:{public_port}"
         self.base_url = f"http://127.0.0.1:{self.client_port}"
         self.write_config()
 
@@ -129,6 +133,9 @@ class Homeserver:
             "ip_range_blacklist": [],
             "federation_ip_range_blacklist": [],
             "experimental_features": {"msc4354_enabled": True},
+            "max_event_delay_duration": "24h",
+            # A first sync shows what is there now, not what an earlier one saw.
+            "caches": {"sync_response_cache_duration": 0},
             # Retries in test time.
             "federation": {
                 "client_timeout": "20s",
@@ -140,6 +147,7 @@ class Homeserver:
                 "destination_retry_multiplier": 2,
             },
             "rc_message": _OPEN,
+            "rc_delayed_event_mgmt": _OPEN,
             "rc_registration": _OPEN,
             "rc_login": {"address": _OPEN, "account": _OPEN, "failed_attempts": _OPEN},
             "rc_joins": {"local": _OPEN, "remote": _OPEN},
@@ -161,6 +169,7 @@ class Homeserver:
     def start(self) -> None:
         """Starts the process; ``wait_until_ready`` waits for it."""
         command = [sys.executable, "-m", "synapse.app.homeserver", "-c", "homeserver.yaml"]
+        self._log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
         with (self.folder / "stdout").open("ab") as output:
             self.process = subprocess.Popen(
                 command,
@@ -181,9 +190,11 @@ class Homeserver:
         def ready() -> bool:
             if process.poll() is not None:
                 raise StartError(f"{self.name} ended: {self.output()[-4000:]}")
+            if not self._listens():
+                return False
             try:
                 return requests.get(f"{self.base_url}/health", timeout=10).ok
-            except requests.ConnectionError:
+            except (requests.ConnectionError, requests.Timeout):
                 return False
 
         wait_until(ready, f"{self.name} to answer", timeout_s)
@@ -200,7 +211,8 @@ class Homeserver:
                 if attempt + 1 == _START_ATTEMPTS or "Address already in use" not in self.output():
                     raise
                 self.process = None
-                (self.folder / "stdout").unlink()
+                for path in (self.folder / "stdout", self.log_path):
+                    path.unlink(missing_ok=True)
                 self._choose_ports()
 
     def pause(self) -> None:
@@ -239,6 +251,11 @@ class Homeserver:
         self.kill()
         if self.forwarder is not None:
             self.forwarder.close()
+
+    def _listens(self) -> bool:
+        """Does this process listen to clients, rather than another one that has the port?"""
+        log = self.log_path.read_bytes()[self._log_start :] if self.log_path.exists() else b""
+        return b"now listening on TCP port %d\n" % self.client_port in log
 
     def _running(self) -> subprocess.Popen[bytes]:
         assert self.process is not None, f"{self.name} is not running"

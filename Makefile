@@ -31,8 +31,10 @@ lint: $(VENV)/.built ## ruff, mypy, stubtest, rustfmt, clippy
 	cargo clippy --quiet --all-targets --all-features -- -D warnings
 	@! git grep -nE '(pypi[.]org|pythonhosted[.]org|crates[.]io)' -- ':!Makefile' | grep -v '^Cargo.lock:[0-9]*:source = "registry+' || { echo "A registry's host is named"; exit 1; }
 
-bench: ## Benchmarks of the Rust core (needs cargo only)
-	cargo bench
+bench: $(VENV)/.built ## Benchmarks: the Rust core; newcomers, on a plain Synapse and with busy cores
+	cargo bench --quiet
+	$(BIN)/python -m benchmarks.newcomers --runs 5
+	$(BIN)/python -m benchmarks.newcomers --runs 5 --plain --busy
 
 format: $(VENV)/.built ## Formats Python and Rust
 	$(BIN)/ruff format .

@@ -4,6 +4,7 @@ The index is a view, never the truth: it is filled from the database when the pr
 follows the stream from there. Whoever asks more of it than it has taken in must ask the database.
 """
 
+import itertools
 import logging
 from collections.abc import Callable, Collection
 
@@ -35,6 +36,7 @@ class IndexFollower:
         self._again = False
         self._taken_in = 0
         self._changed: set[str] = set()
+        self._rechecking: set[str] = set()
         self._retry_ms = _RETRY_MIN_MS
 
     def start(self) -> None:
@@ -51,7 +53,11 @@ class IndexFollower:
 
     def in_step(self) -> bool:
         """Does the index hold all that is visible to this process right now?"""
-        return not self._changed and self.index.in_step(self._stream.positions())
+        return (
+            not self._changed
+            and not self._rechecking
+            and self.index.in_step(self._stream.positions())
+        )
 
     async def rows_of(self, event_ids: Collection[str]) -> dict[str, StickyRow]:
         """The deliverable rows of these events by event ID, from the database if need be."""
@@ -145,12 +151,18 @@ class IndexFollower:
 
     async def _recheck(self) -> None:
         while self._changed:
-            event_ids = set(list(self._changed)[:_PAGE])
-            rows = {r.event_id: r for r in await self._stream.rows_of(event_ids)}
-            for event_id in event_ids:
+            # What changes while it is read has to be read once more.
+            self._rechecking = set(itertools.islice(self._changed, _PAGE))
+            self._changed -= self._rechecking
+            try:
+                rows = {r.event_id: r for r in await self._stream.rows_of(self._rechecking)}
+            except Exception:
+                self._changed |= self._rechecking
+                raise
+            for event_id in self._rechecking:
                 if (row := rows.get(event_id)) is None or not row.deliverable:
                     self.index.remove(event_id)
-            self._changed -= event_ids
+            self._rechecking = set()
 
     async def _expire(self) -> None:
         more = self.index.expire(self._hs.now_ms(), _PAGE) == _PAGE

@@ -11,9 +11,11 @@ from synapse_sticky.handlers.joins import JoinsHandler
 from synapse_sticky.handlers.staging import StagingHandler
 from synapse_sticky.handlers.visibility import VisibilityHandler
 from synapse_sticky.index import IndexFollower
-from synapse_sticky.storage import Storage
+from synapse_sticky.storage import NewerLayoutError, Storage
 
 logger = logging.getLogger(__name__)
+
+_RETRY_MS = 5_000
 
 
 class StickyEventsModule:
@@ -49,8 +51,18 @@ class StickyEventsModule:
         logger.info("synapse-sticky runs in %s: %s", homeserver.instance_name, ", ".join(duties))
 
     async def _start_joins(self, joins: JoinsHandler) -> None:
-        await self._storage.migrate()
-        await joins.start()
+        """Until this is done, Synapse sends as it does without the module."""
+        while True:
+            try:
+                await self._storage.migrate()
+                await joins.start()
+            except NewerLayoutError as e:
+                logger.error("No pushing to newcomers: %s", e)
+            except Exception:
+                logger.exception("Could not start the joins, trying again in %d ms", _RETRY_MS)
+                await self._homeserver.sleep_ms(_RETRY_MS)
+                continue
+            return
 
     @staticmethod
     def parse_config(config: dict[str, Any]) -> StickyConfig:

@@ -95,15 +95,28 @@ class Storage:
         """
 
         def read_txn(txn: Cursor) -> int:
+            now_ms = self._hs.now_ms()
             txn.execute(
-                "DELETE FROM synapse_sticky_state_positions WHERE updated_ts_ms < ?",
-                (self._hs.now_ms() - _FORGET_INSTANCE_AFTER_MS,),
+                "DELETE FROM synapse_sticky_state_positions"
+                " WHERE updated_ts_ms < ? AND instance_name != ?",
+                (now_ms - _FORGET_INSTANCE_AFTER_MS, instance_name),
             )
             txn.execute("SELECT instance_name, position FROM synapse_sticky_state_positions")
             known: dict[str, int] = dict(txn.fetchall())
-            return known.get(instance_name, min(known.values(), default=now_position))
+            start = known.get(instance_name, min(known.values(), default=now_position))
+            self._write_position_txn(txn, instance_name, min(start, now_position))
+            return min(start, now_position)
 
-        return min(await self._hs.transact("state_position", read_txn), now_position)
+        return await self._hs.transact("state_position", read_txn)
+
+    def _write_position_txn(self, txn: Cursor, instance_name: str, position: int) -> None:
+        txn.execute(
+            "INSERT INTO synapse_sticky_state_positions"
+            " (instance_name, position, updated_ts_ms) VALUES (?, ?, ?)"
+            " ON CONFLICT (instance_name) DO UPDATE"
+            " SET position = EXCLUDED.position, updated_ts_ms = EXCLUDED.updated_ts_ms",
+            (instance_name, position, self._hs.now_ms()),
+        )
 
     async def record_joins(
         self, instance_name: str, position: int, joins: list[ServerJoin], watch_until_ms: int
@@ -124,13 +137,7 @@ class Storage:
                     (join.destination, join.room_id, watch_until_ms),
                 )
                 self._federation.lower_backlog_txn(txn, join.destination, join.room_id, 0)
-            txn.execute(
-                "INSERT INTO synapse_sticky_state_positions"
-                " (instance_name, position, updated_ts_ms) VALUES (?, ?, ?)"
-                " ON CONFLICT (instance_name) DO UPDATE"
-                " SET position = EXCLUDED.position, updated_ts_ms = EXCLUDED.updated_ts_ms",
-                (instance_name, position, self._hs.now_ms()),
-            )
+            self._write_position_txn(txn, instance_name, position)
 
         await self._hs.transact("record_joins", write_txn)
 

@@ -86,6 +86,10 @@ class SynapseFederation:
             return Possession.UNREACHABLE if temporary else Possession.REFUSES
         except (RequestSendFailed, NotRetryingDestination, FederationDeniedError):
             return Possession.UNREACHABLE
+        except Exception:
+            # Whatever the answer was, it was none.
+            logger.exception("Could not ask %s for %s", destination, event_id)
+            return Possession.UNREACHABLE
         pdus = answer.get("pdus") if isinstance(answer, dict) else None
         return Possession.HAS if isinstance(pdus, list) and pdus else Possession.LACKS
 
@@ -93,10 +97,15 @@ class SynapseFederation:
         self, callback: Callable[[str, Sequence[tuple[str, str]]], Awaitable[None]]
     ) -> None:
         async def delivered(delivery: FederationEventDeliveryEvent) -> None:
-            if delivery.method is FederatedEventDeliveryMethod.SEND:
+            if delivery.method is not FederatedEventDeliveryMethod.SEND:
+                return
+            try:
                 await callback(
                     delivery.server_name, [(e.room_id, e.event_id) for e in delivery.events]
                 )
+            except Exception:
+                # Else Synapse would take the transaction for failed. The events are sent again.
+                logger.exception("Could not note what %s acknowledged", delivery.server_name)
 
         self._api.register_federation_callbacks(on_event_delivered_over_federation=delivered)
 

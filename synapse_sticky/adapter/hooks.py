@@ -21,6 +21,7 @@ class HookMismatchError(ConfigError):
             "Install a version of synapse-sticky that supports this Synapse, or take the module "
             "out of `modules:` until there is one."
         )
+        self.args = (self.msg,)  # else str() shows the arguments of this constructor
 
 
 def _name(owner: object) -> str:

@@ -29,6 +29,7 @@ _NUDGE_MIN_MS = 1_000
 _NUDGE_MAX_MS = 60_000
 _REFUSALS_TO_BELIEVE = 3
 _READ_RETRY_MS = 5_000
+_RECORD_EVERY_MS = 60_000
 _ALL = 2**31
 
 
@@ -61,6 +62,7 @@ class JoinsHandler:
         self._backoff = Backoff(config.retry_min_ms, config.retry_max_ms)
         self._destinations: dict[str, _Destination] = {}
         self._position = 0
+        self._recorded_ms = 0
         self._reading = False
         self._read_again = False
 
@@ -116,7 +118,10 @@ class JoinsHandler:
         )
         mine = [join for join in joins if self._federation.handles(join.destination)]
         watch_until_ms = now_ms + MAX_STICKY_DURATION_MS
-        await self._storage.record_joins(self._hs.instance_name, position, mine, watch_until_ms)
+        # Without a join, where this process is in the stream is worth a write now and then only.
+        if mine or now_ms - self._recorded_ms > _RECORD_EVERY_MS:
+            await self._storage.record_joins(self._hs.instance_name, position, mine, watch_until_ms)
+            self._recorded_ms = now_ms
         self._position = position
         for join in mine:
             self._newcomer(join, watch_until_ms)
@@ -257,7 +262,8 @@ class JoinsHandler:
             state.timer.cancel()
         now_ms = self._hs.now_ms()
         times = [p.next_due_ms(now_ms) for p in state.pushes.values()]
-        times += [p.watch_until_ms for p in state.pushes.values() if not p.open]
+        idle_until_ms = now_ms + _NUDGE_MIN_MS
+        times += [max(p.watch_until_ms, idle_until_ms) for p in state.pushes.values() if not p.open]
         due_ms = min((t for t in times if t is not None), default=now_ms + _NUDGE_MAX_MS)
         state.timer = self._hs.call_later(
             max(due_ms - now_ms, 0) + 1, "nudge", self._nudge, destination
@@ -306,6 +312,8 @@ class JoinsHandler:
         """Asks the newcomer for what it acknowledged, oldest first, until it has all of it."""
         delay_ms = _CONFIRM_MIN_MS
         try:
+            # What was acknowledged this moment is not processed yet.
+            await self._hs.sleep_ms(delay_ms)
             while self._is_current(push) and (waiting := push.unconfirmed()):
                 if await self._confirm_one(push, waiting):
                     delay_ms = _CONFIRM_MIN_MS

@@ -107,7 +107,7 @@ class Push:
         present = set()
         for stream_id, event_id, _ in own:
             present.add(event_id)
-            if event_id in self._done:
+            if stream_id < self.position or event_id in self._done:
                 continue
             sent = self._sent.get(event_id)
             if sent is not None:

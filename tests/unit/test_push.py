@@ -1,0 +1,192 @@
+"""The bookkeeping of one push: what goes out when, and what counts as delivered (P5, P7)."""
+
+import random
+
+import pytest
+
+from synapse_sticky.handlers.push import (
+    CONFIRM_PATIENCE_MS,
+    GRACE_MS,
+    PATIENT_ATTEMPTS,
+    WATCH_AFTER_ACK_MS,
+    Backoff,
+    Push,
+)
+
+BACKOFF = Backoff(1_000, 8_000)
+NOW_MS = 1_000_000
+
+
+def own(*positions: int) -> list[tuple[int, str, str]]:
+    return [(position, f"${position}", "@user:here") for position in positions]
+
+
+def push_of(*positions: int, window: int = 10, created_position: int = 100) -> Push:
+    push = Push(
+        "there",
+        "!room",
+        position=0,
+        created_position=created_position,
+        watch_until_ms=NOW_MS + 3_600_000,
+        backoff=BACKOFF,
+    )
+    push.update(own(*positions), NOW_MS, window)
+    return push
+
+
+def acknowledge_all(push: Push, event_ids: list[str], now_ms: int = NOW_MS) -> None:
+    for event_id in event_ids:
+        assert push.acknowledge(event_id, now_ms)
+
+
+@pytest.mark.requirement("P5")
+def test_oldest_first_and_no_more_than_the_window() -> None:
+    push = push_of(3, 5, 7, 9, window=2)
+    assert push.choose(50, NOW_MS) == ["$3", "$5"]
+    assert push.choose(50, NOW_MS) == []
+    acknowledge_all(push, ["$3", "$5"])
+    assert push.choose(50, NOW_MS) == [], "acknowledged is not yet out of the staging area"
+    push.done("$3")
+    assert push.choose(50, NOW_MS) == ["$7"]
+
+
+def test_limit_of_a_transaction() -> None:
+    assert push_of(1, 2, 3).choose(2, NOW_MS) == ["$1", "$2"]
+
+
+@pytest.mark.requirement("P7")
+def test_unacknowledged_events_go_out_again_ever_later() -> None:
+    push = push_of(1)
+    now_ms = NOW_MS
+    delays_ms = []
+    for _ in range(6):
+        assert push.choose(50, now_ms) == ["$1"]
+        due_ms = push.next_due_ms(now_ms)
+        assert due_ms is not None
+        assert push.choose(50, due_ms - 1) == []
+        delays_ms.append(due_ms - now_ms)
+        now_ms = due_ms
+    for delay_ms, expected_ms in zip(delays_ms, (1, 2, 4, 8, 8, 8), strict=True):
+        assert 800 * expected_ms <= delay_ms <= 1_200 * expected_ms
+
+
+def test_events_that_never_get_through_do_not_block_the_others() -> None:
+    push = push_of(1, 2, window=1)
+    now_ms = NOW_MS
+    for _ in range(PATIENT_ATTEMPTS + 1):
+        assert push.choose(50, now_ms) == ["$1"]
+        now_ms = push.next_due_ms(now_ms) or now_ms
+    assert push.choose(50, now_ms - 1) == ["$2"]
+
+
+@pytest.mark.requirement("F3")
+def test_events_sent_after_the_join_are_left_to_the_ordinary_queue_first() -> None:
+    push = push_of(101)
+    assert push.open
+    assert push.choose(50, NOW_MS + GRACE_MS - 1) == []
+    assert push.next_due_ms(NOW_MS) == NOW_MS + GRACE_MS
+    assert push.choose(50, NOW_MS + GRACE_MS) == ["$101"]
+
+
+@pytest.mark.requirement("F3")
+def test_the_watch_ends_soon_after_the_first_acknowledgement() -> None:
+    push = push_of(101)
+    assert push.acknowledge("$101", NOW_MS)
+    assert push.watch_until_ms == NOW_MS + WATCH_AFTER_ACK_MS
+    assert [sent.event_id for sent in push.unconfirmed()] == ["$101"]
+    assert not push.acknowledge("$of-no-interest", NOW_MS)
+
+
+@pytest.mark.requirement("S2")
+def test_expired_and_redacted_events_are_forgotten() -> None:
+    push = push_of(1, 2, 3)
+    push.choose(2, NOW_MS)
+    push.update(own(3), NOW_MS, 10)
+    assert push.position == 3
+    assert push.choose(50, NOW_MS) == ["$3"]
+    push.update([], NOW_MS, 10)
+    assert not push.open
+
+
+def test_position_follows_what_is_done() -> None:
+    push = push_of(3, 5, 7)
+    acknowledge_all(push, push.choose(50, NOW_MS))
+    push.done("$5")
+    push.update(own(3, 5, 7), NOW_MS, 10)
+    assert (push.base, push.position) == (0, 3)
+    push.done("$3")
+    push.update(own(3, 5, 7), NOW_MS, 10)
+    assert push.position == 7
+    push.done("$7")
+    push.update(own(7), NOW_MS, 10)
+    assert push.position == 8
+    assert not push.open
+    push.settle()
+    assert push.base == 8
+
+
+def test_a_lower_backlog_starts_over_from_there() -> None:
+    push = push_of(3)
+    acknowledge_all(push, push.choose(50, NOW_MS))
+    push.done("$3")
+    push.update(own(3), NOW_MS, 10)
+    push.settle()
+    push.lower(2)
+    push.update(own(2, 3), NOW_MS, 10)
+    assert push.choose(50, NOW_MS) == ["$2", "$3"]
+
+
+@pytest.mark.requirement("L3")
+def test_everything_goes_out_again_once_a_newcomer_has_pruned() -> None:
+    push = push_of(1, 2, 101)
+    acknowledge_all(push, push.choose(50, NOW_MS + GRACE_MS))
+    oldest = push.unconfirmed()[0]
+    assert not push.overtaken(oldest)
+    push.done("$2")
+    assert push.overtaken(oldest)
+    push.lost(oldest, NOW_MS)
+    assert [sent.event_id for sent in push.unconfirmed()] == ["$101"]
+    push.done("$101")
+    later_ms = NOW_MS + 2 * CONFIRM_PATIENCE_MS
+    assert push.choose(50, later_ms) == ["$1"]
+    acknowledge_all(push, ["$1"])
+    push.done("$1")
+    push.update(own(1, 2, 101), later_ms, 10)
+    assert not push.open
+    assert push.start_over()
+    push.update(own(1, 2, 101), later_ms, 10)
+    assert push.choose(50, later_ms) == ["$1", "$2", "$101"]
+    assert not push.start_over(), "once for each time that something was pruned"
+
+
+@pytest.mark.requirement("P6")
+def test_skipped_events_never_go_out() -> None:
+    push = push_of(1, 2)
+    push.skip([(1, "$1")])
+    assert push.choose(50, NOW_MS) == ["$2"]
+
+
+def test_whatever_happens_all_is_delivered_and_the_window_kept() -> None:
+    """A random newcomer, which acknowledges and has what it likes, ends up with everything."""
+    for seed in range(200):
+        chance = random.Random(seed)
+        events = own(*range(1, 40))
+        push = push_of(*(position for position, _, _ in events), window=chance.randint(1, 9))
+        now_ms, delivered = NOW_MS, set()
+        for _ in range(5_000):
+            if not push.open:
+                break
+            push.update(events, now_ms, push.window)
+            chosen = push.choose(50, now_ms)
+            assert len(chosen) <= push.window, seed
+            for event_id in chosen:
+                if chance.random() < 0.7:
+                    push.acknowledge(event_id, now_ms)
+            for sent in push.unconfirmed():
+                if chance.random() < 0.7:
+                    delivered.add(sent.event_id)
+                    push.done(sent.event_id)
+                elif chance.random() < 0.5:
+                    push.lost(sent, now_ms)
+            now_ms += chance.randint(1, 2_000)
+        assert delivered == {event_id for _, event_id, _ in events}, seed

@@ -64,10 +64,16 @@ def play(servers: list[Homeserver], events_each: int, patience_s: float) -> Outc
     say("\n  carol's server joins the room; she sees", end="")
     carol.join(room_id, a.name)
     joined_s = time.monotonic()
-    seen = carol.collect_sticky(
-        room_id, old, patience_s, progress=lambda count: say(f" {count}", end="")
-    )
-    say(f" of {len(old)}")
+    told = 0
+
+    def progress(count: int) -> None:
+        nonlocal told
+        if count >= told + 20:
+            told = count
+            say(f" {count}", end="")
+
+    seen = carol.collect_sticky(room_id, old, patience_s, progress)
+    say(f" {len(seen)} of {len(old)}")
     arrived = [arrived_s - joined_s for event_id, arrived_s in seen.items() if event_id in old]
     return Outcome(len(old), len(arrived), max(arrived, default=None))
 

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 _MIGRATIONS: tuple[tuple[str, ...], ...] = (
     (
         """
-        CREATE TABLE synapse_sticky_newcomers (
+        CREATE TABLE IF NOT EXISTS synapse_sticky_newcomers (
             destination TEXT NOT NULL,
             room_id TEXT NOT NULL,
             position BIGINT NOT NULL,
@@ -24,7 +24,7 @@ _MIGRATIONS: tuple[tuple[str, ...], ...] = (
         )
         """,
         """
-        CREATE TABLE synapse_sticky_state_positions (
+        CREATE TABLE IF NOT EXISTS synapse_sticky_state_positions (
             instance_name TEXT NOT NULL PRIMARY KEY,
             position BIGINT NOT NULL,
             updated_ts_ms BIGINT NOT NULL
@@ -32,7 +32,8 @@ _MIGRATIONS: tuple[tuple[str, ...], ...] = (
         """,
     ),
 )
-"""One entry a version of the layout; entries are only ever added."""
+"""One entry a version of the layout; entries are only ever added. Each can be made twice: on
+Postgres a process that waited for another's migration does not see its note of the version."""
 
 _FORGET_INSTANCE_AFTER_MS = 24 * 3600 * 1000
 

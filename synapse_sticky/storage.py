@@ -159,25 +159,33 @@ class Storage:
         return await self._hs.transact("backlog", self._federation.backlog_txn, destination)
 
     async def settle(
-        self, destination: str, room_id: str, position: int, *, still_watched: bool
+        self,
+        destination: str,
+        room_id: str,
+        position: int,
+        *,
+        watch_until_ms: int,
+        still_watched: bool,
     ) -> None:
         """The destination lacks nothing of the room before ``position`` and nothing is due.
 
-        A newcomer that is still watched stays one.
+        A newcomer that is still watched stays one. One with another ``watch_until_ms`` has joined
+        anew meanwhile and is left alone.
         """
 
         def write_txn(txn: Cursor) -> None:
             self._federation.clear_backlog_txn(txn, destination, room_id, 0)
-            key = (destination, room_id)
+            key = (destination, room_id, watch_until_ms)
             if still_watched:
                 txn.execute(
                     "UPDATE synapse_sticky_newcomers SET position = ?"
-                    " WHERE destination = ? AND room_id = ?",
+                    " WHERE destination = ? AND room_id = ? AND watch_until_ms = ?",
                     (position, *key),
                 )
             else:
                 txn.execute(
-                    "DELETE FROM synapse_sticky_newcomers WHERE destination = ? AND room_id = ?",
+                    "DELETE FROM synapse_sticky_newcomers"
+                    " WHERE destination = ? AND room_id = ? AND watch_until_ms = ?",
                     key,
                 )
 

@@ -41,6 +41,10 @@ class _Destination:
     timer: Cancellable | None = None
     nudge_ms: int = _NUDGE_MIN_MS
 
+    def cancel_timer(self) -> None:
+        if self.timer is not None and self.timer.active():
+            self.timer.cancel()
+
 
 class JoinsHandler:
     """Pushes own sticky events to newcomers, for the destinations that this process sends to."""
@@ -155,6 +159,8 @@ class JoinsHandler:
         state.nudge_ms = _NUDGE_MIN_MS
         try:
             for room_id, push in list(state.pushes.items()):
+                if push.idle(self._hs.now_ms()):
+                    continue
                 batch = await self._batch_of(push, limit)
                 if batch is not None:
                     # The room goes to the end of the line.
@@ -213,8 +219,6 @@ class JoinsHandler:
         if not self._follower.in_step():
             return  # the index may yet bring something
         watched = self._hs.now_ms() < push.watch_until_ms
-        if watched and push.settled:
-            return
         if push.delivered:
             logger.info(
                 "%s has the %d own sticky events of %s",
@@ -223,27 +227,30 @@ class JoinsHandler:
                 push.room_id,
             )
         push.settle()
-        if not watched:
-            self._forget(push)
-        await self._storage.settle(
-            push.destination, push.room_id, push.position, still_watched=watched
-        )
+        await self._end(push, still_watched=watched)
 
     async def _drop(self, push: Push) -> None:
-        self._forget(push)
+        await self._end(push, still_watched=False)
+
+    async def _end(self, push: Push, *, still_watched: bool) -> None:
+        if not self._is_current(push):
+            return  # the server has joined anew meanwhile
+        if not still_watched:
+            self._forget(push)
         await self._storage.settle(
-            push.destination, push.room_id, push.position, still_watched=False
+            push.destination,
+            push.room_id,
+            push.position,
+            watch_until_ms=push.recorded_watch_until_ms,
+            still_watched=still_watched,
         )
 
     def _forget(self, push: Push) -> None:
-        if not self._is_current(push):
-            return
         state = self._destinations[push.destination]
         del state.pushes[push.room_id]
         if not state.pushes:
             del self._destinations[push.destination]
-            if state.timer is not None and state.timer.active():
-                state.timer.cancel()
+            state.cancel_timer()
 
     def _new_events(self, rooms: Collection[str]) -> None:
         for destination, state in list(self._destinations.items()):
@@ -258,16 +265,16 @@ class JoinsHandler:
         state = self._destinations.get(destination)
         if state is None:
             return
-        if state.timer is not None and state.timer.active():
-            state.timer.cancel()
         now_ms = self._hs.now_ms()
         times = [p.next_due_ms(now_ms) for p in state.pushes.values()]
         idle_until_ms = now_ms + _NUDGE_MIN_MS
         times += [max(p.watch_until_ms, idle_until_ms) for p in state.pushes.values() if not p.open]
         due_ms = min((t for t in times if t is not None), default=now_ms + _NUDGE_MAX_MS)
-        state.timer = self._hs.call_later(
-            max(due_ms - now_ms, 0) + 1, "nudge", self._nudge, destination
-        )
+        self._nudge_in(max(due_ms - now_ms, 0) + 1, destination, state)
+
+    def _nudge_in(self, delay_ms: int, destination: str, state: _Destination) -> None:
+        state.cancel_timer()
+        state.timer = self._hs.call_later(delay_ms, "nudge", self._nudge, destination)
 
     async def _nudge(self, destination: str) -> None:
         """Has Synapse ask for a batch, unless the destination is backed off until later."""
@@ -281,8 +288,9 @@ class JoinsHandler:
                 delay_ms, await self._federation.retry_at_ms(destination) - self._hs.now_ms()
             )
         finally:
-            state.nudge_ms = min(state.nudge_ms * 2, _NUDGE_MAX_MS)
-            state.timer = self._hs.call_later(delay_ms, "nudge", self._nudge, destination)
+            if self._destinations.get(destination) is state:
+                state.nudge_ms = min(state.nudge_ms * 2, _NUDGE_MAX_MS)
+                self._nudge_in(delay_ms, destination, state)
         self._federation.wake(destination)
 
     # Acknowledgements
@@ -292,7 +300,8 @@ class JoinsHandler:
         if state is None:
             return
         now_ms = self._hs.now_ms()
-        for push in [p for r, p in state.pushes.items() if r in {room_id for room_id, _ in events}]:
+        rooms = {room_id for room_id, _ in events}
+        for push in [p for room_id, p in state.pushes.items() if room_id in rooms]:
             self._update(push)
             for room_id, event_id in events:
                 if room_id != push.room_id or not push.acknowledge(event_id, now_ms):

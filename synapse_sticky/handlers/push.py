@@ -57,7 +57,9 @@ class Push:
     ``base``: what Synapse's backlog notes for as long as the push lasts, so that Synapse starts
     over from there if the module is taken out. ``position``: all own events before it are done
     with. ``created_position``: own events after it were sent since the join, so Synapse's ordinary
-    queue has them too. ``watch_until_ms``: until then such events are watched for.
+    queue has them too. ``watch_until_ms``: until then such events are watched for;
+    ``recorded_watch_until_ms`` is what the database says of that, which tells this join from an
+    earlier or later one.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Push:
         self.position = position
         self.created_position = created_position
         self.watch_until_ms = watch_until_ms
+        self.recorded_watch_until_ms = watch_until_ms
         self.window = 1
         self.delivered = 0
         self.confirming = False
@@ -210,6 +213,10 @@ class Push:
     def open(self) -> bool:
         """Is there anything that the newcomer is not yet known to have?"""
         return bool(self._sent or self._fresh)
+
+    def idle(self, now_ms: int) -> bool:
+        """Is there nothing to do but to watch?"""
+        return self.settled and not self.open and now_ms < self.watch_until_ms
 
     def worth_sending(self, now_ms: int) -> bool:
         """Do events wait, and is there enough of the window free to make a transaction of?"""

@@ -1,4 +1,5 @@
-"""The Rust core: what is sticky and until when, and an index of the sticky events there are.
+"""The Rust core: what is sticky and until when, an index of the sticky events there are, limits on
+how fast they come, and the order in which those that wait are released.
 
 No clock, no I/O: time is always an argument, in integer milliseconds since the Unix epoch, and
 named ``_ms``. Every function raises ``TypeError`` for an argument of the wrong type (a ``bool`` is
@@ -9,7 +10,14 @@ nothing. An ``int`` has at most 64 bits unless said otherwise.
 from collections.abc import Collection, Iterable, Mapping
 from typing import Final, final
 
-__all__ = ["MAX_STICKY_DURATION_MS", "StickyIndex", "sticky_duration_ms", "sticky_until_ms"]
+__all__ = [
+    "MAX_STICKY_DURATION_MS",
+    "Limiter",
+    "ReleaseQueue",
+    "StickyIndex",
+    "sticky_duration_ms",
+    "sticky_until_ms",
+]
 
 MAX_STICKY_DURATION_MS: Final[int]
 """The longest that an event can be sticky, one hour (MSC4354; S1)."""
@@ -143,3 +151,88 @@ class StickyIndex:
 
     def __contains__(self, event_id: str, /) -> bool:
         """Is the event there, if only expired and not dropped yet?"""
+
+@final
+class Limiter:
+    """Buckets that refill steadily (GCRA), and decisions that take from several or from none
+    (L1, L6).
+
+    Memory is bounded: keys beyond ``capacity`` share buckets, picked by a secret hash. A clock that
+    is set back neither fills a bucket nor holds it up.
+    """
+
+    def __new__(cls, limits: Mapping[str, tuple[float, int]], capacity: int) -> Limiter:
+        """All buckets full.
+
+        Args:
+            limits: ``(per_second, burst_count)`` by name: ``per_server``, ``per_server_in_room``,
+                ``per_sender``, ``per_room``, ``per_user``. One that is not there is no limit.
+                per_second is from 0.001 to 1,000,000, burst_count from 1 to 1,000,000.
+            capacity: how many buckets that are not full are kept apart.
+        """
+
+    def admit_transaction(
+        self, origin: str, pdus: Iterable[tuple[str | None, str | None]], now_ms: int
+    ) -> tuple[str, int] | None:
+        """Charges all of the sticky PDUs of a transaction, or none (L2).
+
+        Each is charged to the origin; with a room ID to the origin in that room; with a sender too
+        to that sender there. One with more PDUs than fit a bucket passes once that is full.
+
+        Args:
+            pdus: ``(room_id, sender)`` each, as far as they can be believed.
+
+        Returns:
+            ``None`` if admitted, else the name of the limit that it takes longest for and the ms
+            until it would pass, at least 1.
+        """
+
+    def admit_user(self, user_id: str, now_ms: int) -> tuple[str, int] | None:
+        """Charges an event of a local user (E1). Returns as ``admit_transaction`` does."""
+
+    def __len__(self) -> int:
+        """How many keys have a bucket of their own at the moment."""
+
+@final
+class ReleaseQueue:
+    """Events that wait, in the order of their release (L4, D7).
+
+    Rooms take turns, the servers of a room take turns, and of a server's events in a room the one
+    that expires first goes first. Whoever a limit holds up does not hold up anybody else.
+    """
+
+    def __new__(cls) -> ReleaseQueue: ...
+    def admit(
+        self, limiter: Limiter, room_id: str, server: str, sender: str, now_ms: int
+    ) -> str | None:
+        """May a new event be delivered now, and is then charged? It may not overtake what waits
+        for the same allowance.
+
+        Returns:
+            ``None`` if so, else the name of the limit in its way; it is not added.
+        """
+
+    def add(
+        self, event_id: str, room_id: str, server: str, sender: str, expires_at_ms: int
+    ) -> bool:
+        """Has the event wait; ``False`` if it does already."""
+
+    def remove(self, event_id: str) -> bool:
+        """Takes the event out; ``False`` if it did not wait."""
+
+    def take(self, limiter: Limiter, now_ms: int, max_events: int) -> list[str]:
+        """Takes out the events that are released now, at most so many, charges them, and gives
+        their IDs in the order of release."""
+
+    def expire(self, now_ms: int, max_events: int) -> list[str]:
+        """Takes out the events that have expired, at most so many, and gives their IDs."""
+
+    def next_due_ms(self, now_ms: int) -> int | None:
+        """When there may be something to take or to expire, ``now_ms`` at the earliest; ``None``
+        if nothing waits."""
+
+    def waiting(self, server: str) -> int:
+        """How many events of the server wait."""
+
+    def __len__(self) -> int: ...
+    def __contains__(self, event_id: str, /) -> bool: ...

@@ -9,9 +9,11 @@ import difflib
 import re
 import reprlib
 from collections.abc import Callable, Mapping
+from enum import Enum
 from typing import Any
 
 import attr
+from matrix_common.regex import glob_to_regex
 from synapse.module_api.errors import ConfigError
 
 _UNITS_MS = {
@@ -33,8 +35,8 @@ def _option(default: Any, check: Check) -> Any:
     return attr.ib(default=default, metadata={"check": check})
 
 
-def _section(kind: type) -> Any:
-    return attr.ib(factory=kind, metadata={"section": kind})
+def _section(default: Any, *, nullable: bool = False) -> Any:
+    return attr.ib(default=default, metadata={"section": default, "nullable": nullable})
 
 
 def _boolean(value: object) -> bool:
@@ -53,6 +55,27 @@ def _integer(at_least: int, at_most: int) -> Check:
         return value
 
     return check
+
+
+def _number(at_least: float, at_most: float) -> Check:
+    def check(value: object) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"a number from {at_least:g} to {at_most:g}")
+        if not at_least <= value <= at_most:
+            raise ValueError(f"a number from {at_least:g} to {at_most:g}")
+        return float(value)
+
+    return check
+
+
+def _server_globs(value: object) -> tuple[str, ...]:
+    allowed = "a list of server names, in which * and ? stand for any characters or one"
+    if not isinstance(value, list | tuple):
+        raise ValueError(allowed)
+    for glob in value:
+        if not isinstance(glob, str) or not glob:
+            raise ValueError(allowed)
+    return tuple(value)
 
 
 def _duration(at_least_ms: int, at_most_ms: int) -> Check:
@@ -113,13 +136,80 @@ class VisibilityConfig:
     servers: bool = _option(True, _boolean)
 
 
+class Mode(Enum):
+    """What becomes of sticky events of other servers that are past a limit (L2, L4)."""
+
+    DEFER = "defer"
+    REJECT = "reject"
+    OFF = "off"
+
+
+def _mode(value: object) -> Mode:
+    # YAML reads a bare `off` as false.
+    if value is False:
+        return Mode.OFF
+    for mode in Mode:
+        if value == mode.value:
+            return mode
+    raise ValueError("'defer', 'reject' or 'off'")
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class LimitConfig:
+    """A bucket that holds burst_count events and refills at per_second, as in the rest of
+    homeserver.yaml."""
+
+    per_second: float = _option(attr.NOTHING, _number(0.001, 1_000_000))
+    burst_count: int = _option(attr.NOTHING, _integer(1, 1_000_000))
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class FederationConfig:
+    """Limits on sticky events of other servers (L1 to L7). Each limit can be None: there is none.
+
+    mode: what becomes of events past a limit.
+    per_server: one server, all rooms.
+    per_server_in_room: one server in one room.
+    per_sender: one user in one room.
+    per_room: all remote servers in one room.
+    max_deferred_per_server: how many events of one server may wait; past it, transactions of it
+        with sticky events are refused until there is room.
+    exempt_servers: servers that nothing of this applies to, as globs.
+    """
+
+    mode: Mode = _option(Mode.DEFER, _mode)
+    per_server: LimitConfig | None = _section(LimitConfig(50.0, 2_000), nullable=True)
+    per_server_in_room: LimitConfig | None = _section(LimitConfig(20.0, 1_000), nullable=True)
+    per_sender: LimitConfig | None = _section(LimitConfig(2.0, 60), nullable=True)
+    per_room: LimitConfig | None = _section(LimitConfig(50.0, 2_000), nullable=True)
+    max_deferred_per_server: int = _option(5_000, _integer(1, 1_000_000))
+    exempt_servers: tuple[str, ...] = _option((), _server_globs)
+
+    def exempts(self) -> Callable[[str], bool]:
+        """A function that tells whether a server is exempt."""
+        patterns = [glob_to_regex(glob) for glob in self.exempt_servers]
+        return lambda server: any(pattern.match(server) for pattern in patterns)
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class LocalConfig:
+    """Limits on sticky events of this server's users (E1).
+
+    per_user: one user, all rooms; None for no limit.
+    """
+
+    per_user: LimitConfig | None = _section(LimitConfig(2.0, 60), nullable=True)
+
+
 @attr.s(auto_attribs=True, frozen=True, slots=True)
 class StickyConfig:
     """The whole configuration. See the classes of the sections."""
 
-    joins: JoinsConfig = _section(JoinsConfig)
-    staging: StagingConfig = _section(StagingConfig)
-    visibility: VisibilityConfig = _section(VisibilityConfig)
+    joins: JoinsConfig = _section(JoinsConfig())
+    staging: StagingConfig = _section(StagingConfig())
+    visibility: VisibilityConfig = _section(VisibilityConfig())
+    federation: FederationConfig = _section(FederationConfig())
+    local: LocalConfig = _section(LocalConfig())
 
 
 def parse(config: object) -> StickyConfig:
@@ -128,7 +218,7 @@ def parse(config: object) -> StickyConfig:
     Raises:
         ConfigError: an option is unknown or has a wrong value; names it and says what is allowed.
     """
-    parsed: StickyConfig = _parse_section(StickyConfig, {} if config is None else config, ())
+    parsed: StickyConfig = _parse_section(StickyConfig(), {} if config is None else config, ())
     joins = parsed.joins
     if joins.retry_max_ms < joins.retry_min_ms:
         raise _error(
@@ -139,23 +229,27 @@ def parse(config: object) -> StickyConfig:
     return parsed
 
 
-def _parse_section(kind: type, values: object, path: tuple[str, ...]) -> Any:
+def _parse_section(default: Any, values: object, path: tuple[str, ...]) -> Any:
+    """The section with what is set in ``values``; what is not stays as it is by default."""
     if not isinstance(values, Mapping):
         raise _error(path, f"must be a mapping of options, not {_shown(values)}")
-    fields = {field.name.removesuffix("_ms"): field for field in attr.fields(kind)}
+    fields = {field.name.removesuffix("_ms"): field for field in attr.fields(type(default))}
     parsed: dict[str, Any] = {}
     for key, value in values.items():
         field = fields.get(key) if isinstance(key, str) else None
         if field is None:
             raise _error((*path, str(key)), _unknown(str(key), list(fields)))
         if section := field.metadata.get("section"):
-            parsed[field.name] = _parse_section(section, value, (*path, key))
+            if value is None and field.metadata["nullable"]:
+                parsed[field.name] = None
+            else:
+                parsed[field.name] = _parse_section(section, value, (*path, key))
             continue
         try:
             parsed[field.name] = field.metadata["check"](value)
         except ValueError as e:
             raise _error((*path, key), f"must be {e}, not {_shown(value)}") from None
-    return kind(**parsed)
+    return attr.evolve(default, **parsed)
 
 
 def _unknown(key: str, known: list[str]) -> str:

@@ -25,6 +25,10 @@ class Cursor(Protocol):
     def fetchone(self) -> tuple[Any, ...] | None: ...
     def fetchall(self) -> list[tuple[Any, ...]]: ...
 
+    def call_after(self, callback: Callable[..., object], /, *args: Any) -> None:
+        """Calls back in the reactor's thread once the transaction is through: as often as this
+        was asked for, earlier attempts of the same transaction included."""
+
     @property
     def rowcount(self) -> int: ...
 
@@ -81,6 +85,61 @@ class StagedEvent:
     origin_server_ts: object
     """As it was received: a claim, and not surely a number."""
     received_ts_ms: int
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class NewStickyEvent:
+    """An event that is about to enter the sticky events stream."""
+
+    event_id: str
+    room_id: str
+    sender: str
+    expires_at_ms: int
+    event_stream_ordering: int
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class ReceivedPdu:
+    """What is needed of a PDU with the sticky field as another server sent it: claims, all of
+    them, and of any type."""
+
+    room_id: object
+    sender: object
+    sticky_field: object
+    origin_server_ts: object
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class Transaction:
+    """A ``/send`` transaction with at least one PDU that has the sticky field."""
+
+    origin: str
+    """Proven, by the request's signature."""
+    transaction_id: str
+    pdus: Sequence[ReceivedPdu]
+    """Those with the sticky field."""
+    fingerprint: Callable[[], bytes]
+    """What tells these PDUs from any others."""
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class Refusal:
+    """Not now (429): the option whose limit is in the way, and when to try again."""
+
+    limit: str
+    retry_after_ms: int
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class LocalSend:
+    """A local user's request to send a sticky event, now or with a delay."""
+
+    user_id: str
+    is_exempt: Callable[[], Awaitable[bool]]
+    """Is this somebody whom Synapse does not limit: a server admin, an application service that
+    is exempt, a user with such an override?"""
+    is_repeated: Callable[[], Awaitable[bool]]
+    """Was the very same request carried out before? Then it is only answered again."""
 
 
 class Possession(Enum):
@@ -192,6 +251,67 @@ class Staging(Protocol):
         """PDUs for which ``keep`` is true are left when Synapse prunes the area (L3)."""
 
 
+class Inbound(Protocol):
+    """Transactions of other servers, in a process that receives them."""
+
+    receives: bool
+    """Whether other servers can reach this process at all."""
+
+    def check_transactions(self, check: Callable[[Transaction], Awaitable[Refusal | None]]) -> None:
+        """Asks before Synapse touches a transaction with the sticky field in it; one that is
+        refused leaves no trace. If ``check`` fails, the transaction is let through (fail open)."""
+
+    async def answered(self, origin: str, transaction_id: str) -> bool:
+        """Was this transaction answered before? Then Synapse repeats its answer."""
+
+    def staged_txn(self, txn: Cursor, origin: str, at_most: int) -> int:
+        """How many PDUs of the origin with the sticky field are staged. Up to ``at_most`` the
+        answer may be too large: then it says no more than that there are not more."""
+
+
+class StickyWriter(Protocol):
+    """Entering events into the sticky events stream, in a process that persists events."""
+
+    writes: bool
+    """Whether this process persists events at all."""
+
+    def handles(self, room_id: str) -> bool:
+        """Does this very process persist the room's events?"""
+
+    def hold_back(
+        self, hold_txn: Callable[[Cursor, Sequence[NewStickyEvent]], Collection[str]]
+    ) -> None:
+        """Asks, within the transaction that would enter deliverable events into the stream, for
+        the IDs of those that are not to be entered for now. It may be asked again for the same
+        ones if the transaction is tried again.
+
+        An error of the database fails the transaction, as it would without. Anything else that
+        fails is logged, and the events are entered (fail open).
+        """
+
+    def enter_txn(self, txn: Cursor, events: Sequence[NewStickyEvent]) -> None:
+        """Enters events into the stream as new, in this order. One that is gone from the database
+        is left out."""
+
+    async def still_sticky(self, event_ids: Collection[str]) -> set[str]:
+        """Those of the events that are there and are neither redacted, rejected nor
+        soft-failed."""
+
+    def wake(self, room_ids: Collection[str]) -> None:
+        """Answers the waiting syncs of those who are joined to the rooms."""
+
+
+class Sending(Protocol):
+    """Events that this server's users send, in a process that serves clients."""
+
+    serves_clients: bool
+    """Whether clients can reach this process at all."""
+
+    def limit_sticky(self, check: Callable[[LocalSend], Awaitable[Refusal | None]]) -> None:
+        """Asks before a sticky event is sent, or a delayed one is scheduled; not again when that
+        becomes due. If ``check`` fails, the event is let through (fail open)."""
+
+
 ServerVisibility = Callable[[str, Sequence[Any]], Awaitable[set[str]]]
 """``(server, events)`` to the event IDs that it may see whole although history visibility
 filtered them."""
@@ -217,6 +337,9 @@ class Homeserver(Protocol):
     federation: Federation
     staging: Staging
     visibility: Visibility
+    inbound: Inbound
+    writer: StickyWriter
+    sending: Sending
 
     def now_ms(self) -> int: ...
 

@@ -1,16 +1,21 @@
 """The module's entry: configuration, and which handler runs in which process."""
 
 import logging
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from synapse.module_api import ModuleApi
 
 from synapse_sticky.adapter import SynapseHomeserver
-from synapse_sticky.config import StickyConfig, parse
+from synapse_sticky.config import Mode, StickyConfig, parse
+from synapse_sticky.handlers.deferral import DeferralHandler
 from synapse_sticky.handlers.joins import JoinsHandler
+from synapse_sticky.handlers.receipt import ReceiptHandler
+from synapse_sticky.handlers.sending import SendingHandler
 from synapse_sticky.handlers.staging import StagingHandler
 from synapse_sticky.handlers.visibility import VisibilityHandler
 from synapse_sticky.index import IndexFollower
+from synapse_sticky.limits import LimitReport
 from synapse_sticky.storage import NewerLayoutError, Storage
 
 logger = logging.getLogger(__name__)
@@ -30,13 +35,16 @@ class StickyEventsModule:
     def __init__(self, config: StickyConfig, api: ModuleApi) -> None:
         homeserver = SynapseHomeserver(api)
         self._homeserver = homeserver
-        self._storage = Storage(homeserver)
+        self._storage = storage = Storage(homeserver)
         self._follower = follower = IndexFollower(homeserver)
+        report = LimitReport(homeserver.now_ms)
         duties = ["index"]
+        # What needs the module's own tables. Until they are there, Synapse does as it does
+        # without the module.
+        starts: list[Callable[[], Awaitable[None]]] = []
 
-        self._joins: JoinsHandler | None = None
         if config.joins.enabled and homeserver.federation.sends:
-            self._joins = JoinsHandler(homeserver, self._storage, follower, config.joins)
+            starts.append(JoinsHandler(homeserver, storage, follower, config.joins).start)
             duties.append("joins")
         if config.staging.keep_sticky:
             StagingHandler(homeserver).start()
@@ -44,25 +52,35 @@ class StickyEventsModule:
         if config.visibility.servers:
             VisibilityHandler(homeserver, follower).start()
             duties.append("visibility")
+        if config.federation.mode is not Mode.OFF:
+            if homeserver.inbound.receives:
+                starts.append(ReceiptHandler(homeserver, storage, config.federation, report).start)
+                duties.append("receipt")
+            if homeserver.writer.writes:
+                starts.append(DeferralHandler(homeserver, storage, config.federation, report).start)
+                duties.append("deferral")
+        if config.local.per_user is not None and homeserver.sending.serves_clients:
+            SendingHandler(homeserver, config.local, report).start()
+            duties.append("sending")
 
         follower.start()
-        if self._joins is not None:
-            homeserver.in_background("start_joins", self._start_joins, self._joins)
+        if starts:
+            homeserver.in_background("start", self._start, starts)
         logger.info("synapse-sticky runs in %s: %s", homeserver.instance_name, ", ".join(duties))
 
-    async def _start_joins(self, joins: JoinsHandler) -> None:
-        """Until this is done, Synapse sends as it does without the module."""
-        while True:
+    async def _start(self, starts: list[Callable[[], Awaitable[None]]]) -> None:
+        waiting = [self._storage.migrate, *starts]
+        while waiting:
             try:
-                await self._storage.migrate()
-                await joins.start()
+                await waiting[0]()
             except NewerLayoutError as e:
-                logger.error("No pushing to newcomers: %s", e)
+                logger.error("No pushing to newcomers and no limits on other servers: %s", e)
+                return
             except Exception:
-                logger.exception("Could not start the joins, trying again in %d ms", _RETRY_MS)
+                logger.exception("Could not start, trying again in %d ms", _RETRY_MS)
                 await self._homeserver.sleep_ms(_RETRY_MS)
-                continue
-            return
+            else:
+                del waiting[0]
 
     @staticmethod
     def parse_config(config: dict[str, Any]) -> StickyConfig:

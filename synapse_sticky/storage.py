@@ -1,14 +1,22 @@
 """The module's own tables, and their migrations.
 
 Sticky events, the stream and the backlog stay in Synapse's tables. Here is only what Synapse has
-no place for: who is a newcomer, and how far each process has read the state changes.
+no place for: who is a newcomer, how far each process has read the state changes, and which events
+wait for their release.
 """
 
 import logging
+from collections.abc import Collection, Sequence
 
 import attr
 
-from synapse_sticky.homeserver import Cursor, Federation, Homeserver, ServerJoin
+from synapse_sticky.homeserver import (
+    Cursor,
+    Federation,
+    Homeserver,
+    NewStickyEvent,
+    ServerJoin,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -31,11 +39,30 @@ _MIGRATIONS: tuple[tuple[str, ...], ...] = (
         )
         """,
     ),
+    (
+        """
+        CREATE TABLE IF NOT EXISTS synapse_sticky_deferred (
+            event_id TEXT NOT NULL PRIMARY KEY,
+            room_id TEXT NOT NULL,
+            sender TEXT NOT NULL,
+            server TEXT NOT NULL,
+            expires_at_ms BIGINT NOT NULL,
+            event_stream_ordering BIGINT NOT NULL
+        )
+        """,
+        """
+        CREATE INDEX IF NOT EXISTS synapse_sticky_deferred_server
+            ON synapse_sticky_deferred (server)
+        """,
+    ),
 )
 """One entry a version of the layout; entries are only ever added. Each can be made twice: on
 Postgres a process that waited for another's migration does not see its note of the version."""
 
 _FORGET_INSTANCE_AFTER_MS = 24 * 3600 * 1000
+_PAGE = 500
+
+_DEFERRED = "event_id, room_id, sender, expires_at_ms, event_stream_ordering"
 
 
 class NewerLayoutError(Exception):
@@ -190,3 +217,90 @@ class Storage:
                 )
 
         await self._hs.transact("settle", write_txn)
+
+    # Deferred events
+
+    def defer_txn(self, txn: Cursor, events: Sequence[tuple[NewStickyEvent, str]]) -> None:
+        """Has the events wait, each with its sender's server; within somebody else's transaction,
+        which may be tried again."""
+        txn.execute_batch(
+            f"INSERT INTO synapse_sticky_deferred ({_DEFERRED}, server)"
+            " VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (event_id) DO NOTHING",
+            [
+                (
+                    event.event_id,
+                    event.room_id,
+                    event.sender,
+                    event.expires_at_ms,
+                    event.event_stream_ordering,
+                    server,
+                )
+                for event, server in events
+            ],
+        )
+
+    async def deferred(self, after_event_id: str) -> list[tuple[NewStickyEvent, str]]:
+        """A page of the events that wait and their senders' servers, by event ID; empty at the
+        end."""
+
+        def read_txn(txn: Cursor) -> list[tuple[NewStickyEvent, str]]:
+            txn.execute(
+                f"SELECT {_DEFERRED}, server FROM synapse_sticky_deferred"
+                " WHERE event_id > ? ORDER BY event_id LIMIT ?",
+                (after_event_id, _PAGE),
+            )
+            return [(NewStickyEvent(*row[:-1]), row[-1]) for row in txn.fetchall()]
+
+        return await self._hs.transact("deferred", read_txn)
+
+    async def release(self, event_ids: Sequence[str], still_sticky: Collection[str]) -> list[str]:
+        """Enters into the stream, in this order, those of the events that wait, are still sticky
+        and unexpired; none of them waits any more. Gives the rooms that have something new."""
+
+        def write_txn(txn: Cursor) -> list[str]:
+            listed = _listed(event_ids)
+            txn.execute(
+                f"SELECT {_DEFERRED} FROM synapse_sticky_deferred"
+                f" WHERE event_id IN {listed} AND expires_at_ms > ?",
+                (*event_ids, self._hs.now_ms()),
+            )
+            waiting = {row[0]: NewStickyEvent(*row) for row in txn.fetchall()}
+            txn.execute(
+                f"DELETE FROM synapse_sticky_deferred WHERE event_id IN {listed}",
+                tuple(event_ids),
+            )
+            released = [waiting[e] for e in event_ids if e in waiting and e in still_sticky]
+            self._hs.writer.enter_txn(txn, released)
+            return list({event.room_id: None for event in released})
+
+        return await self._hs.transact("release", write_txn)
+
+    async def drop_deferred(self, event_ids: Sequence[str]) -> None:
+        """These events wait no longer, and are not released either."""
+
+        def write_txn(txn: Cursor) -> None:
+            txn.execute(
+                f"DELETE FROM synapse_sticky_deferred WHERE event_id IN {_listed(event_ids)}",
+                tuple(event_ids),
+            )
+
+        await self._hs.transact("drop_deferred", write_txn)
+
+    async def waiting(self, server: str, at_most: int) -> int:
+        """How many events of the server wait to be released, or for Synapse to take them in.
+
+        Up to ``at_most`` the answer may be too large: then it says no more than that there are
+        not more.
+        """
+
+        def read_txn(txn: Cursor) -> int:
+            txn.execute("SELECT COUNT(*) FROM synapse_sticky_deferred WHERE server = ?", (server,))
+            row = txn.fetchone()
+            deferred = int(row[0]) if row else 0
+            return deferred + self._hs.inbound.staged_txn(txn, server, max(at_most - deferred, 0))
+
+        return await self._hs.transact("waiting", read_txn)
+
+
+def _listed(values: Sequence[object]) -> str:
+    return f"({', '.join('?' * len(values))})"

@@ -7,6 +7,8 @@
 
 pub mod error;
 pub mod index;
+pub mod limiter;
 #[cfg(feature = "pyo3")]
 pub mod python;
+pub mod release;
 pub mod rules;

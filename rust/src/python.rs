@@ -2,6 +2,7 @@
 //! `synapse_sticky/_core.pyi`.
 
 mod arguments;
+mod limits;
 
 use std::cell::OnceCell;
 use std::collections::BTreeMap;
@@ -34,6 +35,8 @@ impl From<Error> for PyErr {
 
 #[pymodule]
 mod _core {
+    #[pymodule_export]
+    use super::limits::{PyLimiter, PyReleaseQueue};
     #[pymodule_export]
     use super::{sticky_duration_ms, sticky_until_ms, PyStickyIndex};
 

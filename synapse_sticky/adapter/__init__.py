@@ -11,17 +11,23 @@ from synapse.util.duration import Duration
 
 from synapse_sticky.adapter import hooks
 from synapse_sticky.adapter.federation import SynapseFederation
+from synapse_sticky.adapter.inbound import SynapseInbound
 from synapse_sticky.adapter.rooms import SynapseRooms
+from synapse_sticky.adapter.sending import SynapseSending
 from synapse_sticky.adapter.staging import SynapseStaging
 from synapse_sticky.adapter.stream import SynapseStickyStream
 from synapse_sticky.adapter.visibility import SynapseVisibility
+from synapse_sticky.adapter.writer import SynapseStickyWriter
 from synapse_sticky.homeserver import (
     Cancellable,
     Cursor,
     Federation,
+    Inbound,
     Rooms,
+    Sending,
     Staging,
     StickyStream,
+    StickyWriter,
     Visibility,
 )
 
@@ -55,6 +61,9 @@ class SynapseHomeserver:
         self.federation: Federation = SynapseFederation(hs, api)
         self.staging: Staging = SynapseStaging(hs)
         self.visibility: Visibility = SynapseVisibility(hs)
+        self.inbound: Inbound = SynapseInbound(hs)
+        self.writer: StickyWriter = SynapseStickyWriter(hs)
+        self.sending: Sending = SynapseSending(hs)
 
     def now_ms(self) -> int:
         return self._clock.time_msec()

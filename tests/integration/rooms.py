@@ -1,8 +1,10 @@
 """What several test modules do with rooms and servers."""
 
+import json
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from tests.lab import Client, Homeserver, wait_until
 
@@ -105,3 +107,46 @@ def in_thread(function: Callable[[], object]) -> Callable[[], None]:
         executor.shutdown()
 
     return finish
+
+
+NO_LIMITS = {"federation": {"mode": "off"}, "local": {"per_user": None}}
+"""The module's configuration for tests of other things that send hundreds of events."""
+
+
+def limits(mode: str = "defer", **options: object) -> dict[str, object]:
+    """A module's configuration with these limits for other servers, and no others."""
+    none = dict.fromkeys(("per_server", "per_server_in_room", "per_sender", "per_room"))
+    return {"federation": {"mode": mode, **none, **options}}
+
+
+def deferred(server: Homeserver) -> set[str]:
+    """The IDs of the events that wait for their release."""
+    return {
+        event_id for (event_id,) in server.query("SELECT event_id FROM synapse_sticky_deferred")
+    }
+
+
+def entered(server: Homeserver, room_id: str) -> list[str]:
+    """The IDs of the room's events in the sticky events stream, in order."""
+    sql = "SELECT event_id FROM sticky_events WHERE room_id = ? ORDER BY stream_id"
+    return [event_id for (event_id,) in server.query(sql, room_id)]
+
+
+def has_event(server: Homeserver, event_id: str) -> bool:
+    """Has the server persisted the event, in whatever way?"""
+    return bool(server.query("SELECT 1 FROM events WHERE event_id = ?", event_id))
+
+
+def pdus_of(server: Homeserver, event_ids: list[str]) -> list[Any]:
+    """The server's own events, as it sends them."""
+    sql = "SELECT json FROM event_json WHERE event_id = ?"
+    return [json.loads(server.query(sql, event_id)[0][0]) for event_id in event_ids]
+
+
+def wait_until_taken_in(server: Homeserver, room_id: str, event_ids: set[str]) -> None:
+    """Waits until the server has persisted all of the events: they are sticky, or wait."""
+    wait_until(
+        lambda: event_ids <= deferred(server) | set(entered(server, room_id)),
+        f"{len(event_ids)} events to be taken in",
+        timeout_s=240,
+    )

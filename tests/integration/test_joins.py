@@ -9,6 +9,7 @@ import pytest
 
 from tests.conftest import Servers
 from tests.integration.rooms import (
+    NO_LIMITS,
     backlogged_rooms,
     in_thread,
     introduce,
@@ -55,7 +56,8 @@ def test_newcomer_among_four(servers: Servers) -> None:
 def test_hundreds_of_old_events(
     servers: Servers, with_module: bool, history_visibility: str
 ) -> None:
-    a, b, c = servers({}, {}, {"module": with_module})
+    unlimited = {"config": NO_LIMITS}
+    a, b, c = servers(unlimited, unlimited, {"module": with_module, **unlimited})
     alice, bob, carol = a.user(), b.user(), c.user()
     room_id = room_of(alice, bob, via=a, history_visibility=history_visibility)
     old = send_old_events(room_id, [alice, bob], 130)
@@ -81,7 +83,10 @@ def test_module_without_config_and_with_all_of_it(servers: Servers) -> None:
     carol.join(room_id, a.name)
     assert set(carol.collect_sticky(room_id, old)) == old
     for server in (a, b, c):
-        assert server.log_has("synapse-sticky runs in master: index, joins, staging, visibility")
+        assert server.log_has(
+            "synapse-sticky runs in master: index, joins, staging, visibility, receipt, deferral,"
+            " sending\n"
+        )
 
 
 def test_duties_can_be_switched_off(servers: Servers) -> None:
@@ -89,6 +94,7 @@ def test_duties_can_be_switched_off(servers: Servers) -> None:
         "joins": {"enabled": False},
         "staging": {"keep_sticky": False},
         "visibility": {"servers": False},
+        **NO_LIMITS,
     }
     (server,) = servers({"config": off})
     assert server.log_has("synapse-sticky runs in master: index\n")

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 
 from tests.conftest import Servers
-from tests.integration.rooms import in_thread, room_of, send_old_events
+from tests.integration.rooms import NO_LIMITS, in_thread, room_of, send_old_events
 from tests.lab import Homeserver, wait_until
 
 
@@ -31,7 +31,7 @@ def sticky_count(server: Homeserver, room_id: str) -> int:
 
 @pytest.mark.requirement("L3")
 def test_flood_of_sticky_events(servers: Servers) -> None:
-    a, b, c = servers({"module": False}, {"module": False}, {})
+    a, b, c = servers({"module": False}, {"module": False}, {"config": NO_LIMITS})
     alice, bob, carol = a.user(), b.user(), c.user()
     room_id = room_of(alice, bob, carol, via=a)
     c.pause()

@@ -81,8 +81,10 @@ class FederationRequester:
         events: list[dict[str, Any]] = response.json()["events"]
         return events
 
-    def send(self, transaction_id: str, pdus: list[object]) -> requests.Response:
-        body = {"origin": self._origin, "origin_server_ts": 0, "pdus": pdus}
+    def send(
+        self, transaction_id: str, pdus: list[Any], edus: list[Any] | None = None
+    ) -> requests.Response:
+        body = {"origin": self._origin, "origin_server_ts": 0, "pdus": pdus, "edus": edus or []}
         return self.request("PUT", f"send/{transaction_id}", body)
 
     @staticmethod

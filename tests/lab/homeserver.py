@@ -127,6 +127,7 @@ class Homeserver:
             "macaroon_secret_key": "macaroon",
             "form_secret": "form",
             "report_stats": False,
+            "bcrypt_rounds": 4,
             "presence": {"enabled": False},
             "trusted_key_servers": [],
             "federation_verify_certificates": False,
@@ -163,6 +164,11 @@ class Homeserver:
         _merge(config, self._extra)
         _merge(config, changes)
         (self.folder / "homeserver.yaml").write_text(json.dumps(config, indent=1))
+
+    def configure_module(self, config: dict[str, Any]) -> None:
+        """Another configuration for the module, from the next start on."""
+        self._config = config
+        self.write_config()
 
     # Control
 

@@ -7,7 +7,7 @@ use std::collections::HashMap;
 
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedStr;
-use pyo3::types::{PyBool, PyDict, PyInt, PyMapping, PyString};
+use pyo3::types::{PyBool, PyDict, PyFloat, PyInt, PyMapping, PyString};
 
 use super::Any;
 use crate::error::Error;
@@ -89,6 +89,17 @@ pub(super) fn integer(object: &Any<'_>, argument: impl Into<Argument>) -> PyResu
 pub(super) fn count(object: &Any<'_>, argument: &'static str) -> PyResult<usize> {
     usize::try_from(integer(object, argument)?)
         .map_err(|_| bad_value(argument, "an int, 0 or more").into())
+}
+
+pub(super) fn number(object: &Any<'_>, argument: &'static str) -> PyResult<f64> {
+    if object.is_instance_of::<PyBool>()
+        || !(object.is_instance_of::<PyInt>() || object.is_instance_of::<PyFloat>())
+    {
+        return Err(wrong_type(argument, "an int or a float").into());
+    }
+    object
+        .extract()
+        .map_err(|_| bad_value(argument, "a number that a float can hold").into())
 }
 
 /// Positions by writer, from a dict or from the immutable one that Synapse's tokens hold.

@@ -1,0 +1,19 @@
+"""What the module did, counted for Prometheus. Synapse's metrics listener shows it."""
+
+from prometheus_client import Counter, Gauge
+
+REFUSED = Counter(
+    "synapse_sticky_refused",
+    "Sticky events that were answered 429: of other servers in /send, of local users in PUT /send",
+    ["limit"],
+)
+DEFERRED = Counter(
+    "synapse_sticky_deferred",
+    "Sticky events of other servers that were persisted to be delivered later",
+    ["limit"],
+)
+RELEASED = Counter("synapse_sticky_released", "Deferred sticky events that were delivered")
+EXPIRED = Counter(
+    "synapse_sticky_deferred_expired", "Deferred sticky events that expired before their turn"
+)
+WAITING = Gauge("synapse_sticky_deferred_waiting", "Deferred sticky events that wait")

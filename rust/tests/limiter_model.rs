@@ -1,0 +1,311 @@
+//! The limiter against plain arithmetic, against the crate `governor`, and against those who would trick it.
+
+use std::collections::{BTreeMap, HashMap};
+use std::num::NonZeroU32;
+use std::time::Duration;
+
+use _core::limiter::{Key, Limit, Limiter, Refusal, Scope};
+use governor::clock::FakeRelativeClock;
+use governor::{Quota, RateLimiter};
+use proptest::collection::vec;
+use proptest::prelude::*;
+use proptest::test_runner::FileFailurePersistence;
+
+const NAMES: [&str; 3] = ["a", "b", "c"];
+const START_MS: i64 = 1_800_000_000_000;
+const HOUR_MS: i64 = 3_600_000;
+
+fn limit(per_second: f64, burst_count: u32) -> Limit {
+    Limit::new(per_second, burst_count).expect("a valid limit")
+}
+
+fn key(scope: usize, first: usize, second: usize) -> Key<'static> {
+    let (first, second) = (NAMES[first], NAMES[second]);
+    match scope {
+        0 => Key::Server(first),
+        1 => Key::ServerInRoom(first, second),
+        2 => Key::Sender(first, second),
+        3 => Key::Room(first),
+        _ => Key::User(first),
+    }
+}
+
+/// Tokens in nanoseconds' worth, refilled when looked at: no bound, no sharing, no cleverness.
+struct Model {
+    limits: HashMap<Scope, (i128, i128)>,
+    used_ns: BTreeMap<Key<'static>, i128>,
+    now_ms: i64,
+}
+
+impl Model {
+    fn advance(&mut self, now_ms: i64) {
+        let passed_ns = i128::from((now_ms - self.now_ms).max(0)) * 1_000_000;
+        for used_ns in self.used_ns.values_mut() {
+            *used_ns = (*used_ns - passed_ns).max(0);
+        }
+        self.now_ms = now_ms;
+    }
+
+    fn admit(&mut self, charges: &[(Key<'static>, u32)]) -> Result<(), Refusal> {
+        let mut costs: BTreeMap<Key<'static>, i128> = BTreeMap::new();
+        for (key, cost) in charges {
+            *costs.entry(*key).or_default() += i128::from(*cost);
+        }
+        let mut longest: Option<i128> = None;
+        for (key, cost) in &costs {
+            let Some((interval_ns, burst)) = self.limits.get(&key.scope()) else {
+                continue;
+            };
+            let used_ns = self.used_ns.get(key).copied().unwrap_or(0);
+            let wait_ns = if cost > burst {
+                used_ns
+            } else {
+                used_ns + cost * interval_ns - burst * interval_ns
+            };
+            if wait_ns > 0 {
+                longest = Some(longest.unwrap_or(0).max(wait_ns));
+            }
+        }
+        if let Some(wait_ns) = longest {
+            return Err(Refusal {
+                scope: Scope::Server, // not compared: several may take equally long
+                retry_after_ms: i64::try_from((wait_ns + 999_999) / 1_000_000).expect("small"),
+            });
+        }
+        for (key, cost) in costs {
+            if let Some((interval_ns, _)) = self.limits.get(&key.scope()) {
+                *self.used_ns.entry(key).or_default() += cost * interval_ns;
+            }
+        }
+        Ok(())
+    }
+}
+
+type Step = (Vec<((usize, usize, usize), u32)>, i64);
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let charge = ((0..5usize, 0..3usize, 0..3usize), 0..8u32);
+    vec((vec(charge, 0..6), 0..400i64), 1..120)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig {
+        failure_persistence: Some(Box::new(FileFailurePersistence::Direct("rust/tests/proptest-regressions/limiter_model.txt"))),
+        ..ProptestConfig::default()
+    })]
+
+    #[test]
+    fn same_as_the_model(
+        steps in steps(),
+        limits in vec(proptest::option::of((1..50u32, 1..12u32)), 5),
+    ) {
+        let limits: Vec<(Scope, Limit, (i128, i128))> = Scope::ALL
+            .into_iter()
+            .zip(limits)
+            .filter_map(|(scope, limit)| limit.map(|(rate, burst)| (scope, rate, burst)))
+            .map(|(scope, rate, burst)| {
+                let interval_ns = (1e9 / f64::from(rate)).ceil() as i128;
+                (scope, limit(f64::from(rate), burst), (interval_ns, i128::from(burst)))
+            })
+            .collect();
+        let mut limiter = Limiter::new(limits.iter().map(|(s, l, _)| (*s, *l)), 10_000);
+        let mut model = Model {
+            limits: limits.iter().map(|(s, _, m)| (*s, *m)).collect(),
+            used_ns: BTreeMap::new(),
+            now_ms: START_MS,
+        };
+        let mut now_ms = START_MS;
+        for (charges, step_ms) in steps {
+            now_ms += step_ms;
+            model.advance(now_ms);
+            let charges: Vec<(Key<'static>, u32)> =
+                charges.into_iter().map(|((s, a, b), cost)| (key(s, a, b), cost)).collect();
+            let expected = model.admit(&charges).map_err(|refusal| refusal.retry_after_ms);
+            let found = limiter.admit(&charges, now_ms).map_err(|refusal| refusal.retry_after_ms);
+            prop_assert_eq!(found, expected);
+        }
+    }
+
+    /// L1: in no window more than the burst and what the window's length allows.
+    #[test]
+    fn never_more_than_the_limit(
+        steps in vec((1..20u32, 0..300i64), 1..150),
+        rate in 1..40u32,
+        burst in 1..15u32,
+    ) {
+        let mut limiter = Limiter::new([(Scope::Server, limit(f64::from(rate), burst))], 100);
+        let mut now_ms = START_MS;
+        let mut admitted: Vec<(i64, u32)> = Vec::new();
+        for (cost, step_ms) in steps {
+            now_ms += step_ms;
+            if limiter.admit(&[(Key::Server("a"), cost)], now_ms).is_ok() {
+                admitted.push((now_ms, cost));
+            }
+        }
+        for from in 0..admitted.len() {
+            let mut sum = 0;
+            // What costs more than the burst needs a full bucket: it counts as the burst of its window.
+            let mut largest = burst;
+            for (at_ms, cost) in &admitted[from..] {
+                sum += cost;
+                largest = largest.max(*cost);
+                let window_s = (at_ms - admitted[from].0) as f64 / 1000.0;
+                prop_assert!(f64::from(sum) <= f64::from(largest) + f64::from(rate) * window_s + 1e-6);
+            }
+        }
+    }
+
+    /// Whoever comes again when told is admitted, also with more than ever fits; a refusal is free.
+    #[test]
+    fn everybody_gets_through(
+        costs in vec(1..60u32, 1..20),
+        rate in 1..40u32,
+        burst in 1..15u32,
+        impatience in 0..4usize,
+    ) {
+        let mut limiter = Limiter::new([(Scope::Server, limit(f64::from(rate), burst))], 100);
+        let mut now_ms = START_MS;
+        for cost in costs {
+            let charge = [(Key::Server("a"), cost)];
+            if let Err(refusal) = limiter.admit(&charge, now_ms) {
+                prop_assert!(refusal.retry_after_ms >= 1);
+                for _ in 0..impatience {
+                    prop_assert_eq!(limiter.admit(&charge, now_ms), Err(refusal));
+                }
+                // Not a millisecond before, not a millisecond after.
+                let early_ms = now_ms + refusal.retry_after_ms - 1;
+                if early_ms > now_ms {
+                    prop_assert!(limiter.admit(&charge, early_ms).is_err());
+                }
+                now_ms += refusal.retry_after_ms;
+                prop_assert_eq!(limiter.admit(&charge, now_ms), Ok(()));
+            }
+        }
+    }
+
+    #[test]
+    fn same_as_governor(
+        steps in vec((1..9u32, 0..50i64), 1..200),
+        interval_ms in 1..40u32,
+        burst in 1..9u32,
+    ) {
+        let quota = Quota::with_period(Duration::from_millis(interval_ms.into()))
+            .expect("not zero")
+            .allow_burst(NonZeroU32::new(burst).expect("not zero"));
+        let clock = FakeRelativeClock::default();
+        let oracle = RateLimiter::direct_with_clock(quota, clock.clone());
+        let limits = [(Scope::User, limit(1000.0 / f64::from(interval_ms), burst))];
+        // 1000 / 3 is no whole number: a rate that rounds another way is no case of this test.
+        prop_assume!((1e9 / (1000.0 / f64::from(interval_ms))).ceil() as u64 == u64::from(interval_ms) * 1_000_000);
+        let mut limiter = Limiter::new(limits, 100);
+        let mut now_ms = START_MS;
+        for (cost, step_ms) in steps {
+            now_ms += step_ms;
+            clock.advance(Duration::from_millis(step_ms as u64));
+            let found = limiter.admit(&[(Key::User("a"), cost)], now_ms).is_ok();
+            if cost <= burst {
+                let cost = NonZeroU32::new(cost).expect("not zero");
+                prop_assert_eq!(found, matches!(oracle.check_n(cost), Ok(Ok(()))));
+            } else if found {
+                // It never lets so much pass; the same debt by single steps:
+                break;
+            }
+        }
+    }
+
+    /// A clock that is set back neither fills a bucket nor holds it up; one set forward fills it once.
+    #[test]
+    fn clock_jumps(jumps in vec(-2 * HOUR_MS..2 * HOUR_MS, 1..20)) {
+        let mut limiter = Limiter::new([(Scope::Server, limit(1.0, 5))], 100);
+        let charge = [(Key::Server("a"), 1)];
+        let mut now_ms = START_MS;
+        for jump_ms in jumps {
+            while limiter.admit(&charge, now_ms).is_ok() {}
+            let before = limiter.admit(&charge, now_ms).expect_err("used up");
+            now_ms += jump_ms;
+            if jump_ms <= 0 {
+                prop_assert_eq!(limiter.admit(&charge, now_ms), Err(before));
+                prop_assert_eq!(limiter.admit(&charge, now_ms + before.retry_after_ms), Ok(()));
+                now_ms += before.retry_after_ms;
+            } else {
+                let passed = (0..10).take_while(|_| limiter.admit(&charge, now_ms).is_ok()).count();
+                prop_assert!(passed <= 5);
+            }
+        }
+    }
+
+    #[test]
+    fn any_time_will_do(times in vec(any::<i64>(), 1..20), cost in any::<u32>()) {
+        let mut limiter = Limiter::new([(Scope::Room, limit(0.001, 1_000_000))], 10);
+        for now_ms in times {
+            let _ = limiter.admit(&[(Key::Room("a"), cost)], now_ms);
+        }
+    }
+}
+
+#[test]
+fn wrong_limits() {
+    for per_second in [0.0, -1.0, 0.0009, 1e6 + 1.0, f64::NAN, f64::INFINITY] {
+        assert!(Limit::new(per_second, 1).is_err(), "{per_second}");
+    }
+    for burst_count in [0, 1_000_001, u32::MAX] {
+        assert!(Limit::new(1.0, burst_count).is_err(), "{burst_count}");
+    }
+}
+
+/// L6: names that are made up cost no memory, give nobody a full bucket, and soon are over.
+#[test]
+fn made_up_names() {
+    const CAPACITY: usize = 2_000;
+    let limits = [
+        (Scope::Sender, limit(0.1, 2)),
+        (Scope::Server, limit(0.1, 2)),
+    ];
+    let mut limiter = Limiter::new(limits, CAPACITY);
+    let known = [(Key::Server("known"), 1)];
+    assert!(limiter.admit(&known, START_MS).is_ok());
+    assert!(limiter.admit(&known, START_MS).is_ok());
+    let wait = limiter.admit(&known, START_MS).expect_err("used up");
+
+    let late = [(Key::Sender("late", "room"), 1)];
+    let mut passed = 0;
+    for number in 0..200_000 {
+        let name = format!("@{number}:flood");
+        let _ = limiter.admit(&[(Key::Sender(&name, "room"), 1)], START_MS);
+        assert!(limiter.len() <= CAPACITY);
+        // One that came too late for a bucket of its own has no more than its limit all the same.
+        if limiter.len() == CAPACITY {
+            passed += usize::from(limiter.admit(&late, START_MS).is_ok());
+        }
+    }
+    assert!(passed <= 2, "{passed}");
+    assert_eq!(limiter.admit(&known, START_MS), Err(wait));
+    // All are full again after 20 s.
+    let after_ms = START_MS + 21_000;
+    assert!(limiter
+        .admit(&[(Key::Sender("new", "room"), 2)], after_ms)
+        .is_ok());
+    assert!(
+        limiter.len() <= 2,
+        "what is full is forgotten: {}",
+        limiter.len()
+    );
+}
+
+#[test]
+fn keys_do_not_meet() {
+    let limits = [
+        (Scope::ServerInRoom, limit(1.0, 1)),
+        (Scope::Sender, limit(1.0, 1)),
+    ];
+    let mut limiter = Limiter::new(limits, 100);
+    for key in [
+        Key::ServerInRoom("ab", "c"),
+        Key::ServerInRoom("a", "bc"),
+        Key::Sender("ab", "c"),
+        Key::Sender("a", "bc"),
+    ] {
+        assert!(limiter.admit(&[(key, 1)], START_MS).is_ok(), "{key:?}");
+    }
+    assert_eq!(limiter.len(), 4);
+}

@@ -46,6 +46,12 @@ def _limiter(**limits: LimitConfig | None) -> Limiter:
     )
 
 
+def per_second(config: FederationConfig, limit: str) -> float:
+    """How many events a second the option of that name lets through."""
+    limit_config: LimitConfig | None = getattr(config, limit)
+    return 1.0 if limit_config is None else limit_config.per_second
+
+
 @attr.s(auto_attribs=True, slots=True)
 class _Subject:
     told_ms: int
@@ -70,11 +76,12 @@ class LimitReport:
         metrics.REFUSED.labels(limit).inc()
         self._tell("refused", limit, user_id, "", f"asked to retry in {retry_after_ms} ms", 1)
 
-    def deferred(self, limit: str, server: str, room_id: str, due_ms: int | None) -> None:
-        """An event of another server was deferred; the next release is in ``due_ms``."""
+    def deferred(self, limit: str, server: str, room_id: str, waiting: int, wait_ms: int) -> None:
+        """An event of another server was deferred: the last of so many of that server's that
+        wait, and as it looks now for so long."""
         metrics.DEFERRED.labels(limit).inc()
-        due = "" if due_ms is None else f"the next release in {due_ms} ms"
-        self._tell("deferred", limit, server, f"in {room_id}", due, 1)
+        until = f"{waiting} of it wait, the last for about {wait_ms} ms"
+        self._tell("deferred", limit, server, f"in {room_id}", until, 1)
 
     def expired(self, event_ids: Sequence[str]) -> None:
         """Deferred events expired before their turn."""

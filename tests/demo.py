@@ -1,6 +1,7 @@
-"""The main job, side by side: a server joins a room that has sticky events already.
+"""The main job, side by side: a server joins a room that has sticky events already, and a server
+floods a room.
 
-Starts three real homeservers without the module and plays the story, then three with it.
+Starts three real homeservers without the module and plays the stories, then three with it.
 """
 
 import sys
@@ -8,10 +9,13 @@ import time
 
 import attr
 
-from tests.integration.rooms import room_of
-from tests.lab import Homeserver, Lab
+from tests.integration.rooms import room_of, wait_until_persisted
+from tests.lab import Client, Homeserver, Lab
+from tests.lab.client import WITHOUT_TIMELINE, sticky_events
 
 EVENTS_EACH = 130
+EVENTS_OF_A_USER = 26
+FLOOD = 600
 # Without the module nothing is on its way to the newcomer: no use in waiting for long.
 PATIENCE_S = {False: 20.0, True: 60.0}
 
@@ -53,12 +57,14 @@ def say(text: str, end: str = "\n") -> None:
 def play(servers: list[Homeserver], events_each: int, patience_s: float) -> Outcome:
     """Users of two servers send sticky events; then a user of a third joins their room."""
     a, b, c = servers
-    alice, bob, carol = a.user("alice"), b.user("bob"), c.user("carol")
-    room_id = room_of(alice, bob, via=a)
-    say(f"  alice and bob send {events_each} sticky events each", end="")
+    users = -(-events_each // EVENTS_OF_A_USER)
+    of_a, of_b = ([server.user() for _ in range(users)] for server in (a, b))
+    carol = c.user("carol")
+    room_id = room_of(*of_a, *of_b, via=a)
+    say(f"  {users} user(s) on each of two servers send {events_each} sticky events", end="")
     old = set()
     for number in range(events_each):
-        old |= {alice.send_sticky(room_id), bob.send_sticky(room_id)}
+        old |= {users[number % len(users)].send_sticky(room_id) for users in (of_a, of_b)}
         if number % 10 == 9:
             say(".", end="")
     say("\n  carol's server joins the room; she sees", end="")
@@ -78,9 +84,51 @@ def play(servers: list[Homeserver], events_each: int, patience_s: float) -> Outc
     return Outcome(len(old), len(arrived), max(arrived, default=None))
 
 
+@attr.s(auto_attribs=True, frozen=True)
+class FloodOutcome:
+    """In which sync the victim's event came, and how many of the flood's came up to then."""
+
+    syncs: int
+    before: int
+
+
+def play_flood(flooder: Homeserver, servers: list[Homeserver]) -> FloodOutcome:
+    """A user of one server floods a room; then one of another sends a single sticky event."""
+    _, b, c = servers
+    mallory, bob, carol = flooder.user("mallory"), b.user("bob"), c.user("carol")
+    room_id = room_of(bob, mallory, carol, via=b)
+    since = carol.sync()["next_batch"]
+    say(f"  mallory floods with {FLOOD} sticky events", end="")
+    flood = []
+    for number in range(FLOOD):
+        flood.append(mallory.send_sticky(room_id))
+        if number % 50 == 49:
+            say(".", end="")
+            # Slowly enough for a plain Synapse to lose none of them.
+            wait_until_persisted(c, flood[-1])
+    event_id = bob.send_sticky(room_id)
+    wait_until_persisted(c, event_id)
+    outcome = look_for(carol, room_id, event_id, since)
+    say(f"\n  bob sends one; carol has it in sync {outcome.syncs}")
+    return outcome
+
+
+def look_for(client: Client, room_id: str, event_id: str, since: str) -> FloodOutcome:
+    """Syncs until the event is there."""
+    seen: list[str] = []
+    for number in range(1, 100):
+        answer = client.sync(since, filter_=WITHOUT_TIMELINE)
+        since = answer["next_batch"]
+        seen += sticky_events(answer, room_id)
+        if event_id in seen:
+            return FloodOutcome(number, seen.index(event_id))
+    raise AssertionError("carol never gets bob's event")
+
+
 def main() -> None:
-    """Plays both sides and prints the table."""
+    """Plays both sides and prints the tables."""
     rows: dict[bool, list[Outcome]] = {}
+    floods: dict[bool, FloodOutcome] = {}
     with Lab() as lab:
         for module in (False, True):
             name = "with" if module else "without"
@@ -89,7 +137,10 @@ def main() -> None:
             rows[module] = [
                 play(servers, events, PATIENCE_S[module]) for events in (1, EVENTS_EACH)
             ]
-            lab.close_servers(servers)
+            # With the module its own users' limit would stop a flood: the flooder has none.
+            (flooder,) = lab.servers({"module": False}) if module else servers[:1]
+            floods[module] = play_flood(flooder, servers)
+            lab.close_servers([*servers, flooder] if module else servers)
     say("\nA third server joins a room in which two others' users sent sticky events before:\n")
     line = "{:<34}{:>16}{:>20}"
     say(line.format("", "plain Synapse", "with synapse-sticky"))
@@ -97,9 +148,16 @@ def main() -> None:
         events = f"{sticky.sent // 2} event(s) each"
         say(line.format(f"{events}: arrived", str(plain), str(sticky)))
         say(line.format(f"{events}: time to the last", plain.time, sticky.time))
+    plain_flood, sticky_flood = floods[False], floods[True]
+    say(f"\nA server floods a room with {FLOOD} sticky events, then another server sends one:\n")
+    say(line.format("", "plain Synapse", "with synapse-sticky"))
+    say(line.format("it is in the client's sync no.", plain_flood.syncs, sticky_flood.syncs))
+    say(line.format("sticky events in front of it", plain_flood.before, sticky_flood.before))
     say(HOW_TO)
     if any(outcome.arrived != outcome.sent for outcome in rows[True]):
         sys.exit("Not everything arrived with the module.")
+    if sticky_flood.syncs > 2:
+        sys.exit("The flood got in the way of others with the module.")
 
 
 if __name__ == "__main__":

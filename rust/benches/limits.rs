@@ -1,5 +1,7 @@
 //! How long a decision and a release take.
 
+#![allow(missing_docs)] // What criterion's macros make has none.
+
 use std::hint::black_box;
 
 use _core::limiter::{Key, Limit, Limiter, Scope};

@@ -17,7 +17,7 @@ from synapse_sticky import metrics
 from synapse_sticky._core import ReleaseQueue
 from synapse_sticky.config import FederationConfig
 from synapse_sticky.homeserver import Cancellable, Cursor, Homeserver, NewStickyEvent
-from synapse_sticky.limits import LimitReport, federation_limiter
+from synapse_sticky.limits import LimitReport, federation_limiter, per_second
 from synapse_sticky.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ class DeferralHandler:
     ) -> None:
         self._hs = homeserver
         self._storage = storage
+        self._config = config
         self._report = report
         self._is_exempt = config.exempts()
         self._limiter = federation_limiter(config)
@@ -108,12 +109,11 @@ class DeferralHandler:
         with self._lock:
             for event_id in event_ids:
                 self._decisions.pop(event_id, None)
-        now_ms = self._hs.now_ms()
         for event, server, limit in held:
             if self._add(event, server):
-                due_ms = self._queue.next_due_ms(now_ms)
-                wait_ms = None if due_ms is None else due_ms - now_ms
-                self._report.deferred(limit, server, event.room_id, wait_ms)
+                waiting = self._queue.waiting(server)
+                wait_ms = round(waiting * 1000 / per_second(self._config, limit))
+                self._report.deferred(limit, server, event.room_id, waiting, wait_ms)
         if held:
             self._schedule()
 

@@ -143,6 +143,11 @@ def pdus_of(server: Homeserver, event_ids: list[str]) -> list[Any]:
     return [json.loads(server.query(sql, event_id)[0][0]) for event_id in event_ids]
 
 
+def wait_until_persisted(server: Homeserver, event_id: str) -> None:
+    """Waits until the server has persisted the event."""
+    wait_until(lambda: has_event(server, event_id), f"{event_id} to arrive at {server.name}")
+
+
 def wait_until_taken_in(server: Homeserver, room_id: str, event_ids: set[str]) -> None:
     """Waits until the server has persisted all of the events: they are sticky, or wait."""
     wait_until(

@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 from synapse.module_api.errors import ConfigError
 
 from synapse_sticky import StickyEventsModule
-from synapse_sticky.config import JoinsConfig, StickyConfig, parse
+from synapse_sticky.config import (
+    FederationConfig,
+    JoinsConfig,
+    LimitConfig,
+    Mode,
+    StickyConfig,
+    parse,
+)
 
 
 @pytest.mark.parametrize("nothing", [None, {}, {"joins": {}, "staging": {}, "visibility": {}}])
@@ -41,11 +48,33 @@ def test_everything_set() -> None:
             },
             "staging": {"keep_sticky": False},
             "visibility": {"servers": False},
+            "federation": {
+                "mode": "reject",
+                "per_server": {"per_second": 0.5, "burst_count": 7},
+                "per_server_in_room": {"per_second": 3},
+                "per_sender": None,
+                "per_room": None,
+                "max_deferred_per_server": 1,
+                "exempt_servers": ["*.example.org", "matrix.org"],
+            },
+            "local": {"per_user": None},
         }
     )
     assert config.joins == JoinsConfig(False, 99, 2_000, 3_600_000, False)
     assert not config.staging.keep_sticky
     assert not config.visibility.servers
+    default = FederationConfig()
+    assert default.per_server_in_room is not None
+    assert config.federation == FederationConfig(
+        mode=Mode.REJECT,
+        per_server=LimitConfig(0.5, 7),
+        per_server_in_room=LimitConfig(3.0, default.per_server_in_room.burst_count),
+        per_sender=None,
+        per_room=None,
+        max_deferred_per_server=1,
+        exempt_servers=("*.example.org", "matrix.org"),
+    )
+    assert config.local.per_user is None
 
 
 @pytest.mark.parametrize(
@@ -90,6 +119,42 @@ def test_wrong_booleans(option: tuple[str, str], value: object) -> None:
 
 
 @pytest.mark.parametrize(
+    "value", [0, -1, "2", True, None, [], math.nan, math.inf, 1_000_001, pytest.param(10**500)]
+)
+def test_wrong_rates(value: object) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse({"federation": {"per_sender": {"per_second": value}}})
+    assert "federation.per_sender.per_second must be a number from 0.001 to" in error.value.msg
+
+
+@pytest.mark.parametrize("value", ["on", "DEFER", True, None, 1, ["defer"], {}])
+def test_wrong_modes(value: object) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse({"federation": {"mode": value}})
+    assert "federation.mode must be 'defer', 'reject' or 'off', not" in error.value.msg
+
+
+def test_a_bare_off_in_yaml_is_false() -> None:
+    assert parse({"federation": {"mode": False}}).federation.mode is Mode.OFF
+
+
+@pytest.mark.parametrize("value", ["matrix.org", None, [1], [""], {}, [None]])
+def test_wrong_exemptions(value: object) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse({"federation": {"exempt_servers": value}})
+    assert "federation.exempt_servers must be a list of server names" in error.value.msg
+
+
+def test_exemptions() -> None:
+    config = parse({"federation": {"exempt_servers": ["*.example.org", "a?.com", "b.com:8448"]}})
+    exempts = config.federation.exempts()
+    servers = ["x.example.org", "X.Example.ORG", "a1.com", "b.com:8448"]
+    assert all(exempts(server) for server in servers)
+    others = ["example.org", "x.example.org.evil", "a.com", "b.com", "", "*.example.org\n"]
+    assert not any(exempts(server) for server in others)
+
+
+@pytest.mark.parametrize(
     ("config", "path", "message"),
     [
         ({"jions": {}}, ("jions",), "jions is no option; did you mean 'joins'?"),
@@ -110,6 +175,23 @@ def test_wrong_booleans(option: tuple[str, str], value: object) -> None:
             "joins.retry_max must not be less than joins.retry_min: 9000 ms is less than 10000 ms",
         ),
         ({"joins": {"retry_max": 400}}, ("joins", "retry_max"), "must not be less than"),
+        (
+            {"federation": {"per_sevrer": None}},
+            ("federation", "per_sevrer"),
+            "federation.per_sevrer is no option; did you mean 'per_server'?",
+        ),
+        (
+            {"federation": {"per_room": {"per_minute": 3}}},
+            ("federation", "per_room", "per_minute"),
+            "federation.per_room.per_minute is no option; there are: per_second, burst_count",
+        ),
+        ({"local": {"per_user": 3}}, ("local", "per_user"), "must be a mapping of options, not 3"),
+        ({"local": None}, ("local",), "local must be a mapping of options, not None"),
+        (
+            {"federation": {"max_deferred_per_server": 0}},
+            ("federation", "max_deferred_per_server"),
+            "must be a whole number from 1 to 1000000, not 0",
+        ),
     ],
 )
 def test_errors_name_the_option(config: object, path: tuple[str, ...], message: str) -> None:
@@ -125,7 +207,21 @@ def test_long_values_are_cut() -> None:
     assert len(error.value.msg) < 250
 
 
-KEYS = st.sampled_from(["joins", "staging", "visibility", "window", "retry_min", "retry_max"])
+KEYS = st.sampled_from(
+    [
+        *(
+            "joins",
+            "staging",
+            "visibility",
+            "window",
+            "retry_min",
+            "retry_max",
+            "federation",
+            "local",
+        ),
+        *("per_server", "per_user", "per_second", "burst_count", "mode", "exempt_servers"),
+    ]
+)
 JSON: st.SearchStrategy[Any] = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(KEYS | st.text(), inner),

@@ -1,0 +1,283 @@
+"""Limits and the release queue as Python sees them, and what is decided with them."""
+
+import logging
+import sqlite3
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from twisted.internet.defer import ensureDeferred
+
+from synapse_sticky._core import Limiter, ReleaseQueue
+from synapse_sticky.config import FederationConfig, LimitConfig
+from synapse_sticky.handlers.deferral import DeferralHandler
+from synapse_sticky.homeserver import NewStickyEvent
+from synapse_sticky.limits import LimitReport, federation_limiter
+from synapse_sticky.storage import Storage
+
+NOW_MS = 1_800_000_000_000
+HOUR_MS = 3_600_000
+
+
+@pytest.mark.requirement("L7")
+@pytest.mark.parametrize("servers", [1, 5, 500])
+def test_a_call_of_500_people_passes_the_defaults(servers: int) -> None:
+    limiter, queue = federation_limiter(FederationConfig()), ReleaseQueue()
+    # All of them come at once, and go in the same millisecond.
+    for _ in ("come", "go"):
+        for person in range(500):
+            server = f"server{person % servers}"
+            sender = f"@person{person}:{server}"
+            assert queue.admit(limiter, "!call", server, sender, NOW_MS) is None
+
+
+@pytest.mark.requirement("L1", "L6")
+def test_defaults_hold_a_flood_up() -> None:
+    limiter, queue = federation_limiter(FederationConfig()), ReleaseQueue()
+    admit = queue.admit
+    by_one = [admit(limiter, "!room", "there", "@mallory:there", NOW_MS) for _ in range(600)]
+    assert by_one == [None] * 60 + ["per_sender"] * 540
+    by_many = [admit(limiter, "!room", "there", f"@{n}:there", NOW_MS) for n in range(5_000)]
+    assert by_many.count(None) == 940
+    assert set(by_many[940:]) == {"per_server_in_room"}
+    assert admit(limiter, "!room", "elsewhere", "@bob:elsewhere", NOW_MS) is None
+
+
+def test_a_transaction_is_charged_whole_or_not() -> None:
+    limiter = Limiter({"per_server": (1, 10), "per_sender": (1, 3)}, 100)
+    pdus = [("!a", "@x:o"), ("!a", "@x:o"), ("!b", None), (None, None)]
+    assert limiter.admit_transaction("o", pdus, NOW_MS) is None
+    refused = limiter.admit_transaction("o", pdus, NOW_MS)
+    assert refused == ("per_sender", 1_000)
+    assert limiter.admit_transaction("o", [(None, None)] * 6, NOW_MS) is None
+    assert limiter.admit_transaction("o", [(None, None)], NOW_MS) == ("per_server", 1_000)
+
+
+LIMITER: Any = Limiter({}, 1)
+MAKE: Any = Limiter  # what mypy forbids must fail
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda q: MAKE([], 1), TypeError, "limits"),
+        (lambda q: MAKE({"per_day": (1, 1)}, 1), ValueError, "limits' keys"),
+        (lambda q: MAKE({1: (1, 1)}, 1), TypeError, "limits' keys"),
+        (lambda q: MAKE({"per_room": 1}, 1), TypeError, "limits"),
+        (lambda q: MAKE({"per_room": (True, 1)}, 1), TypeError, "per_second"),
+        (lambda q: MAKE({"per_room": (0, 1)}, 1), ValueError, "per_second"),
+        (lambda q: MAKE({"per_room": (10**400, 1)}, 1), ValueError, "per_second"),
+        (lambda q: MAKE({"per_room": (1, 0)}, 1), ValueError, "burst_count"),
+        (lambda q: MAKE({"per_room": (1, 2**40)}, 1), ValueError, "burst_count"),
+        (lambda q: MAKE({}, -1), ValueError, "capacity"),
+        (lambda q: LIMITER.admit_transaction(None, [], 0), TypeError, "origin"),
+        (lambda q: LIMITER.admit_transaction("o", 5, 0), TypeError, "pdus"),
+        (lambda q: LIMITER.admit_transaction("o", [5], 0), TypeError, r"rows\[0\]"),
+        (lambda q: LIMITER.admit_transaction("o", [(5, None)], 0), TypeError, "room_id"),
+        (lambda q: LIMITER.admit_user("@a:b", 1.5), TypeError, "now_ms"),
+        (lambda q: q.admit(LIMITER, "!a", "s", None, 0), TypeError, "sender"),
+        (lambda q: q.admit(None, "!a", "s", "@u:s", 0), TypeError, "limiter"),
+        (lambda q: q.add("$1", "!a", "s", "@u:s", 2**70), ValueError, "expires_at_ms"),
+        (lambda q: q.remove(b"$1"), TypeError, "event_id"),
+        (lambda q: q.take(LIMITER, 0, -1), ValueError, "max_events"),
+        (lambda q: q.expire(0, None), TypeError, "max_events"),
+        (lambda q: q.next_due_ms("0"), TypeError, "now_ms"),
+        (lambda q: q.waiting(0), TypeError, "server"),
+        (lambda q: 1 in q, TypeError, "event_id"),
+    ],
+)
+def test_a_bad_argument_is_named(call: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call(ReleaseQueue())
+
+
+class Transaction:
+    """A cursor of SQLite's, as handlers know it."""
+
+    def __init__(self, cursor: sqlite3.Cursor) -> None:
+        self._cursor = cursor
+        self.execute = cursor.execute
+        self.execute_batch = cursor.executemany
+        self.fetchone = cursor.fetchone
+        self.fetchall = cursor.fetchall
+        self.after: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
+
+    def call_after(self, callback: Callable[..., object], *args: Any) -> None:
+        self.after.append((callback, args))
+
+
+class Here:
+    """The port over a database in memory, with a clock that stands still."""
+
+    def __init__(self) -> None:
+        self.server_name = "here"
+        self.now = NOW_MS
+        self.database = sqlite3.connect(":memory:", isolation_level=None)
+        self.writer = self.stream = self.federation = self.inbound = self
+        self.entered: list[str] = []
+        self.due: list[Callable[[], Awaitable[None]]] = []
+        self.failures = 0
+
+    def now_ms(self) -> int:
+        return self.now
+
+    def lock_migrations_txn(self, txn: Any) -> None: ...
+    def hold_back(self, hold_txn: Any) -> None: ...
+    def on_event_changed(self, callback: Any) -> None: ...
+    def wake(self, rooms: Any) -> None: ...
+
+    def handles(self, room_id: str) -> bool:
+        return True
+
+    async def still_sticky(self, event_ids: Any) -> set[str]:
+        return set(event_ids)
+
+    def enter_txn(self, txn: Any, events: list[NewStickyEvent]) -> None:
+        self.entered += [event.event_id for event in events]
+
+    def call_later(self, delay_ms: int, what: str, function: Any, *args: Any) -> "Here":
+        self.due = [function]
+        return self
+
+    def active(self) -> bool:
+        return bool(self.due)
+
+    def cancel(self) -> None:
+        self.due = []
+
+    async def transact(self, what: str, function: Any, *args: Any) -> Any:
+        if what == "release" and self.failures:
+            self.failures -= 1
+            raise sqlite3.OperationalError("the disk is full")
+        return function(Transaction(self.database.cursor()), *args)
+
+    def persist(
+        self, handler: DeferralHandler, numbers: range, *, commits: bool = True
+    ) -> set[str]:
+        """What Synapse does with new events; gives those that were held back."""
+        txn = Transaction(self.database.cursor())
+        events = [
+            NewStickyEvent(f"${n}", "!room", "@mallory:there", NOW_MS + HOUR_MS, n) for n in numbers
+        ]
+        txn.execute("BEGIN")
+        held = set(handler.hold_txn(txn, events))  # type: ignore[arg-type]  # as far as it is needed
+        txn.execute("COMMIT" if commits else "ROLLBACK")
+        if commits:
+            for callback, args in txn.after:
+                callback(*args)
+        return held
+
+    def release(self) -> None:
+        """Lets what is due happen."""
+        due, self.due = self.due, []
+        for function in due:
+            done(function())
+
+
+def done(awaitable: Awaitable[Any]) -> Any:
+    """The result of a coroutine that waits for nothing."""
+    results: list[Any] = []
+    ensureDeferred(awaitable).addBoth(results.append)  # type: ignore[arg-type]
+    (result,) = results
+    if hasattr(result, "raiseException"):
+        result.raiseException()
+    return result
+
+
+def deferral(here: Here, per_second: float, burst_count: int) -> DeferralHandler:
+    config = FederationConfig(
+        per_server=LimitConfig(per_second, burst_count),
+        per_server_in_room=None,
+        per_sender=None,
+        per_room=None,
+    )
+    hs: Any = here
+    storage = Storage(hs)
+    done(storage.migrate())
+    handler = DeferralHandler(hs, storage, config, LimitReport(here.now_ms))
+    done(handler.start())
+    return handler
+
+
+def table(here: Here) -> set[str]:
+    return {row[0] for row in here.database.execute("SELECT event_id FROM synapse_sticky_deferred")}
+
+
+@pytest.mark.requirement("L4")
+def test_retried_transaction_is_charged_once() -> None:
+    here = Here()
+    handler = deferral(here, 0.001, 5)
+    for _ in range(4):
+        assert here.persist(handler, range(3), commits=False) == set()
+    assert here.persist(handler, range(3)) == set()
+    # Two are left; the decisions stay as they were when the transaction comes again.
+    for _ in range(3):
+        assert here.persist(handler, range(3, 7), commits=False) == {"$5", "$6"}
+        assert table(here) == set()
+    assert here.persist(handler, range(3, 7)) == {"$5", "$6"}
+    assert table(here) == {"$5", "$6"}
+
+
+@pytest.mark.requirement("L3", "L4", "E4")
+def test_failing_database_loses_nothing_and_charges_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    here = Here()
+    handler = deferral(here, 1, 2)
+    assert here.persist(handler, range(6)) == {"$2", "$3", "$4", "$5"}
+    here.now += 2_000
+    here.failures = 3
+    for _ in range(3):
+        here.release()
+        assert here.entered == []
+        assert table(here) == {"$2", "$3", "$4", "$5"}
+    assert "Could not release sticky events, trying again in" in caplog.text
+    here.release()
+    assert here.entered == ["$2", "$3"], "paid for when they were taken"
+    here.release()
+    assert here.entered == ["$2", "$3"]
+    here.now += 2_000
+    here.release()
+    assert here.entered == ["$2", "$3", "$4", "$5"]
+    assert table(here) == set()
+
+
+@pytest.mark.requirement("E4")
+def test_next_run_takes_up_what_waits() -> None:
+    here = Here()
+    here.persist(deferral(here, 0.001, 1), range(4))
+    here.entered.clear()
+    deferral(here, 1_000, 1_000)
+    here.release()
+    assert sorted(here.entered) == ["$1", "$2", "$3"]
+    assert table(here) == set()
+
+
+@pytest.mark.requirement("L4", "S2")
+def test_what_expires_is_dropped() -> None:
+    here = Here()
+    handler = deferral(here, 0.001, 1)
+    here.persist(handler, range(4))
+    here.now += HOUR_MS
+    here.release()
+    assert here.entered == []
+    assert table(here) == set()
+
+
+def test_report_is_sampled(caplog: pytest.LogCaptureFixture) -> None:
+    now_ms = NOW_MS
+    report = LimitReport(lambda: now_ms)
+    caplog.set_level(logging.INFO)
+    for _ in range(100):
+        report.refused("per_server", "there", "in !room", 1_234, 50)
+        report.refused_user("per_user", "@alice:here", 500)
+    assert len(caplog.records) == 2
+    text = "per_server: refused 50 sticky events of there in !room; asked to retry in 1234 ms"
+    assert caplog.records[0].getMessage() == text
+    now_ms += 10_000
+    report.refused("per_server", "there", "in !room", 1_234, 50)
+    assert "refused 5000 sticky events of there" in caplog.records[2].getMessage()
+    # A clock that goes back does not silence it.
+    now_ms -= HOUR_MS
+    report.refused("per_server", "there", "in !room", 1_234, 1)
+    assert len(caplog.records) == 4

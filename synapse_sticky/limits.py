@@ -9,7 +9,7 @@ import attr
 
 from synapse_sticky import metrics
 from synapse_sticky._core import Limiter
-from synapse_sticky.config import FederationConfig, LimitConfig, LocalConfig
+from synapse_sticky.config import FederationConfig, LimitConfig, LocalConfig, Mode
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +21,9 @@ _SUBJECTS = 1_000
 
 
 def federation_limiter(config: FederationConfig) -> Limiter:
-    """A limiter of its own for other servers' events."""
+    """A limiter of its own for other servers' events; without limits in mode ``off``."""
+    if config.mode is Mode.OFF:
+        return _limiter()
     return _limiter(
         per_server=config.per_server,
         per_server_in_room=config.per_server_in_room,

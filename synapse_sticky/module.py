@@ -52,13 +52,14 @@ class StickyEventsModule:
         if config.visibility.servers:
             VisibilityHandler(homeserver, follower).start()
             duties.append("visibility")
-        if config.federation.mode is not Mode.OFF:
-            if homeserver.inbound.receives:
-                starts.append(ReceiptHandler(homeserver, storage, config.federation, report).start)
-                duties.append("receipt")
-            if homeserver.writer.writes:
-                starts.append(DeferralHandler(homeserver, storage, config.federation, report).start)
-                duties.append("deferral")
+        limited = config.federation.mode is not Mode.OFF
+        if limited and homeserver.inbound.receives:
+            starts.append(ReceiptHandler(homeserver, storage, config.federation, report).start)
+            duties.append("receipt")
+        if homeserver.writer.writes:
+            # Without limits too: something may wait from when there were some.
+            starts.append(DeferralHandler(homeserver, storage, config.federation, report).start)
+            duties += ["deferral"] if limited else []
         if config.local.per_user is not None and homeserver.sending.serves_clients:
             SendingHandler(homeserver, config.local, report).start()
             duties.append("sending")

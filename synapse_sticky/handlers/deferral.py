@@ -15,7 +15,7 @@ from collections.abc import Collection, Sequence
 
 from synapse_sticky import metrics
 from synapse_sticky._core import ReleaseQueue
-from synapse_sticky.config import FederationConfig
+from synapse_sticky.config import FederationConfig, Mode
 from synapse_sticky.homeserver import Cancellable, Cursor, Homeserver, NewStickyEvent
 from synapse_sticky.limits import LimitReport, federation_limiter, per_second
 from synapse_sticky.storage import Storage
@@ -60,8 +60,10 @@ class DeferralHandler:
         self._retry_ms = _RETRY_MIN_MS
 
     async def start(self) -> None:
-        """Takes up what waits since an earlier run, and decides on new events from now on."""
-        self._hs.writer.hold_back(self.hold_txn)
+        """Takes up what waits since an earlier run, and decides on new events from now on; in
+        mode ``off`` only the former, all of which is released."""
+        if self._config.mode is not Mode.OFF:
+            self._hs.writer.hold_back(self.hold_txn)
         self._hs.stream.on_event_changed(self._event_changed)
         after = ""
         while page := await self._storage.deferred(after):

@@ -151,14 +151,15 @@ def test_restart_in_the_middle(servers: Servers, end: Callable[[Homeserver], Non
 
 
 @pytest.mark.requirement("L3", "E4")
-def test_changed_limits_apply_to_what_waits(servers: Servers) -> None:
+@pytest.mark.parametrize("config", [limits(per_server=limit(1000, 1000)), limits("off"), NO_LIMITS])
+def test_changed_limits_apply_to_what_waits(servers: Servers, config: dict[str, object]) -> None:
     a, c = servers(PLAIN, {"config": limits(per_server=limit(HOURLY, 1))})
     mallory, carol = a.user(), c.user()
     room_id = room_of(mallory, carol, via=a)
     flood = send_old_events(room_id, [mallory], 20)
     wait_until_taken_in(c, room_id, flood)
     assert len(deferred(c)) == 19
-    c.configure_module(limits(per_server=limit(1000, 1000)))
+    c.configure_module(config)
     c.restart()
     assert flood <= carol.collect_sticky(room_id, flood).keys()
 

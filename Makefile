@@ -34,6 +34,7 @@ lint: $(VENV)/.built ## ruff, mypy, stubtest, rustfmt, clippy
 bench: $(VENV)/.built ## Benchmarks: the Rust core; refusing beside accepting; newcomers, also plain ones and with busy cores
 	cargo bench --quiet
 	$(BIN)/python -m benchmarks.receipt
+	$(BIN)/python -m benchmarks.flood
 	$(BIN)/python -m benchmarks.newcomers --runs 5
 	$(BIN)/python -m benchmarks.newcomers --runs 5 --plain --busy
 

@@ -228,6 +228,10 @@ class Federation(Protocol):
         """Calls back with a destination and the ``(room_id, event_id)`` that it acknowledged by
         event ID and without error in its answer to ``/send`` (P7)."""
 
+    def on_caught_up(self, callback: Callable[[str], None]) -> None:
+        """Calls back with a destination to which Synapse, catching up after an outage, skipped
+        events; sticky ones among them are in its backlog by then."""
+
     def serve_backlog_from(self, source: BacklogSource) -> None:
         """From now on the backlog of sticky events of every destination comes from ``source``.
 

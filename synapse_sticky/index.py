@@ -36,6 +36,7 @@ class IndexFollower:
         self._again = False
         self._taken_in = 0
         self._changed: set[str] = set()
+        self._purged: set[str] = set()
         self._rechecking: set[str] = set()
         self._retry_ms = _RETRY_MIN_MS
 
@@ -85,17 +86,26 @@ class IndexFollower:
             self._poke()
 
     def _room_purged(self, room_id: str) -> None:
-        # Rare: whatever of the room is known gets looked up anew.
+        # Rare: whatever of the room is known gets looked up anew; once more after a page that is
+        # being read, as that may have been read before.
+        self._look_up_anew(room_id)
+        if self._running:
+            self._purged.add(room_id)
+        self._poke()
+
+    def _look_up_anew(self, room_id: str) -> None:
         up_to = max(self._stream.positions().values(), default=0)
         for _, _, event_id in self.index.events_in_rooms([room_id], 0, {}, up_to, {}, 0, None):
             self._changed.add(event_id)
-        self._poke()
 
     async def _follow(self) -> None:
         try:
             while self._again:
                 self._again = False
                 await self._take_in()
+                for room_id in self._purged:
+                    self._look_up_anew(room_id)
+                self._purged.clear()
                 await self._recheck()
             self._retry_ms = _RETRY_MIN_MS
         except Exception:

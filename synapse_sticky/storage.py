@@ -59,7 +59,9 @@ _MIGRATIONS: tuple[tuple[str, ...], ...] = (
 """One entry a version of the layout; entries are only ever added. Each can be made twice: on
 Postgres a process that waited for another's migration does not see its note of the version."""
 
-_FORGET_INSTANCE_AFTER_MS = 24 * 3600 * 1000
+_FORGET_INSTANCE_AFTER_MS = 2 * 3600 * 1000
+"""Joins of an hour ago are of no interest any more."""
+
 _PAGE = 500
 
 _DEFERRED = "event_id, room_id, sender, expires_at_ms, event_stream_ordering"
@@ -118,8 +120,8 @@ class Storage:
     async def state_position(self, instance_name: str, now_position: int) -> int:
         """Up to where the instance has read the state changes.
 
-        An instance that is new starts where the slowest of the others is: destinations may have
-        moved to it from any of them. The first of all starts at ``now_position``.
+        It is where the slowest of all instances was: destinations may have moved to it from any of
+        them. The first of all starts at ``now_position``.
         """
 
         def read_txn(txn: Cursor) -> int:
@@ -131,7 +133,7 @@ class Storage:
             )
             txn.execute("SELECT instance_name, position FROM synapse_sticky_state_positions")
             known: dict[str, int] = dict(txn.fetchall())
-            start = known.get(instance_name, min(known.values(), default=now_position))
+            start = min(known.values(), default=now_position)
             self._write_position_txn(txn, instance_name, min(start, now_position))
             return min(start, now_position)
 
@@ -201,7 +203,6 @@ class Storage:
         """
 
         def write_txn(txn: Cursor) -> None:
-            self._federation.clear_backlog_txn(txn, destination, room_id, 0)
             key = (destination, room_id, watch_until_ms)
             if still_watched:
                 txn.execute(
@@ -215,6 +216,13 @@ class Storage:
                     " WHERE destination = ? AND room_id = ? AND watch_until_ms = ?",
                     key,
                 )
+            txn.execute(
+                "SELECT 1 FROM synapse_sticky_newcomers"
+                " WHERE destination = ? AND room_id = ? AND watch_until_ms != ?",
+                key,
+            )
+            if txn.fetchone() is None:
+                self._federation.clear_backlog_txn(txn, destination, room_id, 0)
 
         await self._hs.transact("settle", write_txn)
 

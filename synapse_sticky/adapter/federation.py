@@ -1,6 +1,8 @@
 """Sending to other servers: Synapse's per-destination queues and its backlog of sticky events."""
 
+import inspect
 import logging
+import urllib.parse
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +11,7 @@ from synapse.api.errors import (
     HttpResponseException,
     RequestSendFailed,
 )
+from synapse.api.urls import FEDERATION_V1_PREFIX
 from synapse.module_api.callbacks.federation import (
     FederatedEventDeliveryMethod,
     FederationEventDeliveryEvent,
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_ASK_TIMEOUT_MS = 10_000
+
 
 class SynapseFederation:
     """Implements ``homeserver.Federation``."""
@@ -36,8 +41,11 @@ class SynapseFederation:
         self._instance_name = hs.get_instance_name()
         self._shards = hs.config.worker.federation_shard_config
         self.sends = hs.should_send_federation()
-        self._transport: Any = hs.get_federation_transport_client()
-        hooks.method(self._transport, "get_event", "destination", "event_id", "timeout")
+        self._clock = hs.get_clock()
+        self._client: Any = hs.get_federation_http_client()
+        parameters = inspect.signature(hooks.attribute(self._client, "get_json")).parameters
+        if "ignore_backoff" not in parameters:
+            raise hooks.HookMismatchError(self._client, "get_json", "takes no ignore_backoff")
         hooks.method(
             self._store, "get_backlogged_sticky_events_for_destination", "destination", "limit"
         )
@@ -76,8 +84,14 @@ class SynapseFederation:
         return timings.retry_last_ts + timings.retry_interval if timings else 0
 
     async def has_event(self, destination: str, event_id: str) -> Possession:
+        if await self.retry_at_ms(destination) > self._clock.time_msec():
+            return Possession.UNREACHABLE
+        path = f"{FEDERATION_V1_PREFIX}/event/{urllib.parse.quote(event_id, safe='')}"
         try:
-            answer = await self._transport.get_event(destination, event_id)
+            # Asking in vain must not back the destination off: nothing else would go there either.
+            answer = await self._client.get_json(
+                destination, path=path, timeout=_ASK_TIMEOUT_MS, ignore_backoff=True
+            )
         except HttpResponseException as e:
             if e.code == 404:
                 return Possession.LACKS
@@ -108,6 +122,16 @@ class SynapseFederation:
                 logger.exception("Could not note what %s acknowledged", delivery.server_name)
 
         self._api.register_federation_callbacks(on_event_delivered_over_federation=delivered)
+
+    def on_caught_up(self, callback: Callable[[str], None]) -> None:
+        name = "mark_backlogged_sticky_events_after_catchup_transaction"
+        original = hooks.attribute(self._store, name)
+
+        async def mark(destination: str, **options: Any) -> None:
+            await original(destination, **options)
+            callback(destination)
+
+        setattr(self._store, name, mark)
 
     def serve_backlog_from(self, source: BacklogSource) -> None:
         original = self._store.get_backlogged_sticky_events_for_destination

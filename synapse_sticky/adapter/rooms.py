@@ -64,11 +64,12 @@ class SynapseRooms:
         )
         changes = [d for d in deltas if d.event_type == EventTypes.Member and d.event_id]
         # When this server itself joins, the whole state of the room arrives as changes at one
-        # position; nobody in it is a newcomer to this server's events.
+        # position; nobody in it is a newcomer to this server's events. That its creation is new
+        # tells this from changes of several members that were persisted together.
         own_joins = {
             (d.stream_id, d.room_id)
-            for d in changes
-            if d.prev_event_id is None and _domain(d.state_key) == self._server_name
+            for d in deltas
+            if d.event_type == EventTypes.Create and d.prev_event_id is None
         }
         changes = [
             d
@@ -179,7 +180,20 @@ class SynapseRooms:
     async def _joined(self, room_id: str, server: str) -> bool:
         if "%" in server or "_" in server:  # no valid server name; Synapse would raise
             return False
-        return await self._store.is_host_joined(room_id, server)
+        if await self._store.is_host_joined(room_id, server):
+            return True
+
+        # That answer may be remembered from before: in a worker it is told of a change only after
+        # the change itself, and a newcomer that is taken for gone gets nothing any more.
+        def read_txn(txn: LoggingTransaction) -> bool:
+            txn.execute(
+                "SELECT 1 FROM current_state_events WHERE room_id = ? AND type = ?"
+                " AND membership = ? AND state_key LIKE ? LIMIT 1",
+                (room_id, EventTypes.Member, Membership.JOIN, f"%:{server}"),
+            )
+            return txn.fetchone() is not None
+
+        return await self._store.db_pool.runInteraction("synapse_sticky_is_joined", read_txn)
 
     async def _acl_allows(self, room_id: str, server: str) -> bool:
         acl = await self._state.get_server_acl_for_room(room_id)

@@ -1,5 +1,6 @@
 """The sticky events stream: Synapse's table, its positions and what changes an event later."""
 
+import logging
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,8 @@ from synapse_sticky.homeserver import StickyRow
 
 if TYPE_CHECKING:
     from synapse.server import HomeServer
+
+logger = logging.getLogger(__name__)
 
 _COLUMNS = """
     SELECT se.stream_id, se.instance_name, se.room_id, se.event_id, se.sender, se.expires_at,
@@ -103,8 +106,15 @@ class SynapseStickyStream:
     def _after(self, name: str, callback: Callable[[str], None]) -> None:
         original = hooks.attribute(self._store, name)
 
-        def invalidate(changed: str) -> None:
+        def invalidate(changed: Any) -> None:
             original(changed)
-            callback(changed)
+            # What an event says that it redacts is anything at all; and what comes after this
+            # must come, whatever fails here.
+            if not isinstance(changed, str) or "\0" in changed:
+                return
+            try:
+                callback(changed)
+            except Exception:
+                logger.exception("Could not note that %r changed", changed)
 
         setattr(self._store, name, invalidate)

@@ -85,10 +85,14 @@ class JoinsHandler:
                 )
         self._federation.serve_backlog_from(self.next_batch)
         self._federation.on_acknowledged(self._acknowledged)
+        self._federation.on_caught_up(self._caught_up)
         self._follower.on_new_events(self._new_events)
         self._hs.stream.on_advance(self._poke)
         self._poke()
-        for destination in list(self._destinations):
+        for destination, state in list(self._destinations.items()):
+            # The index may have been filled before anybody listened.
+            for push in state.pushes.values():
+                self._update(push)
             self._schedule(destination)
 
     # Reading the state changes
@@ -252,6 +256,14 @@ class JoinsHandler:
             del self._destinations[push.destination]
             state.cancel_timer()
 
+    def _caught_up(self, destination: str) -> None:
+        """Synapse skipped events on the way to the destination, and noted that: what was sent up
+        to now need not have gone by the ordinary queue."""
+        state = self._destinations.get(destination)
+        position = max(self._hs.stream.positions().values(), default=0)
+        for push in list(state.pushes.values()) if state else []:
+            push.created_position = max(push.created_position, position)
+
     def _new_events(self, rooms: Collection[str]) -> None:
         for destination, state in list(self._destinations.items()):
             touched = [p for room_id, p in state.pushes.items() if room_id in rooms]
@@ -268,7 +280,11 @@ class JoinsHandler:
         now_ms = self._hs.now_ms()
         times = [p.next_due_ms(now_ms) for p in state.pushes.values()]
         idle_until_ms = now_ms + _NUDGE_MIN_MS
-        times += [max(p.watch_until_ms, idle_until_ms) for p in state.pushes.values() if not p.open]
+        times += [
+            max(p.watch_until_ms if p.settled else 0, idle_until_ms)
+            for p in state.pushes.values()
+            if not p.open
+        ]
         due_ms = min((t for t in times if t is not None), default=now_ms + _NUDGE_MAX_MS)
         self._nudge_in(max(due_ms - now_ms, 0) + 1, destination, state)
 
@@ -284,6 +300,7 @@ class JoinsHandler:
         # If Synapse does not ask (it is busy sending, or backed off), try again later.
         delay_ms = state.nudge_ms
         try:
+            await self._end_expired(destination)
             delay_ms = max(
                 delay_ms, await self._federation.retry_at_ms(destination) - self._hs.now_ms()
             )
@@ -291,7 +308,19 @@ class JoinsHandler:
             if self._destinations.get(destination) is state:
                 state.nudge_ms = min(state.nudge_ms * 2, _NUDGE_MAX_MS)
                 self._nudge_in(delay_ms, destination, state)
-        self._federation.wake(destination)
+        if destination in self._destinations:
+            self._federation.wake(destination)
+
+    async def _end_expired(self, destination: str) -> None:
+        """Ends pushes that nothing is left of, for a destination that cannot be reached is never
+        asked for a batch."""
+        state = self._destinations.get(destination)
+        now_ms = self._hs.now_ms()
+        for push in list(state.pushes.values()) if state else []:
+            if push.watch_until_ms < now_ms - MAX_STICKY_DURATION_MS:
+                self._update(push)
+                if not push.open:
+                    await self._settle(push)
 
     # Acknowledgements
 

@@ -117,7 +117,9 @@ class Push:
                 sent.stream_id = stream_id
             elif stream_id <= self.created_position:
                 self._fresh.append((stream_id, event_id))
-            else:
+            elif now_ms < self.watch_until_ms:
+                # After the watch the ordinary queue is relied upon, else a push would never end
+                # in a busy room.
                 self._sent[event_id] = Sent(stream_id, event_id, now_ms + GRACE_MS)
         self._sent = {e: s for e, s in self._sent.items() if e in present}
         open_positions = [s.stream_id for s in self._sent.values()]

@@ -1,0 +1,116 @@
+"""What the joins handler does at its start, with the port's other side made up."""
+
+from typing import Any
+
+import attr
+import pytest
+
+from synapse_sticky._core import StickyIndex
+from synapse_sticky.config import JoinsConfig
+from synapse_sticky.handlers.joins import JoinsHandler
+from synapse_sticky.handlers.push import GRACE_MS
+from synapse_sticky.storage import Newcomer
+from tests.unit.test_limits import done
+
+NOW_MS = 1_800_000_000_000
+HOUR_MS = 3_600_000
+
+
+@attr.s(auto_attribs=True)
+class Timer:
+    delay_ms: int
+    function: Any
+    args: tuple[Any, ...]
+
+    def active(self) -> bool:
+        return True
+
+    def cancel(self) -> None:
+        self.delay_ms = -1
+
+
+class Here:
+    """The port, storage and follower of a process that sends federation traffic."""
+
+    server_name = instance_name = "here"
+
+    def __init__(self, watch_until_ms: int, own: list[int]) -> None:
+        self.rooms = self.federation = self.stream = self
+        self.index = StickyIndex("here")
+        self.index.insert(
+            [(n, "here", "!room", f"${n}", "@alice:here", NOW_MS + HOUR_MS) for n in own]
+        )
+        self.watch_until_ms = watch_until_ms
+        self.timers: list[Timer] = []
+        self.woken: list[str] = []
+        self.settled: list[bool] = []
+
+    def now_ms(self) -> int:
+        return NOW_MS
+
+    def call_later(self, delay_ms: int, what: str, function: Any, *args: Any) -> Timer:
+        self.timers = [Timer(delay_ms, function, args)]
+        return self.timers[0]
+
+    async def newcomers(self) -> list[Newcomer]:
+        # Everything up to 10 has been delivered.
+        return [Newcomer("there", "!room", 10, self.watch_until_ms)]
+
+    async def settle(self, *args: Any, still_watched: bool, **more: Any) -> None:
+        self.settled.append(still_watched)
+
+    async def state_position(self, instance_name: Any = None, position: Any = None) -> int:
+        return 1
+
+    def positions(self) -> dict[str, int]:
+        return {"here": 10}
+
+    async def retry_at_ms(self, destination: str) -> int:
+        return 0
+
+    def handles(self, destination: str) -> bool:
+        return True
+
+    def in_step(self) -> bool:
+        return True
+
+    def wake(self, destination: str) -> None:
+        self.woken.append(destination)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith(("on_", "serve_")):
+            return lambda callback: None
+        raise AttributeError(name)
+
+
+def start(here: Here) -> None:
+    hs: Any = here
+    handler = JoinsHandler(hs, hs, hs, JoinsConfig())
+    handler._poke = lambda: None  # type: ignore[method-assign]  # no changes of state here
+    done(handler.start())
+
+
+@pytest.mark.requirement("P7", "E4")
+def test_event_of_before_a_restart_is_watched_at_once() -> None:
+    here = Here(NOW_MS + HOUR_MS, [12])
+    start(here)
+    (timer,) = here.timers
+    assert timer.delay_ms <= GRACE_MS + 1, "not when the watch is over"
+    done(timer.function(*timer.args))
+    assert here.woken == ["there"]
+
+
+@pytest.mark.requirement("E4")
+def test_restored_push_without_events_is_looked_at_soon() -> None:
+    here = Here(NOW_MS + HOUR_MS, [])
+    start(here)
+    assert here.timers[0].delay_ms <= 1_001
+
+
+def test_push_that_nothing_is_left_of_ends_by_itself() -> None:
+    here = Here(NOW_MS - HOUR_MS - 1, [])
+    start(here)
+    (timer,) = here.timers
+    done(timer.function(*timer.args))
+    assert here.settled == [False]
+    assert here.woken == []

@@ -35,3 +35,15 @@ def test_without_synapses_own_sticky_events(lab: Lab) -> None:
     said = start_error(lab, extra={"experimental_features": {"msc4354_enabled": False}})
     assert "synapse-sticky needs Synapse's own sticky events. Add to homeserver.yaml:" in said
     assert "msc4354_enabled: true" in said
+
+
+def test_older_synapse(lab: Lab) -> None:
+    said = start_error(lab, module_name="tests.lab.variants.InOlderSynapse")
+    assert "synapse-sticky needs Synapse 1.163 or later, this is 1." in said
+    assert "Upgrade Synapse, or take the module out of `modules:`." in said
+
+
+def test_synapse_with_another_signature(lab: Lab) -> None:
+    said = start_error(lab, module_name="tests.lab.variants.InChangedSynapse")
+    assert "synapse-sticky does not fit 1." in said
+    assert ".insert_sticky_events_txn takes (txn) instead of (txn, events)" in said

@@ -44,6 +44,7 @@ class Homeserver:
         template: a database with Synapse's schema to begin with, if there is one.
         module: whether the module is loaded.
         probed: whether the module lets the tests look inside (``index_knows``).
+        module_name: another class to load as the module.
         config: the module's ``config:``; None leaves it out.
         extra: merged into homeserver.yaml.
         forwarded: whether the federation port lies behind a forwarder, so that it can be cut off.
@@ -58,6 +59,7 @@ class Homeserver:
         template: Path | None = None,
         module: bool = True,
         probed: bool = False,
+        module_name: str = MODULE,
         config: dict[str, Any] | None = None,
         extra: dict[str, Any] | None = None,
         forwarded: bool = False,
@@ -66,7 +68,7 @@ class Homeserver:
         self.folder = folder
         self._host = host
         self.module = module
-        self._module_name = PROBED_MODULE if probed else MODULE
+        self._module_name = PROBED_MODULE if probed else module_name
         self._certificate = certificate
         self._config = config
         self._extra = extra or {}

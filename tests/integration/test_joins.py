@@ -1,5 +1,6 @@
 """Newcomers get every sticky event, from real homeservers (P3, P4, P5, P7, F3)."""
 
+import re
 import time
 from collections.abc import Callable
 from functools import partial
@@ -423,3 +424,34 @@ def joins_are_answered(server: Homeserver, room_id: str, count: int) -> bool:
 
 def has_partial_state(server: Homeserver, room_id: str) -> bool:
     return bool(server.query("SELECT 1 FROM partial_state_rooms WHERE room_id = ?", room_id))
+
+
+@pytest.mark.requirement("P7")
+def test_asking_in_vain_does_not_back_the_newcomer_off(servers: Servers) -> None:
+    long = {"federation": {"destination_min_retry_interval": "10m"}}
+    a, c = servers({"extra": long, "config": NO_LIMITS}, {"forwarded": True, "config": NO_LIMITS})
+    assert c.forwarder is not None
+    alice, carol = a.user(), c.user()
+    room_id = room_of(alice, via=a)
+    old = send_old_events(room_id, [alice], 40)
+    carol.join(room_id, a.name)
+    # All is acknowledged at once, but taken in one by one: the newcomer is asked meanwhile.
+    wait_until(lambda: c.query("SELECT 1 FROM sticky_events"), "the first to be taken in")
+    wait_until(lambda: sent_to(a, c), "the acknowledgement")
+    c.forwarder.offline()
+    wait_until(lambda: c.forwarder is not None and c.forwarder.refusals, "a question")
+    c.forwarder.online()
+    assert set(carol.collect_sticky(room_id, old)) == old
+    new = {alice.send_sticky(room_id)}
+    assert new <= carol.collect_sticky(room_id, new).keys()
+    wait_until_all_pushed(a, room_id)
+
+
+def sent_to(server: Homeserver, destination: Homeserver) -> bool:
+    """Has the server seen a transaction acknowledged?"""
+    return bool(
+        re.search(
+            rf"\[{destination.name}\] Completed request: 200.* PUT .*/federation/v1/send/",
+            server.output(),
+        )
+    )

@@ -16,7 +16,8 @@ fn limiter(per_second: f64, burst_count: u32) -> Limiter {
 }
 
 fn decisions(c: &mut Criterion) {
-    let mut limits = limiter(0.001, 1_000_000);
+    // Time passes at each, or else the bucket of the room is empty after a million and refusals are measured.
+    let mut limits = limiter(1e6, 1_000_000);
     let names: Vec<(String, String)> = (0..10_000)
         .map(|n| {
             (
@@ -32,14 +33,38 @@ fn decisions(c: &mut Criterion) {
         );
     }
     let mut at = 0;
+    let mut now_ms = START_MS;
     c.bench_function("admit one event, 10,000 senders known", |b| {
         b.iter(|| {
             at = (at + 1) % names.len();
+            now_ms += 1;
             let (server, sender) = &names[at];
-            limits.admit(
+            let admitted = limits.admit(
                 &Key::of_event(server, "!room", sender).map(|k| (k, 1)),
-                START_MS,
-            )
+                now_ms,
+            );
+            assert_eq!(admitted, Ok(()));
+        });
+    });
+    // More buckets than any transaction of 50 has: each event has all four of its own but the server.
+    let mut open = limiter(1e6, 1_000_000);
+    let rooms: Vec<String> = (0..50).map(|n| format!("!{n}")).collect();
+    let most: Vec<(Key<'_>, u32)> = names[..50]
+        .iter()
+        .zip(&rooms)
+        .flat_map(|((_, sender), room)| {
+            [
+                (Key::ServerInRoom("server0", room), 1),
+                (Key::Sender(sender, room), 1),
+                (Key::Room(room), 1),
+            ]
+        })
+        .chain([(Key::Server("server0"), 50)])
+        .collect();
+    c.bench_function("admit 151 charges", |b| {
+        b.iter(|| {
+            now_ms += 1;
+            assert_eq!(open.admit(black_box(&most), now_ms), Ok(()));
         });
     });
     let mut closed = limiter(0.001, 1);

@@ -12,3 +12,4 @@ pub mod limiter;
 pub mod python;
 pub mod release;
 pub mod rules;
+mod steady;

@@ -9,6 +9,7 @@ use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
 
 use crate::error::Error;
+use crate::steady::SteadyTime;
 
 const NS_PER_MS: i64 = 1_000_000;
 /// How many buckets the keys without one of their own share, for each scope.
@@ -168,8 +169,8 @@ pub struct Limiter<S = RandomState> {
     capacity: usize,
     sweep_at: usize,
     swept_ns: i64,
-    last_now_ms: i64,
-    lost_ms: i64,
+    /// A clock that is set back neither fills a bucket nor holds it up until the clock is where it was.
+    time: SteadyTime,
 }
 
 impl Limiter<RandomState> {
@@ -199,8 +200,7 @@ impl<S: BuildHasher> Limiter<S> {
             capacity,
             sweep_at: capacity.min(1024),
             swept_ns: i64::MIN,
-            last_now_ms: i64::MIN,
-            lost_ms: 0,
+            time: SteadyTime::new(),
         }
     }
 
@@ -213,7 +213,7 @@ impl<S: BuildHasher> Limiter<S> {
     ///
     /// A limit is in the way. Nothing has been taken, so asking again costs nothing.
     pub fn admit(&mut self, charges: &[(Key<'_>, u32)], now_ms: i64) -> Result<(), Refusal> {
-        let now_ns = self.time_ns(now_ms);
+        let now_ns = self.time.at(now_ms).saturating_mul(NS_PER_MS);
         let mut charges: Vec<(Key<'_>, u32)> = charges.to_vec();
         charges.sort_unstable();
         charges.dedup_by(|later, kept| {
@@ -253,6 +253,11 @@ impl<S: BuildHasher> Limiter<S> {
         Ok(())
     }
 
+    /// Tells what time it is. A clock's being set back is noticed at the next call; what passed in between does not count.
+    pub fn tick(&mut self, now_ms: i64) {
+        self.time.at(now_ms);
+    }
+
     /// How many keys have a bucket of their own at the moment.
     #[must_use]
     pub fn len(&self) -> usize {
@@ -263,20 +268,6 @@ impl<S: BuildHasher> Limiter<S> {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.full_at_ns.is_empty()
-    }
-
-    /// This limiter's own time, which never goes back: a clock that is set back neither fills a bucket nor holds it up until the
-    /// clock is where it was.
-    fn time_ns(&mut self, now_ms: i64) -> i64 {
-        if now_ms < self.last_now_ms {
-            self.lost_ms = self
-                .lost_ms
-                .saturating_add(self.last_now_ms.saturating_sub(now_ms));
-        }
-        self.last_now_ms = now_ms;
-        now_ms
-            .saturating_add(self.lost_ms)
-            .saturating_mul(NS_PER_MS)
     }
 
     fn full_at_ns(&self, scope: Scope, stored: &str) -> i64 {

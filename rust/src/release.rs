@@ -10,6 +10,7 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use std::hash::BuildHasher;
 
 use crate::limiter::{Key, Limiter, Refusal, Scope};
+use crate::steady::SteadyTime;
 use schedule::{Name, Schedule};
 
 /// An event that waits.
@@ -53,15 +54,21 @@ struct Room {
     held_by: Option<Scope>,
 }
 
+/// One moment, by the clock and by the steady time that sleepers go by.
+#[derive(Clone, Copy)]
+struct Moment {
+    now_ms: i64,
+    steady_ms: i64,
+}
+
 /// What came of a turn.
 enum Turn {
     Released(Name),
-    /// Nothing before this time.
+    /// Nothing before this steady time.
     Sleeps(i64),
 }
 
 /// The events that wait, in the order of their release.
-#[derive(Default)]
 pub struct ReleaseQueue {
     entries: HashMap<Name, Entry>,
     expiry: BTreeSet<(i64, Name)>,
@@ -71,6 +78,22 @@ pub struct ReleaseQueue {
     /// Servers that their limit over all rooms holds up.
     held_servers: HashSet<Name>,
     counter: u64,
+    time: SteadyTime,
+}
+
+impl Default for ReleaseQueue {
+    fn default() -> Self {
+        Self {
+            entries: HashMap::new(),
+            expiry: BTreeSet::new(),
+            rooms: HashMap::new(),
+            schedule: Schedule::default(),
+            waiting: HashMap::new(),
+            held_servers: HashSet::new(),
+            counter: 0,
+            time: SteadyTime::new(),
+        }
+    }
 }
 
 impl ReleaseQueue {
@@ -250,8 +273,11 @@ impl ReleaseQueue {
         now_ms: i64,
         max_events: usize,
     ) -> Vec<String> {
+        let steady_ms = self.time.at(now_ms);
+        limiter.tick(now_ms); // the same time for both, though no decision is made
+        let moment = Moment { now_ms, steady_ms };
         let mut released = Vec::new();
-        for room_id in self.schedule.wake(now_ms) {
+        for room_id in self.schedule.wake(steady_ms) {
             self.counter += 1;
             self.schedule.ready(&room_id, self.counter);
         }
@@ -259,7 +285,7 @@ impl ReleaseQueue {
             let Some(room_id) = self.schedule.first().cloned() else {
                 break;
             };
-            match self.turn_of(&room_id, limiter, now_ms) {
+            match self.turn_of(&room_id, limiter, moment) {
                 Turn::Released(event_id) => {
                     self.counter += 1;
                     self.schedule.ready(&room_id, self.counter);
@@ -276,13 +302,13 @@ impl ReleaseQueue {
         &mut self,
         room_id: &Name,
         limiter: &mut Limiter<S>,
-        now_ms: i64,
+        moment: Moment,
     ) -> Turn {
         let Some(room) = self.rooms.get_mut(room_id) else {
             return Turn::Sleeps(i64::MAX);
         };
         room.held_by = None;
-        for server in room.schedule.wake(now_ms) {
+        for server in room.schedule.wake(moment.steady_ms) {
             self.counter += 1;
             room.schedule.ready(&server, self.counter);
         }
@@ -294,7 +320,7 @@ impl ReleaseQueue {
                 room.schedule.remove(&server);
                 continue;
             };
-            match share.turn(room_id, &server, limiter, now_ms) {
+            match share.turn(room_id, &server, limiter, moment) {
                 Ok(event_id) => {
                     self.held_servers.remove(&server);
                     self.counter += 1;
@@ -339,12 +365,12 @@ impl ReleaseQueue {
             return Some(now_ms);
         }
         let expires_at_ms = self.expiry.first().map(|(expires_at_ms, _)| *expires_at_ms);
-        let due_ms = self
+        let steady_ms = self.time.clone().at(now_ms);
+        let wakes_ms = self
             .schedule
             .next_wake_ms()
-            .into_iter()
-            .chain(expires_at_ms)
-            .min();
+            .map(|until_ms| now_ms.saturating_add(until_ms.saturating_sub(steady_ms)));
+        let due_ms = wakes_ms.into_iter().chain(expires_at_ms).min();
         due_ms.map(|due_ms| due_ms.max(now_ms))
     }
 }
@@ -356,10 +382,10 @@ impl Share {
         room_id: &str,
         server: &str,
         limiter: &mut Limiter<S>,
-        now_ms: i64,
+        moment: Moment,
     ) -> Result<Name, (i64, Option<Scope>)> {
         self.held_by = None;
-        for sender in self.schedule.wake(now_ms) {
+        for sender in self.schedule.wake(moment.steady_ms) {
             if let Some((most_urgent, _)) = self.senders.get(&sender).and_then(BTreeSet::first) {
                 self.schedule.ready(&sender, *most_urgent);
             }
@@ -373,13 +399,13 @@ impl Share {
                 continue;
             };
             let charges = Key::of_event(server, room_id, &sender).map(|key| (key, 1));
-            match limiter.admit(&charges, now_ms) {
+            match limiter.admit(&charges, moment.now_ms) {
                 Ok(()) => return Ok(event_id.clone()),
                 Err(Refusal {
                     scope,
                     retry_after_ms,
                 }) => {
-                    let until_ms = now_ms.saturating_add(retry_after_ms);
+                    let until_ms = moment.steady_ms.saturating_add(retry_after_ms);
                     if scope != Scope::Sender {
                         return Err((until_ms, Some(scope)));
                     }

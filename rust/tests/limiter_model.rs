@@ -1,6 +1,8 @@
 //! The limiter against plain arithmetic, against the crate `governor`, and against those who would trick it.
 
+use std::collections::hash_map::DefaultHasher;
 use std::collections::{BTreeMap, HashMap};
+use std::hash::BuildHasherDefault;
 use std::num::NonZeroU32;
 use std::time::Duration;
 
@@ -308,4 +310,219 @@ fn keys_do_not_meet() {
         assert!(limiter.admit(&[(key, 1)], START_MS).is_ok(), "{key:?}");
     }
     assert_eq!(limiter.len(), 4);
+}
+
+/// One of the extremes now and then, else a time that may be.
+fn any_time() -> impl Strategy<Value = i64> {
+    let edge = prop::sample::select(vec![i64::MIN, i64::MIN + 1, -1, 0, i64::MAX - 1, i64::MAX]);
+    prop_oneof![edge, START_MS - HOUR_MS..START_MS + HOUR_MS]
+}
+
+fn charges() -> impl Strategy<Value = Vec<(Key<'static>, u32)>> {
+    let charge = (0..5usize, 0..3usize, 0..3usize, 0..8u32);
+    vec(
+        charge.prop_map(|(s, a, b, cost)| (key(s, a, b), cost)),
+        0..6,
+    )
+}
+
+fn all_limits() -> impl Strategy<Value = Vec<(Scope, u32, u32)>> {
+    vec((1..50u32, 1..12u32), 5).prop_map(|limits| {
+        let with_scope = |(scope, (rate, burst))| (scope, rate, burst);
+        Scope::ALL.into_iter().zip(limits).map(with_scope).collect()
+    })
+}
+
+fn limiter_of(limits: &[(Scope, u32, u32)]) -> Limiter {
+    let of = |(scope, rate, burst): &(Scope, u32, u32)| (*scope, limit(f64::from(*rate), *burst));
+    Limiter::new(limits.iter().map(of), 10_000)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig {
+        failure_persistence: Some(Box::new(FileFailurePersistence::Direct("rust/tests/proptest-regressions/limiter_model.txt"))),
+        ..ProptestConfig::default()
+    })]
+
+    /// The same for each key where a decision is on many, and over a clock that goes back: the limiter's own time stands still.
+    #[test]
+    fn never_more_for_any_key(
+        steps in vec((charges(), prop_oneof![9 => 0..300i64, 1 => -HOUR_MS..0]), 1..100),
+        limits in all_limits(),
+    ) {
+        let mut limiter = limiter_of(&limits);
+        let (mut now_ms, mut own_ms) = (START_MS, START_MS);
+        let mut admitted: BTreeMap<Key<'static>, Vec<(i64, u32)>> = BTreeMap::new();
+        for (charges, step_ms) in steps {
+            now_ms += step_ms;
+            own_ms += step_ms.max(0);
+            if limiter.admit(&charges, now_ms).is_ok() {
+                let mut costs: BTreeMap<Key<'static>, u32> = BTreeMap::new();
+                for (key, cost) in charges {
+                    *costs.entry(key).or_default() += cost;
+                }
+                for (key, cost) in costs {
+                    admitted.entry(key).or_default().push((own_ms, cost));
+                }
+            }
+        }
+        for (key, admitted) in admitted {
+            let (_, rate, burst) = limits[key.scope() as usize];
+            for from in 0..admitted.len() {
+                let (mut sum, mut largest) = (0, burst);
+                for (at_ms, cost) in &admitted[from..] {
+                    sum += cost;
+                    largest = largest.max(*cost);
+                    let window_s = (at_ms - admitted[from].0) as f64 / 1000.0;
+                    let most = f64::from(largest) + f64::from(rate) * window_s + 1e-6;
+                    prop_assert!(f64::from(sum) <= most, "{:?}: {} > {}", key, sum, most);
+                }
+            }
+        }
+    }
+
+    /// Two limiters, of which one never sees what the other refuses, cannot be told apart.
+    #[test]
+    fn a_refusal_leaves_no_trace(
+        steps in vec((charges(), 0..300i64), 1..100),
+        limits in all_limits(),
+    ) {
+        let (mut asked, mut spared) = (limiter_of(&limits), limiter_of(&limits));
+        let mut now_ms = START_MS;
+        for (charges, step_ms) in steps {
+            now_ms += step_ms;
+            if asked.admit(&charges, now_ms).is_ok() {
+                prop_assert_eq!(spared.admit(&charges, now_ms), Ok(()));
+            }
+            prop_assert_eq!(asked.len(), spared.len());
+        }
+    }
+
+    /// However many wait for each other's keys: each comes when it was told to, and none comes for ever.
+    #[test]
+    fn all_who_wait_get_through(waiting in vec(charges(), 1..25), limits in all_limits()) {
+        let mut limiter = limiter_of(&limits);
+        let mut due: BTreeMap<(i64, usize), Vec<(Key<'static>, u32)>> = BTreeMap::new();
+        due.extend(waiting.into_iter().enumerate().map(|(at, charges)| ((START_MS, at), charges)));
+        let mut tries = 0;
+        let most = due.len() * (due.len() + 1);
+        while let Some(((now_ms, at), charges)) = due.pop_first() {
+            tries += 1;
+            prop_assert!(tries <= most, "{} tries", tries);
+            if let Err(refusal) = limiter.admit(&charges, now_ms) {
+                prop_assert!(refusal.retry_after_ms >= 1);
+                due.insert((now_ms + refusal.retry_after_ms, at), charges);
+            }
+        }
+    }
+
+    #[test]
+    fn same_as_governor_by_key(
+        steps in vec((0..3usize, 1..6u32, 0..50i64), 1..200),
+        interval_ms in prop::sample::select(vec![1u32, 2, 4, 5, 8, 10, 20, 25, 40]),
+        burst in 5..9u32,
+    ) {
+        let quota = Quota::with_period(Duration::from_millis(interval_ms.into()))
+            .expect("not zero")
+            .allow_burst(NonZeroU32::new(burst).expect("not zero"));
+        let clock = FakeRelativeClock::default();
+        let oracle = RateLimiter::<usize, _, _, _>::hashmap_with_clock(quota, clock.clone());
+        let limits = [(Scope::User, limit(1000.0 / f64::from(interval_ms), burst))];
+        let mut limiter = Limiter::new(limits, 100);
+        let mut now_ms = START_MS;
+        for (name, cost, step_ms) in steps {
+            now_ms += step_ms;
+            clock.advance(Duration::from_millis(step_ms as u64));
+            let found = limiter.admit(&[(Key::User(NAMES[name]), cost)], now_ms).is_ok();
+            let cost = NonZeroU32::new(cost).expect("not zero");
+            prop_assert_eq!(found, matches!(oracle.check_key_n(&name, cost), Ok(Ok(()))));
+        }
+    }
+
+    #[test]
+    fn no_time_is_too_far(
+        steps in vec((any_time(), prop_oneof![0..9u32, Just(u32::MAX)]), 1..40),
+        rate in prop::sample::select(vec![0.001, 1.0, 1e6]),
+        burst in prop::sample::select(vec![1, 5, 1_000_000]),
+    ) {
+        let mut limiter = Limiter::new([(Scope::Room, limit(rate, burst))], 10);
+        for (now_ms, cost) in steps {
+            // Twice in one decision: the sum may not overflow either.
+            let charges = [(Key::Room("a"), cost), (Key::Room("a"), cost)];
+            if let Err(refusal) = limiter.admit(&charges, now_ms) {
+                prop_assert!(refusal.retry_after_ms >= 1);
+            }
+        }
+    }
+}
+
+/// L6: whoever had used up some of a bucket is where he was, in each scope that is flooded, and to the millisecond.
+#[test]
+fn a_flood_moves_nobody() {
+    const CAPACITY: usize = 2_000;
+    let limits = Scope::ALL.map(|scope| (scope, limit(0.1, 8)));
+    let mut flooded: Limiter<BuildHasherDefault<DefaultHasher>> =
+        Limiter::with_hasher(limits, CAPACITY, BuildHasherDefault::default());
+    let mut calm = Limiter::new(limits, CAPACITY);
+    let known: Vec<Key<'static>> = (0..5).flat_map(|s| [key(s, 0, 1), key(s, 1, 2)]).collect();
+    for (at, key) in known.iter().enumerate() {
+        let cost = 1 + u32::try_from(at).expect("small") % 8;
+        assert!(flooded.admit(&[(*key, cost)], START_MS).is_ok());
+        assert!(calm.admit(&[(*key, cost)], START_MS).is_ok());
+    }
+    for number in 0..200_000 {
+        let name = format!("{number}.flood");
+        let keys = [
+            Key::Server(&name),
+            Key::ServerInRoom(&name, "b"),
+            Key::Sender(&name, "b"),
+            Key::Room(&name),
+            Key::User(&name),
+        ];
+        let _ = flooded.admit(&[(keys[number % 5], 8)], START_MS);
+        assert!(flooded.len() <= CAPACITY);
+    }
+    // What is over the burst is told how far from full the bucket is. All of that is over before any of the flood's is.
+    for now_ms in [START_MS, START_MS + 5_001] {
+        for key in &known {
+            let probe = [(*key, 9)];
+            let found = flooded.admit(&probe, now_ms);
+            assert!(found.is_err(), "{key:?}");
+            assert_eq!(found, calm.admit(&probe, now_ms), "{key:?}");
+        }
+    }
+}
+
+/// L6: going in and out of the table gains a key nothing: over many waves it passes no faster than its limit.
+#[test]
+fn no_gain_from_overflow() {
+    const CAPACITY: usize = 500;
+    let (rate, burst) = (1.0, 3);
+    let mut limiter: Limiter<BuildHasherDefault<DefaultHasher>> = Limiter::with_hasher(
+        [(Scope::Sender, limit(rate, burst))],
+        CAPACITY,
+        BuildHasherDefault::default(),
+    );
+    let greedy = [(Key::Sender("greedy", "room"), 1)];
+    let mut passed: Vec<i64> = Vec::new();
+    for wave in 0..40_i64 {
+        // Between the waves some of the table's buckets, its own among them, are full and forgotten.
+        let start_ms = START_MS + wave * 2_300;
+        for number in 0..1_500_i64 {
+            let now_ms = start_ms + number;
+            let name = format!("@{number}:wave{wave}");
+            let _ = limiter.admit(&[(Key::Sender(&name, "room"), 1)], now_ms);
+            if limiter.admit(&greedy, now_ms).is_ok() {
+                passed.push(now_ms);
+            }
+            assert!(limiter.len() <= CAPACITY);
+        }
+    }
+    assert!(passed.len() > 40, "it is not shut out: {}", passed.len());
+    for (first, from_ms) in passed.iter().enumerate() {
+        for (last, to_ms) in passed.iter().enumerate().skip(first) {
+            let most = f64::from(burst) + rate * (to_ms - from_ms) as f64 / 1000.0;
+            assert!((last - first + 1) as f64 <= most + 1e-6);
+        }
+    }
 }

@@ -375,3 +375,323 @@ fn without_limits_all_pass() {
     );
     assert_eq!(queue.next_due_ms(START_MS), None);
 }
+
+type Bucket = (Scope, String);
+
+/// The buckets by plain arithmetic.
+struct Buckets {
+    limits: Vec<(Scope, i128, i128)>,
+    full_at_ns: HashMap<Bucket, i128>,
+}
+
+impl Buckets {
+    fn new(limits: &[(Scope, f64, u32)]) -> Self {
+        let exact = |(scope, rate, burst): &(Scope, f64, u32)| {
+            (*scope, (1e9 / rate).ceil() as i128, i128::from(*burst))
+        };
+        Self {
+            limits: limits.iter().map(exact).collect(),
+            full_at_ns: HashMap::new(),
+        }
+    }
+
+    /// How long each of the event's buckets would have it wait.
+    fn waits(&self, event: &Event, now_ms: i64) -> Vec<(Bucket, i128)> {
+        let now_ns = i128::from(now_ms) * 1_000_000;
+        let wait = |(scope, interval_ns, burst): &(Scope, i128, i128)| {
+            let of = (*scope, bucket(*scope, event));
+            let full_at_ns = self.full_at_ns.get(&of).copied().unwrap_or(now_ns);
+            let wait_ns = (full_at_ns - now_ns).max(0) - (burst - 1) * interval_ns;
+            (of, wait_ns.max(0))
+        };
+        self.limits.iter().map(wait).collect()
+    }
+
+    fn passes(&self, event: &Event, now_ms: i64) -> bool {
+        self.waits(event, now_ms)
+            .iter()
+            .all(|(_, wait_ns)| *wait_ns == 0)
+    }
+
+    fn charge(&mut self, event: &Event, now_ms: i64) {
+        let now_ns = i128::from(now_ms) * 1_000_000;
+        for (scope, interval_ns, _) in &self.limits {
+            let of = (*scope, bucket(*scope, event));
+            let full_at_ns = self.full_at_ns.entry(of).or_insert(now_ns);
+            *full_at_ns = now_ns.max(*full_at_ns) + interval_ns;
+        }
+    }
+}
+
+/// A releaser that comes when it is told to, with each of its promises checked at each step.
+struct Releaser {
+    limits: Vec<(Scope, f64, u32)>,
+    limiter: Limiter,
+    queue: ReleaseQueue,
+    buckets: Buckets,
+    now_ms: i64,
+    most: usize,
+    events: Vec<Event>,
+    waiting: BTreeSet<usize>,
+    /// The one bucket that each was held up by longest when last looked at.
+    held_by: HashMap<usize, Bucket>,
+    /// Room, server, other server: the first has had a turn that the other is still waiting for.
+    ahead: BTreeSet<(String, String, String)>,
+    /// Times that it came for nothing.
+    idle: usize,
+}
+
+impl Releaser {
+    fn new(limits: Vec<(Scope, f64, u32)>, most: usize) -> Self {
+        Self {
+            limiter: limiter(&limits),
+            queue: ReleaseQueue::new(),
+            buckets: Buckets::new(&limits),
+            limits,
+            now_ms: START_MS,
+            most,
+            events: Vec::new(),
+            waiting: BTreeSet::new(),
+            held_by: HashMap::new(),
+            ahead: BTreeSet::new(),
+            idle: 0,
+        }
+    }
+
+    fn limited(&self, scope: Scope) -> bool {
+        self.limits.iter().any(|(limited, _, _)| *limited == scope)
+    }
+
+    /// The others of the same server and room.
+    fn beside(&self, event: &Event) -> Vec<&Event> {
+        let same = |other: &&Event| other.room == event.room && other.server == event.server;
+        self.waiting
+            .iter()
+            .map(|id| &self.events[*id])
+            .filter(same)
+            .collect()
+    }
+
+    fn arrive(&mut self, room: usize, server: usize, sender: usize, for_ms: i64) {
+        let new = event(
+            self.events.len(),
+            room,
+            server,
+            sender,
+            self.now_ms + for_ms,
+        );
+        let passes = self.buckets.passes(&new, self.now_ms);
+        let admitted = self.queue.admit(
+            &mut self.limiter,
+            &new.room,
+            &new.server,
+            &new.sender,
+            self.now_ms,
+        );
+        if admitted.is_ok() {
+            assert!(passes, "{new:?} is past a limit");
+            for (id, (scope, name)) in &self.held_by {
+                let overtaken = &self.events[*id];
+                assert_ne!(
+                    &bucket(*scope, &new),
+                    name,
+                    "{new:?} overtakes {overtaken:?}"
+                );
+            }
+            let same_sender = |other: &&Event| other.sender == new.sender;
+            assert!(!self.beside(&new).iter().any(same_sender), "{new:?}");
+            self.buckets.charge(&new, self.now_ms);
+            self.events.push(new);
+            return;
+        }
+        if self.beside(&new).is_empty() {
+            self.ahead
+                .retain(|(room, _, other)| (room, other) != (&new.room, &new.server));
+        }
+        assert!(self.queue.add(new.deferred()));
+        self.waiting.insert(self.events.len());
+        self.events.push(new);
+        self.settle();
+    }
+
+    /// Takes what may go now.
+    fn settle(&mut self) {
+        let mut idle = true;
+        loop {
+            for id in self.queue.expire(self.now_ms, 1_000) {
+                idle = false;
+                self.gone(&id);
+            }
+            let taken = self.queue.take(&mut self.limiter, self.now_ms, self.most);
+            for id in &taken {
+                idle = false;
+                let event = self.gone(id);
+                self.released(&event);
+            }
+            if taken.len() < self.most {
+                break;
+            }
+        }
+        self.idle += usize::from(idle);
+        self.held_by.clear();
+        let mut first_ms = i64::MAX;
+        for id in &self.waiting {
+            let mut waits: Vec<(Bucket, i64)> = self
+                .buckets
+                .waits(&self.events[*id], self.now_ms)
+                .into_iter()
+                .map(|(of, wait_ns)| {
+                    (
+                        of,
+                        i64::try_from((wait_ns + 999_999) / 1_000_000).expect("small"),
+                    )
+                })
+                .collect();
+            waits.sort_by_key(|(_, wait_ms)| -wait_ms);
+            let longest_ms = waits.first().map_or(0, |(_, wait_ms)| *wait_ms);
+            assert!(longest_ms > 0, "{:?} could go", self.events[*id]);
+            first_ms = first_ms.min(self.now_ms + longest_ms);
+            // With two that open in the same millisecond, either may be the one that is told.
+            if waits
+                .get(1)
+                .is_none_or(|(_, second_ms)| *second_ms < longest_ms)
+            {
+                self.held_by.insert(*id, waits.swap_remove(0).0);
+            }
+        }
+        match self.queue.next_due_ms(self.now_ms) {
+            None => assert!(self.waiting.is_empty()),
+            Some(due_ms) => {
+                assert!(due_ms > self.now_ms, "a busy loop");
+                assert!(due_ms <= first_ms, "late by {}", due_ms - first_ms);
+            }
+        }
+    }
+
+    fn gone(&mut self, id: &str) -> Event {
+        let number = id[1..].parse::<usize>().expect("ours");
+        assert!(self.waiting.remove(&number), "waited, and once only");
+        self.held_by.remove(&number);
+        self.events[number].clone()
+    }
+
+    fn released(&mut self, event: &Event) {
+        assert!(self.buckets.passes(event, self.now_ms), "{event:?}");
+        let urgency = |event: &Event| (event.expires_at_ms, event.id[1..].parse::<u32>().ok());
+        for other in self.beside(event) {
+            if urgency(other) < urgency(event) {
+                // It may be passed over for its sender's sake only.
+                assert!(other.sender != event.sender, "{other:?} before {event:?}");
+                let waits = self.buckets.waits(other, self.now_ms);
+                let own = waits.iter().find(|((scope, _), _)| *scope == Scope::Sender);
+                assert!(own.is_some_and(|(_, wait_ns)| *wait_ns > 0), "{other:?}");
+            }
+        }
+        self.buckets.charge(event, self.now_ms);
+        if self.limits.len() == 1 && self.limited(Scope::Room) {
+            self.turn(event);
+        }
+    }
+
+    /// Nobody has two turns while another server of the room waits for one.
+    fn turn(&mut self, event: &Event) {
+        let Event { room, server, .. } = event;
+        let others: BTreeSet<&String> = self
+            .waiting
+            .iter()
+            .map(|id| &self.events[*id])
+            .filter(|other| other.room == *room && other.server != *server)
+            .map(|other| &other.server)
+            .collect();
+        for other in others {
+            let turn = (room.clone(), server.clone(), other.clone());
+            assert!(self.ahead.insert(turn), "{other} waits for {server}");
+        }
+        self.ahead
+            .retain(|(in_room, _, waiter)| (in_room, waiter) != (room, server));
+    }
+
+    /// Comes whenever it is told to, up to then.
+    fn run_until(&mut self, until_ms: i64) {
+        while let Some(due_ms) = self.queue.next_due_ms(self.now_ms) {
+            if due_ms >= until_ms {
+                break;
+            }
+            self.now_ms = due_ms;
+            self.settle();
+        }
+        self.now_ms = until_ms;
+    }
+
+    fn finish(mut self) {
+        while let Some(due_ms) = self.queue.next_due_ms(self.now_ms) {
+            self.now_ms = due_ms;
+            self.settle();
+        }
+        assert!(self.queue.is_empty() && self.waiting.is_empty());
+        // Whoever is held up is looked at anew when his time has come, not again and again.
+        let most = 4 * self.events.len();
+        assert!(self.idle <= most, "for nothing {} times", self.idle);
+    }
+}
+
+type Arrival = (usize, usize, usize, i64, Option<i64>);
+
+/// Each after some time, or (None) just when the releaser is due, but before it.
+fn arrivals(rooms: usize) -> impl Strategy<Value = Vec<Arrival>> {
+    let after = prop_oneof![4 => Just(Some(0)), 2 => (0..700i64).prop_map(Some), 2 => Just(None)];
+    let for_ms = prop_oneof![1 => 1..3_000i64, 3 => 60_000..60_010i64];
+    vec((0..rooms, 0..3usize, 0..4usize, for_ms, after), 1..80)
+}
+
+fn release_all(arrivals: Vec<Arrival>, limits: Vec<(Scope, f64, u32)>, most: usize) {
+    let mut releaser = Releaser::new(limits, most);
+    for (room, server, sender, for_ms, after_ms) in arrivals {
+        let at_ms = match after_ms {
+            Some(after_ms) => releaser.now_ms + after_ms,
+            None => releaser
+                .queue
+                .next_due_ms(releaser.now_ms)
+                .unwrap_or(releaser.now_ms),
+        };
+        releaser.run_until(at_ms);
+        releaser.arrive(room, server, sender, for_ms);
+    }
+    releaser.finish();
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig {
+        failure_persistence: Some(Box::new(FileFailurePersistence::Direct("rust/tests/proptest-regressions/release_model.txt"))),
+        ..ProptestConfig::default()
+    })]
+
+    /// Nobody waits who could go or for whom only others are held up, nobody is overtaken, and nobody is called for nothing.
+    #[test]
+    fn promises(arrivals in arrivals(3), limits in some_limits(), most in 1..20usize) {
+        release_all(arrivals, limits, most);
+    }
+
+    /// The same where turns are all that decides: the limit of the room alone.
+    #[test]
+    fn turns(arrivals in arrivals(2), rate in 1..20u32, burst in 1..6u32, most in 1..20usize) {
+        release_all(arrivals, vec![(Scope::Room, f64::from(rate), burst)], most);
+    }
+}
+
+/// A clock that is set back by an hour does not hold up for an hour what was to be released in a second.
+#[test]
+fn clock_set_back() {
+    let mut limiter = limiter(&[(Scope::Sender, 1.0, 1)]);
+    let mut queue = ReleaseQueue::new();
+    for id in 0..3 {
+        queue.add(event(id, 0, 0, 0, FAR_MS).deferred());
+    }
+    assert_eq!(queue.take(&mut limiter, START_MS, 10), ["$0"]);
+    let back_ms = START_MS - 3_600_000;
+    assert_eq!(queue.next_due_ms(back_ms), Some(back_ms + 1_000));
+    assert!(queue.take(&mut limiter, back_ms + 999, 10).len() <= 1);
+    assert_eq!(queue.next_due_ms(back_ms + 999), Some(back_ms + 1_999));
+    assert_eq!(queue.take(&mut limiter, back_ms + 1_999, 10), ["$1"]);
+    assert_eq!(queue.take(&mut limiter, back_ms + 2_999, 10), ["$2"]);
+}

@@ -8,7 +8,7 @@ Transactions: functions that end in ``_txn`` run in a database thread and get a 
 runs in the reactor's thread.
 """
 
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from enum import Enum
 from typing import Any, Protocol, TypeVar
 
@@ -151,8 +151,21 @@ class Possession(Enum):
     UNREACHABLE = "unreachable"
 
 
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class Position:
+    """A position of the sticky events stream, which several writers may write to."""
+
+    stream_id: int
+    """The position of every writer that is not in ``writers``."""
+    writers: Mapping[str, int] = attr.Factory(dict)
+    """The positions of those that are further, by instance name."""
+
+
 class StickyStream(Protocol):
     """Synapse's sticky events stream, as seen by this process."""
+
+    writers: Sequence[str]
+    """The instances that write to it."""
 
     def positions(self) -> dict[str, int]:
         """Up to where each writer's rows are visible here, by instance name."""
@@ -316,6 +329,25 @@ class Sending(Protocol):
         becomes due. If ``check`` fails, the event is let through (fail open)."""
 
 
+DeliverySource = Callable[
+    [Collection[str], Position, Position, int, int | None], list[tuple[int, str, str]] | None
+]
+"""``(room_ids, after, up_to, now_ms, limit)`` to ``(stream_id, room_id, event_id)`` of the
+deliverable, unexpired events of the rooms, in stream order, ``after`` exclusive and ``up_to``
+inclusive; None for "ask the database"."""
+
+
+class Delivery(Protocol):
+    """What a user's sync is given in its sections of sticky events."""
+
+    def answer_from(self, source: DeliverySource) -> None:
+        """From now on /sync and sliding sync get their sticky events from ``source``.
+
+        If it fails or has no answer, Synapse's own query serves, without what was redacted (fail
+        open).
+        """
+
+
 ServerVisibility = Callable[[str, Sequence[Any]], Awaitable[set[str]]]
 """``(server, events)`` to the event IDs that it may see whole although history visibility
 filtered them."""
@@ -344,6 +376,7 @@ class Homeserver(Protocol):
     inbound: Inbound
     writer: StickyWriter
     sending: Sending
+    delivery: Delivery
 
     def now_ms(self) -> int: ...
 

@@ -6,10 +6,10 @@ follows the stream from there. Whoever asks more of it than it has taken in must
 
 import itertools
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 
 from synapse_sticky._core import StickyIndex
-from synapse_sticky.homeserver import Homeserver, StickyRow
+from synapse_sticky.homeserver import Homeserver, Position, StickyRow
 
 logger = logging.getLogger(__name__)
 
@@ -54,11 +54,21 @@ class IndexFollower:
 
     def in_step(self) -> bool:
         """Does the index hold all that is visible to this process right now?"""
-        return (
-            not self._changed
-            and not self._rechecking
-            and self.index.in_step(self._stream.positions())
-        )
+        return self._is_true_up_to(self._stream.positions())
+
+    def holds(self, up_to: Position) -> bool:
+        """Does the index hold all there is up to this position, and nothing that changed since?"""
+        positions = dict.fromkeys(self._stream.writers, up_to.stream_id)
+        for writer, position in up_to.writers.items():
+            if writer in positions:
+                positions[writer] = position
+            # One that writes no more: its rows were read together with those of the others.
+            elif position > max(self.index.positions().values(), default=0):
+                return False
+        return self._is_true_up_to(positions)
+
+    def _is_true_up_to(self, positions: Mapping[str, int]) -> bool:
+        return not self._changed and not self._rechecking and self.index.in_step(positions)
 
     async def rows_of(self, event_ids: Collection[str]) -> dict[str, StickyRow]:
         """The deliverable rows of these events by event ID, from the database if need be."""

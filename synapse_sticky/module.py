@@ -9,6 +9,7 @@ from synapse.module_api import ModuleApi
 from synapse_sticky.adapter import SynapseHomeserver
 from synapse_sticky.config import Mode, StickyConfig, parse
 from synapse_sticky.handlers.deferral import DeferralHandler
+from synapse_sticky.handlers.delivery import DeliveryHandler
 from synapse_sticky.handlers.joins import JoinsHandler
 from synapse_sticky.handlers.receipt import ReceiptHandler
 from synapse_sticky.handlers.sending import SendingHandler
@@ -38,7 +39,8 @@ class StickyEventsModule:
         self._storage = storage = Storage(homeserver)
         self._follower = follower = IndexFollower(homeserver)
         report = LimitReport(homeserver.now_ms)
-        duties = ["index"]
+        DeliveryHandler(homeserver, follower).start()
+        duties = ["index", "delivery"]
         # What needs the module's own tables. Until they are there, Synapse does as it does
         # without the module.
         starts: list[Callable[[], Awaitable[None]]] = []

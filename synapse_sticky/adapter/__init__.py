@@ -10,6 +10,7 @@ from synapse.util import SYNAPSE_VERSION
 from synapse.util.duration import Duration
 
 from synapse_sticky.adapter import hooks
+from synapse_sticky.adapter.delivery import SynapseDelivery
 from synapse_sticky.adapter.federation import SynapseFederation
 from synapse_sticky.adapter.inbound import SynapseInbound
 from synapse_sticky.adapter.rooms import SynapseRooms
@@ -21,6 +22,7 @@ from synapse_sticky.adapter.writer import SynapseStickyWriter
 from synapse_sticky.homeserver import (
     Cancellable,
     Cursor,
+    Delivery,
     Federation,
     Inbound,
     Rooms,
@@ -64,6 +66,7 @@ class SynapseHomeserver:
         self.inbound: Inbound = SynapseInbound(hs)
         self.writer: StickyWriter = SynapseStickyWriter(hs)
         self.sending: Sending = SynapseSending(hs)
+        self.delivery: Delivery = SynapseDelivery(hs)
 
     def now_ms(self) -> int:
         return self._clock.time_msec()

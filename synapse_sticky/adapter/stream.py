@@ -33,14 +33,14 @@ class SynapseStickyStream:
         self._store: Any = hs.get_datastores().main
         self._notifier = hs.get_notifier()
         self._clock = hs.get_clock()
-        self._writers = hs.config.worker.writers.events
+        self.writers: Sequence[str] = hs.config.worker.writers.events
         self._token = hooks.method(self._store, "get_sticky_events_stream_token")
         hooks.method(self._store, "_invalidate_local_get_event_cache", "event_id")
         hooks.method(self._store, "_invalidate_local_get_event_cache_room_id", "room_id")
 
     def positions(self) -> dict[str, int]:
         token = self._token()
-        return {writer: token.get_stream_pos_for_instance(writer) for writer in self._writers}
+        return {writer: token.get_stream_pos_for_instance(writer) for writer in self.writers}
 
     async def rows(self, *, after: int, up_to: int, limit: int) -> list[StickyRow]:
         return await self._rows(

@@ -1,0 +1,90 @@
+"""Which sticky events a user's sync is given: Synapse's question to its database."""
+
+import logging
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
+
+from synapse.storage.util import id_generators
+from synapse.types import MultiWriterStreamToken
+
+from synapse_sticky.adapter import hooks
+from synapse_sticky.homeserver import DeliverySource, Position
+
+if TYPE_CHECKING:
+    from synapse.server import HomeServer
+
+logger = logging.getLogger(__name__)
+
+_PARAMETERS = ("room_ids", "from_token", "to_token", "now", "limit")
+
+
+class SynapseDelivery:
+    """Implements ``homeserver.Delivery``."""
+
+    def __init__(self, hs: "HomeServer") -> None:
+        self._store: Any = hs.get_datastores().main
+        self._replace = hooks.replace(self._store, "get_sticky_events_in_rooms", *_PARAMETERS)
+        # Where a page that is full ends.
+        self._end_of_page = hooks.method(
+            id_generators,
+            "advance_multiwriter_sharded_token_after_partial_read",
+            "from_token_exclusive",
+            "to_token_inclusive",
+            "last_read_stream_id",
+        )
+
+    def answer_from(self, source: DeliverySource) -> None:
+        original = self._store.get_sticky_events_in_rooms
+
+        async def get_sticky_events_in_rooms(
+            room_ids: Collection[str],
+            *,
+            from_token: MultiWriterStreamToken,
+            to_token: MultiWriterStreamToken,
+            now: int,
+            limit: int | None,
+        ) -> tuple[MultiWriterStreamToken, dict[str, list[str]]]:
+            if limit == 0:
+                return from_token, {}
+            rows: list[tuple[int, str, str]] | None = []
+            # A client may have a token from the future, or this process be behind.
+            if room_ids and not to_token.is_before_or_eq(from_token):
+                try:
+                    rows = source(
+                        room_ids, position_of(from_token), position_of(to_token), now, limit
+                    )
+                except Exception:
+                    logger.exception("The index failed, asking the database")
+                    rows = None
+            if rows is None:
+                reached, by_room = await original(
+                    room_ids, from_token=from_token, to_token=to_token, now=now, limit=limit
+                )
+                return reached, await self._without_redacted(by_room)
+            if limit is not None and len(rows) == limit:
+                reached = self._end_of_page(
+                    from_token_exclusive=from_token,
+                    to_token_inclusive=to_token,
+                    last_read_stream_id=rows[-1][0],
+                )
+            else:
+                reached = from_token.copy_and_advance(to_token)
+            by_room = {}
+            for _, room_id, event_id in rows:
+                by_room.setdefault(room_id, []).append(event_id)
+            return reached, by_room
+
+        self._replace(get_sticky_events_in_rooms)
+
+    async def _without_redacted(self, by_room: dict[str, list[str]]) -> dict[str, list[str]]:
+        # Synapse's table keeps the row of an event that is redacted later (S5). Its own next step
+        # is to load these events, so this costs nothing more.
+        events = await self._store.get_events([e for ids in by_room.values() for e in ids])
+        sticky = {e for e, event in events.items() if event.sticky_duration() is not None}
+        left = {room_id: [e for e in ids if e in sticky] for room_id, ids in by_room.items()}
+        return {room_id: ids for room_id, ids in left.items() if ids}
+
+
+def position_of(token: MultiWriterStreamToken) -> Position:
+    """Synapse's token in this project's words."""
+    return Position(token.stream, token.instance_map)

@@ -9,6 +9,7 @@ runs in the reactor's thread.
 """
 
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from enum import Enum
 from typing import Any, Protocol, TypeVar
 
@@ -159,6 +160,16 @@ class Position:
     """The position of every writer that is not in ``writers``."""
     writers: Mapping[str, int] = attr.Factory(dict)
     """The positions of those that are further, by instance name."""
+
+    def of(self, instance_name: str) -> int:
+        """The position of this writer."""
+        return self.writers.get(instance_name, self.stream_id)
+
+    def is_before_or_at(self, other: "Position") -> bool:
+        """Is no writer further here than there?"""
+        return self.stream_id <= other.stream_id and all(
+            self.of(writer) <= other.of(writer) for writer in {*self.writers, *other.writers}
+        )
 
 
 class StickyStream(Protocol):
@@ -337,6 +348,46 @@ deliverable, unexpired events of the rooms, in stream order, ``after`` exclusive
 inclusive; None for "ask the database"."""
 
 
+class SlidingRequest(Protocol):
+    """A request of sliding sync that asks for sticky events."""
+
+    connection: tuple[str, str, str]
+    """Whose it is: user ID, device ID, and the client's name for the connection."""
+    room_ids: AbstractSet[str]
+    """The rooms that the user is joined to and that the client's lists could match (D2, D8)."""
+    limit: int
+    """The most events that the client takes."""
+    since: Position | None
+    """Up to where the client has been told of; None for nothing."""
+    up_to: Position
+    """Up to where this response may go."""
+
+    async def newly_joined_rooms(self) -> AbstractSet[str]:
+        """Rooms that the connection did not have at its last request, so that ``since`` says
+        nothing of them."""
+
+    async def read(
+        self, room_ids: Collection[str], after: Position, up_to: Position, limit: int | None
+    ) -> tuple[int, Position]:
+        """Puts these rooms' events into the response, the earliest first, at most ``limit``.
+
+        Gives how many, and up to where it came (at least ``up_to`` if there were not more).
+        """
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class SlidingPage:
+    """What goes out with the events that were read."""
+
+    next_batch: Position
+    is_due: bool
+    """Whether the client must be told the token at once, even if there is no event with it."""
+
+
+SlidingPager = Callable[[SlidingRequest], Awaitable[SlidingPage]]
+"""Reads into a response what belongs there."""
+
+
 class Delivery(Protocol):
     """What a user's sync is given in its sections of sticky events."""
 
@@ -345,6 +396,12 @@ class Delivery(Protocol):
 
         If it fails or has no answer, Synapse's own query serves, without what was redacted (fail
         open).
+        """
+
+    def page_sliding_sync(self, page: SlidingPager) -> None:
+        """From now on ``page`` decides what a response of sliding sync has in this section.
+
+        If it fails, the request fails, and nothing is lost to the client, which asks again.
         """
 
 

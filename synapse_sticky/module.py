@@ -13,6 +13,7 @@ from synapse_sticky.handlers.delivery import DeliveryHandler
 from synapse_sticky.handlers.joins import JoinsHandler
 from synapse_sticky.handlers.receipt import ReceiptHandler
 from synapse_sticky.handlers.sending import SendingHandler
+from synapse_sticky.handlers.sliding import SlidingHandler
 from synapse_sticky.handlers.staging import StagingHandler
 from synapse_sticky.handlers.visibility import VisibilityHandler
 from synapse_sticky.index import IndexFollower
@@ -40,6 +41,7 @@ class StickyEventsModule:
         self._follower = follower = IndexFollower(homeserver)
         report = LimitReport(homeserver.now_ms)
         DeliveryHandler(homeserver, follower).start()
+        SlidingHandler(homeserver, storage).start()
         duties = ["index", "delivery"]
         # What needs the module's own tables. Until they are there, Synapse does as it does
         # without the module.

@@ -1,8 +1,8 @@
 """The module's own tables, and their migrations.
 
 Sticky events, the stream and the backlog stay in Synapse's tables. Here is only what Synapse has
-no place for: who is a newcomer, how far each process has read the state changes, and which events
-wait for their release.
+no place for: who is a newcomer, how far each process has read the state changes, which events wait
+for their release, and what a response of sliding sync had no room for.
 """
 
 import logging
@@ -55,12 +55,32 @@ _MIGRATIONS: tuple[tuple[str, ...], ...] = (
             ON synapse_sticky_deferred (server)
         """,
     ),
+    (
+        """
+        CREATE TABLE IF NOT EXISTS synapse_sticky_pages (
+            user_id TEXT NOT NULL,
+            device_id TEXT NOT NULL,
+            connection TEXT NOT NULL,
+            token TEXT NOT NULL,
+            older TEXT NOT NULL,
+            noted_ts_ms BIGINT NOT NULL,
+            PRIMARY KEY (user_id, device_id, connection, token)
+        )
+        """,
+        """
+        CREATE INDEX IF NOT EXISTS synapse_sticky_pages_noted_ts
+            ON synapse_sticky_pages (noted_ts_ms)
+        """,
+    ),
 )
 """One entry a version of the layout; entries are only ever added. Each can be made twice: on
 Postgres a process that waited for another's migration does not see its note of the version."""
 
 _FORGET_INSTANCE_AFTER_MS = 2 * 3600 * 1000
 """Joins of an hour ago are of no interest any more."""
+
+_FORGET_PAGE_AFTER_MS = 3600 * 1000
+"""What was older than a page is expired by then."""
 
 _PAGE = 500
 
@@ -308,6 +328,42 @@ class Storage:
             return deferred + self._hs.inbound.staged_txn(txn, server, max(at_most - deferred, 0))
 
         return await self._hs.transact("waiting", read_txn)
+
+    # Pages of sliding sync
+
+    async def note_page(self, connection: tuple[str, str, str], token: str, older: str) -> None:
+        """Notes what is still to be read when the connection's client comes with this token."""
+
+        def write_txn(txn: Cursor) -> None:
+            now_ms = self._hs.now_ms()
+            txn.execute(
+                "DELETE FROM synapse_sticky_pages WHERE noted_ts_ms < ?",
+                (now_ms - _FORGET_PAGE_AFTER_MS,),
+            )
+            txn.execute(
+                "INSERT INTO synapse_sticky_pages"
+                " (user_id, device_id, connection, token, older, noted_ts_ms)"
+                " VALUES (?, ?, ?, ?, ?, ?)"
+                " ON CONFLICT (user_id, device_id, connection, token)"
+                " DO UPDATE SET older = EXCLUDED.older, noted_ts_ms = EXCLUDED.noted_ts_ms",
+                (*connection, token, older, now_ms),
+            )
+
+        await self._hs.transact("note_page", write_txn)
+
+    async def page(self, connection: tuple[str, str, str], token: str) -> str | None:
+        """What was noted; None if nothing was, or too long ago."""
+
+        def read_txn(txn: Cursor) -> str | None:
+            txn.execute(
+                "SELECT older FROM synapse_sticky_pages"
+                " WHERE user_id = ? AND device_id = ? AND connection = ? AND token = ?",
+                (*connection, token),
+            )
+            row = txn.fetchone()
+            return row[0] if row else None
+
+        return await self._hs.transact("page", read_txn)
 
 
 def _listed(values: Sequence[object]) -> str:

@@ -8,13 +8,17 @@ from synapse.storage.util import id_generators
 from synapse.types import MultiWriterStreamToken
 
 from synapse_sticky.adapter import hooks
-from synapse_sticky.homeserver import DeliverySource, Position
+from synapse_sticky.adapter.listeners import serves
+from synapse_sticky.adapter.sliding import SynapseSlidingSync
+from synapse_sticky.adapter.stream import position_of
+from synapse_sticky.homeserver import DeliverySource, SlidingPager
 
 if TYPE_CHECKING:
     from synapse.server import HomeServer
 
 logger = logging.getLogger(__name__)
 
+_SYNC_PARAMETERS = ("sync_config", "since_token", "full_state")
 _PARAMETERS = ("room_ids", "from_token", "to_token", "now", "limit")
 
 
@@ -32,6 +36,26 @@ class SynapseDelivery:
             "to_token_inclusive",
             "last_read_stream_id",
         )
+        self._sliding_sync = SynapseSlidingSync(hs)
+        if serves(hs, "client"):
+            self._keep_redacted_out(hs)
+
+    def _keep_redacted_out(self, hs: "HomeServer") -> None:
+        # An event can be redacted between being found sticky and being loaded (S5).
+        handler = hs.get_sync_handler()
+        replace = hooks.replace(handler, "current_sync_for_user", *_SYNC_PARAMETERS)
+        original = handler.current_sync_for_user
+
+        async def current_sync_for_user(*args: Any, **options: Any) -> Any:
+            result = await original(*args, **options)
+            for room in result.joined:
+                if room.sticky:
+                    room.sticky[:] = [
+                        shown for shown in room.sticky if shown.event.sticky_duration() is not None
+                    ]
+            return result
+
+        replace(current_sync_for_user)
 
     def answer_from(self, source: DeliverySource) -> None:
         original = self._store.get_sticky_events_in_rooms
@@ -84,7 +108,5 @@ class SynapseDelivery:
         left = {room_id: [e for e in ids if e in sticky] for room_id, ids in by_room.items()}
         return {room_id: ids for room_id, ids in left.items() if ids}
 
-
-def position_of(token: MultiWriterStreamToken) -> Position:
-    """Synapse's token in this project's words."""
-    return Position(token.stream, token.instance_map)
+    def page_sliding_sync(self, page: SlidingPager) -> None:
+        self._sliding_sync.page(page)

@@ -4,11 +4,13 @@ import logging
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
+from immutabledict import immutabledict
 from synapse.storage.database import LoggingTransaction, make_in_list_sql_clause
+from synapse.types import MultiWriterStreamToken
 from synapse.util.json import json_decoder
 
 from synapse_sticky.adapter import hooks
-from synapse_sticky.homeserver import StickyRow
+from synapse_sticky.homeserver import Position, StickyRow
 
 if TYPE_CHECKING:
     from synapse.server import HomeServer
@@ -118,3 +120,14 @@ class SynapseStickyStream:
                 logger.exception("Could not note that %r changed", changed)
 
         setattr(self._store, name, invalidate)
+
+
+def token_of(position: Position) -> MultiWriterStreamToken:
+    """The position as Synapse's token."""
+    ahead = {w: at for w, at in position.writers.items() if at > position.stream_id}
+    return MultiWriterStreamToken(stream=position.stream_id, instance_map=immutabledict(ahead))
+
+
+def position_of(token: MultiWriterStreamToken) -> Position:
+    """Synapse's token in this project's words."""
+    return Position(token.stream, token.instance_map)

@@ -11,6 +11,8 @@ import requests
 
 STICKY_PARAMETER = "org.matrix.msc4354.sticky_duration_ms"
 STICKY_FIELD = "msc4354_sticky"
+SLIDING_EXTENSION = "org.matrix.msc4354.sticky_events"
+_SLIDING_SYNC = "/_matrix/client/unstable/org.matrix.simplified_msc3575/sync"
 HOUR_MS = 3_600_000
 
 _transactions = itertools.count()
@@ -117,6 +119,36 @@ class Client:
             query["since"] = since
         return self.request("GET", "sync", **query)
 
+    def sliding_sync(
+        self,
+        after: Any = None,
+        *,
+        limit: int = 100,
+        timeout_ms: int = 0,
+        since: str | None = None,
+        **body: Any,
+    ) -> Any:
+        """Sliding sync with the extension of sticky events, ``after`` an answer or from nothing.
+
+        An answer without the extension's token, as nothing is new, is given that of the request.
+
+        ``since`` alone goes on from an old position with a new connection. Without anything else in
+        ``body`` there is one list of all rooms.
+        """
+        query: dict[str, Any] = {"timeout": timeout_ms}
+        extension: dict[str, Any] = {"enabled": True, "limit": limit}
+        if after is not None:
+            query["pos"] = after["pos"]
+            since = after["extensions"][SLIDING_EXTENSION].get("next_batch")
+        if since is not None:
+            extension["since"] = since
+        everything = {"ranges": [[0, 0]], "timeline_limit": 0, "required_state": []}
+        request = {"lists": {"all": everything}, "extensions": {SLIDING_EXTENSION: extension}}
+        answer = self.request("POST", _SLIDING_SYNC, {**request, **body}, **query)
+        nothing = {"rooms": {}, **({"next_batch": since} if since is not None else {})}
+        answer["extensions"].setdefault(SLIDING_EXTENSION, nothing)
+        return answer
+
     def collect_sticky(
         self,
         room_id: str,
@@ -154,3 +186,9 @@ def sticky_events(sync: Any, room_id: str) -> list[str]:
     events = room.get("msc4354_sticky", {}).get("events", [])
     timeline = room.get("timeline", {}).get("events", [])
     return [e["event_id"] for e in [*events, *(e for e in timeline if STICKY_FIELD in e)]]
+
+
+def sliding_sticky_events(answer: Any, room_id: str) -> list[str]:
+    """The IDs in the room's section of sticky events in an answer of sliding sync."""
+    rooms = answer["extensions"][SLIDING_EXTENSION]["rooms"]
+    return [event["event_id"] for event in rooms.get(room_id, {}).get("events", [])]

@@ -131,9 +131,11 @@ class VisibilityConfig:
     """Who may see sticky events whatever the history visibility (C1).
 
     servers: whether servers that are joined to the room may.
+    users: whether local users who are joined to the room may, also those from before their join.
     """
 
     servers: bool = _option(True, _boolean)
+    users: bool = _option(True, _boolean)
 
 
 class Mode(Enum):
@@ -203,13 +205,17 @@ class LocalConfig:
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
 class StickyConfig:
-    """The whole configuration. See the classes of the sections."""
+    """The whole configuration. See the classes of the sections.
+
+    state_events: whether state events can be sent as sticky as well (S3). MSC4354 has dropped that.
+    """
 
     joins: JoinsConfig = _section(JoinsConfig())
     staging: StagingConfig = _section(StagingConfig())
     visibility: VisibilityConfig = _section(VisibilityConfig())
     federation: FederationConfig = _section(FederationConfig())
     local: LocalConfig = _section(LocalConfig())
+    state_events: bool = _option(False, _boolean)
 
 
 def parse(config: object) -> StickyConfig:

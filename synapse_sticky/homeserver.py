@@ -216,6 +216,9 @@ class Rooms(Protocol):
         """Is the server joined now, as far as this homeserver knows, and not denied by the
         room's ACL?"""
 
+    async def is_user_joined(self, room_id: str, user_id: str) -> bool:
+        """Is this local user joined now?"""
+
     async def may_receive(self, room_id: str, destination: str) -> bool:
         """May the destination get own events of this room now: is this server in the room, the
         destination too, the ACL and the federation whitelist in favour?"""
@@ -339,6 +342,9 @@ class Sending(Protocol):
         """Asks before a sticky event is sent, or a delayed one is scheduled; not again when that
         becomes due. If ``check`` fails, the event is let through (fail open)."""
 
+    def accept_sticky_state(self) -> None:
+        """Takes the parameter for stickiness with state events as well (S3)."""
+
 
 DeliverySource = Callable[
     [Collection[str], Position, Position, int, int | None], list[tuple[int, str, str]] | None
@@ -410,11 +416,29 @@ ServerVisibility = Callable[[str, Sequence[Any]], Awaitable[set[str]]]
 filtered them."""
 
 
+UserVisibility = Callable[[str, Sequence[Any]], Awaitable[set[str]]]
+"""The same for ``(user_id, events)``: what a local user may see, or may not."""
+
+
 class Visibility(Protocol):
-    """What other servers may see."""
+    """What other servers and local users may see."""
 
     def allow_servers(self, allowed: ServerVisibility) -> None:
         """Lets joined servers see more than history visibility gives (C1).
+
+        If ``allowed`` fails, nothing is added (fail closed).
+        """
+
+    def hide_from_users(self, hidden: UserVisibility) -> None:
+        """Keeps from users what is only for those who are joined (D8): asks for the sticky events
+        of what a user is about to be shown and was not joined at.
+
+        If ``hidden`` fails, all of them are kept from the user (fail closed).
+        """
+
+    def allow_users(self, allowed: UserVisibility) -> None:
+        """Lets joined users see more than history visibility gives, where they ask for events
+        one by one or page through a room (C1); not those of users whom they ignore.
 
         If ``allowed`` fails, nothing is added (fail closed).
         """

@@ -53,9 +53,8 @@ class StickyEventsModule:
         if config.staging.keep_sticky:
             StagingHandler(homeserver).start()
             duties.append("staging")
-        if config.visibility.servers:
-            VisibilityHandler(homeserver, follower).start()
-            duties.append("visibility")
+        VisibilityHandler(homeserver, follower).start(config.visibility)
+        duties.append("visibility")
         limited = config.federation.mode is not Mode.OFF
         if limited and homeserver.inbound.receives:
             starts.append(ReceiptHandler(homeserver, storage, config.federation, report).start)
@@ -67,6 +66,10 @@ class StickyEventsModule:
         if config.local.per_user is not None and homeserver.sending.serves_clients:
             SendingHandler(homeserver, config.local, report).start()
             duties.append("sending")
+
+        if config.state_events and homeserver.sending.serves_clients:
+            homeserver.sending.accept_sticky_state()
+            duties.append("state_events")
 
         follower.start()
         if starts:

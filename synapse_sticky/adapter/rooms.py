@@ -165,6 +165,9 @@ class SynapseRooms:
     async def is_joined(self, room_id: str, server: str) -> bool:
         return await self._joined(room_id, server) and await self._acl_allows(room_id, server)
 
+    async def is_user_joined(self, room_id: str, user_id: str) -> bool:
+        return room_id in await self._store.get_rooms_for_user(user_id)
+
     async def may_receive(self, room_id: str, destination: str) -> bool:
         if not self._whitelisted(destination):
             return False

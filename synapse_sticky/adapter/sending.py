@@ -10,6 +10,7 @@ from synapse.api.errors import LimitExceededError
 
 from synapse_sticky.adapter import hooks
 from synapse_sticky.adapter.listeners import serves
+from synapse_sticky.adapter.state_events import SynapseStateEvents
 from synapse_sticky.homeserver import LocalSend, Refusal
 
 if TYPE_CHECKING:
@@ -60,6 +61,10 @@ class SynapseSending:
         )
         hooks.method(self._events, "get_event_from_transaction", "requester", "txn_id", "room_id")
         self._replace_delay = hooks.replace(self._delayed, "add", *_DELAY_PARAMETERS)
+        self._state_events = SynapseStateEvents(hs)
+
+    def accept_sticky_state(self) -> None:
+        self._state_events.accept_sticky()
 
     def limit_sticky(self, check: Check) -> None:
         send_original = self._events.create_and_send_nonmember_event

@@ -1,13 +1,16 @@
-"""What other servers may see: the filter in front of everything that goes out to them."""
+"""What other servers and local users may see: Synapse's filters in front of what goes out."""
 
+import functools
 import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from synapse.api.constants import Membership
 from synapse.events import EventBase
+from synapse.events.utils import FilteredEvent
 
 from synapse_sticky.adapter import hooks
-from synapse_sticky.homeserver import ServerVisibility
+from synapse_sticky.homeserver import ServerVisibility, UserVisibility
 
 if TYPE_CHECKING:
     from synapse.server import HomeServer
@@ -23,20 +26,54 @@ _PARAMETERS = (
     "filter_out_erased_senders",
     "filter_out_remote_partial_state_events",
 )
+_USER_PARAMETERS = (
+    "storage",
+    "user_id",
+    "events",
+    "is_peeking",
+    "always_include_ids",
+    "filter_send_to_client",
+)
 
 
 class SynapseVisibility:
     """Implements ``homeserver.Visibility``."""
 
     def __init__(self, hs: "HomeServer") -> None:
+        from synapse import notifier
         from synapse.federation.sender import per_destination_queue
-        from synapse.handlers import federation
+        from synapse.handlers import (
+            events,
+            federation,
+            initial_sync,
+            pagination,
+            relations,
+            room,
+            search,
+            sliding_sync,
+            sync,
+        )
 
+        self._store = hs.get_datastores().main
         self._server_name = hs.hostname
         # The modules that send events to other servers each import the filter by name.
         self._users = [per_destination_queue, federation]
         for user in self._users:
             hooks.method(user, "filter_events_for_server", *_PARAMETERS)
+        # /event, /messages, /context. The sections of sync are filtered where they are made.
+        self._history = [events, pagination, room]
+        # All that shows events to users, the servers' administrators and mails aside.
+        self._shown = [
+            *self._history,
+            initial_sync,
+            notifier,
+            relations,
+            search,
+            sliding_sync,
+            sync,
+        ]
+        for shown in self._shown:
+            hooks.method(shown, "filter_and_transform_events_for_client", *_USER_PARAMETERS)
 
     def allow_servers(self, allowed: ServerVisibility) -> None:
         for user in self._users:
@@ -59,6 +96,85 @@ class SynapseVisibility:
                 return await _add_allowed(allowed, target_server_name, events, visible)
 
             hooks.replace(user, "filter_events_for_server", *_PARAMETERS)(filter_events)
+
+    def hide_from_users(self, hidden: UserVisibility) -> None:
+        for shown in self._shown:
+            original = shown.filter_and_transform_events_for_client
+
+            @functools.wraps(original)  # whose parameters are looked at again
+            async def filter_events(
+                storage: Any,
+                user_id: str,
+                events: list[EventBase],
+                *args: Any,
+                _original: Any = original,
+                **options: Any,
+            ) -> list[FilteredEvent]:
+                visible: list[FilteredEvent] = await _original(
+                    storage, user_id, events, *args, **options
+                )
+                if storage.main is not self._store:
+                    return visible
+                # Whoever was joined at the event had it then.
+                doubtful = [
+                    e.event
+                    for e in visible
+                    if e.membership != Membership.JOIN and e.event.sticky_duration() is not None
+                ]
+                if not doubtful:
+                    return visible
+                hide = await _hidden_from_user(hidden, user_id, doubtful)
+                return [e for e in visible if e.event.event_id not in hide]
+
+            hooks.replace(shown, "filter_and_transform_events_for_client", *_USER_PARAMETERS)(
+                filter_events
+            )
+
+    def allow_users(self, allowed: UserVisibility) -> None:
+        for shown in self._history:
+            original = shown.filter_and_transform_events_for_client
+
+            async def filter_events(
+                storage: Any,
+                user_id: str,
+                events: list[EventBase],
+                is_peeking: bool = False,
+                always_include_ids: frozenset[str] = frozenset(),
+                _original: Any = original,
+                **options: bool,
+            ) -> Any:
+                if storage.main is self._store:
+                    always_include_ids |= await _sticky_for_user(allowed, user_id, events)
+                return await _original(
+                    storage, user_id, events, is_peeking, always_include_ids, **options
+                )
+
+            hooks.replace(shown, "filter_and_transform_events_for_client", *_USER_PARAMETERS)(
+                filter_events
+            )
+
+
+async def _sticky_for_user(
+    allowed: UserVisibility, user_id: str, events: Sequence[EventBase]
+) -> set[str]:
+    sticky = [event for event in events if event.sticky_duration() is not None]
+    if not sticky:
+        return set()
+    try:
+        return await allowed(user_id, sticky)
+    except Exception:
+        logger.exception("Could not decide which sticky events %s may see, adding none", user_id)
+        return set()
+
+
+async def _hidden_from_user(
+    hidden: UserVisibility, user_id: str, events: Sequence[EventBase]
+) -> set[str]:
+    try:
+        return await hidden(user_id, events)
+    except Exception:
+        logger.exception("Could not decide which sticky events %s may see, showing none", user_id)
+        return {event.event_id for event in events}
 
 
 async def _add_allowed(

@@ -1,11 +1,13 @@
-"""Joined servers see unexpired sticky events whole, whatever the history visibility (C1).
+"""Who is joined sees unexpired sticky events whole, whatever the history visibility (C1).
 
 Fails closed: if it cannot be decided, history visibility stays as it is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import timedelta
 from typing import Protocol
 
+from synapse_sticky.config import VisibilityConfig
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.index import IndexFollower
 
@@ -17,24 +19,63 @@ class _Event(Protocol):
     def room_id(self) -> str: ...
     @property
     def sender(self) -> str: ...
+    @property
+    def origin_server_ts(self) -> int: ...
+    def sticky_duration(self) -> timedelta | None: ...
 
 
 class VisibilityHandler:
-    """Decides which hidden events a server may see after all."""
+    """Decides which hidden events a server or a user may see after all."""
 
     def __init__(self, homeserver: Homeserver, follower: IndexFollower) -> None:
         self._hs = homeserver
         self._follower = follower
 
-    def start(self) -> None:
-        """Takes effect from the next event on that is filtered for a server."""
-        self._hs.visibility.allow_servers(self.allowed)
+    def start(self, config: VisibilityConfig) -> None:
+        """Takes effect from the next event on that is filtered."""
+        self._hs.visibility.hide_from_users(self.hidden_from_user)
+        if config.servers:
+            self._hs.visibility.allow_servers(self.allowed)
+        if config.users:
+            self._hs.visibility.allow_users(self.allowed_to_user)
 
     async def allowed(self, server: str, events: Sequence[_Event]) -> set[str]:
         """The event IDs that the server may see: sticky, unexpired, not soft-failed, redacted or
         of an erased user (P6), in a room that the server is joined to now."""
         if server == self._hs.server_name:
             return set()
+        return await self._allowed(self._hs.rooms.is_joined, server, events)
+
+    async def allowed_to_user(self, user_id: str, events: Sequence[_Event]) -> set[str]:
+        """The event IDs that the local user may see, by the same rules."""
+        return await self._allowed(self._hs.rooms.is_user_joined, user_id, events)
+
+    async def hidden_from_user(self, user_id: str, events: Sequence[_Event]) -> set[str]:
+        """The event IDs that the local user may not see, as they are not joined to the room and
+        the event is still sticky (D8).
+
+        Whether it is expired goes by what its sender says: a claim from the future keeps it from
+        outsiders for longer, but from nobody else.
+        """
+        now_ms = self._hs.now_ms()
+        hidden = set()
+        for event in events:
+            duration = event.sticky_duration()
+            if (
+                duration is None
+                or now_ms >= event.origin_server_ts + duration.total_seconds() * 1000
+            ):
+                continue
+            if not await self._hs.rooms.is_user_joined(event.room_id, user_id):
+                hidden.add(event.event_id)
+        return hidden
+
+    async def _allowed(
+        self,
+        is_joined: Callable[[str, str], Awaitable[bool]],
+        who: str,
+        events: Sequence[_Event],
+    ) -> set[str]:
         now_ms = self._hs.now_ms()
         rows = await self._follower.rows_of([event.event_id for event in events])
         sticky = [
@@ -47,7 +88,7 @@ class VisibilityHandler:
         joined = {
             room_id
             for room_id in {event.room_id for event in sticky}
-            if await self._hs.rooms.is_joined(room_id, server)
+            if await is_joined(room_id, who)
         }
         erased = await self._hs.rooms.erased({event.sender for event in sticky})
         return {e.event_id for e in sticky if e.room_id in joined and e.sender not in erased}

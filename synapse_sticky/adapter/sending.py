@@ -10,7 +10,7 @@ from synapse.api.errors import LimitExceededError
 
 from synapse_sticky.adapter import hooks
 from synapse_sticky.adapter.listeners import serves
-from synapse_sticky.adapter.state_events import SynapseStateEvents
+from synapse_sticky.adapter.servlets import SynapseServlets
 from synapse_sticky.homeserver import LocalSend, Refusal
 
 if TYPE_CHECKING:
@@ -61,10 +61,11 @@ class SynapseSending:
         )
         hooks.method(self._events, "get_event_from_transaction", "requester", "txn_id", "room_id")
         self._replace_delay = hooks.replace(self._delayed, "add", *_DELAY_PARAMETERS)
-        self._state_events = SynapseStateEvents(hs)
+        self._servlets = SynapseServlets(hs)
+        self._servlets.check_parameter()
 
     def accept_sticky_state(self) -> None:
-        self._state_events.accept_sticky()
+        self._servlets.accept_sticky_state()
 
     def limit_sticky(self, check: Check) -> None:
         send_original = self._events.create_and_send_nonmember_event

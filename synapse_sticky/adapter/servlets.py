@@ -1,50 +1,67 @@
-"""Sticky state events: the parameter of PUT /send on PUT /state as well."""
+"""The parameter for stickiness, where clients send events (S3)."""
 
 import copy
+import re
 from typing import TYPE_CHECKING, Any
 
 from synapse.api.constants import EventTypes, StickyEvent
 from synapse.api.errors import Codes, SynapseError
-from synapse.http.servlet import parse_integer
 
 from synapse_sticky.adapter import hooks
 
 if TYPE_CHECKING:
     from synapse.server import HomeServer
 
-_PUT_PARAMETERS = ("request", "room_id", "event_type", "state_key", "txn_id")
+_PUT_STATE_PARAMETERS = ("request", "room_id", "event_type", "state_key", "txn_id")
+_SEND_PARAMETERS = ("request", "requester", "room_id", "event_type", "txn_id")
+_NAME = StickyEvent.QUERY_PARAM_NAME
+_DIGITS = re.compile(rb"[0-9]{1,16}")
+_LARGEST = 2**53 - 1  # of the integers that an event can hold
 
 
-class SynapseStateEvents:
-    """Has Synapse's servlet for PUT /state take the parameter."""
+class SynapseServlets:
+    """Synapse's servlets for PUT /send and PUT /state.
+
+    Synapse makes them when it begins to listen, later than the module, so it is their classes that
+    are changed.
+    """
 
     def __init__(self, hs: "HomeServer") -> None:
-        from synapse.rest.client.room import RoomStateEventRestServlet
+        from synapse.rest.client import room
 
-        self._servlet = RoomStateEventRestServlet
+        self._send = room.RoomSendEventRestServlet
+        self._state = room.RoomStateEventRestServlet
         self._events: Any = hs.get_event_creation_handler()
-        # Synapse makes its servlets when it begins to listen, later than the module.
-        self._replace_put = hooks.replace(self._servlet, "on_PUT", *_PUT_PARAMETERS)
+        self._replace_send = hooks.replace(self._send, "_do", *_SEND_PARAMETERS)
+        self._replace_put = hooks.replace(self._state, "on_PUT", *_PUT_STATE_PARAMETERS)
         self._replace_deduplicate = hooks.replace(
             self._events, "deduplicate_state_event", "event", "context"
         )
 
-    def accept_sticky(self) -> None:
-        put_original = self._servlet.on_PUT
+    def check_parameter(self) -> None:
+        """Every value that PUT /send cannot take is refused, by name."""
+        original = self._send._do
+
+        async def send(servlet: Any, request: Any, *args: Any, **options: Any) -> Any:
+            sticky_duration_ms(request)
+            return await original(servlet, request, *args, **options)
+
+        self._replace_send(send)
+
+    def accept_sticky_state(self) -> None:
+        """PUT /state takes the parameter as well."""
+        put_original = self._state.on_PUT
         deduplicate_original = self._events.deduplicate_state_event
         events = self._events
 
         async def put(
             servlet: Any, request: Any, room_id: str, event_type: str, *args: Any, **options: Any
         ) -> Any:
-            duration_ms = parse_integer(request, StickyEvent.QUERY_PARAM_NAME)
+            duration_ms = sticky_duration_ms(request)
+            # More than one homeserver may share a process (as in Synapse's own tests).
             if duration_ms is not None and servlet.event_creation_handler is events:
                 if event_type == EventTypes.Member:
-                    raise SynapseError(
-                        400,
-                        f"{StickyEvent.QUERY_PARAM_NAME} is not possible for {event_type}",
-                        errcode=Codes.INVALID_PARAM,
-                    )
+                    raise _refusal(f"is not possible for {event_type}")
                 # The servlet itself serves other requests meanwhile.
                 servlet = copy.copy(servlet)
                 servlet.event_creation_handler = _StickyEvents(events, duration_ms)
@@ -61,6 +78,24 @@ class SynapseStateEvents:
 
         self._replace_put(put)
         self._replace_deduplicate(deduplicate_state_event)
+
+
+def sticky_duration_ms(request: Any) -> int | None:
+    """The parameter's value, None without one.
+
+    Raises:
+        SynapseError: 400 M_INVALID_PARAM; it is not an integer from 0 up.
+    """
+    values = request.args.get(_NAME.encode("ascii"))
+    if not values:
+        return None
+    if not _DIGITS.fullmatch(values[0]) or int(values[0]) > _LARGEST:
+        raise _refusal(f"must be an integer from 0 to {_LARGEST}, in ms")
+    return int(values[0])
+
+
+def _refusal(problem: str) -> SynapseError:
+    return SynapseError(400, f"Query parameter {_NAME} {problem}", errcode=Codes.INVALID_PARAM)
 
 
 class _StickyEvents:

@@ -253,6 +253,16 @@ impl<S: BuildHasher> Limiter<S> {
         Ok(())
     }
 
+    /// Would the key's bucket let so many pass one by one, now? Takes nothing.
+    pub fn has(&mut self, key: Key<'_>, count: u32, now_ms: i64) -> bool {
+        let Some(limit) = self.limits[key.scope() as usize] else {
+            return true;
+        };
+        let now_ns = self.time.at(now_ms).saturating_mul(NS_PER_MS);
+        i64::from(count) <= limit.burst_count
+            && limit.wait_ns(self.full_at_ns(key.scope(), &key.stored()), now_ns, count) <= 0
+    }
+
     /// Tells what time it is. A clock's being set back is noticed at the next call; what passed in between does not count.
     pub fn tick(&mut self, now_ms: i64) {
         self.time.at(now_ms);

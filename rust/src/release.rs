@@ -130,7 +130,8 @@ impl ReleaseQueue {
     /// May a new event be delivered now, and is then paid for?
     ///
     /// It may not overtake what waits for the same allowance: else new events could take each of its drops, and what waits would
-    /// do so until it expires.
+    /// do so until it expires. Those whose turn has come and who have not been asked yet what holds them up have one event's
+    /// allowance each kept for them.
     ///
     /// # Errors
     ///
@@ -145,6 +146,11 @@ impl ReleaseQueue {
     ) -> Result<(), Scope> {
         if let Some(scope) = self.waits_behind(room_id, server, sender) {
             return Err(scope);
+        }
+        for (key, kept) in self.kept_for_others(room_id, server) {
+            if !limiter.has(key, kept + 1, now_ms) {
+                return Err(key.scope());
+            }
         }
         limiter
             .admit(
@@ -169,12 +175,25 @@ impl ReleaseQueue {
             if share.senders.contains_key(sender) {
                 return Some(Scope::Sender);
             }
-            if share.schedule.first().is_some() {
-                return Some(Scope::ServerInRoom);
-            }
         }
-        // Somebody's turn has come already, and may need the last that the room allows.
-        room.schedule.first().map(|_| Scope::Room)
+        None
+    }
+
+    /// How many events' allowance new ones must leave to those whose turn has come.
+    fn kept_for_others<'a>(&self, room_id: &'a str, server: &'a str) -> Vec<(Key<'a>, u32)> {
+        let Some(room) = self.rooms.get(room_id) else {
+            return Vec::new();
+        };
+        let count = |ready: usize| u32::try_from(ready).unwrap_or(u32::MAX - 1);
+        let senders = room
+            .shares
+            .get(server)
+            .map_or(0, |share| count(share.schedule.count_ready()));
+        vec![
+            (Key::Room(room_id), count(room.schedule.count_ready())),
+            (Key::ServerInRoom(server, room_id), senders),
+            (Key::Server(server), senders),
+        ]
     }
 
     /// Has the event wait; false if it does already.

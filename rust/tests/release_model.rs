@@ -361,6 +361,31 @@ fn no_overtaking() {
     }
 }
 
+/// What was just added has not been asked yet what holds it up: one event's allowance is kept for it, no more.
+#[test]
+fn what_was_just_added_is_kept_its_turn_and_holds_up_nobody_else() {
+    let admit = |limits: &[(Scope, f64, u32)], new: &Event| {
+        let mut limiter = limiter(limits);
+        let mut queue = ReleaseQueue::new();
+        queue.add(event(0, 0, 0, 0, FAR_MS).deferred());
+        queue.add(event(1, 0, 1, 0, FAR_MS).deferred());
+        queue.admit(&mut limiter, &new.room, &new.server, &new.sender, START_MS)
+    };
+    let other_server = event(9, 0, 2, 0, FAR_MS);
+    assert_eq!(admit(&[], &other_server), Ok(()));
+    assert_eq!(admit(&[(Scope::Server, 1.0, 1)], &other_server), Ok(()));
+    assert_eq!(admit(&[(Scope::Room, 1.0, 3)], &other_server), Ok(()));
+    assert_eq!(
+        admit(&[(Scope::Room, 1.0, 2)], &other_server),
+        Err(Scope::Room)
+    );
+    let other_sender = event(9, 0, 0, 1, FAR_MS);
+    for scope in [Scope::Server, Scope::ServerInRoom] {
+        assert_eq!(admit(&[(scope, 1.0, 2)], &other_sender), Ok(()));
+        assert_eq!(admit(&[(scope, 1.0, 1)], &other_sender), Err(scope));
+    }
+}
+
 #[test]
 fn without_limits_all_pass() {
     let mut limiter = limiter(&[]);

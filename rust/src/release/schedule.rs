@@ -71,6 +71,11 @@ impl<P: Copy + Ord> Schedule<P> {
         self.ready.first().map(|(_, name)| name)
     }
 
+    /// How many are ready.
+    pub(super) fn count_ready(&self) -> usize {
+        self.ready.len()
+    }
+
     pub(super) fn is_ready(&self, name: &Name) -> bool {
         matches!(self.places.get(name), Some(Place::Ready(_)))
     }

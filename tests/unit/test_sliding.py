@@ -1,0 +1,206 @@
+"""Pages of sliding sync, against a naive stream: each event once, whatever is lost on the way."""
+
+import asyncio
+from collections.abc import Collection, Set
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from synapse_sticky.handlers.sliding import SlidingHandler, position_of_page, token_of_page
+from synapse_sticky.homeserver import Position, SlidingPage
+
+WRITERS = ("first", "second")
+
+
+class FakeStorage:
+    """The notes, and whether they can be taken."""
+
+    def __init__(self) -> None:
+        self.notes: dict[tuple[tuple[str, str, str], str], str] = {}
+        self.fails = False
+
+    async def note_page(self, connection: tuple[str, str, str], token: str, older: str) -> None:
+        if self.fails:
+            raise OSError("no database")
+        self.notes[connection, token] = older
+
+    async def page(self, connection: tuple[str, str, str], token: str) -> str | None:
+        return self.notes.get((connection, token))
+
+
+class FakeStream:
+    writers = WRITERS
+
+
+class FakeHomeserver:
+    stream = FakeStream()
+
+
+class Server:
+    """Rooms with events of two writers, one of which may be behind."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, str, str]] = []
+        self.joined: set[str] = set()
+        self.positions = dict.fromkeys(WRITERS, 0)
+
+    def send(self, room_id: str, writer: str) -> None:
+        stream_id = len(self.rows) + 1
+        self.rows.append((stream_id, writer, room_id))
+        self.positions[writer] = stream_id
+
+    def now(self) -> Position:
+        # As Synapse has it: at least 1, and a writer is named only if it is ahead.
+        low = max(min(self.positions.values()), 1)
+        return Position(low, {w: at for w, at in self.positions.items() if at > low})
+
+
+class Request:
+    """What the handler is asked with, and the response."""
+
+    connection = ("@user:server", "DEVICE", "")
+
+    def __init__(
+        self, server: Server, since: Position | None, newly: set[str], limit: int, up_to: Position
+    ) -> None:
+        self._server = server
+        self._newly = newly
+        self.room_ids: Set[str] = frozenset(server.joined)
+        self.limit = limit
+        self.since = since
+        self.up_to = up_to
+        self.events: list[int] = []
+
+    async def newly_joined_rooms(self) -> Set[str]:
+        return self._newly
+
+    async def read(
+        self, room_ids: Collection[str], after: Position, up_to: Position, limit: int | None
+    ) -> tuple[int, Position]:
+        if limit == 0:
+            return 0, after
+        found = [
+            stream_id
+            for stream_id, writer, room_id in self._server.rows
+            if room_id in room_ids and after.of(writer) < stream_id <= up_to.of(writer)
+        ][:limit]
+        self.events += found
+        if limit is not None and len(found) == limit:
+            last = found[-1]
+            low = max(after.stream_id, min(last, up_to.stream_id))
+            ends = {w: max(after.of(w), min(last, up_to.of(w))) for w in WRITERS}
+        else:
+            low = max(after.stream_id, up_to.stream_id)
+            ends = {w: max(after.of(w), up_to.of(w)) for w in WRITERS}
+        return len(found), Position(low, {w: at for w, at in ends.items() if at > low})
+
+
+rooms = st.sampled_from(["!a", "!b", "!c"])
+actions = st.lists(
+    st.one_of(
+        st.tuples(st.just("send"), rooms, st.sampled_from(WRITERS)),
+        st.tuples(st.just("join"), rooms),
+        st.tuples(st.just("leave"), rooms),
+        st.tuples(st.just("sync"), st.integers(0, 5), st.booleans()),
+    ),
+    max_size=60,
+)
+
+
+@pytest.mark.requirement("D2", "D4", "D5")
+@settings(max_examples=400, deadline=None, derandomize=True, database=None)
+@example(  # who comes back in the middle of a page
+    actions=[
+        *[("send", "!a", WRITERS[0])] * 4,
+        *[("send", "!a", WRITERS[1])] * 4,
+        *[("sync", 5, False), ("join", "!a"), ("sync", 1, False)],
+        *[("leave", "!a"), ("join", "!a"), ("sync", 2, True)],
+    ],
+    fails=False,
+)
+@given(actions=actions, fails=st.booleans())
+def test_each_event_once_in_order_and_none_lost(actions: list[Any], fails: bool) -> None:
+    server, storage = Server(), FakeStorage()
+    storage.fails = fails
+    handler = SlidingHandler(FakeHomeserver(), storage)  # type: ignore[arg-type]
+    seen: dict[str, list[int]] = {}
+    token: Position | None = None
+    newly: set[str] = set()
+
+    def ask(since: Position | None, limit: int) -> tuple[Request, SlidingPage]:
+        request = Request(server, since, set(newly), limit, server.now())
+        return request, asyncio.run(handler.page(request))
+
+    def sync(limit: int) -> bool:
+        """Whether there was anything to tell, as Synapse only then tells the token."""
+        nonlocal token
+        request, page = ask(token, limit)
+        for stream_id in request.events:
+            seen[server.rows[stream_id - 1][2]].append(stream_id)
+        newly.clear()  # the client has this response, so its position is past these joins
+        if not fails:
+            assert len(request.events) <= limit
+        if request.events or page.is_due or token is None:
+            token = page.next_batch
+            return True
+        return False
+
+    server.send("!elsewhere", WRITERS[0])
+    for action in actions:
+        match action:
+            case ("send", room_id, writer):
+                server.send(room_id, writer)
+            case ("join", room_id):
+                if room_id not in server.joined:
+                    server.joined.add(room_id)
+                    newly.add(room_id)
+                    seen[room_id] = []  # one who comes back gets all of it again
+            case ("leave", room_id):
+                server.joined.discard(room_id)
+                newly.discard(room_id)
+                seen.pop(room_id, None)
+            case ("sync", limit, lost):
+                if lost and token is not None:
+                    first, page = ask(token, limit)
+                    again, same = ask(token, limit)
+                    assert (first.events, page) == (again.events, same)
+                sync(limit)
+    for _ in range(100):
+        if not sync(5):
+            break
+    else:
+        pytest.fail("ends")
+    now = server.now()
+    assert seen == {
+        room_id: [
+            stream_id
+            for stream_id, writer, of in server.rows
+            if of == room_id and stream_id <= now.of(writer)
+        ]
+        for room_id in server.joined
+    }
+    assert token is not None
+    assert position_of_page(token, WRITERS) is None, "nothing is left, so no note is asked for"
+
+
+positions = st.builds(
+    lambda low, ahead: Position(low, {w: low + by for w, by in ahead.items() if by}),
+    st.integers(1, 50),
+    st.dictionaries(st.sampled_from([*WRITERS, "gone"]), st.integers(0, 9)),
+).filter(lambda p: not all(w in p.writers for w in WRITERS))
+
+
+@settings(deadline=None, derandomize=True, database=None)
+@given(position=positions, previous=st.one_of(st.none(), positions))
+def test_tokens_of_pages(position: Position, previous: Position | None) -> None:
+    assert position_of_page(position, WRITERS) is None
+    token = token_of_page(position, WRITERS, previous)
+    assert 0 <= token.stream_id < position.stream_id
+    assert all(token.of(writer) == position.of(writer) for writer in WRITERS)
+    found = position_of_page(token, WRITERS)
+    assert found is not None
+    assert all(found.of(writer) == position.of(writer) for writer in WRITERS)
+    if position.stream_id > 1:
+        assert token_of_page(position, WRITERS, token) != token

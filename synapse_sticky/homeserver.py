@@ -34,6 +34,16 @@ class Cursor(Protocol):
     def rowcount(self) -> int: ...
 
 
+class Signal(Protocol):
+    """Something that any number may wait for, again and again."""
+
+    def fire(self) -> None:
+        """Wakes all who wait."""
+
+    async def wait(self, at_most_ms: int) -> None:
+        """Waits until it fires next, or until that long has passed."""
+
+
 class Cancellable(Protocol):
     """A call that is due later."""
 
@@ -397,11 +407,13 @@ SlidingPager = Callable[[SlidingRequest], Awaitable[SlidingPage]]
 class Delivery(Protocol):
     """What a user's sync is given in its sections of sticky events."""
 
-    def answer_from(self, source: DeliverySource) -> None:
+    def answer_from(
+        self, source: DeliverySource, catch_up: Callable[[], Awaitable[None]] | None = None
+    ) -> None:
         """From now on /sync and sliding sync get their sticky events from ``source``.
 
-        If it fails or has no answer, Synapse's own query serves, without what was redacted (fail
-        open).
+        If it has no answer, it is asked once more after ``catch_up``. If it fails or has none
+        again, Synapse's own query serves, without what was redacted (fail open).
         """
 
     def page_sliding_sync(self, page: SlidingPager) -> None:
@@ -469,6 +481,8 @@ class Homeserver(Protocol):
     def call_later(
         self, delay_ms: int, what: str, function: Callable[..., Awaitable[None]], *args: Any
     ) -> Cancellable: ...
+
+    def new_signal(self) -> Signal: ...
 
     async def sleep_ms(self, delay_ms: int) -> None: ...
 

@@ -17,6 +17,7 @@ _PAGE = 500
 _EXPIRE_EVERY_MS = 10_000
 _RETRY_MIN_MS = 1_000
 _RETRY_MAX_MS = 60_000
+_CATCH_UP_MS = 1_000
 
 RoomsListener = Callable[[Collection[str]], None]
 
@@ -39,6 +40,7 @@ class IndexFollower:
         self._purged: set[str] = set()
         self._rechecking: set[str] = set()
         self._retry_ms = _RETRY_MIN_MS
+        self._progress = homeserver.new_signal()
 
     def start(self) -> None:
         """Begins to fill the index and to follow the stream."""
@@ -66,6 +68,12 @@ class IndexFollower:
             elif position > max(self.index.positions().values(), default=0):
                 return False
         return self._is_true_up_to(positions)
+
+    async def catch_up(self) -> None:
+        """Waits for what is being read, a moment at most; not while the database fails."""
+        self._poke()
+        if self._running and self._retry_ms == _RETRY_MIN_MS and self.index.positions():
+            await self._progress.wait(_CATCH_UP_MS)
 
     def _is_true_up_to(self, positions: Mapping[str, int]) -> bool:
         return not self._changed and not self._rechecking and self.index.in_step(positions)
@@ -117,6 +125,7 @@ class IndexFollower:
                     self._look_up_anew(room_id)
                 self._purged.clear()
                 await self._recheck()
+                self._progress.fire()
             self._retry_ms = _RETRY_MIN_MS
         except Exception:
             logger.exception(
@@ -126,6 +135,7 @@ class IndexFollower:
             self._retry_ms = min(self._retry_ms * 2, _RETRY_MAX_MS)
         finally:
             self._running = False
+            self._progress.fire()
 
     async def _retry(self) -> None:
         self._poke()

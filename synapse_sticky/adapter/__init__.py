@@ -15,6 +15,7 @@ from synapse_sticky.adapter.federation import SynapseFederation
 from synapse_sticky.adapter.inbound import SynapseInbound
 from synapse_sticky.adapter.rooms import SynapseRooms
 from synapse_sticky.adapter.sending import SynapseSending
+from synapse_sticky.adapter.signal import SynapseSignal
 from synapse_sticky.adapter.staging import SynapseStaging
 from synapse_sticky.adapter.stream import SynapseStickyStream
 from synapse_sticky.adapter.visibility import SynapseVisibility
@@ -27,6 +28,7 @@ from synapse_sticky.homeserver import (
     Inbound,
     Rooms,
     Sending,
+    Signal,
     Staging,
     StickyStream,
     StickyWriter,
@@ -82,6 +84,9 @@ class SynapseHomeserver:
         return self._api.delayed_background_call(
             delay_ms, function, *args, desc=f"synapse_sticky_{what}"
         )
+
+    def new_signal(self) -> Signal:
+        return SynapseSignal(self._clock)
 
     async def sleep_ms(self, delay_ms: int) -> None:
         await self._clock.sleep(Duration(milliseconds=delay_ms))

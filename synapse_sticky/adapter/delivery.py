@@ -1,7 +1,7 @@
 """Which sticky events a user's sync is given: Synapse's question to its database."""
 
 import logging
-from collections.abc import Collection
+from collections.abc import Awaitable, Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 from synapse.storage.util import id_generators
@@ -57,7 +57,9 @@ class SynapseDelivery:
 
         replace(current_sync_for_user)
 
-    def answer_from(self, source: DeliverySource) -> None:
+    def answer_from(
+        self, source: DeliverySource, catch_up: Callable[[], Awaitable[None]] | None = None
+    ) -> None:
         original = self._store.get_sticky_events_in_rooms
 
         async def get_sticky_events_in_rooms(
@@ -73,10 +75,13 @@ class SynapseDelivery:
             rows: list[tuple[int, str, str]] | None = []
             # A client may have a token from the future, or this process be behind.
             if room_ids and not to_token.is_before_or_eq(from_token):
+                question = (room_ids, position_of(from_token), position_of(to_token), now, limit)
                 try:
-                    rows = source(
-                        room_ids, position_of(from_token), position_of(to_token), now, limit
-                    )
+                    rows = source(*question)
+                    if rows is None and catch_up is not None:
+                        # Many are often woken by the same event: one of them reads it for all.
+                        await catch_up()
+                        rows = source(*question)
                 except Exception:
                     logger.exception("The index failed, asking the database")
                     rows = None

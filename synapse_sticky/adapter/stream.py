@@ -20,7 +20,10 @@ logger = logging.getLogger(__name__)
 _COLUMNS = """
     SELECT se.stream_id, se.instance_name, se.room_id, se.event_id, se.sender, se.expires_at,
         ej.internal_metadata,
-        EXISTS (SELECT 1 FROM redactions AS r WHERE r.redacts = se.event_id)
+        EXISTS (SELECT 1 FROM redactions AS r WHERE r.redacts = se.event_id) OR EXISTS (
+            SELECT 1 FROM room_ban_redactions AS b
+            WHERE b.room_id = se.room_id AND b.user_id = se.sender
+        )
     FROM sticky_events AS se
     INNER JOIN event_json AS ej ON ej.event_id = se.event_id
 """

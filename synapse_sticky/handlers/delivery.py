@@ -18,7 +18,7 @@ class DeliveryHandler:
 
     def start(self) -> None:
         """Takes effect from the next sync on."""
-        self._hs.delivery.answer_from(self.answer)
+        self._hs.delivery.answer_from(self.answer, self._follower.catch_up)
 
     def answer(
         self,

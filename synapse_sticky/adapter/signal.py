@@ -1,0 +1,38 @@
+"""Waiting for something without asking for it again and again."""
+
+from typing import TYPE_CHECKING
+
+from synapse.logging.context import PreserveLoggingContext
+from synapse.util.async_helpers import timeout_deferred
+from twisted.internet import defer
+
+if TYPE_CHECKING:
+    from synapse.util.clock import Clock
+
+
+class SynapseSignal:
+    """Implements ``homeserver.Signal``."""
+
+    def __init__(self, clock: "Clock") -> None:
+        self._clock = clock
+        self._waiting: set[defer.Deferred[None]] = set()
+
+    def fire(self) -> None:
+        waiting, self._waiting = self._waiting, set()
+        with PreserveLoggingContext():
+            for deferred in waiting:
+                deferred.callback(None)
+
+    async def wait(self, at_most_ms: int) -> None:
+        deferred: defer.Deferred[None] = defer.Deferred(self._waiting_no_more)
+        self._waiting.add(deferred)
+        with PreserveLoggingContext():
+            try:
+                await timeout_deferred(
+                    deferred=deferred, timeout=at_most_ms / 1000, clock=self._clock
+                )
+            except defer.TimeoutError:
+                pass  # as was said
+
+    def _waiting_no_more(self, deferred: "defer.Deferred[None]") -> None:
+        self._waiting.discard(deferred)

@@ -1,0 +1,872 @@
+"""What the index answers is what Synapse's own query on the same database does (D1, D2, D4, S5).
+
+The homeserver, its store, both databases' engines, the adapter's SQL and the follower are the real
+ones; only the reactor is not. Chance makes the rest: rows of several writers, their order, what
+changes them later, how far this process has come, and what is asked for.
+"""
+
+import logging
+import tempfile
+from collections import Counter
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import attr
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from immutabledict import immutabledict
+from synapse.api.room_versions import RoomVersions
+from synapse.app.homeserver import SynapseHomeServer
+from synapse.config.homeserver import HomeServerConfig
+from synapse.events import EventBase, make_event_from_dict
+from synapse.replication.tcp.streams._base import StickyEventsStream, StickyEventsStreamRow
+from synapse.storage.util.id_generators import (
+    MultiWriterIdGenerator,
+    advance_multiwriter_sharded_token_after_partial_read,
+)
+from synapse.types import MultiWriterStreamToken
+from synapse.util.json import json_encoder
+from twisted.internet.defer import Deferred, ensureDeferred, execute
+from twisted.internet.testing import MemoryReactorClock
+
+from synapse_sticky import index
+from synapse_sticky.adapter.delivery import SynapseDelivery
+from synapse_sticky.adapter.signal import SynapseSignal
+from synapse_sticky.adapter.stream import SynapseStickyStream
+from synapse_sticky.handlers.delivery import DeliveryHandler
+from synapse_sticky.homeserver import StickyRow
+from synapse_sticky.index import IndexFollower
+from tests.lab.postgres import Postgres
+from tests.unit.test_limits import done
+
+WRITERS = ["writer1", "writer2", "writer3"]
+FORMER_WRITER = "writer0"
+"""It has rows, and is no longer configured."""
+ROOMS = ["!a:here", "!b:here", "!c:here"]
+UNKNOWN_ROOM = "!unknown:here"
+USERS = ["@user:here", "@user:there"]
+EVENTS = 24
+START_MS = 1_800_000_000_000
+EXPIRE_IN_MS = [1, 1_000, 1_001, 2_000, 3_600_000]
+
+Token = MultiWriterStreamToken
+Answer = tuple[Token, dict[str, list[str]]]
+
+exactly = settings(derandomize=True, deadline=None, database=None)
+
+
+class Reactor(MemoryReactorClock):
+    """A reactor with no thread but this one, and that never runs."""
+
+    def callFromThread(self, function: Callable[..., object], *args: Any) -> None:  # noqa: N802
+        function(*args)
+
+
+class Stream(SynapseStickyStream):
+    """The adapter's, with a database that can take its time, or fail."""
+
+    slow = False
+    broken = False
+
+    def __init__(self, hs: Any) -> None:
+        super().__init__(hs)
+        self.read: list[Deferred[None]] = []
+
+    async def rows(self, *, after: int, up_to: int, limit: int) -> list[StickyRow]:
+        return await self._answer(await super().rows(after=after, up_to=up_to, limit=limit))
+
+    async def rows_of(self, event_ids: Collection[str]) -> list[StickyRow]:
+        return await self._answer(await super().rows_of(event_ids))
+
+    async def _answer(self, rows: list[StickyRow]) -> list[StickyRow]:
+        if self.slow:
+            self.read.append(Deferred())
+            await self.read[-1]
+        if self.broken:
+            raise OSError("the database is away")
+        return rows
+
+
+class Signal(SynapseSignal):
+    """The adapter's, which mostly takes too long."""
+
+    def __init__(self, world: "World") -> None:
+        super().__init__(world.hs.get_clock())
+        self._world = world
+
+    async def wait(self, at_most_ms: int) -> None:
+        if self._world.patient:
+            await super().wait(at_most_ms)
+
+
+@attr.s(auto_attribs=True, frozen=True)
+class Query:
+    room_ids: Collection[str]
+    from_token: Token
+    to_token: Token
+    now: int
+    limit: int | None
+
+    def begin(self, method: Callable[..., Coroutine[Any, Any, Answer]]) -> Any:
+        return method(
+            self.room_ids,
+            from_token=self.from_token,
+            to_token=self.to_token,
+            now=self.now,
+            limit=self.limit,
+        )
+
+    def ask(self, method: Callable[..., Coroutine[Any, Any, Answer]]) -> Answer:
+        answer: Answer = done(self.begin(method))
+        return answer
+
+    @property
+    def is_empty(self) -> bool:
+        return (
+            self.limit == 0 or not self.room_ids or self.to_token.is_before_or_eq(self.from_token)
+        )
+
+
+class World:
+    """A homeserver that reads what three others write, with the module's delivery in it."""
+
+    server_name = "here"
+    patient = False
+
+    def __init__(self, folder: str, database: dict[str, Any]) -> None:
+        config = HomeServerConfig()
+        config.parse_config_dict(
+            {
+                "server_name": "here",
+                "database": database,
+                "listeners": [],
+                "signing_key": "ed25519 1 " + "A" * 43,
+                "macaroon_secret_key": "macaroon",
+                "media_store_path": f"{folder}/media",
+                "report_stats": False,
+                "trusted_key_servers": [],
+                "experimental_features": {"msc4354_enabled": True},
+                "stream_writers": {"events": WRITERS},
+                "instance_map": {n: {"host": "here", "port": 1} for n in ["main", *WRITERS]},
+            },
+            "",
+            "",
+        )
+        self.reactor = Reactor()  # type: ignore[no-untyped-call]
+        reactor: Any = self.reactor
+        self.hs = SynapseHomeServer("here", config=config, reactor=reactor)
+        self.hs.setup()
+        datastores: Any = self.hs.get_datastores()  # Any: as in the adapter
+        self.store = datastores.main
+        self.store.USE_DEDICATED_DB_THREADS_FOR_EVENT_FETCHING = False
+        pool = self._pool = self.store.db_pool._db_pool
+        # In this thread, and at once.
+        pool.runWithConnection = lambda *args, **options: execute(
+            pool._runWithConnection, *args, **options
+        )
+        self._theirs = self.store.get_sticky_events_in_rooms
+        self.events = [_event(n) for n in range(EVENTS)]
+        self.redactions = {
+            (event.event_id, user_id): _redaction(event, user_id)
+            for event in self.events
+            for user_id in USERS
+        }
+        self.seen: Counter[str] = Counter()
+        self._transact(self._insert_events_txn)
+
+    def close(self) -> None:
+        for connection in self._pool.connections.values():
+            connection.close()
+
+    def _transact(self, function: Callable[..., Any], *args: Any) -> Any:
+        return done(self.store.db_pool.runInteraction("test", function, *args))
+
+    def _insert_txn(self, txn: Any, table: str, rows: list[dict[str, Any]]) -> None:
+        values = [tuple(row.values()) for row in rows]
+        self.store.db_pool.simple_insert_many_txn(txn, table, keys=list(rows[0]), values=values)
+
+    def _insert_events_txn(self, txn: Any) -> None:
+        # Not what the tests are about, and the same for all of them.
+        version = RoomVersions.V11
+        rooms = [{"room_id": room_id, "room_version": version.identifier} for room_id in ROOMS]
+        self._insert_txn(txn, "rooms", rooms)
+        events = [*self.events, *self.redactions.values()]
+        rows, bodies = [], []
+        for number, event in enumerate(events):
+            common = {"event_id": event.event_id, "room_id": event.room_id}
+            rows.append(
+                {
+                    **common,
+                    "stream_ordering": number + 1,
+                    "topological_ordering": number + 1,
+                    "depth": number + 1,
+                    "type": event.type,
+                    "sender": event.sender,
+                    "processed": True,
+                    "outlier": False,
+                }
+            )
+            bodies.append(
+                {
+                    **common,
+                    "internal_metadata": json_encoder.encode(event.internal_metadata.get_dict()),
+                    "json": json_encoder.encode(event.get_dict()),
+                    "format_version": version.event_format,
+                }
+            )
+        self._insert_txn(txn, "events", rows)
+        self._insert_txn(txn, "event_json", bodies)
+
+    # One example
+
+    @contextmanager
+    def example(self) -> Iterator["World"]:
+        """Begins with no sticky events, and a follower that is not started."""
+        self._transact(self._clear_txn)
+        done(self.store.db_pool.runWithConnection(self._new_generator))
+        self.reactor.rightNow = START_MS / 1000
+        self.last = 1
+        self.reserved: list[tuple[str, int]] = []
+        self.committed: dict[int, tuple[str, EventBase]] = {}
+        self.announced = 1
+        self.current: dict[str, int] = {}
+        self.soft_failed: set[str] = set()
+        self.redacted: set[str] = set()
+        self.tokens = [Token(stream=0), self.token()]
+        self.written: list[tuple[str, int]] = []
+        self.timers: list[Callable[..., Awaitable[None]]] = []
+        self.failures: list[Any] = []
+        self.sql_queries = 0
+        # The parts of the port that the follower and the handler know.
+        self.stream = Stream(self.hs)
+        self.store.get_sticky_events_in_rooms = self._count
+        self.delivery = SynapseDelivery(self.hs)
+        port: Any = self
+        self.follower = IndexFollower(port)
+        DeliveryHandler(port, self.follower).start()
+        try:
+            yield self
+            self.settle()
+            assert not self.failures
+        finally:
+            for name in (
+                "get_sticky_events_in_rooms",
+                "_invalidate_local_get_event_cache",
+                "_invalidate_local_get_event_cache_room_id",
+            ):
+                vars(self.store).pop(name, None)
+            self.hs.get_replication_notifier()._replication_callbacks.clear()
+            for room_id in ROOMS:
+                self.store._invalidate_local_get_event_cache_room_id(room_id)
+
+    def _clear_txn(self, txn: Any) -> None:
+        for table in ("sticky_events", "redactions", "room_ban_redactions", "stream_positions"):
+            txn.execute(f"DELETE FROM {table}")
+        txn.execute(
+            "UPDATE event_json SET internal_metadata = '{}' WHERE json LIKE ?", ("%sticky%",)
+        )
+
+    def _new_generator(self, connection: Any) -> None:
+        self.store._sticky_events_id_gen = MultiWriterIdGenerator(
+            db_conn=connection,
+            db=self.store.db_pool,
+            notifier=self.hs.get_replication_notifier(),
+            stream_name="sticky_events",
+            server_name="here",
+            instance_name=self.hs.get_instance_name(),
+            tables=[("sticky_events", "instance_name", "stream_id")],
+            sequence_name="sticky_events_sequence",
+            writers=WRITERS,
+        )
+
+    async def _count(
+        self,
+        room_ids: Collection[str],
+        *,
+        from_token: Token,
+        to_token: Token,
+        now: int,
+        limit: int | None,
+    ) -> Answer:
+        self.sql_queries += 1
+        answer: Answer = await self._theirs(
+            room_ids, from_token=from_token, to_token=to_token, now=now, limit=limit
+        )
+        return answer
+
+    # The rest of the port
+
+    def now_ms(self) -> int:
+        return self.hs.get_clock().time_msec()
+
+    def in_background(self, what: str, function: Callable[..., Awaitable[None]]) -> None:
+        ensureDeferred(function()).addErrback(self.failures.append)  # type: ignore[arg-type]
+
+    def call_later(
+        self, delay_ms: int, what: str, function: Callable[..., Awaitable[None]]
+    ) -> None:
+        self.timers.append(function)
+
+    def new_signal(self) -> "Signal":
+        return Signal(self)
+
+    # What happens: the writers
+
+    def reserve(self, writer: str) -> int:
+        """A writer takes a stream ID."""
+        self.last += 1
+        self.reserved.append((writer, self.last))
+        return self.last
+
+    def commit(self, number: int, stream_id: int, expires_in_ms: int, soft_failed: bool) -> None:
+        """It writes an event's row there; or, if the event was soft-failed so far, moves it."""
+        (writer,) = [w for w, reserved in self.reserved if reserved == stream_id]
+        event = self.events[number % EVENTS]
+        if event.event_id not in self.current:
+            self._transact(
+                self._insert_sticky_txn, event, writer, stream_id, expires_in_ms, soft_failed
+            )
+        elif event.event_id in self.soft_failed:
+            self._transact(self._un_soft_fail_txn, event, writer, stream_id)
+            soft_failed = False
+        else:
+            self.reserved.remove((writer, stream_id))  # a gap
+            return
+        self.reserved.remove((writer, stream_id))
+        self.committed[stream_id] = (writer, event)
+        self.written.append((writer, stream_id))
+        self.current[event.event_id] = stream_id
+        (self.soft_failed.add if soft_failed else self.soft_failed.discard)(event.event_id)
+
+    def _insert_sticky_txn(
+        self, txn: Any, event: EventBase, writer: str, stream_id: int, lasts_ms: int, soft: bool
+    ) -> None:
+        if soft:
+            self._set_soft_failed_txn(txn, event, soft)
+        row = {
+            "stream_id": stream_id,
+            "instance_name": writer,
+            "event_id": event.event_id,
+            "room_id": event.room_id,
+            "event_stream_ordering": self.events.index(event) + 1,
+            "sender": event.sender,
+            "expires_at": self.now_ms() + lasts_ms,
+        }
+        self._insert_txn(txn, "sticky_events", [row])
+
+    def _un_soft_fail_txn(self, txn: Any, event: EventBase, writer: str, stream_id: int) -> None:
+        self._set_soft_failed_txn(txn, event, soft=False)
+        self.store.db_pool.simple_update_txn(
+            txn,
+            "sticky_events",
+            {"event_id": event.event_id},
+            {"stream_id": stream_id, "instance_name": writer},
+        )
+
+    def _set_soft_failed_txn(self, txn: Any, event: EventBase, soft: bool) -> None:
+        self.store.db_pool.simple_update_one_txn(
+            txn,
+            "event_json",
+            {"event_id": event.event_id},
+            {"internal_metadata": json_encoder.encode({"soft_failed": soft})},
+        )
+
+    def announce(self, writer: str, further: bool = False) -> None:
+        """This process hears of what the writer has committed; or even that it has nothing more
+        up to what all others have announced."""
+        before = min((s for w, s in self.reserved if w == writer), default=self.last + 1)
+        for stream_id in sorted(self.committed):
+            of, event = self.committed[stream_id]
+            if of == writer and stream_id < before:
+                del self.committed[stream_id]
+                row = StickyEventsStreamRow(event.room_id, event.event_id)
+                name = StickyEventsStream.NAME
+                self.store.process_replication_rows(name, writer, stream_id, [row])
+                self._position(writer, stream_id)
+        if further and self.announced < before:
+            self._position(writer, self.announced)
+        self.tokens.append(self.token())
+        self.hs.get_notifier().notify_replication()
+
+    def _position(self, writer: str, stream_id: int) -> None:
+        self.store.process_replication_position(StickyEventsStream.NAME, writer, stream_id)
+        self.announced = max(self.announced, stream_id)
+
+    def announce_all(self) -> None:
+        for _ in range(2):
+            for writer in WRITERS:
+                self.announce(writer, further=True)
+
+    def token(self) -> Token:
+        """How far this process has come."""
+        token: Token = self.store.get_sticky_events_stream_token()
+        return token
+
+    # What happens: the rest
+
+    def redact(self, number: int, kind: int) -> None:
+        """By its sender's server, proven before or not; by another server; by nothing known."""
+        there = (
+            list(self.current)
+            if self.current and number < 80
+            else [e.event_id for e in self.events]
+        )
+        event = next(e for e in self.events if e.event_id == there[number % len(there)])
+        me, other = sorted(USERS, key=lambda user_id: user_id != event.sender)
+        recheck = kind % 4 != 0
+        redaction_id = (
+            f"$of-{event.event_id}"
+            if kind % 4 == 3
+            else self.redactions[event.event_id, other if kind % 4 == 2 else me].event_id
+        )
+
+        def redact_txn(txn: Any) -> None:
+            self.store.db_pool.simple_upsert_txn(
+                txn,
+                "redactions",
+                {"event_id": redaction_id},
+                {"redacts": event.event_id, "recheck": recheck},
+            )
+            self.store.invalidate_get_event_cache_after_txn(txn, event.event_id)
+
+        if kind % 4 < 2:
+            self.redacted.add(event.event_id)
+        self._transact(redact_txn)
+
+    def purge(self, room_id: str) -> None:
+        """The room's events are gone."""
+
+        def purge_txn(txn: Any) -> None:
+            self.store.db_pool.simple_delete_txn(txn, "sticky_events", {"room_id": room_id})
+            txn.call_after(self.store._invalidate_local_get_event_cache_room_id, room_id)
+
+        self._transact(purge_txn)
+
+    def ban(self, room_id: str, user_id: str) -> None:
+        """A ban that redacts all that the user sent there (MSC4293)."""
+        ban_id = next(r.event_id for r in self.redactions.values() if r.room_id == room_id)
+
+        def ban_txn(txn: Any) -> None:
+            row = {"room_id": room_id, "user_id": user_id, "redacting_event_id": ban_id}
+            self._insert_txn(txn, "room_ban_redactions", [row])
+
+        self._transact(ban_txn)
+        theirs = {e.event_id for e in self.events if (e.room_id, e.sender) == (room_id, user_id)}
+        self.redacted |= theirs
+        self.store._invalidate_local_get_event_cache_room_id(room_id)
+
+    def pass_time(self, seconds: int) -> None:
+        self.reactor.rightNow += seconds
+
+    def go_on(self) -> None:
+        """What the follower waits for has come: from the database, or else by the clock."""
+        if self.stream.read:
+            self.stream.read.pop(0).callback(None)
+        else:
+            timers, self.timers = self.timers, []
+            for function in timers:
+                done(function())
+
+    def settle(self) -> None:
+        """All that was to come has come, and the follower has dealt with it."""
+        self.stream.slow = self.stream.broken = False
+        self.reserved.clear()
+        while self.stream.read:
+            self.go_on()
+        self.announce_all()
+        self.go_on()  # tries again if it failed
+
+    # The comparison
+
+    def check(self, query: Query, *, by_index: bool | None = None) -> Answer:
+        """The module's answer is Synapse's, without what is redacted."""
+        queries = self.sql_queries
+        answer = query.ask(self.store.get_sticky_events_in_rooms)
+        asked_sql = self.sql_queries > queries
+        if by_index is not None:
+            assert asked_sql == (not by_index)
+        if not asked_sql and not query.is_empty:
+            assert not self.follower._changed
+            assert not self.follower._rechecking
+            taken_in = self.follower.index.positions()
+            for writer in WRITERS:
+                up_to = query.to_token.get_stream_pos_for_instance(writer)
+                assert up_to <= taken_in.get(writer, 0)
+
+        theirs = query.ask(self._theirs)
+        if asked_sql or not any(e in self.redacted for ids in theirs[1].values() for e in ids):
+            expected = (theirs[0], self._group(self._unredacted(theirs[1])))
+        else:
+            expected = self._without_redacted(query)
+        assert answer[0] == expected[0]
+        assert list(answer[1].items()) == list(expected[1].items())
+
+        found = bool(answer[1])
+        self.seen["SQL" if asked_sql else "index"] += found
+        self.seen["page"] += answer[0] != query.from_token.copy_and_advance(query.to_token)
+        self.seen["redacted"] += expected[1] != theirs[1]
+        self.tokens.append(answer[0])
+        return answer
+
+    def _without_redacted(self, query: Query) -> Answer:
+        """As Synapse's own would be, had its query left out what is redacted."""
+        rows = [
+            row
+            for row in self._transact(
+                lambda txn: self.store._get_sticky_events_in_rooms_txn(
+                    txn,
+                    query.room_ids,
+                    from_token=query.from_token,
+                    to_token=query.to_token,
+                    now=query.now,
+                    limit=None,
+                )
+            )
+            if row[2] not in self.redacted
+        ][: query.limit]
+        reached = query.from_token.copy_and_advance(query.to_token)
+        if query.limit == 0:
+            reached = query.from_token
+        elif len(rows) == query.limit:
+            reached = advance_multiwriter_sharded_token_after_partial_read(
+                from_token_exclusive=query.from_token,
+                to_token_inclusive=query.to_token,
+                last_read_stream_id=rows[-1][0],
+            )
+        return reached, self._group([(room_id, event_id) for _, room_id, event_id in rows])
+
+    def _unredacted(self, by_room: dict[str, list[str]]) -> list[tuple[str, str]]:
+        return [(r, e) for r, ids in by_room.items() for e in ids if e not in self.redacted]
+
+    @staticmethod
+    def _group(found: Sequence[tuple[str, str]]) -> dict[str, list[str]]:
+        by_room: dict[str, list[str]] = {}
+        for room_id, event_id in found:
+            by_room.setdefault(room_id, []).append(event_id)
+        return by_room
+
+
+def _event(number: int) -> EventBase:
+    return make_event_from_dict(
+        {
+            "type": "m.test",
+            "room_id": ROOMS[number % len(ROOMS)],
+            "sender": USERS[number // len(ROOMS) % len(USERS)],
+            "content": {},
+            "origin_server_ts": START_MS,
+            "depth": number + 1,
+            "auth_events": [],
+            "prev_events": [],
+            "hashes": {},
+            "signatures": {},
+            "msc4354_sticky": {"duration_ms": 3_600_000},
+        },
+        RoomVersions.V11,
+    )
+
+
+def _redaction(event: EventBase, user_id: str) -> EventBase:
+    return make_event_from_dict(
+        {
+            "type": "m.room.redaction",
+            "room_id": event.room_id,
+            "sender": user_id,
+            "content": {"redacts": event.event_id},
+            "origin_server_ts": START_MS,
+            "depth": 1,
+            "auth_events": [],
+            "prev_events": [],
+            "hashes": {},
+            "signatures": {},
+        },
+        RoomVersions.V11,
+        {"recheck_redaction": True},
+    )
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgres"])
+def world(request: pytest.FixtureRequest) -> Iterator[World]:
+    loggers = [logging.getLogger(name) for name in ("synapse", "synapse_sticky")]
+    levels = [logger.level for logger in loggers]
+    paging = index._PAGE
+    with tempfile.TemporaryDirectory(prefix="sticky-delivery-") as folder:
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.CRITICAL)
+            index._PAGE = 3
+            if request.param == "sqlite":
+                args = {"database": str(Path(folder) / "homeserver.db")}
+                world = World(folder, {"name": "sqlite3", "args": args})
+                yield world
+                world.close()
+            else:
+                with Postgres() as postgres:
+                    world = World(folder, postgres.new_database())
+                    yield world
+                    world.close()
+        finally:
+            index._PAGE = paging
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+# Chance. Numbers are taken modulo what there is to choose from.
+
+numbers = st.integers(0, 99)
+room_lists = st.lists(st.sampled_from([*ROOMS, *ROOMS, UNKNOWN_ROOM]), max_size=6).flatmap(
+    lambda rooms: st.sampled_from([list, tuple, set, frozenset]).map(lambda kind: kind(rooms))
+)
+limits = st.sampled_from([None, 0, 1, 1, 2, 3, 5, 100])
+writers = st.sampled_from(WRITERS)
+expiries = st.sampled_from(EXPIRE_IN_MS)
+rarely = numbers.map(lambda number: number % 4 == 0)
+
+
+@st.composite
+def wild_tokens(draw: st.DrawFn) -> Token:
+    """Any token at all: a client can have one from another process, or made it up."""
+    stream = draw(st.integers(0, 20))
+    names = st.sampled_from([*WRITERS, *WRITERS, FORMER_WRITER, "never"])
+    ahead = draw(st.dictionaries(names, st.integers(1, 10), max_size=3))
+    return Token(
+        stream=stream, instance_map=immutabledict({n: stream + by for n, by in ahead.items()})
+    )
+
+
+tokens = st.one_of(
+    st.tuples(st.just("earlier"), numbers),
+    st.tuples(st.just("at a row"), numbers, st.integers(0, 3)),
+    st.tuples(st.just("any"), wild_tokens()),
+)
+a_bit_later_ms = st.sampled_from([0, 0, 1, 999, 1_000, 1_001])
+queries = st.tuples(
+    room_lists, st.just(("earlier", 0)) | tokens, st.none() | tokens, a_bit_later_ms, limits
+)
+
+
+def token_of(world: World, choice: Any) -> Token:
+    if choice is None:
+        return world.token()
+    kind, *args = choice
+    if kind == "any":
+        assert isinstance(args[0], Token)
+        return args[0]
+    if kind == "earlier" or not world.written:
+        earlier: Token = world.tokens[args[0] % len(world.tokens)]
+        return earlier
+    # The row's writer is exactly there, and the others a bit behind.
+    writer, stream_id = world.written[args[0] % len(world.written)]
+    ahead = {writer: stream_id} if args[1] else {}
+    return Token(stream=stream_id - args[1], instance_map=immutabledict(ahead))
+
+
+def query_of(world: World, drawn: Any) -> Query:
+    rooms, after, up_to, later_ms, limit = drawn
+    from_token, to_token = token_of(world, after), token_of(world, up_to)
+    return Query(rooms, from_token, to_token, world.now_ms() + later_ms, limit)
+
+
+former_rows = st.lists(st.tuples(numbers, expiries, rarely), max_size=3)
+
+
+def begin(world: World, former: list[tuple[int, int, bool]]) -> None:
+    """What a writer left behind before it was taken away."""
+    for number, expires_in_ms, soft_failed in former:
+        world.commit(number, world.reserve(FORMER_WRITER), expires_in_ms, soft_failed)
+    world.committed.clear()
+    for writer in WRITERS:
+        world._position(writer, world.last)
+    world.tokens.append(world.token())
+
+
+@pytest.mark.requirement("D1", "D2", "D4", "S5")
+def test_an_index_in_step_answers_as_the_database(world: World) -> None:
+    world.seen.clear()
+    rows = st.lists(st.tuples(writers, numbers, expiries, rarely), min_size=3, max_size=14)
+    changes = st.lists(st.tuples(numbers, numbers), max_size=5)
+
+    @given(former_rows, rows, changes, changes, st.lists(queries, min_size=6, max_size=8))
+    @settings(exactly, max_examples=150)
+    def compare(former: Any, rows: Any, early: Any, late: Any, drawn: Any) -> None:
+        with world.example():
+            begin(world, former)
+            for writer, number, expires_in_ms, soft_failed in rows:
+                world.commit(number, world.reserve(writer), expires_in_ms, soft_failed)
+                if number % 3 == 0:
+                    world.announce(writer, further=number % 2 == 0)
+            for change in early:
+                world.redact(*change)
+            world.follower.start()
+            world.announce_all()
+            for change in late:
+                world.redact(*change)
+            for choices in drawn:
+                query = query_of(world, choices)
+                ahead = query.to_token.get_max_stream_pos() > world.announced
+                world.check(query, by_index=None if ahead or query.is_empty else True)
+
+    compare()
+    assert world.seen["index"] > 150
+    assert world.seen["page"] > 30
+    assert world.seen["redacted"] > 30
+
+
+@pytest.mark.requirement("D1", "D2", "D4", "S5")
+def test_whatever_happens_meanwhile_the_answer_is_right(world: World) -> None:
+    world.seen.clear()
+    steps = st.one_of(
+        st.tuples(st.just("write"), writers, numbers, expiries, rarely),
+        st.tuples(st.just("write"), writers, numbers, expiries, rarely),
+        st.tuples(st.just("reserve"), writers),
+        st.tuples(st.just("commit"), numbers, numbers, expiries, rarely),
+        st.tuples(st.just("announce"), writers, st.booleans()),
+        st.tuples(st.just("announce"), writers, st.booleans()),
+        st.tuples(st.just("redact"), numbers, numbers),
+        st.tuples(st.just("purge"), st.sampled_from(ROOMS)),
+        st.tuples(st.just("pass_time"), st.integers(1, 2)),
+        st.tuples(st.just("slow"), rarely.map(lambda is_rare: not is_rare)),
+        st.tuples(st.just("broken"), rarely),
+        st.tuples(st.just("go_on")),
+        st.tuples(st.just("go_on")),
+    )
+
+    def step(kind: str, *args: Any) -> None:
+        if kind == "write":
+            writer, number, expires_in_ms, soft_failed = args
+            world.commit(number, world.reserve(writer), expires_in_ms, soft_failed)
+        elif kind == "commit":
+            if world.reserved:
+                choice, number, expires_in_ms, soft_failed = args
+                _, stream_id = world.reserved[choice % len(world.reserved)]
+                world.commit(number, stream_id, expires_in_ms, soft_failed)
+        elif kind in ("slow", "broken"):
+            setattr(world.stream, kind, args[0])
+        else:
+            getattr(world, kind)(*args)
+
+    @given(
+        former_rows,
+        st.lists(steps, max_size=8),
+        st.lists(st.tuples(steps, st.none() | queries), min_size=10, max_size=30),
+    )
+    @settings(exactly, max_examples=350)
+    def compare(former: Any, before: Any, drawn: Any) -> None:
+        with world.example():
+            begin(world, former)
+            for one in before:
+                step(*one)
+            world.follower.start()
+            for one, choices in drawn:
+                step(*one)
+                if choices is not None:
+                    world.check(query_of(world, choices))
+            world.settle()
+            everything = Query(ROOMS, Token(stream=0), world.token(), world.now_ms(), None)
+            world.check(everything, by_index=True)
+            walk(everything)
+
+    def walk(query: Query) -> None:
+        _, all_there_is = world.check(query)
+        found: list[tuple[str, str]] = []
+        while not query.is_empty:
+            reached, page = world.check(attr.evolve(query, limit=2))
+            found += [(room_id, e) for room_id, ids in page.items() for e in ids]
+            query = attr.evolve(query, from_token=reached)
+        assert world._group(found) == all_there_is
+
+    compare()
+    assert world.seen["index"] > 100
+    assert world.seen["SQL"] > 30
+
+
+@pytest.mark.requirement("D1", "S5")
+def test_an_index_that_fails_leaves_it_to_the_database(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with world.example():
+        begin(world, [])
+        for number in range(4):
+            world.commit(number, world.reserve(WRITERS[0]), 1_000, False)
+        world.redact(0, 0)
+        world.follower.start()
+        world.announce_all()
+        query = Query(ROOMS, Token(stream=0), world.token(), world.now_ms(), 3)
+        world.check(query, by_index=True)
+        monkeypatch.setattr(world.follower, "holds", lambda up_to: 1 // 0)
+        answer = query.ask(world.store.get_sticky_events_in_rooms)
+        assert world.sql_queries == 1
+        assert answer[0].stream == 4, "Synapse's page, of which one is redacted"
+        assert [e for ids in answer[1].values() for e in ids] == [
+            world.events[1].event_id,
+            world.events[2].event_id,
+        ]
+
+
+@pytest.mark.requirement("S5")
+def test_what_a_ban_redacts_is_left_out(world: World) -> None:
+    with world.example():
+        begin(world, [])
+        for number in range(6):
+            world.commit(number, world.reserve(WRITERS[0]), 1_000, False)
+        world.follower.start()
+        world.announce_all()
+        world.ban(ROOMS[0], USERS[0])
+        query = Query(ROOMS, Token(stream=0), world.token(), world.now_ms(), None)
+        world.check(query)
+
+
+@pytest.mark.requirement("D1", "D2")
+def test_many_wait_for_the_one_who_reads(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(world, "patient", True)
+    with world.example():
+        begin(world, [])
+        world.follower.start()
+        world.announce_all()
+        world.stream.slow = True
+        world.commit(0, world.reserve(WRITERS[0]), 1_000, False)
+        world.announce_all()
+        query = Query(ROOMS, Token(stream=0), world.token(), world.now_ms(), None)
+        answers: list[Answer] = []
+        for _ in range(3):
+            ensureDeferred(query.begin(world.store.get_sticky_events_in_rooms)).addCallback(
+                answers.append
+            )
+        assert not answers
+        reads = len(world.stream.read)
+        world.settle()
+        assert reads == 1
+        assert [list(by_room.values()) for _, by_room in answers] == [
+            [[world.events[0].event_id]]
+        ] * 3
+        assert world.sql_queries == 0
+
+
+@pytest.mark.requirement("D1", "D2")
+@pytest.mark.parametrize("broken", [True, False])
+def test_who_has_waited_long_enough_asks_the_database(
+    world: World, monkeypatch: pytest.MonkeyPatch, broken: bool
+) -> None:
+    monkeypatch.setattr(world, "patient", True)
+    with world.example():
+        begin(world, [])
+        world.follower.start()
+        world.announce_all()
+        world.stream.slow = True
+        world.commit(0, world.reserve(WRITERS[0]), 1_000, False)
+        world.announce_all()
+        query = Query(ROOMS, Token(stream=0), world.token(), world.now_ms(), None)
+        answers: list[Answer] = []
+        ensureDeferred(query.begin(world.store.get_sticky_events_in_rooms)).addCallback(
+            answers.append
+        )
+        assert not answers
+        if broken:
+            world.stream.broken = True
+            world.go_on()
+        else:
+            world.reactor.advance(1)
+        assert [list(by_room.values()) for _, by_room in answers] == [[[world.events[0].event_id]]]
+        assert world.sql_queries == 1

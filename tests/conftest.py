@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.lab import Homeserver, Lab
+from tests.lab import Homeserver, Lab, Peer
 
 Servers = Callable[..., list[Homeserver]]
 """``servers(2)``, or ``servers({"module": False}, {})`` with Homeserver's options."""
@@ -33,6 +33,14 @@ def servers(lab: Lab) -> Iterator[Servers]:
 
     yield start
     lab.close_servers([server for server in lab.servers_started if server not in others])
+
+
+@pytest.fixture
+def peer(lab: Lab) -> Iterator[Peer]:
+    """A server of the lab's own, for what no real one would do."""
+    started = lab.peer()
+    yield started
+    started.close()
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from tests.lab.client import Client
 from tests.lab.federation import FederationRequester
 from tests.lab.homeserver import Homeserver
 from tests.lab.lab import Lab
+from tests.lab.peer import Peer
 from tests.lab.wait import wait_until
 
-__all__ = ["Client", "FederationRequester", "Homeserver", "Lab", "wait_until"]
+__all__ = ["Client", "FederationRequester", "Homeserver", "Lab", "Peer", "wait_until"]

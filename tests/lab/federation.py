@@ -24,9 +24,11 @@ class FederationRequester:
         self._session.trust_env = False  # the environment may name another authority or a proxy
         self._session.verify = False
 
-    def request(self, method: str, path: str, content: object = None) -> requests.Response:
+    def request(
+        self, method: str, path: str, content: object = None, version: str = "v1"
+    ) -> requests.Response:
         """``path`` follows ``/_matrix/federation/v1/``, quoted."""
-        uri = f"/_matrix/federation/v1/{path}"
+        uri = f"/_matrix/federation/{version}/{path}"
         signed: dict[str, Any] = {
             "method": method,
             "uri": uri,
@@ -82,7 +84,7 @@ class FederationRequester:
         return events
 
     def send(
-        self, transaction_id: str, pdus: list[Any], edus: list[Any] | None = None
+        self, transaction_id: str, pdus: Any, edus: list[Any] | None = None
     ) -> requests.Response:
         body = {"origin": self._origin, "origin_server_ts": 0, "pdus": pdus, "edus": edus or []}
         return self.request("PUT", f"send/{transaction_id}", body)

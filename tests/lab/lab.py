@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from tests.lab.homeserver import Homeserver
+from tests.lab.peer import Peer
 
 
 class Lab:
@@ -69,6 +70,10 @@ class Lab:
         for server in servers:
             server.first_start()
         return servers
+
+    def peer(self) -> Peer:
+        """A federating server of the lab's own. Close it yourself."""
+        return Peer(self._certificate)
 
     def prepare(self) -> None:
         """Makes a database with Synapse's schema once, as making one takes seconds."""

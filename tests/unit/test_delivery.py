@@ -409,12 +409,10 @@ class World:
 
     def redact(self, number: int, kind: int) -> None:
         """By its sender's server, proven before or not; by another server; by nothing known."""
-        there = (
-            list(self.current)
-            if self.current and number < 80
-            else [e.event_id for e in self.events]
-        )
-        event = next(e for e in self.events if e.event_id == there[number % len(there)])
+        # Often one that the index knows.
+        known = [e for e in self.events if e.event_id in self.follower.index]
+        choice = known if known and number < 60 else self.events
+        event = choice[number % len(choice)]
         me, other = sorted(USERS, key=lambda user_id: user_id != event.sender)
         recheck = kind % 4 != 0
         redaction_id = (
@@ -621,6 +619,7 @@ room_lists = st.lists(st.sampled_from([*ROOMS, *ROOMS, UNKNOWN_ROOM]), max_size=
 )
 limits = st.sampled_from([None, 0, 1, 1, 2, 3, 5, 100])
 writers = st.sampled_from(WRITERS)
+all_writers = st.sampled_from([*WRITERS, FORMER_WRITER])
 expiries = st.sampled_from(EXPIRE_IN_MS)
 rarely = numbers.map(lambda number: number % 4 == 0)
 
@@ -688,18 +687,30 @@ def test_an_index_in_step_answers_as_the_database(world: World) -> None:
     rows = st.lists(st.tuples(writers, numbers, expiries, rarely), min_size=3, max_size=14)
     changes = st.lists(st.tuples(numbers, numbers), max_size=5)
 
-    @given(former_rows, rows, changes, changes, st.lists(queries, min_size=6, max_size=8))
-    @settings(exactly, max_examples=150)
-    def compare(former: Any, rows: Any, early: Any, late: Any, drawn: Any) -> None:
+    @given(
+        st.booleans(),
+        former_rows,
+        rows,
+        changes,
+        changes,
+        st.lists(queries, min_size=6, max_size=8),
+    )
+    @settings(exactly, max_examples=120)
+    def compare(
+        from_the_start: bool, former: Any, rows: Any, early: Any, late: Any, drawn: Any
+    ) -> None:
         with world.example():
             begin(world, former)
+            if from_the_start:
+                world.follower.start()
             for writer, number, expires_in_ms, soft_failed in rows:
                 world.commit(number, world.reserve(writer), expires_in_ms, soft_failed)
                 if number % 3 == 0:
                     world.announce(writer, further=number % 2 == 0)
             for change in early:
                 world.redact(*change)
-            world.follower.start()
+            if not from_the_start:
+                world.follower.start()
             world.announce_all()
             for change in late:
                 world.redact(*change)
@@ -719,7 +730,7 @@ def test_whatever_happens_meanwhile_the_answer_is_right(world: World) -> None:
     world.seen.clear()
     steps = st.one_of(
         st.tuples(st.just("write"), writers, numbers, expiries, rarely),
-        st.tuples(st.just("write"), writers, numbers, expiries, rarely),
+        st.tuples(st.just("write"), all_writers, numbers, expiries, rarely),
         st.tuples(st.just("reserve"), writers),
         st.tuples(st.just("commit"), numbers, numbers, expiries, rarely),
         st.tuples(st.just("announce"), writers, st.booleans()),
@@ -752,7 +763,7 @@ def test_whatever_happens_meanwhile_the_answer_is_right(world: World) -> None:
         st.lists(steps, max_size=8),
         st.lists(st.tuples(steps, st.none() | queries), min_size=10, max_size=30),
     )
-    @settings(exactly, max_examples=350)
+    @settings(exactly, max_examples=300)
     def compare(former: Any, before: Any, drawn: Any) -> None:
         with world.example():
             begin(world, former)
@@ -780,6 +791,68 @@ def test_whatever_happens_meanwhile_the_answer_is_right(world: World) -> None:
     compare()
     assert world.seen["index"] > 100
     assert world.seen["SQL"] > 30
+
+
+@pytest.mark.requirement("S5")
+def test_what_changes_while_the_database_takes_its_time(world: World) -> None:
+    with world.example():
+        begin(world, [])
+        for number in range(3):
+            world.commit(number, world.reserve(WRITERS[0]), 1_000, False)
+        world.follower.start()
+        world.announce_all()
+        query = Query(ROOMS, Token(stream=0), world.token(), world.now_ms(), None)
+        world.check(query, by_index=True)
+
+        world.stream.slow = True
+        world.commit(3, world.reserve(WRITERS[0]), 1_000, False)
+        world.announce_all()
+        world.check(query, by_index=True)
+        world.redact(0, 0)  # a page is being read
+        world.check(query, by_index=False)
+        world.go_on()
+        world.redact(1, 0)  # the first one is being looked up
+        world.check(query, by_index=False)
+        world.go_on()
+        world.check(query, by_index=False)
+        world.go_on()
+        assert not world.stream.read
+        _, by_room = world.check(query, by_index=True)
+        assert list(by_room.values()) == [[world.events[2].event_id]]
+
+
+@pytest.mark.requirement("S5")
+@pytest.mark.parametrize("purged", [True, False])
+def test_what_changes_in_a_page_that_is_being_read(world: World, purged: bool) -> None:
+    with world.example():
+        begin(world, [])
+        world.follower.start()
+        world.announce_all()
+        world.stream.slow = True
+        for number in range(2):
+            world.commit(number, world.reserve(WRITERS[0]), 1_000, False)
+        world.announce_all()
+        if purged:
+            world.purge(ROOMS[0])
+        else:
+            world.redact(0, 0)
+        world.settle()
+        query = Query(ROOMS, Token(stream=0), world.token(), world.now_ms(), None)
+        _, by_room = world.check(query, by_index=True)
+        assert list(by_room.values()) == [[world.events[1].event_id]]
+
+
+@pytest.mark.requirement("D2")
+def test_a_token_that_is_ahead_for_a_former_writer(world: World) -> None:
+    with world.example():
+        begin(world, [])
+        world.follower.start()
+        world.announce_all()
+        world.commit(0, world.reserve(FORMER_WRITER), 1_000, False)
+        to_token = Token(stream=1, instance_map=immutabledict({FORMER_WRITER: world.last}))
+        query = Query(ROOMS, Token(stream=0), to_token, world.now_ms(), None)
+        _, by_room = world.check(query, by_index=False)
+        assert list(by_room.values()) == [[world.events[0].event_id]]
 
 
 @pytest.mark.requirement("D1", "S5")

@@ -31,8 +31,10 @@ lint: $(VENV)/.built ## ruff, mypy, stubtest, rustfmt, clippy
 	cargo clippy --quiet --all-targets --all-features -- -D warnings
 	@! git grep -nE '(pypi[.]org|pythonhosted[.]org|crates[.]io)' -- ':!Makefile' | grep -v '^Cargo.lock:[0-9]*:source = "registry+' || { echo "A registry's host is named"; exit 1; }
 
-bench: $(VENV)/.built ## Benchmarks: the Rust core; refusing beside accepting; newcomers, also plain ones and with busy cores
+bench: $(VENV)/.built ## Benchmarks: the Rust core; delivery beside SQL; /sync; refusing beside accepting; newcomers, also plain ones and with busy cores
 	cargo bench --quiet
+	$(BIN)/python -m benchmarks.delivery
+	$(BIN)/python -m benchmarks.sync
 	$(BIN)/python -m benchmarks.receipt
 	$(BIN)/python -m benchmarks.flood
 	$(BIN)/python -m benchmarks.newcomers --runs 5

@@ -17,6 +17,7 @@ from synapse.types import (
 from synapse_sticky.adapter import hooks
 from synapse_sticky.adapter.listeners import serves
 from synapse_sticky.adapter.stream import position_of, token_of
+from synapse_sticky.adapter.visibility import USER_FILTER_PARAMETERS
 from synapse_sticky.homeserver import Position, SlidingPage, SlidingPager
 
 if TYPE_CHECKING:
@@ -28,14 +29,6 @@ _PARAMETERS = (
     "all_interested_room_ids",
     "to_token",
     "from_token",
-)
-_FILTER_PARAMETERS = (
-    "storage",
-    "user_id",
-    "events",
-    "is_peeking",
-    "always_include_ids",
-    "filter_send_to_client",
 )
 _ONLY_WRITER = 0
 _HOUR_MS = StickyEvent.MAX_DURATION.as_millis()
@@ -71,7 +64,7 @@ class SynapseSlidingSync:
         self._sources = hs.get_event_sources()
         self._is_mine_id = hs.is_mine_id
         self._filter = hooks.method(
-            extensions, "filter_and_transform_events_for_client", *_FILTER_PARAMETERS
+            extensions, "filter_and_transform_events_for_client", *USER_FILTER_PARAMETERS
         )
         self._handler = hooks.attribute(hs.get_sliding_sync_handler(), "extensions")
         self._replace = hooks.replace(

@@ -26,7 +26,7 @@ _PARAMETERS = (
     "filter_out_erased_senders",
     "filter_out_remote_partial_state_events",
 )
-_USER_PARAMETERS = (
+USER_FILTER_PARAMETERS = (
     "storage",
     "user_id",
     "events",
@@ -73,7 +73,7 @@ class SynapseVisibility:
             sync,
         ]
         for shown in self._shown:
-            hooks.method(shown, "filter_and_transform_events_for_client", *_USER_PARAMETERS)
+            hooks.method(shown, "filter_and_transform_events_for_client", *USER_FILTER_PARAMETERS)
 
     def allow_servers(self, allowed: ServerVisibility) -> None:
         for user in self._users:
@@ -126,7 +126,7 @@ class SynapseVisibility:
                 hide = await _hidden_from_user(hidden, user_id, doubtful)
                 return [e for e in visible if e.event.event_id not in hide]
 
-            hooks.replace(shown, "filter_and_transform_events_for_client", *_USER_PARAMETERS)(
+            hooks.replace(shown, "filter_and_transform_events_for_client", *USER_FILTER_PARAMETERS)(
                 filter_events
             )
 
@@ -149,7 +149,7 @@ class SynapseVisibility:
                     storage, user_id, events, is_peeking, always_include_ids, **options
                 )
 
-            hooks.replace(shown, "filter_and_transform_events_for_client", *_USER_PARAMETERS)(
+            hooks.replace(shown, "filter_and_transform_events_for_client", *USER_FILTER_PARAMETERS)(
                 filter_events
             )
 

@@ -891,9 +891,9 @@ def test_what_a_ban_redacts_is_left_out(world: World) -> None:
         world.check(query)
 
 
-@pytest.mark.requirement("D1", "D2")
-def test_many_wait_for_the_one_who_reads(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(world, "patient", True)
+@contextmanager
+def waiting(world: World, syncs: int) -> Iterator[list[Answer]]:
+    """So many syncs that wait for an event that is just being read; and their answers to come."""
     with world.example():
         begin(world, [])
         world.follower.start()
@@ -903,17 +903,21 @@ def test_many_wait_for_the_one_who_reads(world: World, monkeypatch: pytest.Monke
         world.announce_all()
         query = Query(ROOMS, Token(stream=0), world.token(), world.now_ms(), None)
         answers: list[Answer] = []
-        for _ in range(3):
-            ensureDeferred(query.begin(world.store.get_sticky_events_in_rooms)).addCallback(
-                answers.append
-            )
+        for _ in range(syncs):
+            asked = query.begin(world.store.get_sticky_events_in_rooms)
+            ensureDeferred(asked).addCallback(answers.append)
         assert not answers
-        reads = len(world.stream.read)
+        assert len(world.stream.read) == 1, "one reads for all"
+        yield answers
+        found = [list(by_room.values()) for _, by_room in answers]
+        assert found == [[[world.events[0].event_id]]] * syncs
+
+
+@pytest.mark.requirement("D1", "D2")
+def test_many_wait_for_the_one_who_reads(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(world, "patient", True)
+    with waiting(world, 3):
         world.settle()
-        assert reads == 1
-        assert [list(by_room.values()) for _, by_room in answers] == [
-            [[world.events[0].event_id]]
-        ] * 3
         assert world.sql_queries == 0
 
 
@@ -923,23 +927,10 @@ def test_who_has_waited_long_enough_asks_the_database(
     world: World, monkeypatch: pytest.MonkeyPatch, broken: bool
 ) -> None:
     monkeypatch.setattr(world, "patient", True)
-    with world.example():
-        begin(world, [])
-        world.follower.start()
-        world.announce_all()
-        world.stream.slow = True
-        world.commit(0, world.reserve(WRITERS[0]), 1_000, False)
-        world.announce_all()
-        query = Query(ROOMS, Token(stream=0), world.token(), world.now_ms(), None)
-        answers: list[Answer] = []
-        ensureDeferred(query.begin(world.store.get_sticky_events_in_rooms)).addCallback(
-            answers.append
-        )
-        assert not answers
+    with waiting(world, 1):
         if broken:
             world.stream.broken = True
             world.go_on()
         else:
             world.reactor.advance(1)
-        assert [list(by_room.values()) for _, by_room in answers] == [[[world.events[0].event_id]]]
         assert world.sql_queries == 1

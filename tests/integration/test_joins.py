@@ -76,7 +76,8 @@ def test_module_without_config_and_with_all_of_it(servers: Servers) -> None:
     everything = {
         "joins": {"enabled": True, "window": 10, "retry_min": "1s", "confirm": False},
         "staging": {"keep_sticky": True},
-        "visibility": {"servers": True},
+        "visibility": {"servers": True, "users": True},
+        "state_events": False,
     }
     a, b, c = servers({"config": None}, {"config": everything}, {"config": {}})
     alice, bob, carol = a.user(), b.user(), c.user()
@@ -86,8 +87,8 @@ def test_module_without_config_and_with_all_of_it(servers: Servers) -> None:
     assert set(carol.collect_sticky(room_id, old)) == old
     for server in (a, b, c):
         assert server.log_has(
-            "synapse-sticky runs in master: index, joins, staging, visibility, receipt, deferral,"
-            " sending\n"
+            "synapse-sticky runs in master: index, delivery, joins, staging, visibility, receipt,"
+            " deferral, sending\n"
         )
 
 
@@ -95,11 +96,12 @@ def test_duties_can_be_switched_off(servers: Servers) -> None:
     off = {
         "joins": {"enabled": False},
         "staging": {"keep_sticky": False},
-        "visibility": {"servers": False},
+        "visibility": {"servers": False, "users": False},
         **NO_LIMITS,
     }
     (server,) = servers({"config": off})
-    assert server.log_has("synapse-sticky runs in master: index\n")
+    # Delivery falls back to Synapse's own by itself; who is not joined gets nothing in any case.
+    assert server.log_has("synapse-sticky runs in master: index, delivery, visibility\n")
 
 
 @pytest.mark.requirement("F3", "P7")

@@ -129,6 +129,24 @@ class StickyIndex:
             ``(stream_id, room_id, event_id)`` each, by ascending ``stream_id``.
         """
 
+    def events_by_room(
+        self,
+        room_ids: Collection[str],
+        from_stream_id: int,
+        from_positions: Mapping[str, int],
+        to_stream_id: int,
+        to_positions: Mapping[str, int],
+        now_ms: int,
+        limit: int | None,
+    ) -> tuple[dict[str, list[str]], int, int | None]:
+        """The events of ``events_in_rooms``, by room; the faster way if there are many.
+
+        Returns:
+            The event IDs of each room in stream order, by room ID in the order of the first event
+            of each; how many there are; and the ``stream_id`` of the last of them all, ``None`` if
+            there is none.
+        """
+
     def own_events(
         self, room_id: str, from_stream_id: int, now_ms: int, limit: int
     ) -> list[tuple[int, str, str]]:

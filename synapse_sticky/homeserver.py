@@ -357,11 +357,12 @@ class Sending(Protocol):
 
 
 DeliverySource = Callable[
-    [Collection[str], Position, Position, int, int | None], list[tuple[int, str, str]] | None
+    [Collection[str], Position, Position, int, int | None],
+    tuple[dict[str, list[str]], int, int | None] | None,
 ]
-"""``(room_ids, after, up_to, now_ms, limit)`` to ``(stream_id, room_id, event_id)`` of the
-deliverable, unexpired events of the rooms, in stream order, ``after`` exclusive and ``up_to``
-inclusive; None for "ask the database"."""
+"""``(room_ids, after, up_to, now_ms, limit)`` to the IDs of the deliverable, unexpired events of
+the rooms after one position (exclusive) and up to another (inclusive): by room, in stream order;
+with how many they are, and the stream ID of the last. None for "ask the database"."""
 
 
 class SlidingRequest(Protocol):

@@ -13,7 +13,7 @@ mod store;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-pub use query::Rooms;
+pub use query::{RoomEvents, Rooms};
 pub use range::{Position, Range};
 
 use crate::error::Error;

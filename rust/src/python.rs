@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use pyo3::exceptions::{PyMemoryError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedStr;
-use pyo3::types::{PyFrozenSet, PyList, PySet, PyString, PyTuple};
+use pyo3::types::{PyDict, PyFrozenSet, PyList, PySet, PyString, PyTuple};
 
 use crate::error::Error;
 use crate::index::{NewRow, Position, Range, Rooms, StickyIndex};
@@ -137,26 +137,41 @@ impl PyStickyIndex {
         now_ms: &Any<'py>,
         limit: &Any<'py>,
     ) -> PyResult<Bound<'py, PyList>> {
-        let range = Range {
-            after: Position {
-                stream_id: integer(from_stream_id, "from_stream_id")?,
-                writers: writers(from_positions, "from_positions")?,
-            },
-            up_to: Position {
-                stream_id: integer(to_stream_id, "to_stream_id")?,
-                writers: writers(to_positions, "to_positions")?,
-            },
-        };
+        let range = range(from_stream_id, from_positions, to_stream_id, to_positions)?;
         let now_ms = integer(now_ms, "now_ms")?;
-        let limit = (!limit.is_none())
-            .then(|| count(limit, "limit"))
-            .transpose()?;
         let rooms = PyRooms::read(room_ids)?;
-        let found = self.0.events_in_rooms(&rooms, &range, now_ms, limit)?;
+        let found = self
+            .0
+            .events_in_rooms(&rooms, &range, now_ms, at_most(limit)?)?;
         let tuples = found
             .iter()
             .map(|row| (row.stream_id, row.room_id, row.event_id));
         PyList::new(py, tuples)
+    }
+
+    #[allow(clippy::too_many_arguments)] // As above.
+    fn events_by_room<'py>(
+        &self,
+        py: Python<'py>,
+        room_ids: &Any<'py>,
+        from_stream_id: &Any<'py>,
+        from_positions: &Any<'py>,
+        to_stream_id: &Any<'py>,
+        to_positions: &Any<'py>,
+        now_ms: &Any<'py>,
+        limit: &Any<'py>,
+    ) -> PyResult<(Bound<'py, PyDict>, usize, Option<i64>)> {
+        let range = range(from_stream_id, from_positions, to_stream_id, to_positions)?;
+        let now_ms = integer(now_ms, "now_ms")?;
+        let rooms = PyRooms::read(room_ids)?;
+        let found = self
+            .0
+            .events_by_room(&rooms, &range, now_ms, at_most(limit)?)?;
+        let by_room = PyDict::new(py);
+        for (room_id, event_ids) in &found.rooms {
+            by_room.set_item(room_id, PyList::new(py, event_ids)?)?;
+        }
+        Ok((by_room, found.count, found.last_stream_id))
     }
 
     fn own_events(
@@ -202,6 +217,30 @@ impl PyStickyIndex {
     fn __contains__(&self, event_id: &Any<'_>) -> PyResult<bool> {
         Ok(self.0.contains(&text(event_id, "event_id")?))
     }
+}
+
+fn range(
+    from_stream_id: &Any<'_>,
+    from_positions: &Any<'_>,
+    to_stream_id: &Any<'_>,
+    to_positions: &Any<'_>,
+) -> PyResult<Range> {
+    Ok(Range {
+        after: Position {
+            stream_id: integer(from_stream_id, "from_stream_id")?,
+            writers: writers(from_positions, "from_positions")?,
+        },
+        up_to: Position {
+            stream_id: integer(to_stream_id, "to_stream_id")?,
+            writers: writers(to_positions, "to_positions")?,
+        },
+    })
+}
+
+fn at_most(limit: &Any<'_>) -> PyResult<Option<usize>> {
+    (!limit.is_none())
+        .then(|| count(limit, "limit"))
+        .transpose()
 }
 
 /// A row of `StickyIndex.insert`. The strings stay Python's.

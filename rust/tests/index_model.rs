@@ -180,6 +180,24 @@ fn check(index: &mut StickyIndex, model: &Model, query: &Query) {
     for row in &found {
         assert_eq!(index.get(row.event_id), Some(*row));
     }
+    let Ok(by_room) = index.events_by_room(&asked, range, *now, *limit);
+    assert_eq!(by_room.count, found.len());
+    assert_eq!(
+        by_room.last_stream_id,
+        found.last().map(|row| row.stream_id)
+    );
+    let mut first_id = i64::MIN;
+    for (room, events) in &by_room.rooms {
+        let in_room: Vec<_> = found.iter().filter(|row| row.room_id == *room).collect();
+        assert!(in_room
+            .iter()
+            .map(|row| row.event_id)
+            .eq(events.iter().copied()));
+        assert!(first_id <= in_room[0].stream_id);
+        first_id = in_room[0].stream_id;
+    }
+    let sum: usize = by_room.rooms.iter().map(|(_, events)| events.len()).sum();
+    assert_eq!(sum, by_room.count);
     let found: Vec<_> = found
         .iter()
         .map(|row| (row.stream_id, row.event_id))

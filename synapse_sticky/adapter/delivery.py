@@ -70,37 +70,35 @@ class SynapseDelivery:
             now: int,
             limit: int | None,
         ) -> tuple[MultiWriterStreamToken, dict[str, list[str]]]:
-            if limit == 0:
-                return from_token, {}
-            rows: list[tuple[int, str, str]] | None = []
             # A client may have a token from the future, or this process be behind.
-            if room_ids and not to_token.is_before_or_eq(from_token):
-                question = (room_ids, position_of(from_token), position_of(to_token), now, limit)
-                try:
-                    rows = source(*question)
-                    if rows is None and catch_up is not None:
-                        # Many are often woken by the same event: one of them reads it for all.
-                        await catch_up()
-                        rows = source(*question)
-                except Exception:
-                    logger.exception("The index failed, asking the database")
-                    rows = None
-            if rows is None:
+            if limit == 0 or to_token.is_before_or_eq(from_token):
+                return from_token, {}
+            if not room_ids:
+                return from_token.copy_and_advance(to_token), {}
+            question = (room_ids, position_of(from_token), position_of(to_token), now, limit)
+            answer = None
+            try:
+                answer = source(*question)
+                if answer is None and catch_up is not None:
+                    # Many are often woken by the same event: one of them reads it for all.
+                    await catch_up()
+                    answer = source(*question)
+            except Exception:
+                logger.exception("The index failed, asking the database")
+            if answer is None:
                 reached, by_room = await original(
                     room_ids, from_token=from_token, to_token=to_token, now=now, limit=limit
                 )
                 return reached, await self._without_redacted(by_room)
-            if limit is not None and len(rows) == limit:
+            by_room, count, last_stream_id = answer
+            if count == limit:
                 reached = self._end_of_page(
                     from_token_exclusive=from_token,
                     to_token_inclusive=to_token,
-                    last_read_stream_id=rows[-1][0],
+                    last_read_stream_id=last_stream_id,
                 )
             else:
                 reached = from_token.copy_and_advance(to_token)
-            by_room = {}
-            for _, room_id, event_id in rows:
-                by_room.setdefault(room_id, []).append(event_id)
             return reached, by_room
 
         self._replace(get_sticky_events_in_rooms)

@@ -27,11 +27,11 @@ class DeliveryHandler:
         up_to: Position,
         now_ms: int,
         limit: int | None,
-    ) -> list[tuple[int, str, str]] | None:
+    ) -> tuple[dict[str, list[str]], int, int | None] | None:
         """See ``homeserver.DeliverySource``."""
         if not self._follower.holds(up_to):
             return None
-        return self._follower.index.events_in_rooms(
+        return self._follower.index.events_by_room(
             room_ids,
             after.stream_id,
             after.writers,

@@ -322,10 +322,16 @@ class Storage:
         """
 
         def read_txn(txn: Cursor) -> int:
-            txn.execute("SELECT COUNT(*) FROM synapse_sticky_deferred WHERE server = ?", (server,))
+            txn.execute(
+                "SELECT COUNT(*) FROM synapse_sticky_deferred"
+                " WHERE server = ? AND expires_at_ms > ?",
+                (server, self._hs.now_ms()),
+            )
             row = txn.fetchone()
             deferred = int(row[0]) if row else 0
-            return deferred + self._hs.inbound.staged_txn(txn, server, max(at_most - deferred, 0))
+            if deferred > at_most:
+                return deferred
+            return deferred + self._hs.inbound.staged_txn(txn, server, at_most - deferred)
 
         return await self._hs.transact("waiting", read_txn)
 

@@ -4,11 +4,13 @@ import functools
 import hashlib
 import json
 import logging
+import secrets
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from synapse.api.constants import StickyEvent
 from synapse.api.errors import LimitExceededError
+from synapse.util.duration import Duration
 
 from synapse_sticky.adapter import hooks
 from synapse_sticky.adapter.listeners import serves
@@ -38,6 +40,10 @@ class SynapseInbound:
                 "on_incoming_transaction",
                 *("origin", "transaction_id", "destination", "transaction_data"),
             )
+            self._clock = hs.get_clock()
+            hooks.attribute(self._server, "_active_transactions")
+            hooks.attribute(self._server, "_started_handling_of_staged_events")
+            hooks.method(self._server, "_handle_old_staged_events")
 
     def check_transactions(self, check: Callable[[Transaction], Awaitable[Refusal | None]]) -> None:
         original = self._server.on_incoming_transaction
@@ -45,11 +51,26 @@ class SynapseInbound:
         async def on_incoming_transaction(
             origin: str, transaction_id: str, destination: str, transaction_data: Any
         ) -> Any:
-            if sticky := sticky_pdus(transaction_data):
+            # One transaction of an origin at a time: Synapse refuses another itself.
+            current = self._server._active_transactions.get(origin)
+            if current is None or current == transaction_id:
+                sticky = sticky_pdus(transaction_data)
+            else:
+                sticky = []
+            if sticky:
+                self._start_on_staged_events()
                 await _raise_if_refused(check, _transaction(origin, transaction_id, sticky))
             return await original(origin, transaction_id, destination, transaction_data)
 
         self._replace(on_incoming_transaction)
+
+    def _start_on_staged_events(self) -> None:
+        # Synapse begins with what an earlier run left when the first transaction reaches it. If
+        # that is refused for as long as too much is left, it would never begin.
+        if not self._server._started_handling_of_staged_events:
+            self._server._started_handling_of_staged_events = True
+            self._server._handle_old_staged_events()
+            self._clock.looping_call(self._server._handle_old_staged_events, Duration(minutes=1))
 
     async def answered(self, origin: str, transaction_id: str) -> bool:
         return await self._store.get_received_txn_response(transaction_id, origin) is not None
@@ -103,7 +124,12 @@ def _transaction(origin: str, transaction_id: str, sticky: list[dict[str, Any]])
 
 
 def _fingerprint(pdus: list[dict[str, Any]]) -> bytes:
-    return hashlib.sha256(json.dumps(pdus, sort_keys=True).encode()).digest()
+    try:
+        dumped = json.dumps(pdus, sort_keys=True).encode()
+    except RecursionError:
+        # Nested almost too deeply to be parsed: not to be known again, but charged all the same.
+        dumped = secrets.token_bytes(32)
+    return hashlib.sha256(dumped).digest()
 
 
 def _number(txn: Cursor) -> int:

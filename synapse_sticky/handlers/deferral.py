@@ -55,7 +55,11 @@ class DeferralHandler:
         # Taken from the queue and paid for, but not released yet.
         self._taken: list[str] = []
         self._redacted: set[str] = set()
+        # Out of the queue, as expired, and still in the table.
+        self._expired: list[str] = []
         self._timer: Cancellable | None = None
+        self._timer_due_ms = 0
+        self._not_before_ms = 0
         self._running = False
         self._retry_ms = _RETRY_MIN_MS
 
@@ -129,34 +133,44 @@ class DeferralHandler:
 
     # Releasing
 
-    def _schedule(self, at_least_ms: int = 0) -> None:
+    def _schedule(self) -> None:
         if self._running:
             return
-        if self._timer is not None and self._timer.active():
-            self._timer.cancel()
         now_ms = self._hs.now_ms()
-        due_ms = now_ms if self._redacted or self._taken else self._queue.next_due_ms(now_ms)
-        if due_ms is not None:
-            delay_ms = max(due_ms - now_ms, at_least_ms, _PAUSE_MS)
-            self._timer = self._hs.call_later(delay_ms, "release", self._release)
+        is_due = self._redacted or self._taken or self._expired
+        due_ms = now_ms if is_due else self._queue.next_due_ms(now_ms)
+        if due_ms is None:
+            return
+        # The clock may have been set back since a failure.
+        not_before_ms = min(self._not_before_ms, now_ms + _RETRY_MAX_MS)
+        due_ms = max(due_ms, now_ms + _PAUSE_MS, not_before_ms)
+        if self._timer is not None and self._timer.active():
+            # Never put off: a flood faster than the pause would put it off for ever.
+            if self._timer_due_ms <= due_ms:
+                return
+            self._timer.cancel()
+        self._timer_due_ms = due_ms
+        self._timer = self._hs.call_later(due_ms - now_ms, "release", self._release)
 
     async def _release(self) -> None:
         if self._running:
             return
         self._running = True
-        pause_ms = 0
         try:
-            while await self._drop_expired() or await self._drop_redacted():
+            while await self._drop_gone():
                 pass
             await self._release_some()
             self._retry_ms = _RETRY_MIN_MS
+            self._not_before_ms = 0
         except Exception:
-            pause_ms = self._retry_ms
+            logger.exception(
+                "Could not release sticky events, trying again in %d ms", self._retry_ms
+            )
+            self._not_before_ms = self._hs.now_ms() + self._retry_ms
             self._retry_ms = min(self._retry_ms * 2, _RETRY_MAX_MS)
-            logger.exception("Could not release sticky events, trying again in %d ms", pause_ms)
         finally:
             self._running = False
-            self._schedule(pause_ms)
+            self._schedule()
 
     async def _release_some(self) -> None:
         if not self._taken:
@@ -171,14 +185,20 @@ class DeferralHandler:
         self._taken = []
         self._hs.writer.wake(rooms)
 
+    async def _drop_gone(self) -> bool:
+        """Some of what is not to be released any more; whether there may be others."""
+        return await self._drop_expired() or await self._drop_redacted()
+
     async def _drop_expired(self) -> bool:
-        with self._lock:
-            expired = self._queue.expire(self._hs.now_ms(), _EXPIRE_BATCH)
-            metrics.WAITING.set(len(self._queue))
-        if not expired:
-            return False
-        self._report.expired(expired)
-        await self._storage.drop_deferred(expired)
+        if not self._expired:
+            with self._lock:
+                self._expired = self._queue.expire(self._hs.now_ms(), _EXPIRE_BATCH)
+                metrics.WAITING.set(len(self._queue))
+            if not self._expired:
+                return False
+            self._report.expired(self._expired)
+        await self._storage.drop_deferred(self._expired)
+        self._expired = []
         return True
 
     def _event_changed(self, event_id: str) -> None:

@@ -116,7 +116,10 @@ class Here:
         self.writer = self.stream = self.federation = self.inbound = self
         self.entered: list[str] = []
         self.due: list[Callable[[], Awaitable[None]]] = []
+        self.due_ms = 0
         self.failures = 0
+        self.fails = "release"
+        self.failed = 0
 
     def now_ms(self) -> int:
         return self.now
@@ -137,6 +140,7 @@ class Here:
 
     def call_later(self, delay_ms: int, what: str, function: Any, *args: Any) -> "Here":
         self.due = [function]
+        self.due_ms = self.now + delay_ms
         return self
 
     def active(self) -> bool:
@@ -146,18 +150,24 @@ class Here:
         self.due = []
 
     async def transact(self, what: str, function: Any, *args: Any) -> Any:
-        if what == "release" and self.failures:
+        if what == self.fails and self.failures:
             self.failures -= 1
+            self.failed += 1
             raise sqlite3.OperationalError("the disk is full")
         return function(Transaction(self.database.cursor()), *args)
 
     def persist(
-        self, handler: DeferralHandler, numbers: range, *, commits: bool = True
+        self,
+        handler: DeferralHandler,
+        numbers: range,
+        *,
+        commits: bool = True,
+        for_ms: int = HOUR_MS,
     ) -> set[str]:
         """What Synapse does with new events; gives those that were held back."""
         txn = Transaction(self.database.cursor())
         events = [
-            NewStickyEvent(f"${n}", "!room", "@mallory:there", NOW_MS + HOUR_MS, n) for n in numbers
+            NewStickyEvent(f"${n}", "!room", "@mallory:there", NOW_MS + for_ms, n) for n in numbers
         ]
         txn.execute("BEGIN")
         held = set(handler.hold_txn(txn, events))  # type: ignore[arg-type]  # as far as it is needed
@@ -172,6 +182,12 @@ class Here:
         due, self.due = self.due, []
         for function in due:
             done(function())
+
+    def pass_ms(self, ms: int) -> None:
+        """Lets time pass, and what is due by then happen."""
+        self.now += ms
+        if self.due and self.due_ms <= self.now:
+            self.release()
 
 
 def done(awaitable: Awaitable[Any]) -> Any:
@@ -239,6 +255,35 @@ def test_failing_database_loses_nothing_and_charges_once(
     here.now += 2_000
     here.release()
     assert here.entered == ["$2", "$3", "$4", "$5"]
+    assert table(here) == set()
+
+
+@pytest.mark.requirement("L4", "D7")
+def test_flood_does_not_put_releases_off() -> None:
+    here = Here()
+    handler = deferral(here, 100, 10)
+    for step in range(1_000):
+        here.persist(handler, range(3 * step, 3 * step + 3))
+        here.pass_ms(10)
+    # 100 a second for 10 s, but for the first few, which did not wait.
+    assert len(here.entered) == pytest.approx(990, abs=10)
+
+
+@pytest.mark.requirement("L4", "E4")
+@pytest.mark.parametrize("fails", ["release", "drop_deferred"])
+def test_failures_are_not_repeated_at_every_event(fails: str) -> None:
+    here = Here()
+    here.fails = fails
+    handler = deferral(here, 10, 1)
+    here.persist(handler, range(1_000_000, 1_000_005), for_ms=50)
+    here.failures = 1_000
+    for step in range(1_000):
+        here.persist(handler, range(step, step + 1))
+        here.pass_ms(10)
+    assert here.failed == 4, "after 1, 2 and 4 s, not at each of a thousand events"
+    here.failures = 0
+    for _ in range(2_000):
+        here.pass_ms(100)
     assert table(here) == set()
 
 

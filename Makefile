@@ -7,10 +7,10 @@ PYTEST_ARGS ?=
 RUST_SOURCES := Cargo.toml Cargo.lock $(shell find rust/src -name '*.rs')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench format clean
+.PHONY: help demo test lint bench conformance conformance-plain format clean
 
 help: ## This list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 demo: $(VENV)/.built ## The main job on three real homeservers, without and with the module
 	$(BIN)/python -m tests.demo
@@ -19,7 +19,7 @@ test: $(VENV)/.built ## All tests: the Rust core, then Python on real homeserver
 	cargo test --quiet
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-lint: $(VENV)/.built ## ruff, mypy, stubtest, rustfmt, clippy
+lint: $(VENV)/.built ## ruff, mypy, stubtest, rustfmt, clippy; whether docs/conformance.md is true
 	@cargo fmt --version >/dev/null 2>&1 || { echo "rustfmt is missing: rustup component add rustfmt"; exit 1; }
 	@cargo clippy --version >/dev/null 2>&1 || { echo "clippy is missing: rustup component add clippy"; exit 1; }
 	$(BIN)/ruff check .
@@ -29,6 +29,7 @@ lint: $(VENV)/.built ## ruff, mypy, stubtest, rustfmt, clippy
 	cargo fmt --check
 	cargo clippy --quiet --all-targets -- -D warnings
 	cargo clippy --quiet --all-targets --all-features -- -D warnings
+	$(BIN)/python -m tests.conformance.page --check
 	@! git grep -nE '(pypi[.]org|pythonhosted[.]org|crates[.]io)' -- ':!Makefile' | grep -v '^Cargo.lock:[0-9]*:source = "registry+' || { echo "A registry's host is named"; exit 1; }
 
 bench: $(VENV)/.built ## Benchmarks: the Rust core; delivery beside SQL; /sync; refusing beside accepting; newcomers, also plain ones and with busy cores
@@ -39,6 +40,14 @@ bench: $(VENV)/.built ## Benchmarks: the Rust core; delivery beside SQL; /sync; 
 	$(BIN)/python -m benchmarks.flood
 	$(BIN)/python -m benchmarks.newcomers --runs 5
 	$(BIN)/python -m benchmarks.newcomers --runs 5 --plain --busy
+
+conformance: $(VENV)/.built ## Every requirement of MSC4354, asked of Synapse with the module; docs/conformance.md
+	$(BIN)/python -m pytest tests/conformance --record $(PYTEST_ARGS)
+	$(BIN)/python -m tests.conformance.page
+
+conformance-plain: $(VENV)/.built ## The same, asked of plain Synapse, which fails some
+	$(BIN)/python -m pytest tests/conformance --plain --record $(PYTEST_ARGS) || test $$? -eq 1
+	$(BIN)/python -m tests.conformance.page
 
 format: $(VENV)/.built ## Formats Python and Rust
 	$(BIN)/ruff format .

@@ -14,6 +14,15 @@ Servers = Callable[..., list[Homeserver]]
 _LOG_LINES = 60
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """What tests/conformance can be pointed at."""
+    group = parser.getgroup("conformance")
+    group.addoption("--plain", action="store_true", help="plain Synapse, without the module")
+    group.addoption("--record", action="store_true", help="for docs/conformance.md")
+    group.addoption("--homeserver", metavar="URL", help="a homeserver that is there already")
+    group.addoption("--federation-port", type=int, default=8448, help="its own, on 127.0.0.1")
+
+
 @pytest.fixture(scope="session")
 def lab() -> Iterator[Lab]:
     """The session's lab; what it starts ends with it."""

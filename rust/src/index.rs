@@ -17,7 +17,7 @@ pub use query::{RoomEvents, Rooms};
 pub use range::{Position, Range};
 
 use crate::error::Error;
-use store::{Interner, Names, Slab};
+use store::{EventId, Interner, Names, Slab};
 
 /// A sticky event, as it is inserted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,12 +51,12 @@ pub struct Found<'a> {
     pub expires_at_ms: i64,
 }
 
-/// A row as it is kept: 48 bytes and the event ID. The numbers are those of the interners.
+/// A row as it is kept, in 80 bytes. The numbers are those of the interners.
 #[derive(Debug)]
 struct Row {
     stream_id: i64,
     expires_at_ms: i64,
-    event_id: Box<str>,
+    event_id: EventId,
     room: u32,
     sender: u32,
     server: u32,
@@ -244,13 +244,13 @@ impl StickyIndex {
 
     fn number_of(&self, event_id: &str) -> Option<u32> {
         self.by_event
-            .find(event_id, |number| &self.rows.get(number).event_id)
+            .find(event_id, |number| self.rows.get(number).event_id.as_str())
     }
 
     fn drop_row(&mut self, number: u32) {
         let row = self.rows.remove(number);
         let in_room = room_key(row.room, row.stream_id, number);
-        self.by_event.remove(&row.event_id, number);
+        self.by_event.remove(row.event_id.as_str(), number);
         self.by_stream.remove(&number_key(row.stream_id, number));
         self.by_expiry
             .remove(&number_key(row.expires_at_ms, number));

@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 from synapse.storage.util import id_generators
-from synapse.types import MultiWriterStreamToken
+from synapse.types import MultiWriterStreamToken, StreamToken
 
 from synapse_sticky.adapter import hooks
 from synapse_sticky.adapter.listeners import serves
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _SYNC_PARAMETERS = ("sync_config", "since_token", "full_state")
+_BY_ROOM_PARAMETERS = ("sync_result_builder", "now_token", "since_token")
 _PARAMETERS = ("room_ids", "from_token", "to_token", "now", "limit")
 
 
@@ -39,6 +40,7 @@ class SynapseDelivery:
         self._sliding_sync = SynapseSlidingSync(hs)
         if serves(hs, "client"):
             self._keep_redacted_out(hs)
+            self._skip_if_nothing_is_new(hs)
 
     def _keep_redacted_out(self, hs: "HomeServer") -> None:
         # An event can be redacted between being found sticky and being loaded (S5).
@@ -56,6 +58,24 @@ class SynapseDelivery:
             return result
 
         replace(current_sync_for_user)
+
+    def _skip_if_nothing_is_new(self, hs: "HomeServer") -> None:
+        # Synapse would measure how long finding nothing takes, which takes longer than finding it.
+        handler = hs.get_sync_handler()
+        replace = hooks.replace(handler, "sticky_events_by_room", *_BY_ROOM_PARAMETERS)
+        original = handler.sticky_events_by_room
+
+        async def sticky_events_by_room(
+            sync_result_builder: Any,
+            now_token: StreamToken,
+            since_token: StreamToken | None = None,
+        ) -> tuple[StreamToken, dict[str, list[str]]]:
+            since = since_token and since_token.sticky_events_key
+            if now_token.sticky_events_key == since:
+                return now_token, {}
+            return await original(sync_result_builder, now_token, since_token)
+
+        replace(sticky_events_by_room)
 
     def answer_from(
         self, source: DeliverySource, catch_up: Callable[[], Awaitable[None]] | None = None

@@ -2,8 +2,7 @@
 
 import json
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import quote
 
@@ -25,13 +24,13 @@ from tests.lab.client import (
     SLIDING_EXTENSION,
     STICKY_FIELD,
     STICKY_PARAMETER,
+    TTL,
     WITHOUT_TIMELINE,
     ApiError,
     sliding_sticky_events,
     sticky_events,
 )
-
-TTL = "msc4354_sticky_duration_ttl_ms"
+from tests.lab.membership import NOT_JOINED, allowed_to_fail, asked_one_by_one, let_in
 
 
 @pytest.fixture(scope="module")
@@ -50,71 +49,8 @@ def stateful(lab: Any) -> Any:
 # Who gets what (D8)
 
 
-def invite(alice: Client, bob: Client, room_id: str) -> None:
-    alice.invite(room_id, bob.user_id)
-
-
-def join_and_leave(alice: Client, bob: Client, room_id: str) -> None:
-    bob.join(room_id)
-    bob.leave(room_id)
-
-
-def kick(alice: Client, bob: Client, room_id: str) -> None:
-    bob.join(room_id)
-    alice.kick(room_id, bob.user_id)
-
-
-def ban(alice: Client, bob: Client, room_id: str) -> None:
-    bob.join(room_id)
-    alice.ban(room_id, bob.user_id)
-
-
-def knock(alice: Client, bob: Client, room_id: str) -> None:
-    alice.send_state(room_id, "m.room.join_rules", {"join_rule": "knock"})
-    bob.request("POST", f"knock/{quote(room_id)}")
-
-
-def nothing(alice: Client, bob: Client, room_id: str) -> None:
-    pass
-
-
-def let_in(alice: Client, bob: Client, room_id: str) -> None:
-    """Whatever the user is to the room, they join."""
-    alice.send_state(room_id, "m.room.join_rules", {"join_rule": "public"})
-    members = alice.request("GET", f"rooms/{quote(room_id)}/members")["chunk"]
-    if any(m["state_key"] == bob.user_id and m["content"]["membership"] == "ban" for m in members):
-        alice.request("POST", f"rooms/{quote(room_id)}/unban", {"user_id": bob.user_id})
-    bob.join(room_id)
-
-
-def asked_one_by_one(user: Client, room_id: str, event_id: str) -> list[str]:
-    """What the endpoints for single rooms and events say, those that refuse left out."""
-    room, event = quote(room_id), quote(event_id)
-    paths = [
-        f"rooms/{room}/event/{event}",
-        f"rooms/{room}/context/{event}",
-        f"rooms/{room}/messages?dir=b&limit=100",
-        f"rooms/{room}/messages?dir=f&limit=100",
-    ]
-    answers = []
-    for path in paths:
-        with allowed_to_fail(403, 404):
-            answers.append(json.dumps(user.request("GET", path)))
-    return answers
-
-
-@contextmanager
-def allowed_to_fail(*statuses: int) -> Iterator[None]:
-    """What may be refused with one of these statuses, but not fail otherwise."""
-    try:
-        yield
-    except ApiError as e:
-        if e.status not in statuses:
-            raise
-
-
 @pytest.mark.requirement("D8", "D5")
-@pytest.mark.parametrize("become", [nothing, invite, join_and_leave, kick, ban, knock])
+@pytest.mark.parametrize("become", NOT_JOINED)
 @pytest.mark.parametrize("history_visibility", ["world_readable", "shared", "joined"])
 def test_only_joined_users(
     server: Homeserver, become: Callable[[Client, Client, str], None], history_visibility: str

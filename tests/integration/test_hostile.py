@@ -7,27 +7,24 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import quote
 
-import attr
 import pytest
 
 from tests.conftest import Servers
 from tests.integration.rooms import (
     has_event,
     is_sticky_at,
-    wait_until_joined,
     wait_until_persisted,
 )
-from tests.lab import Client, Homeserver, Lab, Peer, wait_until
+from tests.lab import Homeserver, Lab, Peer, wait_until
 from tests.lab.client import (
     HOUR_MS,
     STICKY_FIELD,
+    TTL,
     WITHOUT_TIMELINE,
-    sliding_sticky_events,
-    sticky_events,
 )
-from tests.lab.peer import PeerRoom, now_ms
+from tests.lab.peer import now_ms
+from tests.lab.scene import Scene, enter
 
-TTL = "msc4354_sticky_duration_ttl_ms"
 LARGEST = 2**53 - 1
 
 
@@ -46,56 +43,16 @@ def exceptions_in(server: Homeserver) -> list[str]:
     return [line for line in server.output().splitlines() if alarm.match(line)]
 
 
-@attr.s(auto_attribs=True)
-class Scene:
-    """A room of a user of the server, which a user of the peer has joined."""
-
-    server: Homeserver
-    peer: Peer
-    alice: Client
-    eve: str
-    room: PeerRoom
-
-    def send(self, *pdus: Any, transaction_id: str | None = None) -> dict[str, Any]:
-        """Sends a transaction, and gives what is said of each PDU."""
-        name = transaction_id or f"transaction-{len(self.peer.events)}"
-        answer = self.peer.to(self.server).send(name, list(pdus))
-        assert answer.status_code == 200, answer.text
-        said: dict[str, Any] = answer.json()["pdus"]
-        return said
-
-    def sections(self) -> tuple[list[str], list[str]]:
-        """What a new client is given in both."""
-        sync = self.alice.sync(filter_=WITHOUT_TIMELINE)
-        sliding = self.alice.sliding_sync()
-        room_id = self.room.room_id
-        return sticky_events(sync, room_id), sliding_sticky_events(sliding, room_id)
-
-    def all_is_well(self, *expected: str) -> None:
-        """The sections have these events, in whatever order, and one that is sent now."""
-        event_id, pdu = self.peer.sticky(self.room, self.eve)
-        assert self.send(pdu) == {event_id: {}}
-        wait_until(
-            lambda: all(
-                len(section) == len(expected) + 1 and set(section) == {*expected, event_id}
-                for section in self.sections()
-            ),
-            "the sections to be as they should",
-        )
-        assert self.server.index_knows(event_id)
+def all_is_well(scene: Scene[Homeserver], *expected: str) -> None:
+    """The sections have these events, in whatever order, and one that is sent now."""
+    event_id = scene.sticky()
+    scene.wait_for_sections(*expected, event_id)
+    assert scene.server.index_knows(event_id)
 
 
 @pytest.fixture
-def scene(server: Homeserver, peer: Peer) -> Scene:
+def scene(server: Homeserver, peer: Peer) -> Scene[Homeserver]:
     return enter(server, peer)
-
-
-def enter(server: Homeserver, peer: Peer, history_visibility: str = "shared") -> Scene:
-    alice, eve = server.user(), peer.user("eve")
-    room_id = alice.create_room(history_visibility)
-    room = peer.join(server, room_id, eve)
-    wait_until_joined(alice, room_id, {eve})
-    return Scene(server, peer, alice, eve, room)
 
 
 WRONG: dict[str, Any] = {
@@ -116,7 +73,7 @@ WRONG: dict[str, Any] = {
 
 @pytest.mark.requirement("S1", "C3")
 @pytest.mark.parametrize("field", WRONG.values(), ids=WRONG.keys())
-def test_wrong_fields_are_not_sticky(scene: Scene, field: Any) -> None:
+def test_wrong_fields_are_not_sticky(scene: Scene[Homeserver], field: Any) -> None:
     # ``None`` as a value would leave the field out.
     event_id, pdu = scene.peer.make(scene.room, scene.eve, **{STICKY_FIELD: field})
     if field is None:
@@ -126,21 +83,21 @@ def test_wrong_fields_are_not_sticky(scene: Scene, field: Any) -> None:
         assert said == {event_id: {}}
         wait_until_persisted(scene.server, event_id)
     assert not is_sticky_at(scene.server, event_id)
-    scene.all_is_well()
+    all_is_well(scene)
 
 
 @pytest.mark.requirement("S1")
 @pytest.mark.parametrize("duration_ms", [1.5, 60_000.0, LARGEST + 1, 10**30, -(10**30)])
-def test_numbers_that_events_cannot_have(scene: Scene, duration_ms: Any) -> None:
+def test_numbers_that_events_cannot_have(scene: Scene[Homeserver], duration_ms: Any) -> None:
     # Its hash is that of a good event: such a number has none.
     event_id, pdu = scene.peer.sticky(scene.room, scene.eve)
     scene.send({**pdu, STICKY_FIELD: {"duration_ms": duration_ms}})
     assert not is_sticky_at(scene.server, event_id)
-    scene.all_is_well()
+    all_is_well(scene)
 
 
 @pytest.mark.requirement("S1", "S2", "S4")
-def test_durations_and_times_are_bounded(scene: Scene) -> None:
+def test_durations_and_times_are_bounded(scene: Scene[Homeserver]) -> None:
     peer, room, eve = scene.peer, scene.room, scene.eve
     longest = peer.sticky(room, eve, LARGEST)
     of_the_future = peer.sticky(room, eve, LARGEST, origin_server_ts=now_ms() + 12 * HOUR_MS)
@@ -156,11 +113,11 @@ def test_durations_and_times_are_bounded(scene: Scene) -> None:
     ttl_ms = {e["event_id"]: e["unsigned"][TTL] for e in events["events"]}
     assert ttl_ms.keys() == {longest[0], of_the_future[0]}
     assert all(0 < left <= HOUR_MS for left in ttl_ms.values())
-    scene.all_is_well(longest[0], of_the_future[0])
+    all_is_well(scene, longest[0], of_the_future[0])
 
 
 @pytest.mark.requirement("C3", "L6")
-def test_forged_and_unauthorised_senders(scene: Scene) -> None:
+def test_forged_and_unauthorised_senders(scene: Scene[Homeserver]) -> None:
     peer, room = scene.peer, scene.room
     forged = [
         peer.sticky(room, "@alice:elsewhere.example"),
@@ -172,22 +129,22 @@ def test_forged_and_unauthorised_senders(scene: Scene) -> None:
     for event_id, pdu in forged:
         scene.send(pdu)
         assert not is_sticky_at(scene.server, event_id)
-    scene.all_is_well()
+    all_is_well(scene)
 
 
 @pytest.mark.requirement("D4", "C3")
-def test_the_same_again_is_delivered_once(scene: Scene) -> None:
+def test_the_same_again_is_delivered_once(scene: Scene[Homeserver]) -> None:
     event_id, pdu = scene.peer.sticky(scene.room, scene.eve)
     for transaction_id in ("one", "one", "two"):
         assert event_id in scene.send(pdu, pdu, transaction_id=transaction_id)
     other_id, other = scene.peer.sticky(scene.room, scene.eve)
     # A transaction that was answered is answered as before, whatever is in it now.
     assert other_id not in scene.send(other, transaction_id="one")
-    scene.all_is_well(event_id)
+    all_is_well(scene, event_id)
 
 
 @pytest.mark.requirement("C3")
-def test_two_events_in_one_place(scene: Scene) -> None:
+def test_two_events_in_one_place(scene: Scene[Homeserver]) -> None:
     """Both are events of their own, however alike."""
     at_once = now_ms()
     pairs = [
@@ -195,16 +152,16 @@ def test_two_events_in_one_place(scene: Scene) -> None:
         for duration_ms in (HOUR_MS, HOUR_MS - 1)
     ]
     assert scene.send(*(pdu for _, pdu in pairs)) == {event_id: {} for event_id, _ in pairs}
-    scene.all_is_well(*(event_id for event_id, _ in pairs))
+    all_is_well(scene, *(event_id for event_id, _ in pairs))
 
 
 @pytest.mark.requirement("C3")
 @pytest.mark.parametrize("room_id", ["!unknown:elsewhere.example", "no room ID", 5, None, {}])
-def test_rooms_that_are_none(scene: Scene, room_id: Any) -> None:
+def test_rooms_that_are_none(scene: Scene[Homeserver], room_id: Any) -> None:
     _, pdu = scene.peer.sticky(scene.room, scene.eve)
     answer = scene.peer.to(scene.server).send("rooms", [{**pdu, "room_id": room_id}])
     assert answer.status_code in {200, 400}
-    scene.all_is_well()
+    all_is_well(scene)
 
 
 @pytest.mark.requirement("C3", "L3")
@@ -229,26 +186,26 @@ def test_transactions_that_are_none(servers: Servers, peer: Peer) -> None:
         assert answer.status_code in {200, 400, 500}
     # One bad PDU, beside a good one of which nothing was said, is sent again by a real server.
     scene.send(pdu)
-    scene.all_is_well(event_id)
+    all_is_well(scene, event_id)
 
 
 @pytest.mark.requirement("L2", "L3")
-def test_transactions_that_are_too_large(scene: Scene) -> None:
+def test_transactions_that_are_too_large(scene: Scene[Homeserver]) -> None:
     events = [scene.peer.sticky(scene.room, scene.eve) for _ in range(51)]
     answer = scene.peer.to(scene.server).send("large", [pdu for _, pdu in events])
     assert answer.status_code == 400
     assert not any(has_event(scene.server, event_id) for event_id, _ in events)
     assert len(scene.send(*(pdu for _, pdu in events[:50]))) == 50
-    scene.all_is_well(*(event_id for event_id, _ in events[:50]))
+    all_is_well(scene, *(event_id for event_id, _ in events[:50]))
 
 
 @pytest.mark.requirement("F1")
-def test_events_before_are_fetched(scene: Scene) -> None:
+def test_events_before_are_fetched(scene: Scene[Homeserver]) -> None:
     withheld_id, _ = scene.peer.sticky(scene.room, scene.eve)
     scene.peer.advance(scene.room, withheld_id)
     event_id, pdu = scene.peer.sticky(scene.room, scene.eve)
     assert scene.send(pdu) == {event_id: {}}
-    scene.all_is_well(withheld_id, event_id)
+    all_is_well(scene, withheld_id, event_id)
 
 
 @pytest.mark.requirement("F1", "C3")
@@ -264,7 +221,7 @@ def test_events_before_are_withheld(servers: Servers, peer: Peer, answer: Any) -
     event_id, pdu = peer.sticky(scene.room, scene.eve)
     scene.send(pdu)
     scene.room.extremities = known
-    scene.all_is_well()
+    all_is_well(scene)
     assert not is_sticky_at(server, event_id)
 
 

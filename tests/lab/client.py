@@ -11,6 +11,7 @@ import requests
 
 STICKY_PARAMETER = "org.matrix.msc4354.sticky_duration_ms"
 STICKY_FIELD = "msc4354_sticky"
+TTL = "msc4354_sticky_duration_ttl_ms"
 SLIDING_EXTENSION = "org.matrix.msc4354.sticky_events"
 _SLIDING_SYNC = "/_matrix/client/unstable/org.matrix.simplified_msc3575/sync"
 HOUR_MS = 3_600_000

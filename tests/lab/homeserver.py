@@ -46,7 +46,8 @@ class Homeserver:
         probed: whether the module lets the tests look inside (``index_knows``).
         module_name: another class to load as the module.
         config: the module's ``config:``; None leaves it out.
-        extra: merged into homeserver.yaml.
+        extra: merged into homeserver.yaml; its ``modules`` are loaded beside the module.
+        metrics: whether there is a listener for metrics, at ``metrics_port``.
         forwarded: whether the federation port lies behind a forwarder, so that it can be cut off.
         host: the host in its server name; ACLs tell servers apart by it.
     """
@@ -62,6 +63,7 @@ class Homeserver:
         module_name: str = MODULE,
         config: dict[str, Any] | None = None,
         extra: dict[str, Any] | None = None,
+        metrics: bool = False,
         forwarded: bool = False,
         host: str = "localhost",
     ) -> None:
@@ -71,7 +73,9 @@ class Homeserver:
         self._module_name = PROBED_MODULE if probed else module_name
         self._certificate = certificate
         self._config = config
-        self._extra = extra or {}
+        self._extra = dict(extra or {})
+        self._other_modules = self._extra.pop("modules", [])
+        self._metrics = metrics
         self.forwarder = Forwarder() if forwarded else None
         self.process: subprocess.Popen[bytes] | None = None
         self.log_path = folder / "homeserver.log"
@@ -87,7 +91,7 @@ class Homeserver:
     # Set-up
 
     def _choose_ports(self) -> None:
-        self.federation_port, self.client_port = _free_ports(2)
+        self.federation_port, self.client_port, self.metrics_port = _free_ports(3)
         if self.forwarder is not None:
             self.forwarder.target_port = self.federation_port
         public_port = self.forwarder.port if self.forwarder else self.federation_port
@@ -160,9 +164,15 @@ class Homeserver:
             "rc_invites": {"per_room": _OPEN, "per_user": _OPEN, "per_issuer": _OPEN},
             "rc_federation": {"sleep_limit": 100_000, "reject_limit": 100_000, "concurrent": 100},
         }
+        config["modules"] = list(self._other_modules)
         if self.module:
             with_config = {} if self._config is None else {"config": self._config}
-            config["modules"] = [{"module": self._module_name, **with_config}]
+            config["modules"].append({"module": self._module_name, **with_config})
+        if self._metrics:
+            config["enable_metrics"] = True
+            config["listeners"].append(
+                {"port": self.metrics_port, "type": "metrics", "bind_addresses": ["127.0.0.1"]}
+            )
         _merge(config, self._extra)
         _merge(config, changes)
         (self.folder / "homeserver.yaml").write_text(json.dumps(config, indent=1))

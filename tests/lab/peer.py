@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import attr
@@ -21,7 +21,14 @@ from synapse.events import make_event_from_dict
 
 from tests.lab.client import STICKY_FIELD
 from tests.lab.federation import FederationRequester
-from tests.lab.homeserver import Homeserver
+
+
+class Server(Protocol):
+    """What a peer needs to know of a homeserver."""
+
+    name: str
+    federation_port: int
+
 
 Answer = tuple[int, Any]
 Pdu = dict[str, Any]
@@ -86,13 +93,13 @@ class Peer:
     def user(self, name: str) -> str:
         return f"@{name}:{self.name}"
 
-    def to(self, server: Homeserver) -> FederationRequester:
+    def to(self, server: Server) -> FederationRequester:
         """The homeserver's federation API, asked by the peer."""
         return FederationRequester(self.name, self.signing_key, server.name, server.federation_port)
 
     # Events
 
-    def join(self, server: Homeserver, room_id: str, user_id: str) -> PeerRoom:
+    def join(self, server: Server, room_id: str, user_id: str) -> PeerRoom:
         """Joins the user through the server, as any server would."""
         made = self.to(server).make_join(room_id, user_id)
         made.raise_for_status()

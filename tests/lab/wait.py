@@ -6,13 +6,17 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+patience_s = 60.0
+"""How long is waited for anything where nothing else is said."""
 
-def wait_until(condition: Callable[[], T], what: str, timeout_s: float = 60) -> T:
+
+def wait_until(condition: Callable[[], T], what: str, timeout_s: float | None = None) -> T:
     """Asks until the condition is true, and gives its value.
 
     Raises:
         AssertionError: it was not within the time; says what was waited for and the last value.
     """
+    timeout_s = patience_s if timeout_s is None else timeout_s
     deadline = time.monotonic() + timeout_s
     pause_s = 0.01
     while not (value := condition()):

@@ -14,6 +14,10 @@ use crate::rules;
 /// step along a tree and a look at its room, a room is a search by name and another for the place to start.
 const ROWS_PER_ROOM: usize = 4;
 
+fn affordable_rows(rooms: &impl Rooms) -> usize {
+    rooms.len().saturating_mul(ROWS_PER_ROOM)
+}
+
 /// A set of rooms that can be looked into or gone through. Python's sets can do both without being copied first.
 pub trait Rooms {
     /// What can go wrong. [`Infallible`] for Rust's own sets.
@@ -86,41 +90,8 @@ impl StickyIndex {
         now_ms: i64,
         limit: Option<usize>,
     ) -> Result<Vec<Found<'_>>, R::Error> {
-        let limit = limit.unwrap_or(usize::MAX);
-        let mut found = Vec::new();
-        let Some(bounds) = Bounds::new(range, &self.instances) else {
-            return Ok(found);
-        };
-        if limit == 0 || rooms.is_empty() {
-            return Ok(found);
-        }
-        if !self.is_better_by_room(rooms, &bounds) {
-            for number in self.stream(&bounds) {
-                let row = self.rows.get(number);
-                if bounds.contain(row.instance, row.stream_id)
-                    && row.is_unexpired(now_ms)
-                    && rooms.contains(self.rooms.get(row.room))?
-                {
-                    found.push(self.found(row));
-                    if found.len() == limit {
-                        break;
-                    }
-                }
-            }
-        } else {
-            let mut asked = Vec::new();
-            rooms.for_each(|name| asked.extend(self.rooms.find(name)))?;
-            found.extend(
-                self.merged(&asked, &bounds)
-                    .map(|number| self.rows.get(number))
-                    .filter(|row| {
-                        bounds.contain(row.instance, row.stream_id) && row.is_unexpired(now_ms)
-                    })
-                    .take(limit)
-                    .map(|row| self.found(row)),
-            );
-        }
-        Ok(found)
+        let rows = self.rows_in_rooms(rooms, range, now_ms, limit)?;
+        Ok(rows.into_iter().map(|row| self.found(row)).collect())
     }
 
     /// The same events, by room. Without a limit this is the cheaper way: the rooms need not be merged into one order.
@@ -144,15 +115,62 @@ impl StickyIndex {
         }
         let mut places = HashMap::new();
         let mut found = RoomEvents::default();
-        for row in self.events_in_rooms(rooms, range, now_ms, limit)? {
-            let place = *places.entry(row.room_id).or_insert_with(|| {
-                found.rooms.push((row.room_id, Vec::new()));
+        for row in self.rows_in_rooms(rooms, range, now_ms, limit)? {
+            let place = *places.entry(row.room).or_insert_with(|| {
+                found.rooms.push((self.rooms.get(row.room), Vec::new()));
                 found.rooms.len() - 1
             });
-            found.rooms[place].1.push(row.event_id);
+            found.rooms[place].1.push(row.event_id.as_str());
             found.count += 1;
             found.last_stream_id = Some(row.stream_id);
         }
+        Ok(found)
+    }
+
+    fn rows_in_rooms<R: Rooms>(
+        &self,
+        rooms: &R,
+        range: &Range,
+        now_ms: i64,
+        limit: Option<usize>,
+    ) -> Result<Vec<&Row>, R::Error> {
+        let mut found = Vec::new();
+        let Some(bounds) = Bounds::new(range, &self.instances) else {
+            return Ok(found);
+        };
+        if limit == Some(0) || rooms.is_empty() {
+            return Ok(found);
+        }
+        // With a limit, a long stream too may yield enough before it costs more than looking into each room.
+        if limit.is_some() || !self.is_better_by_room(rooms, &bounds) {
+            let mut stream = self.stream(&bounds);
+            for number in stream.by_ref().take(affordable_rows(rooms)) {
+                let row = self.rows.get(number);
+                if bounds.contain(row.instance, row.stream_id)
+                    && row.is_unexpired(now_ms)
+                    && rooms.contains(self.rooms.get(row.room))?
+                {
+                    found.push(row);
+                    if Some(found.len()) == limit {
+                        return Ok(found);
+                    }
+                }
+            }
+            if stream.next().is_none() {
+                return Ok(found);
+            }
+            found.clear();
+        }
+        let mut asked = Vec::new();
+        rooms.for_each(|name| asked.extend(self.rooms.find(name)))?;
+        found.extend(
+            self.merged(&asked, &bounds)
+                .map(|number| self.rows.get(number))
+                .filter(|row| {
+                    bounds.contain(row.instance, row.stream_id) && row.is_unexpired(now_ms)
+                })
+                .take(limit.unwrap_or(usize::MAX)),
+        );
         Ok(found)
     }
 
@@ -168,7 +186,7 @@ impl StickyIndex {
                 if bounds.contain(row.instance, row.stream_id) && row.is_unexpired(now_ms) {
                     first_id.get_or_insert(row.stream_id);
                     found.last_stream_id = found.last_stream_id.max(Some(row.stream_id));
-                    events.push(&*row.event_id);
+                    events.push(row.event_id.as_str());
                 }
             }
             if let Some(first_id) = first_id {
@@ -183,8 +201,7 @@ impl StickyIndex {
 
     /// Is looking into each room cheaper than going through the stream?
     fn is_better_by_room<R: Rooms>(&self, rooms: &R, bounds: &Bounds) -> bool {
-        let affordable = rooms.len().saturating_mul(ROWS_PER_ROOM);
-        self.stream(bounds).nth(affordable).is_some()
+        self.stream(bounds).nth(affordable_rows(rooms)).is_some()
     }
 
     /// This server's own events of a room from `from_stream_id` (inclusive), unexpired at `now_ms`, by ascending stream ID, `limit`
@@ -302,7 +319,7 @@ impl StickyIndex {
         Found {
             stream_id: row.stream_id,
             room_id: self.rooms.get(row.room),
-            event_id: &row.event_id,
+            event_id: row.event_id.as_str(),
             sender: self.senders.get(row.sender),
             expires_at_ms: row.expires_at_ms,
         }

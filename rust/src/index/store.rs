@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 use std::hash::{BuildHasher, RandomState};
 
 /// Slots per chunk. A new chunk is the largest thing ever allocated at once.
-const CHUNK: usize = 1024;
+const CHUNK: usize = 512;
 
 /// Values by `u32` number, in chunks that never move. A number is used again once it is free.
 #[derive(Debug)]
@@ -81,6 +81,43 @@ impl<T> Slab<T> {
     fn slot(&mut self, number: u32) -> &mut Option<T> {
         let number = number as usize;
         &mut self.chunks[number / CHUNK][number % CHUNK]
+    }
+}
+
+/// The longest event ID that is kept in place: those of room version 3 and later have 44 bytes. What is left of a size of 48.
+const SHORT: usize = 46;
+
+/// An event ID, kept in place if it is short: no piece of memory for each, and no other place to look at.
+#[derive(Debug)]
+pub(super) enum EventId {
+    Short { len: u8, bytes: [u8; SHORT] },
+    Long(Box<str>),
+}
+
+impl EventId {
+    pub(super) fn as_str(&self) -> &str {
+        match self {
+            Self::Short { len, bytes } => {
+                std::str::from_utf8(&bytes[..usize::from(*len)]).expect("it was made from a str")
+            }
+            Self::Long(event_id) => event_id,
+        }
+    }
+}
+
+impl From<&str> for EventId {
+    fn from(event_id: &str) -> Self {
+        let mut bytes = [0; SHORT];
+        match (
+            u8::try_from(event_id.len()),
+            bytes.get_mut(..event_id.len()),
+        ) {
+            (Ok(len), Some(start)) => {
+                start.copy_from_slice(event_id.as_bytes());
+                Self::Short { len, bytes }
+            }
+            _ => Self::Long(event_id.into()),
+        }
     }
 }
 
@@ -197,6 +234,16 @@ mod tests {
             slab.remove(number);
         }
         assert_eq!((slab.chunks.len(), slab.free.len()), (0, 0));
+    }
+
+    #[test]
+    fn an_event_id_of_any_length_is_kept_as_it_is() {
+        for length in [0, 1, SHORT - 1, SHORT, SHORT + 1, 255, 256, 70_000] {
+            let event_id = "é".repeat(length / 2) + &"$".repeat(length % 2);
+            assert_eq!(event_id.len(), length);
+            assert_eq!(EventId::from(event_id.as_str()).as_str(), event_id);
+        }
+        assert_eq!(size_of::<EventId>(), SHORT + 2);
     }
 
     #[test]

@@ -1,0 +1,157 @@
+"""docs/conformance.md, out of what was recorded: ``python -m tests.conformance.page [--check]``.
+
+``--check`` fails if a requirement has no test, or if the page or the record is not of these tests.
+"""
+
+import ast
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.conformance.requirements import REQUIREMENTS
+
+_FOLDER = Path(__file__).parent
+_RESULTS = _FOLDER / "results.json"
+_PAGE = _FOLDER.parents[1] / "docs" / "conformance.md"
+_UNTOLD = {"plain": {"D8"}}
+"""What a variant is not asked about."""
+
+_HEAD = """# Conformance
+
+What MSC4354 asks of a homeserver, and what plain Synapse (with its experimental `msc4354_enabled`)
+and Synapse with this module do of it, with the module's defaults where the sentence names no
+option. Each line is shown by tests in `tests/conformance`, which use nothing but the client-server
+and the federation API (and the listener for metrics, E3); the servers on the other side are peers
+that can send anything. This page is generated from a run of them.
+
+"""
+_TAIL = """
+"partly": some of its tests pass, those named below do not.
+
+```
+make conformance          # Synapse with the module
+make conformance-plain    # plain Synapse
+.venv/bin/python -m pytest tests/conformance --homeserver URL --federation-port PORT
+```
+
+The last one asks a homeserver that is there already, on this machine: anybody must be able to
+register there, its limits on registration and messages must be high, and it must federate with
+127.0.0.1 and not check certificates. What needs a certain configuration, or to kill the server, is
+skipped.
+"""
+
+
+def tests() -> dict[str, tuple[list[str], str]]:
+    """The tests by ``file::name``: the requirements that each shows, and a digest of what it does.
+
+    Formatting and comments do not count.
+    """
+    found = {}
+    for path in sorted(_FOLDER.glob("test_*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                digest = hashlib.sha256(ast.dump(node).encode()).hexdigest()[:16]
+                found[f"{path.name}::{node.name}"] = (_ids(node), digest)
+    return found
+
+
+def _ids(node: ast.FunctionDef) -> list[str]:
+    return [
+        argument.value
+        for decorator in node.decorator_list
+        if isinstance(decorator, ast.Call) and ast.unparse(decorator.func).endswith("requirement")
+        for argument in decorator.args
+        if isinstance(argument, ast.Constant) and isinstance(argument.value, str)
+    ]
+
+
+def record(variant: str, synapse: str, outcomes: dict[str, str]) -> None:
+    """Notes a whole run: the outcomes by ``file::name[parameters]``."""
+    results = _read()
+    results[variant] = {
+        "synapse": synapse,
+        "tests": {name: digest for name, (_, digest) in tests().items()},
+        "outcomes": dict(sorted(outcomes.items())),
+    }
+    _RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+
+
+def _read() -> dict[str, Any]:
+    results: dict[str, Any] = json.loads(_RESULTS.read_text()) if _RESULTS.exists() else {}
+    return results
+
+
+def _cell(variant: str, of_run: dict[str, Any], requirement: str) -> tuple[str, list[str]]:
+    """What to say of a requirement, and which of its tests failed."""
+    if requirement in _UNTOLD.get(variant, ()):
+        return "", []
+    names = [name for name, (ids, _) in tests().items() if requirement in ids]
+    outcomes = {
+        name: outcome for name, outcome in of_run["outcomes"].items() if name.split("[")[0] in names
+    }
+    failed = [name for name, outcome in outcomes.items() if outcome != "passed"]
+    if not outcomes:
+        return "not tried", []
+    if not failed:
+        return "yes", []
+    return ("**no**" if len(failed) == len(outcomes) else "partly"), failed
+
+
+def render(results: dict[str, Any]) -> str:
+    """The page."""
+    plain, module = results["plain"], results["module"]
+    lines = [
+        f"| | requirement | plain {plain['synapse']} | with the module, {module['synapse']} |",
+        "|---|---|---|---|",
+    ]
+    partly: list[str] = []
+    for requirement, sentence in REQUIREMENTS.items():
+        cells = []
+        for variant, run in (("plain", plain), ("module", module)):
+            cell, failed = _cell(variant, run, requirement)
+            cells.append(cell)
+            if cell == "partly":
+                where = "plain" if variant == "plain" else "with the module"
+                listed = ", ".join(f"`{name.split('::')[1]}`" for name in failed)
+                partly.append(f"- {requirement}, {where}: {listed}")
+        lines.append(f"| {requirement} | {sentence} | {cells[0]} | {cells[1]} |")
+    tail = _TAIL
+    if partly:
+        tail = tail.replace("\n\n```", "\n\n" + "\n".join(partly) + "\n\n```", 1)
+    return _HEAD + "\n".join(lines) + "\n" + tail
+
+
+def problems() -> list[str]:
+    """Why the page is not to be believed."""
+    known = tests()
+    shown = {i for ids, _ in known.values() for i in ids}
+    found = [f"{i} has no test in tests/conformance" for i in REQUIREMENTS if i not in shown]
+    found += [f"{i} is no requirement" for i in sorted(shown - REQUIREMENTS.keys())]
+    results = _read()
+    digests = {name: digest for name, (_, digest) in known.items()}
+    for variant, target in (("module", "conformance"), ("plain", "conformance-plain")):
+        if variant not in results:
+            return [*found, f"nothing is recorded: make {target}"]
+        stale = {
+            name
+            for name in digests.keys() | results[variant]["tests"].keys()
+            if digests.get(name) != results[variant]["tests"].get(name)
+        }
+        if stale:
+            found.append(f"changed since it was recorded, make {target}: {', '.join(stale)}")
+    if not _PAGE.exists() or _PAGE.read_text() != render(results):
+        found.append("docs/conformance.md is stale: python -m tests.conformance.page")
+    return found
+
+
+def main() -> None:
+    """Writes the page, or checks it."""
+    if "--check" in sys.argv[1:]:
+        sys.exit("\n".join(problems()) or 0)
+    _PAGE.write_text(render(_read()))
+
+
+if __name__ == "__main__":
+    main()

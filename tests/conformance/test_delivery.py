@@ -1,0 +1,201 @@
+"""What the users of the homeserver are given (D1 to D9)."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.conformance.target import Target
+from tests.lab import Client
+from tests.lab.client import (
+    HOUR_MS,
+    SLIDING_EXTENSION,
+    STICKY_FIELD,
+    TTL,
+    WITHOUT_TIMELINE,
+    sliding_sticky_events,
+    sticky_events,
+)
+from tests.lab.membership import NOT_JOINED, asked_one_by_one
+from tests.lab.scene import Scene
+
+_FEW = {"room": {"timeline": {"limit": 2}}}
+_SYNCS = 3
+"""In so many syncs 250 events fit."""
+
+
+def pages(user: Client, room_id: str, since: str | None, count: int) -> list[list[str]]:
+    """The room's sticky events in each of so many syncs that follow."""
+    found = []
+    for _ in range(count):
+        answer = user.sync(since, filter_=WITHOUT_TIMELINE)
+        since = answer["next_batch"]
+        found.append(sticky_events(answer, room_id))
+    return found
+
+
+def sliding_pages(user: Client, room_id: str, answer: Any, count: int) -> list[list[str]]:
+    """The same of sliding sync."""
+    found = []
+    for _ in range(count):
+        answer = user.sliding_sync(answer)
+        found.append(sliding_sticky_events(answer, room_id))
+    return found
+
+
+@pytest.mark.requirement("D1", "D3", "D9")
+def test_section_of_sync(target: Target) -> None:
+    alice, bob = target.user(), target.user()
+    room_id = alice.create_room()
+    bob.join(room_id)
+    since = bob.sync()["next_batch"]
+    old = alice.send_sticky(room_id)
+    for _ in range(5):
+        alice.send(room_id)
+    new = alice.send_sticky(room_id)
+    room = bob.sync(since, filter_=_FEW)["rooms"]["join"][room_id]
+    assert room["timeline"]["limited"]
+    in_timeline = {event["event_id"]: event for event in room["timeline"]["events"]}
+    assert [event["event_id"] for event in room[STICKY_FIELD]["events"]] == [old]
+    assert in_timeline.keys() > {new}
+    assert 0 < in_timeline[new]["unsigned"][TTL] <= HOUR_MS
+
+
+@pytest.mark.requirement("D9")
+def test_time_to_live_in_timelines(target: Target) -> None:
+    alice = target.user()
+    room_id = alice.create_room()
+    event_id = alice.send_sticky(room_id)
+    everything = {"ranges": [[0, 0]], "timeline_limit": 10, "required_state": []}
+    sliding = alice.sliding_sync(lists={"all": everything})["rooms"][room_id]["timeline"]
+    sync = alice.sync()["rooms"]["join"][room_id]["timeline"]["events"]
+    for timeline in (sliding, sync):
+        (event,) = [event for event in timeline if event["event_id"] == event_id]
+        assert 0 < event["unsigned"][TTL] <= HOUR_MS
+
+
+@pytest.mark.requirement("D2")
+def test_section_of_sliding_sync(target: Target) -> None:
+    alice, bob = target.user(), target.user()
+    rooms = [alice.create_room() for _ in range(3)]
+    for room_id in rooms:
+        bob.join(room_id)
+    first = bob.sliding_sync()
+    sent = {room_id: alice.send_sticky(room_id) for room_id in rooms}
+    # The list shows one room of three. Of the three events two fit.
+    seen: list[str] = []
+    answer = first
+    for expected in (2, 1, 0):
+        answer = bob.sliding_sync(answer, limit=2)
+        section = answer["extensions"][SLIDING_EXTENSION]["rooms"]
+        here = [event for room in section.values() for event in room["events"]]
+        assert len(here) == expected
+        assert all(0 < event["unsigned"][TTL] <= HOUR_MS for event in here)
+        seen += [event["event_id"] for event in here]
+    assert seen == list(sent.values())
+    off: dict[str, Any] = {"extensions": {SLIDING_EXTENSION: {"enabled": False}}}
+    assert not bob.sliding_sync(first, **off)["extensions"][SLIDING_EXTENSION]["rooms"]
+
+
+@pytest.mark.requirement("D4", "D5")
+def test_many_events_come_once_each(scene: Scene[Target]) -> None:
+    senders = [scene.bring(f"user{number}") for number in range(5)]
+    early = scene.server.user()
+    early.join(scene.room_id)
+    since, sliding = early.sync()["next_batch"], early.sliding_sync()
+    sent = scene.flood(250, *senders)
+    scene.alice.collect_sticky(scene.room_id, set(sent), filter_=WITHOUT_TIMELINE)
+
+    found = pages(early, scene.room_id, since, _SYNCS + 1)
+    assert sorted(e for page in found for e in page) == sorted(sent)
+    assert not found[_SYNCS]
+    found = sliding_pages(early, scene.room_id, sliding, _SYNCS + 1)
+    assert sorted(e for page in found for e in page) == sorted(sent)
+    assert not found[_SYNCS]
+
+    # Whoever joins later gets them as well.
+    late = scene.server.user()
+    elsewhere = late.create_room()
+    late.send_sticky(elsewhere)
+    since, sliding = late.sync()["next_batch"], late.sliding_sync()
+    late.join(scene.room_id)
+    found = pages(late, scene.room_id, since, _SYNCS + 1)
+    assert sorted(e for page in found for e in page) == sorted(sent)
+    found = sliding_pages(late, scene.room_id, sliding, _SYNCS + 1)
+    assert sorted(e for page in found for e in page) == sorted(sent)
+
+
+@pytest.mark.requirement("D5")
+@pytest.mark.parametrize("history_visibility", ["shared", "joined"])
+def test_who_joins_gets_what_is_sticky(target: Target, history_visibility: str) -> None:
+    alice, bob = target.user(), target.user()
+    room_id = alice.create_room(history_visibility)
+    old = [alice.send_sticky(room_id) for _ in range(3)]
+    bob.send_sticky(bob.create_room())  # so that bob's position is beyond them
+    since = bob.sync()["next_batch"]
+    bob.join(room_id)
+    assert pages(bob, room_id, since, 1) == [old]
+
+
+@pytest.mark.requirement("D5")
+@pytest.mark.parametrize("history_visibility", ["shared", "joined"])
+def test_who_joins_gets_it_by_sliding_sync(target: Target, history_visibility: str) -> None:
+    alice, bob = target.user(), target.user()
+    room_id = alice.create_room(history_visibility)
+    old = [alice.send_sticky(room_id) for _ in range(3)]
+    bob.send_sticky(bob.create_room())
+    answer = bob.sliding_sync()
+    bob.join(room_id)
+    assert sliding_pages(bob, room_id, answer, 1) == [old]
+
+
+@pytest.mark.requirement("D6")
+def test_ignored_users(target: Target) -> None:
+    alice, mallory, bob = target.user(), target.user(), target.user()
+    room_id = alice.create_room()
+    for user in (mallory, bob):
+        user.join(room_id)
+    ignored: dict[str, Any] = {"ignored_users": {mallory.user_id: {}}}
+    bob.request("PUT", f"user/{bob.user_id}/account_data/m.ignored_user_list", ignored)
+    mallory.send_sticky(room_id)
+    of_alice = alice.send_sticky(room_id)
+    assert pages(bob, room_id, None, 1) == [[of_alice]]
+    assert sliding_pages(bob, room_id, None, 1) == [[of_alice]]
+
+
+@pytest.mark.requirement("D7")
+def test_flood_does_not_delay_others(scene: Scene[Target]) -> None:
+    since, sliding = scene.alice.sync()["next_batch"], scene.alice.sliding_sync()
+    flood = scene.flood(300)
+    # The flood has been dealt with: its last event is there.
+    scene.wait_until_there(flood[-1])
+    bob = scene.server.user()
+    bob.join(scene.room_id)
+    of_bob = bob.send_sticky(scene.room_id)
+    assert of_bob in pages(scene.alice, scene.room_id, since, 1)[0]
+    assert of_bob in sliding_pages(scene.alice, scene.room_id, sliding, 1)[0]
+
+
+@pytest.mark.requirement("D8")
+@pytest.mark.parametrize("become", NOT_JOINED)
+@pytest.mark.parametrize("history_visibility", ["world_readable", "shared", "joined"])
+def test_only_joined_users(
+    target: Target, become: Callable[[Client, Client, str], None], history_visibility: str
+) -> None:
+    alice, bob = target.user(), target.user()
+    room_id = alice.create_room(history_visibility)
+    subscription = {room_id: {"timeline_limit": 10, "required_state": []}}
+    since, sliding = bob.sync()["next_batch"], bob.sliding_sync(room_subscriptions=subscription)
+    become(alice, bob, room_id)
+    event_id = alice.send_sticky(room_id)
+    everything = {"room": {"include_leave": True}}
+    answers = [
+        bob.sync(since, filter_=everything),
+        bob.sync(filter_=everything),
+        bob.sliding_sync(sliding, room_subscriptions=subscription),
+        bob.sliding_sync(room_subscriptions=subscription, conn_id="new"),
+        asked_one_by_one(bob, room_id, event_id),
+    ]
+    for answer in answers:
+        assert event_id not in json.dumps(answer)

@@ -204,6 +204,18 @@ class LocalConfig:
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
+class DummyEventsConfig:
+    """Bringing down forward extremities that old sticky events leave (F2).
+
+    enabled: whether this is done faster than Synapse does it.
+    per_minute: how many dummy events may be sent at most, to all rooms together, 12 to 6000.
+    """
+
+    enabled: bool = _option(True, _boolean)
+    per_minute: int = _option(60, _integer(12, 6_000))
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
 class StickyConfig:
     """The whole configuration. See the classes of the sections.
 
@@ -215,6 +227,7 @@ class StickyConfig:
     visibility: VisibilityConfig = _section(VisibilityConfig())
     federation: FederationConfig = _section(FederationConfig())
     local: LocalConfig = _section(LocalConfig())
+    dummy_events: DummyEventsConfig = _section(DummyEventsConfig())
     state_events: bool = _option(False, _boolean)
 
 

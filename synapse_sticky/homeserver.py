@@ -291,6 +291,10 @@ class Staging(Protocol):
     def keep_from_pruning(self, keep: Callable[[StagedEvent], bool]) -> None:
         """PDUs for which ``keep`` is true are left when Synapse prunes the area (L3)."""
 
+    def retry_processing(self, again: Callable[[StagedEvent, int], int | None]) -> None:
+        """When the database fails as a PDU is processed, asks with how many failures there have
+        been how many ms later to try again; None leaves it to Synapse, which drops the PDU."""
+
 
 class Inbound(Protocol):
     """Transactions of other servers, in a process that receives them."""
@@ -457,6 +461,22 @@ class Visibility(Protocol):
         """
 
 
+class Extremities(Protocol):
+    """Forward extremities, in a process that may merge them."""
+
+    merges: bool
+    """Whether that is for this process to do, and allowed."""
+    threshold: int
+    """How many a room may have."""
+
+    async def count(self, room_id: str) -> int:
+        """How many the room has."""
+
+    async def merge(self, room_id: str) -> bool:
+        """Sends a dummy event on top of the latest ten, in the name of some local user. Whether
+        there was one who may send it."""
+
+
 class Homeserver(Protocol):
     """The running homeserver process."""
 
@@ -471,6 +491,7 @@ class Homeserver(Protocol):
     writer: StickyWriter
     sending: Sending
     delivery: Delivery
+    extremities: Extremities
 
     def now_ms(self) -> int: ...
 

@@ -10,6 +10,7 @@ from synapse_sticky.adapter import SynapseHomeserver
 from synapse_sticky.config import Mode, StickyConfig, parse
 from synapse_sticky.handlers.deferral import DeferralHandler
 from synapse_sticky.handlers.delivery import DeliveryHandler
+from synapse_sticky.handlers.extremities import ExtremitiesHandler
 from synapse_sticky.handlers.joins import JoinsHandler
 from synapse_sticky.handlers.receipt import ReceiptHandler
 from synapse_sticky.handlers.sending import SendingHandler
@@ -67,6 +68,9 @@ class StickyEventsModule:
             SendingHandler(homeserver, config.local, report).start()
             duties.append("sending")
 
+        if config.dummy_events.enabled and homeserver.extremities.merges:
+            ExtremitiesHandler(homeserver, follower, config.dummy_events).start()
+            duties.append("extremities")
         if config.state_events and homeserver.sending.serves_clients:
             homeserver.sending.accept_sticky_state()
             duties.append("state_events")

@@ -11,6 +11,7 @@ from synapse.util.duration import Duration
 
 from synapse_sticky.adapter import hooks
 from synapse_sticky.adapter.delivery import SynapseDelivery
+from synapse_sticky.adapter.extremities import SynapseExtremities
 from synapse_sticky.adapter.federation import SynapseFederation
 from synapse_sticky.adapter.inbound import SynapseInbound
 from synapse_sticky.adapter.rooms import SynapseRooms
@@ -24,6 +25,7 @@ from synapse_sticky.homeserver import (
     Cancellable,
     Cursor,
     Delivery,
+    Extremities,
     Federation,
     Inbound,
     Rooms,
@@ -69,6 +71,7 @@ class SynapseHomeserver:
         self.writer: StickyWriter = SynapseStickyWriter(hs)
         self.sending: Sending = SynapseSending(hs)
         self.delivery: Delivery = SynapseDelivery(hs)
+        self.extremities: Extremities = SynapseExtremities(hs)
 
     def now_ms(self) -> int:
         return self._clock.time_msec()

@@ -1,4 +1,4 @@
-"""The staging area of inbound PDUs, and what Synapse prunes of it."""
+"""The staging area of inbound PDUs, what Synapse prunes of it, and what becomes of the others."""
 
 import logging
 from collections import OrderedDict
@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import attr
 from synapse.api.constants import StickyEvent
 from synapse.api.room_versions import EventFormatVersions, RoomVersion
+from synapse.events import EventBase
 from synapse.storage.database import LoggingTransaction, make_in_list_sql_clause
+from synapse.util.duration import Duration
 from synapse.util.json import json_decoder
 
 from synapse_sticky.adapter import hooks
@@ -39,6 +41,11 @@ class SynapseStaging:
         self._replace = hooks.replace(
             self._store, "prune_staged_events_in_room", "room_id", "room_version"
         )
+        self._clock = hs.get_clock()
+        self._handler = hs.get_federation_event_handler()
+        self._replace_on_receive_pdu = hooks.replace(
+            self._handler, "on_receive_pdu", "origin", "pdu"
+        )
         # Pruning is considered after every single PDU of a busy room. What is known of the
         # waiting ones is remembered, so that each is read and parsed once.
         self._known: OrderedDict[str, dict[str, _Staged]] = OrderedDict()
@@ -68,6 +75,36 @@ class SynapseStaging:
                 return False
 
         self._replace(prune)
+
+    def retry_processing(self, again: Callable[[StagedEvent, int], int | None]) -> None:
+        original = self._handler.on_receive_pdu
+        errors = self._store.database_engine.module
+        passing = (errors.OperationalError, errors.InterfaceError)
+
+        async def on_receive_pdu(origin: str, pdu: EventBase) -> None:
+            failures = 0
+            while True:
+                try:
+                    return await original(origin, pdu)
+                except passing as e:
+                    failures += 1
+                    delay_ms = again(self._staged(pdu), failures)
+                    if delay_ms is None:
+                        raise
+                    logger.warning(
+                        "The database failed as the sticky PDU %s was processed, trying again in"
+                        " %d ms: %s",
+                        pdu.event_id,
+                        delay_ms,
+                        e,
+                    )
+                await self._clock.sleep(Duration(milliseconds=delay_ms))
+
+        self._replace_on_receive_pdu(on_receive_pdu)
+
+    def _staged(self, pdu: EventBase) -> StagedEvent:
+        field = pdu.get_dict().get(StickyEvent.EVENT_FIELD_NAME)
+        return StagedEvent(pdu.event_id, field, pdu.origin_server_ts, self._clock.time_msec())
 
     async def _to_delete(
         self, room_id: str, room_version: RoomVersion, keep: Callable[[StagedEvent], bool]

@@ -77,6 +77,7 @@ def test_module_without_config_and_with_all_of_it(servers: Servers) -> None:
         "joins": {"enabled": True, "window": 10, "retry_min": "1s", "confirm": False},
         "staging": {"keep_sticky": True},
         "visibility": {"servers": True, "users": True},
+        "dummy_events": {"enabled": True, "per_minute": 60},
         "state_events": False,
     }
     a, b, c = servers({"config": None}, {"config": everything}, {"config": {}})
@@ -88,7 +89,7 @@ def test_module_without_config_and_with_all_of_it(servers: Servers) -> None:
     for server in (a, b, c):
         assert server.log_has(
             "synapse-sticky runs in master: index, delivery, joins, staging, visibility, receipt,"
-            " deferral, sending\n"
+            " deferral, sending, extremities\n"
         )
 
 
@@ -97,6 +98,7 @@ def test_duties_can_be_switched_off(servers: Servers) -> None:
         "joins": {"enabled": False},
         "staging": {"keep_sticky": False},
         "visibility": {"servers": False, "users": False},
+        "dummy_events": {"enabled": False},
         **NO_LIMITS,
     }
     (server,) = servers({"config": off})

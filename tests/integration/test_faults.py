@@ -1,0 +1,252 @@
+"""What breaks at the worst moment loses nothing, and repeats nothing (E4, L3).
+
+The same story is told with a fault somewhere in it: a flood past a limit, a newcomer, a user who
+joins and pages through what is sticky.
+"""
+
+import resource
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, TypeVar
+
+import pytest
+import requests
+
+from tests.conftest import Servers
+from tests.integration.rooms import deferred, entered, wait_until_persisted
+from tests.lab import Client, Homeserver, Lab, Peer, wait_until
+from tests.lab.client import WITHOUT_TIMELINE, sliding_sticky_events, sticky_events
+from tests.lab.faults import FAULTY_MODULE, Fault, has_struck
+from tests.lab.scene import Scene, enter
+
+T = TypeVar("T")
+
+CONFIG = {
+    "federation": {
+        "mode": "defer",
+        "per_server": {"per_second": 10, "burst_count": 5},
+        "per_server_in_room": None,
+        "per_sender": {"per_second": 0.001, "burst_count": 15},
+        "per_room": None,
+    },
+    "local": {"per_user": None},
+}
+"""Of one server all comes through within seconds, of one user no more than 15."""
+
+MOMENTS = ["before", "inside", "after"]
+WHILE_IT_RUNS = ["persist", "release", "record_joins", "newcomers", "backlog", "settle"]
+WHILE_IT_RUNS += ["state_position", "note_page", "page", "drop_deferred"]
+AT_THE_START = ["migrate", "deferred", "newcomers", "state_position"]
+KILLED = [
+    *(("persist", moment) for moment in MOMENTS),
+    *(("release", moment) for moment in MOMENTS),
+    *(("record_joins", moment) for moment in ("inside", "after")),
+    *(("settle", moment) for moment in ("inside", "after")),
+    *(("note_page", moment) for moment in ("inside", "after")),
+]
+SHORT_MS = 20_000
+
+
+@pytest.fixture(scope="module")
+def faulty(lab: Lab) -> Iterator[Homeserver]:
+    (server,) = lab.servers({"module_name": FAULTY_MODULE, "config": CONFIG})
+    yield server
+    lab.close_servers([server])
+
+
+def patiently(server: Homeserver, do: Callable[[], T]) -> T:
+    """As a client does: tries again if the server failed, once it is up again."""
+    failures: list[Exception] = []
+    for _ in range(5):
+        try:
+            return do()
+        except (requests.RequestException, AssertionError) as e:
+            failures.append(e)
+        revive(server)
+    raise failures[0]
+
+
+def revive(server: Homeserver) -> None:
+    """Starts the server again if it is gone."""
+    if server.process is not None and server.process.poll() is not None:
+        server.kill()
+        server.start()
+    server.wait_until_ready()
+
+
+def tell(server: Homeserver, peer: Peer, newcomer: Peer, fault: Fault | None) -> None:
+    """The story, and what must be true in the end."""
+    do = partial(patiently, server)
+    scene = do(lambda: enter(server, peer))
+    bob = do(server.user)
+    mallory = do(lambda: scene.bring("mallory"))
+    do(lambda: bob.send_sticky(bob.create_room()))
+    before = do(bob.sliding_sync)
+    of_alice = [do(partial(send, scene.alice, scene.room_id, number)) for number in range(3)]
+    if fault is not None:
+        fault.arm(server.folder)
+    flood = send_as_a_server_does(scene, do, [scene.eve] * 12)
+    short = []
+    if fault is not None and fault.transaction == "drop_deferred":
+        # Twenty of one user, whose limit lets 15 through, and the others wait until they expire.
+        short = send_as_a_server_does(scene, do, [mallory] * 20, SHORT_MS)
+    user = newcomer.user("carol")
+    do(lambda: newcomer.join(server, scene.room_id, user))
+    do(lambda: bob.join(scene.room_id))
+
+    def all_is_there() -> bool:
+        revive(server)
+        return set(flood) <= set(entered(server, scene.room_id)) and set(of_alice) <= set(
+            newcomer.events
+        )
+
+    wait_until(all_is_there, "everything to be delivered", 120)
+    if short:
+        wait_until(lambda: revived(server) and not deferred(server), "what waits to expire")
+
+    # Each is there once, for who was there before and for who joined.
+    seen = do(lambda: pages_of(bob, scene.room_id, before))
+    expected = set(of_alice) | set(flood)
+    assert len(seen) == len(set(seen))
+    assert expected <= set(seen) <= expected | set(short)
+    since, found = None, list[str]()
+    while True:
+        answer = do(partial(scene.alice.sync, since, filter_=WITHOUT_TIMELINE))
+        since, page = answer["next_batch"], sticky_events(answer, scene.room_id)
+        if not page:
+            break
+        found += page
+    assert len(found) == len(set(found))
+    assert expected <= set(found) <= expected | set(short)
+    rows = entered(server, scene.room_id)
+    assert len(rows) == len(set(rows)), "none twice in the stream"
+    assert not set(rows) & deferred(server), "what is released does not wait"
+    if fault is not None:
+        wait_until(lambda: revived(server) and has_struck(server.folder), f"{fault} to strike")
+        wait_until(lambda: revived(server), "the server to be there")
+
+
+def revived(server: Homeserver) -> bool:
+    revive(server)
+    return True
+
+
+def send(user: Client, room_id: str, number: int) -> str:
+    """The same request each time, so that it is carried out once."""
+    query = {"org.matrix.msc4354.sticky_duration_ms": 3_600_000}
+    path = f"rooms/{room_id}/send/org.example.call/fault-{number}"
+    event_id: str = user.request("PUT", path, {"body": "here"}, **query)["event_id"]
+    return event_id
+
+
+def send_as_a_server_does(
+    scene: Scene[Homeserver],
+    do: Callable[[Callable[[], Any]], Any],
+    senders: list[str],
+    duration_ms: int = 3_600_000,
+) -> list[str]:
+    """In one transaction, which is repeated until it is answered. Gives the events' IDs."""
+    events = []
+    for sender in senders:
+        events.append(scene.peer.sticky(scene.room, sender, duration_ms))
+        scene.peer.advance(scene.room, events[-1][0])
+    pdus = [pdu for _, pdu in events]
+    name = f"faults-{events[0][0][1:]}"
+    said = do(lambda: scene.send(*pdus, transaction_id=name))
+    assert said == {event_id: {} for event_id, _ in events}
+    return [event_id for event_id, _ in events]
+
+
+def pages_of(user: Client, room_id: str, answer: Any) -> list[str]:
+    """All that sliding sync gives of the room, a few at a time."""
+    seen: list[str] = []
+    while True:
+        answer = user.sliding_sync(answer, limit=4)
+        page = sliding_sticky_events(answer, room_id)
+        if not page:
+            return seen
+        seen += page
+
+
+@pytest.mark.requirement("L3", "L4", "P3", "P7", "D5")
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("transaction", WHILE_IT_RUNS)
+def test_the_database_fails(
+    faulty: Homeserver, peer: Peer, newcomer: Peer, transaction: str, moment: str
+) -> None:
+    if (transaction, moment) == ("persist", "after"):
+        pytest.skip("what is done after the commit is not the database's")
+    if transaction == "state_position":
+        pytest.skip("it is read at the start only")
+    tell(faulty, peer, newcomer, Fault(transaction, moment, "error"))
+
+
+@pytest.mark.requirement("E4", "L3", "L4", "P3", "P7", "D5")
+@pytest.mark.parametrize(("transaction", "moment"), KILLED)
+def test_the_process_is_killed(
+    faulty: Homeserver, peer: Peer, newcomer: Peer, transaction: str, moment: str
+) -> None:
+    tell(faulty, peer, newcomer, Fault(transaction, moment, "kill"))
+
+
+@pytest.mark.requirement("E4")
+@pytest.mark.parametrize("kind", ["kill", "error"])
+@pytest.mark.parametrize("transaction", AT_THE_START)
+def test_the_start_fails(
+    lab: Lab, servers: Servers, peer: Peer, newcomer: Peer, transaction: str, kind: str
+) -> None:
+    lab.prepare()
+    server = lab.make(module_name=FAULTY_MODULE, config=CONFIG)
+    Fault(transaction, "inside", kind).arm(server.folder)
+    server.start()
+    if kind == "kill":
+        assert server.process is not None
+        server.process.wait(120)
+        server.kill()
+        server.start()
+    server.wait_until_ready()
+    wait_until(lambda: has_struck(server.folder), "the fault to strike")
+    tell(server, peer, newcomer, None)
+
+
+@pytest.fixture
+def newcomer(lab: Lab) -> Iterator[Peer]:
+    started = lab.peer()
+    yield started
+    started.close()
+
+
+@pytest.mark.requirement("L3", "E4")
+def test_the_disk_is_full(servers: Servers, peer: Peer, newcomer: Peer) -> None:
+    (server,) = servers({"config": CONFIG})
+    scene = enter(server, peer)
+    assert server.process is not None
+    pid = server.process.pid
+    unlimited = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+    before, _ = peer.sticky(scene.room, scene.eve)
+    scene.send(peer.events[before])
+    scene.wait_for_sections(before)
+    # It is acknowledged and staged; then nothing can be written any more.
+    held = [peer.sticky(scene.room, scene.eve) for _ in range(5)]
+    hangs, go_on = threading.Event(), threading.Event()
+
+    def hold_up(method: str, path: str) -> None:
+        if "/get_missing_events/" in path:
+            hangs.set()
+            go_on.wait(60)
+
+    peer.override = hold_up
+    unknown, _ = peer.sticky(scene.room, scene.eve)
+    on_top, pdu = peer.sticky(scene.room, scene.eve, prev_events=[unknown])
+    assert scene.send(pdu, *(pdu for _, pdu in held))[on_top] == {}
+    assert hangs.wait(60)
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (1, unlimited[1]))
+    go_on.set()
+    wait_until(lambda: server.log_has("trying again in"), "a write to fail")
+    with pytest.raises(AssertionError):
+        scene.alice.send_sticky(scene.room_id)
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, unlimited)
+    for event_id in (unknown, on_top, *(event_id for event_id, _ in held)):
+        wait_until_persisted(server, event_id)
+    tell(server, peer, newcomer, None)

@@ -7,7 +7,7 @@ PYTEST_ARGS ?=
 RUST_SOURCES := Cargo.toml Cargo.lock $(shell find rust/src -name '*.rs')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench conformance conformance-plain format clean
+.PHONY: help demo test lint bench conformance conformance-plain fuzz soak format clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -48,6 +48,12 @@ conformance: $(VENV)/.built ## Every requirement of MSC4354, asked of Synapse wi
 conformance-plain: $(VENV)/.built ## The same, asked of plain Synapse, which fails some
 	$(BIN)/python -m pytest tests/conformance --plain --record $(PYTEST_ARGS) || test $$? -eq 1
 	$(BIN)/python -m tests.conformance.page
+
+fuzz: $(VENV)/.built ## Everything that comes from outside, in every shape, for ten minutes; prints its seeds
+	$(BIN)/python -m tests.fuzz --minutes 10
+
+soak: $(VENV)/.built ## Four servers, floods, joins, redactions, crashes: ten minutes, then what was promised is checked; prints its seed
+	$(BIN)/python -m tests.soak --minutes 10
 
 format: $(VENV)/.built ## Formats Python and Rust
 	$(BIN)/ruff format .

@@ -22,8 +22,8 @@ from typing import Any, TypeVar
 
 import attr
 
-from tests.demo import say
 from tests.lab.postgres import Postgres
+from tests.lab.say import say
 
 T = TypeVar("T")
 Answer = tuple[Any, dict[str, list[str]]]

@@ -9,9 +9,9 @@ import statistics
 import sys
 import time
 
-from tests.demo import say
 from tests.integration.rooms import entered, introduce, limits, room_of
 from tests.lab import Lab, wait_until
+from tests.lab.say import say
 
 FLOOD = 300
 MOST_S = 2.0

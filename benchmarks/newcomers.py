@@ -8,9 +8,10 @@ import contextlib
 import statistics
 import sys
 
-from tests.demo import Outcome, play, say
+from tests.demo import Outcome, play
 from tests.lab import Lab
 from tests.lab.lab import busy_cores
+from tests.lab.say import say
 
 
 def main() -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from synapse_sticky.adapter.inbound import sticky_pdus
-from tests.demo import say
 from tests.integration.rooms import (
     introduce,
     limits,
@@ -22,6 +21,7 @@ from tests.integration.rooms import (
     wait_until_taken_in,
 )
 from tests.lab import Homeserver, Lab, wait_until
+from tests.lab.say import say
 
 PDUS = 50
 REFUSALS = 400

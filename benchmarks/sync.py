@@ -18,8 +18,8 @@ from typing import Any
 
 import attr
 
-from tests.demo import say
 from tests.lab import Client, Homeserver, Lab
+from tests.lab.say import say
 
 ROOMS = {"100 rooms": 100, "5 rooms": 5}
 EVENTS_PER_ROOM = 3

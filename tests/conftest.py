@@ -5,8 +5,14 @@ from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from tests.lab import Homeserver, Lab, Peer
+
+# The same examples each time; make fuzz looks for others.
+settings.register_profile("default", derandomize=True, deadline=None, database=None)
+settings.register_profile("fuzz", deadline=None, database=None, max_examples=3_000)
+settings.load_profile("default")
 
 Servers = Callable[..., list[Homeserver]]
 """``servers(2)``, or ``servers({"module": False}, {})`` with Homeserver's options."""

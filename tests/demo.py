@@ -12,6 +12,7 @@ import attr
 from tests.integration.rooms import room_of, wait_until_persisted
 from tests.lab import Client, Homeserver, Lab
 from tests.lab.client import WITHOUT_TIMELINE, sticky_events
+from tests.lab.say import say
 
 EVENTS_EACH = 130
 EVENTS_OF_A_USER = 26
@@ -46,12 +47,6 @@ class Outcome:
     @property
     def time(self) -> str:
         return "-" if self.last_s is None else f"{self.last_s:.1f} s"
-
-
-def say(text: str, end: str = "\n") -> None:
-    """Shows progress at once, also through a pipe."""
-    sys.stdout.write(text + end)
-    sys.stdout.flush()
 
 
 def play(servers: list[Homeserver], events_each: int, patience_s: float) -> Outcome:

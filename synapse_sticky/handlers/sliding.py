@@ -137,7 +137,8 @@ def token_of_page(
 
 def position_of_page(token: Position, writers: Sequence[str]) -> Position | None:
     """What the token of a page stands for; None if it is no such token."""
-    if not all(token.writers.get(writer, -1) > token.stream_id for writer in writers):
+    # A client can hand anything in, also positions below nothing.
+    if not all(w in token.writers and token.writers[w] > token.stream_id for w in writers):
         return None
     stream_id = min(token.writers[writer] for writer in writers)
     return Position(stream_id, {w: at for w, at in token.writers.items() if at > stream_id})

@@ -55,8 +55,6 @@ EXPIRE_IN_MS = [1, 1_000, 1_001, 2_000, 3_600_000]
 Token = MultiWriterStreamToken
 Answer = tuple[Token, dict[str, list[str]]]
 
-exactly = settings(derandomize=True, deadline=None, database=None)
-
 
 class Reactor(MemoryReactorClock):
     """A reactor with no thread but this one, and that never runs."""
@@ -695,7 +693,7 @@ def test_an_index_in_step_answers_as_the_database(world: World) -> None:
         changes,
         st.lists(queries, min_size=6, max_size=8),
     )
-    @settings(exactly, max_examples=120)
+    @settings(max_examples=250)
     def compare(
         from_the_start: bool, former: Any, rows: Any, early: Any, late: Any, drawn: Any
     ) -> None:
@@ -763,7 +761,7 @@ def test_whatever_happens_meanwhile_the_answer_is_right(world: World) -> None:
         st.lists(steps, max_size=8),
         st.lists(st.tuples(steps, st.none() | queries), min_size=10, max_size=30),
     )
-    @settings(exactly, max_examples=300)
+    @settings(max_examples=300)
     def compare(former: Any, before: Any, drawn: Any) -> None:
         with world.example():
             begin(world, former)

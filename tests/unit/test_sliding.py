@@ -110,7 +110,7 @@ actions = st.lists(
 
 
 @pytest.mark.requirement("D2", "D4", "D5")
-@settings(max_examples=400, deadline=None, derandomize=True, database=None)
+@settings(max_examples=400)
 @example(  # who comes back in the middle of a page
     actions=[
         *[("send", "!a", WRITERS[0])] * 4,
@@ -192,7 +192,6 @@ positions = st.builds(
 ).filter(lambda p: not all(w in p.writers for w in WRITERS))
 
 
-@settings(deadline=None, derandomize=True, database=None)
 @given(position=positions, previous=st.one_of(st.none(), positions))
 def test_tokens_of_pages(position: Position, previous: Position | None) -> None:
     assert position_of_page(position, WRITERS) is None

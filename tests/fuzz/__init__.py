@@ -1,0 +1,1 @@
+"""Whatever comes from outside, in every shape: briefly in ``make test``, long in ``make fuzz``."""

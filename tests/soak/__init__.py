@@ -1,0 +1,1 @@
+"""Four servers and everything at once, for minutes: ``make soak``."""

@@ -291,6 +291,10 @@ class Staging(Protocol):
     def keep_from_pruning(self, keep: Callable[[StagedEvent], bool]) -> None:
         """PDUs for which ``keep`` is true are left when Synapse prunes the area (L3)."""
 
+    def process_what_is_left(self) -> None:
+        """Begins at once with what an earlier run left in the area, in a process that receives
+        transactions. Synapse itself waits for the next transaction of anybody."""
+
     def retry_processing(self, again: Callable[[StagedEvent, int], int | None]) -> None:
         """When the database fails as a PDU is processed, asks with how many failures there have
         been how many ms later to try again; None leaves it to Synapse, which drops the PDU."""

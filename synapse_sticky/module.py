@@ -52,7 +52,8 @@ class StickyEventsModule:
             starts.append(JoinsHandler(homeserver, storage, follower, config.joins).start)
             duties.append("joins")
         if config.staging.keep_sticky:
-            StagingHandler(homeserver).start()
+            staging = StagingHandler(homeserver)
+            staging.start()
             duties.append("staging")
         VisibilityHandler(homeserver, follower).start(config.visibility)
         duties.append("visibility")
@@ -75,6 +76,8 @@ class StickyEventsModule:
             homeserver.sending.accept_sticky_state()
             duties.append("state_events")
 
+        if config.staging.keep_sticky:
+            starts.append(staging.begin)  # last: what is processed then is under the limits
         follower.start()
         if starts:
             homeserver.in_background("start", self._start, starts)

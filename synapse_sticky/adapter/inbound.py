@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from synapse.api.constants import StickyEvent
 from synapse.api.errors import LimitExceededError
-from synapse.util.duration import Duration
 
 from synapse_sticky.adapter import hooks
 from synapse_sticky.adapter.listeners import serves
+from synapse_sticky.adapter.staging import start_on_staged_events
 from synapse_sticky.homeserver import Cursor, ReceivedPdu, Refusal, Transaction
 
 if TYPE_CHECKING:
@@ -58,19 +58,13 @@ class SynapseInbound:
             else:
                 sticky = []
             if sticky:
-                self._start_on_staged_events()
+                # Synapse does so when the first transaction reaches it. If that is refused for as
+                # long as too much is left, it would never begin.
+                start_on_staged_events(self._server, self._clock)
                 await _raise_if_refused(check, _transaction(origin, transaction_id, sticky))
             return await original(origin, transaction_id, destination, transaction_data)
 
         self._replace(on_incoming_transaction)
-
-    def _start_on_staged_events(self) -> None:
-        # Synapse begins with what an earlier run left when the first transaction reaches it. If
-        # that is refused for as long as too much is left, it would never begin.
-        if not self._server._started_handling_of_staged_events:
-            self._server._started_handling_of_staged_events = True
-            self._server._handle_old_staged_events()
-            self._clock.looping_call(self._server._handle_old_staged_events, Duration(minutes=1))
 
     async def answered(self, origin: str, transaction_id: str) -> bool:
         return await self._store.get_received_txn_response(transaction_id, origin) is not None

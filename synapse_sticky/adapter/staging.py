@@ -14,6 +14,7 @@ from synapse.util.duration import Duration
 from synapse.util.json import json_decoder
 
 from synapse_sticky.adapter import hooks
+from synapse_sticky.adapter.listeners import serves
 from synapse_sticky.homeserver import StagedEvent
 
 if TYPE_CHECKING:
@@ -33,6 +34,14 @@ class _Staged:
     prev_event_ids: tuple[str, ...]
 
 
+def start_on_staged_events(server: Any, clock: Any) -> None:
+    """Begins with what an earlier run left, if that has not begun."""
+    if not hooks.attribute(server, "_started_handling_of_staged_events"):
+        server._started_handling_of_staged_events = True
+        server._handle_old_staged_events()
+        clock.looping_call(server._handle_old_staged_events, Duration(minutes=1))
+
+
 class SynapseStaging:
     """Implements ``homeserver.Staging``."""
 
@@ -42,6 +51,7 @@ class SynapseStaging:
             self._store, "prune_staged_events_in_room", "room_id", "room_version"
         )
         self._clock = hs.get_clock()
+        self._server = hs.get_federation_server() if serves(hs, "federation") else None
         self._handler = hs.get_federation_event_handler()
         self._replace_on_receive_pdu = hooks.replace(
             self._handler, "on_receive_pdu", "origin", "pdu"
@@ -75,6 +85,10 @@ class SynapseStaging:
                 return False
 
         self._replace(prune)
+
+    def process_what_is_left(self) -> None:
+        if self._server is not None:
+            start_on_staged_events(self._server, self._clock)
 
     def retry_processing(self, again: Callable[[StagedEvent, int], int | None]) -> None:
         original = self._handler.on_receive_pdu

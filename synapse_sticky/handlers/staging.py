@@ -25,6 +25,10 @@ class StagingHandler:
         self._hs.staging.keep_from_pruning(self.keep)
         self._hs.staging.retry_processing(self.try_again_ms)
 
+    async def begin(self) -> None:
+        """What was acknowledged before a restart is processed without waiting for others."""
+        self._hs.staging.process_what_is_left()
+
     def keep(self, staged: StagedEvent) -> bool:
         """Is the staged PDU sticky (S1), and unexpired (S2) by when it was received?"""
         duration_ms = sticky_duration_ms(staged.sticky_field)

@@ -100,9 +100,11 @@ class SynapseStaging:
             while True:
                 try:
                     return await original(origin, pdu)
-                except passing as e:
+                except Exception as e:
                     failures += 1
-                    delay_ms = again(self._staged(pdu), failures)
+                    # Synapse wraps some.
+                    is_passing = isinstance(e, passing) or isinstance(e.__cause__, passing)
+                    delay_ms = again(self._staged(pdu), failures) if is_passing else None
                     if delay_ms is None:
                         raise
                     logger.warning(

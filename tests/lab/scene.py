@@ -5,7 +5,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import attr
 
-from tests.lab import peer
+from tests.lab import peer, wait
 from tests.lab.client import WITHOUT_TIMELINE, Client, sliding_sticky_events, sticky_events
 from tests.lab.membership import allowed_to_fail
 from tests.lab.peer import Peer, PeerRoom
@@ -99,7 +99,7 @@ class Scene(Generic[ServerT]):
             left.difference_update([event_id for event_id in left if self.is_there(event_id)])
             return not left
 
-        wait_until(all_are_there, f"{len(event_ids)} events to be there", 240)
+        wait_until(all_are_there, f"{len(event_ids)} events to be there", 4 * wait.patience_s)
 
     def wait_for_sections(self, *expected: str) -> None:
         """Waits until both sections have these events, in whatever order, once, and no others."""

@@ -47,7 +47,7 @@ _LIMITS = {
     "per_sender": {"per_second": 10, "burst_count": 40},
     "per_room": {"per_second": 40, "burst_count": 100},
 }
-_LOCAL = {"per_user": {"per_second": 20, "burst_count": 100}}
+_LOCAL = {"per_user": {"per_second": 5, "burst_count": 40}}
 
 
 class BrokenError(AssertionError):

@@ -17,7 +17,7 @@ from tests.conftest import Servers
 from tests.integration.rooms import NO_LIMITS, deferred, entered
 from tests.lab import Client, Homeserver, Lab, Peer, wait_until
 from tests.lab.client import WITHOUT_TIMELINE, sliding_sticky_events, sticky_events
-from tests.lab.faults import FAULTY_MODULE, Fault, has_struck
+from tests.lab.faults import FAULTY_MODULE, Fault, has_struck, set_clock
 from tests.lab.homeserver import StartError
 from tests.lab.scene import Scene, enter
 
@@ -254,3 +254,49 @@ def test_the_disk_is_full(servers: Servers, peer: Peer) -> None:
     scene.wait_until_there(*staged)
     scene.alice.collect_sticky(scene.room_id, set(staged))
     assert sorted(entered(server, scene.room_id)) == sorted(staged)
+
+
+HOUR_S = 3_600
+SLOW = {"federation": {"per_server": {"per_second": 0.5, "burst_count": 5}}}
+
+
+@pytest.mark.requirement("S2", "L4", "E4")
+def test_the_clock_jumps_ahead_and_back(servers: Servers, peer: Peer) -> None:
+    (server,) = servers({"module_name": FAULTY_MODULE, "config": SLOW})
+    scene = enter(server, peer)
+    old = scene.alice.send_sticky(scene.room_id)
+    flood = scene.flood(60)
+    wait_until(
+        lambda: set(flood) <= deferred(server) | set(entered(server, scene.room_id)), "the flood"
+    )
+    assert deferred(server)
+    set_clock(server, HOUR_S + 1)
+    # All of it is over, what waits too.
+    new = scene.alice.send_sticky(scene.room_id)
+    scene.wait_for_sections(new)
+    wait_until(lambda: not deferred(server), "what waits to expire")
+    set_clock(server, 0)
+    newest = scene.sticky()
+    wait_until(lambda: all({new, newest} <= set(section) for section in scene.sections()), "both")
+    assert old not in scene.sections()[0]
+
+
+@pytest.mark.requirement("S2", "L4", "E4")
+def test_the_clock_is_set_back(servers: Servers, peer: Peer, newcomer: Peer) -> None:
+    (server,) = servers({"module_name": FAULTY_MODULE, "config": SLOW})
+    scene = enter(server, peer)
+    old = scene.alice.send_sticky(scene.room_id)
+    flood = scene.flood(20)
+    wait_until(
+        lambda: set(flood) <= deferred(server) | set(entered(server, scene.room_id)), "the flood"
+    )
+    assert deferred(server)
+    set_clock(server, -HOUR_S)
+    # Whatever happens next has what waits released at its rate again.
+    new = scene.sticky()
+    newcomer.join(server, scene.room_id, newcomer.user("carol"))
+    wait_until(lambda: old in newcomer.events, "the newcomer to be sent what is sticky")
+    seen = scene.alice.collect_sticky(scene.room_id, {old, new, *flood})
+    assert set(seen) == {old, new, *flood}
+    rows = entered(server, scene.room_id)
+    assert len(rows) == len(set(rows))

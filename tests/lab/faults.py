@@ -1,12 +1,14 @@
 """The module in a process that crashes, or whose database fails, when it is told: for tests only.
 
-A fault is armed by a file in the server's folder, while the server runs or before it starts.
+A fault is armed by a file in the server's folder, while the server runs or before it starts. So is
+a clock that is wrong.
 """
 
 import json
 import os
 import signal
 import sqlite3
+import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,9 +21,11 @@ from synapse_sticky import StickyEventsModule
 from synapse_sticky.adapter import SynapseHomeserver
 from synapse_sticky.config import StickyConfig
 from synapse_sticky.homeserver import Cursor, NewStickyEvent
+from tests.lab.homeserver import Homeserver
 
 FAULTY_MODULE = "tests.lab.faults.FaultyModule"
 _FILE = "fault.json"
+_CLOCK = "clock.json"
 
 
 @attr.s(auto_attribs=True, frozen=True)
@@ -71,6 +75,27 @@ def take(transaction: str, *moments: str) -> Fault | None:
     return fault
 
 
+def set_clock(server: Homeserver, offset_s: float) -> None:
+    """Has the clock of a running server jump: it is so far from the true time then."""
+    (server.folder / _CLOCK).write_text(json.dumps(offset_s))
+    assert server.process is not None
+    server.process.send_signal(signal.SIGUSR2)
+
+
+def _install_clock() -> None:
+    from twisted.internet import reactor
+
+    offset_s = 0.0
+
+    def read(*_: object) -> None:
+        nonlocal offset_s
+        offset_s = json.loads(Path(_CLOCK).read_text())
+
+    # What Twisted and Synapse ask for the time.
+    setattr(reactor, "seconds", lambda: time.time() + offset_s)  # noqa: B010
+    signal.signal(signal.SIGUSR2, read)
+
+
 class FaultyHomeserver(SynapseHomeserver):
     """Fails as it is told."""
 
@@ -112,4 +137,5 @@ class FaultyHomeserver(SynapseHomeserver):
 class FaultyModule(StickyEventsModule):
     def __init__(self, config: StickyConfig, api: ModuleApi) -> None:
         setattr(synapse_sticky.module, "SynapseHomeserver", FaultyHomeserver)  # noqa: B010
+        _install_clock()
         super().__init__(config, api)

@@ -44,15 +44,17 @@ skipped.
 
 
 def tests() -> dict[str, tuple[list[str], str]]:
-    """The tests by ``file::name``: the requirements that each shows, and a digest of what it does.
-
-    Formatting and comments do not count.
-    """
+    """The tests by ``file::name``: the requirements that each shows, and a digest of its lines."""
     found = {}
     for path in sorted(_FOLDER.glob("test_*.py")):
-        for node in ast.parse(path.read_text()).body:
+        source = path.read_text()
+        lines = source.splitlines()
+        for node in ast.parse(source).body:
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
-                digest = hashlib.sha256(ast.dump(node).encode()).hexdigest()[:16]
+                # Not of the parsed tree, which each version of Python writes in its own way.
+                first = min(part.lineno for part in (node, *node.decorator_list))
+                text = "\n".join(lines[first - 1 : node.end_lineno])
+                digest = hashlib.sha256(text.encode()).hexdigest()[:16]
                 found[f"{path.name}::{node.name}"] = (_ids(node), digest)
     return found
 
@@ -71,7 +73,8 @@ def record(variant: str, synapse: str, outcomes: dict[str, str]) -> None:
     """Notes a whole run: the outcomes by ``file::name[parameters]``."""
     results = _read()
     results[variant] = {
-        "synapse": synapse,
+        # Synapse puts the branch and commit of the folder that it runs in behind its version.
+        "synapse": synapse.split()[0],
         "tests": {name: digest for name, (_, digest) in tests().items()},
         "outcomes": dict(sorted(outcomes.items())),
     }

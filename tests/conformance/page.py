@@ -74,7 +74,7 @@ def record(variant: str, synapse: str, outcomes: dict[str, str]) -> None:
     results = _read()
     results[variant] = {
         # Synapse puts the branch and commit of the folder that it runs in behind its version.
-        "synapse": synapse.split()[0],
+        "synapse": synapse.split(maxsplit=1)[0],
         "tests": {name: digest for name, (_, digest) in tests().items()},
         "outcomes": dict(sorted(outcomes.items())),
     }

@@ -67,7 +67,7 @@ class StickyRow:
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
 class ServerJoin:
-    """A remote server has newly joined a room (P3)."""
+    """A server has newly joined a room (P3)."""
 
     destination: str
     room_id: str
@@ -216,10 +216,11 @@ class Rooms(Protocol):
     async def server_joins(
         self, *, after: int, up_to: int, not_before_ms: int
     ) -> tuple[int, list[ServerJoin]]:
-        """One page of new joins of remote servers, and the position that it reaches to.
+        """One page of new joins of servers, and the position that it reaches to.
 
         A join counts if no other user of that server has been joined since before. Joins that
-        were received before ``not_before_ms`` are left out.
+        were received before ``not_before_ms`` are left out. This server's own joins are among
+        them, and those that it missed if it left the room after ``not_before_ms`` and is back.
         """
 
     async def is_joined(self, room_id: str, server: str) -> bool:

@@ -64,29 +64,69 @@ class SynapseRooms:
         )
         changes = [d for d in deltas if d.event_type == EventTypes.Member and d.event_id]
         # When this server itself joins, the whole state of the room arrives as changes at one
-        # position; nobody in it is a newcomer to this server's events. That its creation is new
-        # tells this from changes of several members that were persisted together.
+        # position. That its creation is new tells this from changes of several members that were
+        # persisted together. Nobody in it is a newcomer to this server's events, unless this
+        # server has been in the room before, and they joined while it was not.
         own_joins = {
             (d.stream_id, d.room_id)
             for d in deltas
-            if d.event_type == EventTypes.Create and d.prev_event_id is None
+            if d.event_type == EventTypes.Create and d.event_id and d.prev_event_id is None
         }
-        changes = [
-            d
-            for d in changes
-            if (d.stream_id, d.room_id) not in own_joins
-            and _domain(d.state_key) not in (self._server_name, None)
-        ]
-        joins: dict[ServerJoin, None] = {}
-        if changes:
-            memberships = await self._memberships(
-                e for d in changes for e in (d.event_id, d.prev_event_id) if e
-            )
-            for change in changes:
-                new = memberships.get(change.event_id or "")
-                if new and await self._is_server_join(change, new, memberships, not_before_ms):
-                    joins[ServerJoin(get_domain_from_id(new.user_id), new.room_id)] = None
+        joins = {ServerJoin(self._server_name, room_id): None for _, room_id in own_joins}
+        changes = [d for d in changes if _domain(d.state_key) not in (self._server_name, None)]
+        if not changes:
+            return position, list(joins)
+        memberships = await self._memberships(
+            e for d in changes for e in (d.event_id, d.prev_event_id) if e
+        )
+        known: dict[tuple[int, str], set[str] | None] = {}
+        for change in changes:
+            new = memberships.get(change.event_id or "")
+            if new is None or not _is_join(change, new, memberships, not_before_ms):
+                continue
+            at = (change.stream_id, change.room_id)
+            if (at in own_joins or new.outlier) and at not in known:
+                known[at] = await self._left_behind(*at, not_before_ms)
+            left_behind = known.get(at)
+            server = get_domain_from_id(new.user_id)
+            came_meanwhile = left_behind is not None and server not in left_behind
+            if came_meanwhile or (at not in own_joins and await self._is_server_join(new)):
+                joins[ServerJoin(server, new.room_id)] = None
         return position, list(joins)
+
+    async def _left_behind(self, before: int, room_id: str, not_before_ms: int) -> set[str] | None:
+        """The servers that were in the room when this one last left it; None if it has not in
+        that time."""
+
+        def read_txn(txn: LoggingTransaction) -> set[str] | None:
+            # A server that leaves forgets all of the room's state.
+            txn.execute(
+                "SELECT MAX(stream_id) FROM current_state_delta_stream"
+                " WHERE room_id = ? AND stream_id < ? AND type = ? AND event_id IS NULL",
+                (room_id, before, EventTypes.Create),
+            )
+            row = txn.fetchone()
+            if row is None or row[0] is None:
+                return None
+            left_at = row[0]
+            txn.execute(
+                "SELECT received_ts FROM events WHERE stream_ordering >= ?"
+                " ORDER BY stream_ordering LIMIT 1",
+                (left_at,),
+            )
+            row = txn.fetchone()
+            if row is None or row[0] < not_before_ms:
+                return None
+            txn.execute(
+                "SELECT d.state_key FROM current_state_delta_stream AS d"
+                " INNER JOIN room_memberships AS m ON m.event_id = d.prev_event_id"
+                " WHERE d.room_id = ? AND d.stream_id = ? AND d.type = ? AND d.event_id IS NULL"
+                " AND m.membership = ?",
+                (room_id, left_at, EventTypes.Member, Membership.JOIN),
+            )
+            return {server for (user_id,) in txn if (server := _domain(user_id))}
+
+        return await self._store.db_pool.runInteraction("synapse_sticky_left_behind", read_txn)
 
     async def _memberships(self, event_ids: Iterable[str]) -> dict[str, _Membership]:
         clause, args = make_in_list_sql_clause(
@@ -108,19 +148,7 @@ class SynapseRooms:
 
         return await self._store.db_pool.runInteraction("synapse_sticky_memberships", read_txn)
 
-    async def _is_server_join(
-        self,
-        change: "StateDelta",
-        new: _Membership,
-        memberships: dict[str, _Membership],
-        not_before_ms: int,
-    ) -> bool:
-        if new.membership != Membership.JOIN or new.received_ts_ms < not_before_ms:
-            return False
-        old = memberships.get(change.prev_event_id or "")
-        if old is not None and old.membership == Membership.JOIN:
-            return False  # a profile change
-
+    async def _is_server_join(self, new: _Membership) -> bool:
         def read_txn(txn: LoggingTransaction) -> bool:
             # Only a member who has been joined since before proves that the server is no
             # newcomer. Others may have joined along with this one, in changes yet to be read.
@@ -205,6 +233,18 @@ class SynapseRooms:
     async def erased(self, user_ids: Collection[str]) -> set[str]:
         erased = await self._store.are_users_erased(user_ids)
         return {user_id for user_id in user_ids if erased.get(user_id)}
+
+
+def _is_join(
+    change: "StateDelta",
+    new: _Membership,
+    memberships: dict[str, _Membership],
+    not_before_ms: int,
+) -> bool:
+    if new.membership != Membership.JOIN or new.received_ts_ms < not_before_ms:
+        return False
+    old = memberships.get(change.prev_event_id or "")
+    return old is None or old.membership != Membership.JOIN  # else a profile change
 
 
 def _domain(user_id: str) -> str | None:

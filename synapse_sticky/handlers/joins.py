@@ -133,11 +133,22 @@ class JoinsHandler:
         self._position = position
         for join in mine:
             self._newcomer(join, watch_until_ms)
+        for join in joins:
+            if join.destination == self._hs.server_name:
+                self._go_on(join.room_id)
 
     def _newcomer(self, join: ServerJoin, watch_until_ms: int) -> None:
         logger.info("%s has newly joined %s", join.destination, join.room_id)
         self._add(join.destination, join.room_id, position=0, watch_until_ms=watch_until_ms)
         self._federation.wake(join.destination)
+
+    def _go_on(self, room_id: str) -> None:
+        """This server is in the room again: what it could not send meanwhile is due."""
+        for destination, state in list(self._destinations.items()):
+            push = state.pushes.get(room_id)
+            if push is not None and push.held:
+                push.held = False
+                self._federation.wake(destination)
 
     def _add(self, destination: str, room_id: str, *, position: int, watch_until_ms: int) -> Push:
         push = Push(
@@ -186,6 +197,16 @@ class JoinsHandler:
                 push.lower(position)
 
     async def _batch_of(self, push: Push, limit: int) -> Batch | None:
+        was_held = push.held
+        push.held = not await self._rooms.is_joined(push.room_id, self._hs.server_name)
+        if push.held:
+            if not was_held:
+                logger.info("%s is not in %s now", self._hs.server_name, push.room_id)
+            # It may come back while the events are sticky.
+            self._update(push)
+            if not push.open:
+                await self._drop(push)
+            return None
         if not await self._rooms.may_receive(push.room_id, push.destination):
             logger.info("%s may not get events of %s now", push.destination, push.room_id)
             await self._drop(push)

@@ -83,6 +83,8 @@ class Push:
         self.delivered = 0
         self.confirming = False
         self.settled = False
+        self.held = False
+        """Nothing may be sent for now."""
         self._pruned = False
         self._highest_done = 0
         self._backoff = backoff
@@ -222,6 +224,8 @@ class Push:
 
     def worth_sending(self, now_ms: int) -> bool:
         """Do events wait, and is there enough of the window free to make a transaction of?"""
+        if self.held:
+            return False
         waits = self._fresh or any(
             s.acknowledged_ms is None and s.due_ms <= now_ms for s in self._sent.values()
         )
@@ -229,6 +233,8 @@ class Push:
 
     def next_due_ms(self, now_ms: int) -> int | None:
         """When there is something to send next, None if nothing waits for a time."""
+        if self.held:
+            return None
         if self.worth_sending(now_ms):
             return now_ms
         return min(

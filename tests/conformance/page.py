@@ -52,7 +52,7 @@ def tests() -> dict[str, tuple[list[str], str]]:
         for node in ast.parse(source).body:
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
                 # Not of the parsed tree, which each version of Python writes in its own way.
-                first = min(part.lineno for part in (node, *node.decorator_list))
+                first = min(node.lineno, *(decorator.lineno for decorator in node.decorator_list))
                 text = "\n".join(lines[first - 1 : node.end_lineno])
                 digest = hashlib.sha256(text.encode()).hexdigest()[:16]
                 found[f"{path.name}::{node.name}"] = (_ids(node), digest)

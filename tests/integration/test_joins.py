@@ -294,6 +294,47 @@ def test_second_user_of_a_server_is_no_newcomer(three: list[Homeserver]) -> None
 
 
 @pytest.mark.requirement("P3")
+def test_newcomer_while_the_sender_was_away(three: list[Homeserver]) -> None:
+    """A server that left and is back has events that are still sticky."""
+    a, b, c = three
+    alice, bob, carol = a.user(), b.user(), c.user()
+    room_id = room_of(alice, bob, via=a)
+    old = send_old_events(room_id, [alice, bob], 2)
+    for event_id in old:
+        wait_until_sticky(a, event_id)
+    bob.leave(room_id)
+    wait_until_gone(alice, room_id, bob)
+    carol.join(room_id, a.name)
+    wait_until_joined(alice, room_id, {carol.user_id})
+    bob.join(room_id, a.name)
+    assert set(carol.collect_sticky(room_id, old)) == old
+    # Those who were there before and after are no newcomers.
+    wait_until_seen(b, c, room_id)
+    assert not b.log_has(joined_line(a, room_id))
+
+
+@pytest.mark.requirement("P3", "P7")
+def test_sender_leaves_before_the_newcomer_has_everything(servers: Servers) -> None:
+    a, b, c = servers({}, {}, {"forwarded": True})
+    assert c.forwarder is not None
+    alice, bob, carol = a.user(), b.user(), c.user()
+    room_id = room_of(alice, bob, via=a)
+    old = send_old_events(room_id, [bob], 3)
+    introduce(c, a, b)
+    c.forwarder.offline()
+    carol.join(room_id, a.name)
+    wait_until_seen(b, c, room_id)
+    bob.leave(room_id)
+    wait_until_gone(alice, room_id, bob)
+    c.forwarder.online()
+    wait_until(lambda: b.log_has(f"{b.name} is not in {room_id} now"), "the push to be held")
+    assert room_id in backlogged_rooms(b)
+    bob.join(room_id, a.name)
+    assert set(carol.collect_sticky(room_id, old)) == old
+    wait_until_all_pushed(b, room_id)
+
+
+@pytest.mark.requirement("P3")
 def test_server_that_left_gets_nothing(servers: Servers) -> None:
     a, b, c = servers({}, {}, {"forwarded": True})
     assert c.forwarder is not None

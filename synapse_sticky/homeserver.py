@@ -99,6 +99,17 @@ class StagedEvent:
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
+class IncompletePdu:
+    """A PDU that was acknowledged, and whose prev_events cannot be had for now."""
+
+    origin: str
+    event_id: str
+    room_id: str
+    event_json: str
+    internal_metadata: str
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
 class NewStickyEvent:
     """An event that is about to enter the sticky events stream."""
 
@@ -295,6 +306,20 @@ class Staging(Protocol):
     def process_what_is_left(self) -> None:
         """Begins at once with what an earlier run left in the area, in a process that receives
         transactions. Synapse itself waits for the next transaction of anybody."""
+
+    def process(self) -> None:
+        """Begins with whatever is in the area, in a process that receives transactions."""
+
+    def set_aside(
+        self,
+        take: Callable[[IncompletePdu, StagedEvent], Awaitable[None]],
+        processed: Callable[[str, str], None],
+    ) -> None:
+        """Hands over each sticky PDU that Synapse drops as it cannot fetch all its prev_events,
+        and names the origin and event ID of each PDU that it does not drop."""
+
+    def stage_txn(self, txn: Cursor, pdus: Sequence[IncompletePdu]) -> None:
+        """Puts the PDUs into the area, in this order, behind those that are there."""
 
     def retry_processing(self, again: Callable[[StagedEvent, int], int | None]) -> None:
         """When the database fails as a PDU is processed, asks with how many failures there have

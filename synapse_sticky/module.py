@@ -52,7 +52,7 @@ class StickyEventsModule:
             starts.append(JoinsHandler(homeserver, storage, follower, config.joins).start)
             duties.append("joins")
         if config.staging.keep_sticky:
-            staging = StagingHandler(homeserver)
+            staging = StagingHandler(homeserver, storage)
             staging.start()
             duties.append("staging")
         VisibilityHandler(homeserver, follower).start(config.visibility)

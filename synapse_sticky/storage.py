@@ -2,7 +2,7 @@
 
 Sticky events, the stream and the backlog stay in Synapse's tables. Here is only what Synapse has
 no place for: who is a newcomer, how far each process has read the state changes, which events wait
-for their release, and what a response of sliding sync had no room for.
+for their release, what a response of sliding sync had no room for, and which PDUs lack prev_events.
 """
 
 import logging
@@ -14,6 +14,7 @@ from synapse_sticky.homeserver import (
     Cursor,
     Federation,
     Homeserver,
+    IncompletePdu,
     NewStickyEvent,
     ServerJoin,
 )
@@ -72,6 +73,18 @@ _MIGRATIONS: tuple[tuple[str, ...], ...] = (
             ON synapse_sticky_pages (noted_ts_ms)
         """,
     ),
+    (
+        """
+        CREATE TABLE IF NOT EXISTS synapse_sticky_incomplete (
+            origin TEXT NOT NULL,
+            event_id TEXT NOT NULL,
+            room_id TEXT NOT NULL,
+            event_json TEXT NOT NULL,
+            internal_metadata TEXT NOT NULL,
+            PRIMARY KEY (origin, event_id)
+        )
+        """,
+    ),
 )
 """One entry a version of the layout; entries are only ever added. Each can be made twice: on
 Postgres a process that waited for another's migration does not see its note of the version."""
@@ -83,6 +96,8 @@ _FORGET_PAGE_AFTER_MS = 3600 * 1000
 """What was older than a page is expired by then."""
 
 _PAGE = 500
+
+_INCOMPLETE = "origin, event_id, room_id, event_json, internal_metadata"
 
 _DEFERRED = "event_id, room_id, sender, expires_at_ms, event_stream_ordering"
 
@@ -334,6 +349,43 @@ class Storage:
             return deferred + self._hs.inbound.staged_txn(txn, server, at_most - deferred)
 
         return await self._hs.transact("waiting", read_txn)
+
+    # PDUs that lack prev_events
+
+    async def set_aside(self, pdu: IncompletePdu) -> None:
+        """Keeps a PDU that was acknowledged, and that Synapse drops."""
+
+        def write_txn(txn: Cursor) -> None:
+            txn.execute(
+                f"INSERT INTO synapse_sticky_incomplete ({_INCOMPLETE}) VALUES (?, ?, ?, ?, ?)"
+                " ON CONFLICT (origin, event_id) DO NOTHING",
+                attr.astuple(pdu),
+            )
+
+        await self._hs.transact("set_aside", write_txn)
+
+    async def bring_back(self, keys: Sequence[tuple[str, str]] | None = None) -> int:
+        """Stages again what was set aside: these ``(origin, event_id)``, in this order, or all.
+
+        Gives how many there were.
+        """
+
+        def write_txn(txn: Cursor) -> int:
+            if keys is None:
+                txn.execute(f"SELECT {_INCOMPLETE} FROM synapse_sticky_incomplete")
+                pdus = [IncompletePdu(*row) for row in txn.fetchall()]
+                txn.execute("DELETE FROM synapse_sticky_incomplete")
+            else:
+                pdus = []
+                for key in keys:
+                    where = "synapse_sticky_incomplete WHERE origin = ? AND event_id = ?"
+                    txn.execute(f"SELECT {_INCOMPLETE} FROM {where}", key)
+                    pdus += [IncompletePdu(*row) for row in txn.fetchall()]
+                    txn.execute(f"DELETE FROM {where}", key)
+            self._hs.staging.stage_txn(txn, pdus)
+            return len(pdus)
+
+        return await self._hs.transact("bring_back", write_txn)
 
     # Pages of sliding sync
 

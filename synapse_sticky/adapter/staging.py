@@ -2,7 +2,7 @@
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import attr
@@ -11,11 +11,11 @@ from synapse.api.room_versions import EventFormatVersions, RoomVersion
 from synapse.events import EventBase
 from synapse.storage.database import LoggingTransaction, make_in_list_sql_clause
 from synapse.util.duration import Duration
-from synapse.util.json import json_decoder
+from synapse.util.json import json_decoder, json_encoder
 
 from synapse_sticky.adapter import hooks
 from synapse_sticky.adapter.listeners import serves
-from synapse_sticky.homeserver import StagedEvent
+from synapse_sticky.homeserver import Cursor, IncompletePdu, StagedEvent
 
 if TYPE_CHECKING:
     from synapse.server import HomeServer
@@ -53,6 +53,7 @@ class SynapseStaging:
         self._clock = hs.get_clock()
         self._server = hs.get_federation_server() if serves(hs, "federation") else None
         self._handler = hs.get_federation_event_handler()
+        hooks.method(self._store, "have_events_in_timeline", "event_ids")
         self._replace_on_receive_pdu = hooks.replace(
             self._handler, "on_receive_pdu", "origin", "pdu"
         )
@@ -89,6 +90,53 @@ class SynapseStaging:
     def process_what_is_left(self) -> None:
         if self._server is not None:
             start_on_staged_events(self._server, self._clock)
+
+    def process(self) -> None:
+        if self._server is not None:
+            self._server._handle_old_staged_events()
+
+    def set_aside(
+        self,
+        take: Callable[[IncompletePdu, StagedEvent], Awaitable[None]],
+        processed: Callable[[str, str], None],
+    ) -> None:
+        original = self._handler.on_receive_pdu
+
+        async def on_receive_pdu(origin: str, pdu: EventBase) -> None:
+            try:
+                await original(origin, pdu)
+            except Exception:
+                staged = self._staged(pdu)
+                if staged.sticky_field is not None:
+                    try:
+                        if await self._lacks_prev_events(pdu):
+                            await take(_incomplete(origin, pdu), staged)
+                    except Exception:
+                        logger.exception("Could not set the sticky PDU %s aside", pdu.event_id)
+                raise
+            processed(origin, pdu.event_id)
+
+        hooks.replace(self._handler, "on_receive_pdu", "origin", "pdu")(on_receive_pdu)
+
+    async def _lacks_prev_events(self, pdu: EventBase) -> bool:
+        prev_event_ids = set(pdu.prev_event_ids())
+        return bool(prev_event_ids - await self._store.have_events_in_timeline(prev_event_ids))
+
+    def stage_txn(self, txn: Cursor, pdus: Sequence[IncompletePdu]) -> None:
+        now_ms = self._clock.time_msec()
+        txn.execute_batch(
+            "INSERT INTO federation_inbound_events_staging"
+            " (origin, event_id, room_id, received_ts, event_json, internal_metadata)"
+            " VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (origin, event_id) DO NOTHING",
+            # They are processed in the order of the time, which is to be one.
+            [
+                (
+                    *(pdu.origin, pdu.event_id, pdu.room_id, now_ms + number),
+                    *(pdu.event_json, pdu.internal_metadata),
+                )
+                for number, pdu in enumerate(pdus)
+            ],
+        )
 
     def retry_processing(self, again: Callable[[StagedEvent, int], int | None]) -> None:
         original = self._handler.on_receive_pdu
@@ -180,6 +228,16 @@ class SynapseStaging:
             return True
         referenced = {p for s in now_known.values() for p in s.prev_event_ids}
         return {e for e, s in now_known.items() if e in referenced and not s.keep}
+
+
+def _incomplete(origin: str, pdu: EventBase) -> IncompletePdu:
+    return IncompletePdu(
+        origin,
+        pdu.event_id,
+        pdu.room_id,
+        json_encoder.encode(pdu.get_dict()),
+        json_encoder.encode(pdu.internal_metadata.get_dict()),
+    )
 
 
 def _prev_event_ids(content: Any, v1_format: bool) -> tuple[str, ...]:

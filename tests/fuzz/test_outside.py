@@ -136,8 +136,9 @@ def test_transaction(body: Any) -> None:
 def test_staged_pdu(pdu: Any, received_ms: int) -> None:
     pdu = read(pdu)
     homeserver: Any = _Homeserver()
+    storage: Any = None
     staged = StagedEvent("$event", pdu.get(FIELD), pdu.get("origin_server_ts"), received_ms)
-    assert StagingHandler(homeserver).keep(staged) in (True, False)
+    assert StagingHandler(homeserver, storage).keep(staged) in (True, False)
     for v1_format in (True, False):
         assert all(isinstance(p, str) for p in staging._prev_event_ids(pdu, v1_format))
 

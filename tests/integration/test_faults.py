@@ -217,6 +217,30 @@ def test_the_start_fails(
     tell(server, peer, newcomer, None)
 
 
+@pytest.mark.requirement("E4", "L3", "F1")
+@pytest.mark.parametrize("kind", ["kill", "error"])
+@pytest.mark.parametrize("moment", ["inside", "after"])
+@pytest.mark.parametrize("transaction", ["set_aside", "bring_back"])
+def test_while_events_before_cannot_be_fetched(
+    faulty: Homeserver, peer: Peer, transaction: str, moment: str, kind: str
+) -> None:
+    scene = enter(faulty, peer)
+    peer.override = lambda method, path: (502, {}) if "/get_missing_events/" in path else None
+    withheld_id, _ = peer.sticky(scene.room, scene.eve)
+    peer.advance(scene.room, withheld_id)
+    fault = Fault(transaction, moment, kind)
+    fault.arm(faulty.folder)
+    sent = scene.flood(3)
+    wait_until(lambda: revived(faulty) and has_struck(faulty.folder), f"{fault} to strike")
+    peer.override = lambda method, path: None
+    wait_until(
+        lambda: revived(faulty) and {withheld_id, *sent} <= set(entered(faulty, scene.room_id)),
+        "all to be taken in",
+    )
+    rows = entered(faulty, scene.room_id)
+    assert len(rows) == len(set(rows))
+
+
 @pytest.fixture
 def newcomer(lab: Lab) -> Iterator[Peer]:
     started = lab.peer()

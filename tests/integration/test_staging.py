@@ -6,8 +6,9 @@ from functools import partial
 import pytest
 
 from tests.conftest import Servers
-from tests.integration.rooms import NO_LIMITS, in_thread, room_of, send_old_events
-from tests.lab import Homeserver, wait_until
+from tests.integration.rooms import NO_LIMITS, has_event, in_thread, room_of, send_old_events
+from tests.lab import Homeserver, Peer, wait_until
+from tests.lab.scene import Scene, enter
 
 
 def highest_staged(server: Homeserver, done: Callable[[], bool]) -> int:
@@ -61,3 +62,58 @@ def test_other_events_are_pruned_as_ever(servers: Servers) -> None:
         c.resume()
     highest_staged(c, lambda: sticky_count(c, room_id) == len(sticky))
     assert c.log_has("Pruning")
+
+
+def set_aside(server: Homeserver) -> set[str]:
+    return {
+        event_id for (event_id,) in server.query("SELECT event_id FROM synapse_sticky_incomplete")
+    }
+
+
+def send_on_top_of_what_is_withheld(scene: Scene[Homeserver], count: int) -> list[str]:
+    """Gives the event IDs of all, first that of the withheld one."""
+    withheld_id, _ = scene.peer.sticky(scene.room, scene.eve)
+    scene.peer.advance(scene.room, withheld_id)
+    return [withheld_id, *scene.flood(count)]
+
+
+@pytest.mark.requirement("L3", "F1", "P7")
+@pytest.mark.parametrize("end", [None, "kill", "stop"])
+def test_events_before_cannot_be_fetched_for_now(
+    servers: Servers, peer: Peer, end: str | None
+) -> None:
+    """Who has them went away after it was told that these were taken. It need not send again."""
+    (server,) = servers({})
+    scene = enter(server, peer)
+    peer.override = lambda method, path: (502, {}) if "/get_missing_events/" in path else None
+    withheld_id, *sent = send_on_top_of_what_is_withheld(scene, 5)
+    wait_until(lambda: set_aside(server) == set(sent), "all to be set aside")
+    assert not any(has_event(server, event_id) for event_id in (withheld_id, *sent))
+    # The others of the room need not wait.
+    scene.wait_for_sections(scene.alice.send_sticky(scene.room_id))
+    if end == "kill":
+        server.kill()
+    elif end == "stop":
+        server.stop()
+    peer.override = lambda method, path: None
+    if end is not None:
+        server.start()
+        server.wait_until_ready()
+    wait_until(
+        lambda: all({withheld_id, *sent} <= set(section) for section in scene.sections()),
+        "all to be taken in",
+    )
+    wait_until(lambda: not set_aside(server), "nothing to be left")
+
+
+@pytest.mark.requirement("L3")
+def test_expired_while_set_aside(servers: Servers, peer: Peer) -> None:
+    (server,) = servers({})
+    scene = enter(server, peer)
+    peer.override = lambda method, path: (502, {}) if "/get_missing_events/" in path else None
+    withheld_id, _ = peer.sticky(scene.room, scene.eve)
+    peer.advance(scene.room, withheld_id)
+    event_id = scene.sticky(duration_ms=3_000)
+    wait_until(lambda: set_aside(server) == {event_id}, "it to be set aside")
+    wait_until(lambda: not set_aside(server), "it to expire")
+    assert not has_event(server, event_id)

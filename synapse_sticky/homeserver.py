@@ -107,6 +107,7 @@ class IncompletePdu:
     room_id: str
     event_json: str
     internal_metadata: str
+    prev_event_ids: tuple[str, ...]
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
@@ -238,6 +239,9 @@ class Rooms(Protocol):
         """Is the server joined now, as far as this homeserver knows, and not denied by the
         room's ACL?"""
 
+    async def is_in_room(self, room_id: str) -> bool:
+        """Is this server in the room, by what the database says at this moment?"""
+
     async def is_user_joined(self, room_id: str, user_id: str) -> bool:
         """Is this local user joined now?"""
 
@@ -307,19 +311,18 @@ class Staging(Protocol):
         """Begins at once with what an earlier run left in the area, in a process that receives
         transactions. Synapse itself waits for the next transaction of anybody."""
 
-    def process(self) -> None:
-        """Begins with whatever is in the area, in a process that receives transactions."""
+    async def process(self, room_id: str) -> None:
+        """Begins with what is in the area of the room, unless that is under way."""
 
-    def set_aside(
-        self,
-        take: Callable[[IncompletePdu, StagedEvent], Awaitable[None]],
-        processed: Callable[[str, str], None],
-    ) -> None:
-        """Hands over each sticky PDU that Synapse drops as it cannot fetch all its prev_events,
-        and names the origin and event ID of each PDU that it does not drop."""
+    def set_aside(self, take: Callable[[IncompletePdu, StagedEvent], Awaitable[None]]) -> None:
+        """Hands over each sticky PDU that Synapse drops as it cannot fetch all its prev_events."""
 
-    def stage_txn(self, txn: Cursor, pdus: Sequence[IncompletePdu]) -> None:
-        """Puts the PDUs into the area, in this order, behind those that are there."""
+    def stage_txn(self, txn: Cursor, room_id: str, pdus: Sequence[IncompletePdu]) -> None:
+        """Puts PDUs of the room into the area, in this order, behind those that are there; none if
+        the room is gone."""
+
+    async def persisted(self, event_ids: Collection[str]) -> set[str]:
+        """Those of the events that are here, and in full."""
 
     def retry_processing(self, again: Callable[[StagedEvent, int], int | None]) -> None:
         """When the database fails as a PDU is processed, asks with how many failures there have

@@ -5,8 +5,9 @@ no place for: who is a newcomer, how far each process has read the state changes
 for their release, what a response of sliding sync had no room for, and which PDUs lack prev_events.
 """
 
+import json
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import attr
 
@@ -81,8 +82,20 @@ _MIGRATIONS: tuple[tuple[str, ...], ...] = (
             room_id TEXT NOT NULL,
             event_json TEXT NOT NULL,
             internal_metadata TEXT NOT NULL,
+            prev_event_ids TEXT NOT NULL,
+            received_ts_ms BIGINT NOT NULL,
+            until_ms BIGINT NOT NULL,
+            due_ms BIGINT NOT NULL,
             PRIMARY KEY (origin, event_id)
         )
+        """,
+        """
+        CREATE INDEX IF NOT EXISTS synapse_sticky_incomplete_due
+            ON synapse_sticky_incomplete (due_ms)
+        """,
+        """
+        CREATE INDEX IF NOT EXISTS synapse_sticky_incomplete_room
+            ON synapse_sticky_incomplete (origin, room_id, received_ts_ms)
         """,
     ),
 )
@@ -97,7 +110,10 @@ _FORGET_PAGE_AFTER_MS = 3600 * 1000
 
 _PAGE = 500
 
-_INCOMPLETE = "origin, event_id, room_id, event_json, internal_metadata"
+_INCOMPLETE = "origin, event_id, room_id, event_json, internal_metadata, prev_event_ids"
+_MAX_INCOMPLETE_OF_SERVER = 500
+_MAX_INCOMPLETE = 5_000
+_ROOMS_AT_ONCE = 50
 
 _DEFERRED = "event_id, room_id, sender, expires_at_ms, event_stream_ordering"
 
@@ -118,6 +134,17 @@ class Newcomer:
     room_id: str
     position: int
     watch_until_ms: int
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class WaitingPdu:
+    """A PDU that lacks prev_events: sticky until ``until_ms``, next looked at at ``due_ms``."""
+
+    event_id: str
+    prev_event_ids: tuple[str, ...]
+    received_ts_ms: int
+    until_ms: int
+    due_ms: int
 
 
 class Storage:
@@ -352,40 +379,126 @@ class Storage:
 
     # PDUs that lack prev_events
 
-    async def set_aside(self, pdu: IncompletePdu) -> None:
-        """Keeps a PDU that was acknowledged, and that Synapse drops."""
+    async def set_aside(self, pdu: IncompletePdu, until_ms: int, due_ms: int) -> bool:
+        """Keeps a PDU that was acknowledged, and that Synapse drops. False if too many are kept.
 
-        def write_txn(txn: Cursor) -> None:
-            txn.execute(
-                f"INSERT INTO synapse_sticky_incomplete ({_INCOMPLETE}) VALUES (?, ?, ?, ?, ?)"
-                " ON CONFLICT (origin, event_id) DO NOTHING",
-                attr.astuple(pdu),
-            )
-
-        await self._hs.transact("set_aside", write_txn)
-
-    async def bring_back(self, keys: Sequence[tuple[str, str]] | None = None) -> int:
-        """Stages again what was set aside: these ``(origin, event_id)``, in this order, or all.
-
-        Gives how many there were.
+        Where all places are taken, the server with the most PDUs loses its last.
         """
 
-        def write_txn(txn: Cursor) -> int:
-            if keys is None:
-                txn.execute(f"SELECT {_INCOMPLETE} FROM synapse_sticky_incomplete")
-                pdus = [IncompletePdu(*row) for row in txn.fetchall()]
-                txn.execute("DELETE FROM synapse_sticky_incomplete")
-            else:
-                pdus = []
-                for key in keys:
-                    where = "synapse_sticky_incomplete WHERE origin = ? AND event_id = ?"
-                    txn.execute(f"SELECT {_INCOMPLETE} FROM {where}", key)
-                    pdus += [IncompletePdu(*row) for row in txn.fetchall()]
-                    txn.execute(f"DELETE FROM {where}", key)
-            self._hs.staging.stage_txn(txn, pdus)
-            return len(pdus)
+        def write_txn(txn: Cursor) -> bool:
+            key = (pdu.origin, pdu.event_id)
+            where = "synapse_sticky_incomplete WHERE origin = ? AND event_id = ?"
+            txn.execute(f"SELECT 1 FROM {where}", key)
+            if txn.fetchone() is not None:
+                return True
+            txn.execute(
+                "SELECT origin, COUNT(*) FROM synapse_sticky_incomplete"
+                " GROUP BY origin ORDER BY COUNT(*) DESC, origin"
+            )
+            counts: dict[str, int] = dict(txn.fetchall())
+            own = counts.get(pdu.origin, 0)
+            if own >= _MAX_INCOMPLETE_OF_SERVER:
+                return False
+            if sum(counts.values()) >= _MAX_INCOMPLETE:
+                most, count = next(iter(counts.items()))
+                if count <= own + 1:
+                    return False
+                txn.execute(
+                    "SELECT origin, event_id FROM synapse_sticky_incomplete WHERE origin = ?"
+                    " ORDER BY received_ts_ms DESC LIMIT 1",
+                    (most,),
+                )
+                txn.execute(f"DELETE FROM {where}", txn.fetchone())
+            txn.execute(
+                "INSERT INTO synapse_sticky_incomplete"
+                f" ({_INCOMPLETE}, received_ts_ms, until_ms, due_ms)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (origin, event_id) DO NOTHING",
+                (
+                    *(*key, pdu.room_id, pdu.event_json, pdu.internal_metadata),
+                    *(json.dumps(pdu.prev_event_ids), self._hs.now_ms(), until_ms, due_ms),
+                ),
+            )
+            return True
 
-        return await self._hs.transact("bring_back", write_txn)
+        return await self._hs.transact("set_aside", write_txn)
+
+    async def due_incomplete(self) -> list[tuple[str, str]]:
+        """Of whom, and for which room, there are PDUs that are due: ``(origin, room_id)``."""
+
+        def read_txn(txn: Cursor) -> list[tuple[str, str]]:
+            txn.execute(
+                "SELECT origin, room_id FROM synapse_sticky_incomplete WHERE due_ms <= ?"
+                " GROUP BY origin, room_id ORDER BY MIN(due_ms) LIMIT ?",
+                (self._hs.now_ms(), _ROOMS_AT_ONCE),
+            )
+            return [(origin, room_id) for origin, room_id in txn.fetchall()]
+
+        return await self._hs.transact("due_incomplete", read_txn)
+
+    async def next_incomplete_ms(self) -> int | None:
+        """When the next is due; None if there is none."""
+
+        def read_txn(txn: Cursor) -> int | None:
+            txn.execute("SELECT MIN(due_ms) FROM synapse_sticky_incomplete")
+            row = txn.fetchone()
+            return row[0] if row else None
+
+        return await self._hs.transact("next_incomplete_ms", read_txn)
+
+    async def incomplete(self, origin: str, room_id: str) -> list[WaitingPdu]:
+        """The PDUs of the server for the room, those received first in front."""
+
+        def read_txn(txn: Cursor) -> list[WaitingPdu]:
+            txn.execute(
+                "SELECT event_id, prev_event_ids, received_ts_ms, until_ms, due_ms"
+                " FROM synapse_sticky_incomplete WHERE origin = ? AND room_id = ?"
+                " ORDER BY received_ts_ms, event_id",
+                (origin, room_id),
+            )
+            return [
+                WaitingPdu(event_id, tuple(json.loads(prev_event_ids)), *times)
+                for event_id, prev_event_ids, *times in txn.fetchall()
+            ]
+
+        return await self._hs.transact("incomplete", read_txn)
+
+    async def stage_again(
+        self,
+        origin: str,
+        room_id: str,
+        event_ids: Sequence[str],
+        *,
+        over: Sequence[str],
+        due: Mapping[str, int],
+    ) -> None:
+        """Has these PDUs processed once more, in this order; forgets those that are over, and sets
+        when others are looked at next. What is staged is kept here, in case it fails again."""
+
+        def write_txn(txn: Cursor) -> None:
+            txn.execute_batch(
+                "DELETE FROM synapse_sticky_incomplete WHERE origin = ? AND event_id = ?",
+                [(origin, event_id) for event_id in over],
+            )
+            txn.execute_batch(
+                "UPDATE synapse_sticky_incomplete SET due_ms = ? WHERE origin = ? AND event_id = ?",
+                [(due_ms, origin, event_id) for event_id, due_ms in due.items()],
+            )
+            pdus = []
+            for event_id in event_ids:
+                txn.execute(
+                    f"SELECT {_INCOMPLETE} FROM synapse_sticky_incomplete"
+                    " WHERE origin = ? AND event_id = ?",
+                    (origin, event_id),
+                )
+                if (row := txn.fetchone()) is not None:
+                    of, event, room, event_json, metadata, prevs = row
+                    prev_event_ids = tuple(json.loads(prevs))
+                    pdus.append(
+                        IncompletePdu(of, event, room, event_json, metadata, prev_event_ids)
+                    )
+            self._hs.staging.stage_txn(txn, room_id, pdus)
+
+        await self._hs.transact("stage_again", write_txn)
 
     # Pages of sliding sync
 

@@ -211,11 +211,16 @@ class SynapseRooms:
     async def _joined(self, room_id: str, server: str) -> bool:
         if "%" in server or "_" in server:  # no valid server name; Synapse would raise
             return False
-        if await self._store.is_host_joined(room_id, server):
-            return True
-
         # That answer may be remembered from before: in a worker it is told of a change only after
         # the change itself, and a newcomer that is taken for gone gets nothing any more.
+        return await self._store.is_host_joined(room_id, server) or await self._joined_now(
+            room_id, server
+        )
+
+    async def is_in_room(self, room_id: str) -> bool:
+        return await self._joined_now(room_id, self._server_name)
+
+    async def _joined_now(self, room_id: str, server: str) -> bool:
         def read_txn(txn: LoggingTransaction) -> bool:
             txn.execute(
                 "SELECT 1 FROM current_state_events WHERE room_id = ? AND type = ?"

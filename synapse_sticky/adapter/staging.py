@@ -2,13 +2,14 @@
 
 import logging
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import attr
 from synapse.api.constants import StickyEvent
 from synapse.api.room_versions import EventFormatVersions, RoomVersion
 from synapse.events import EventBase
+from synapse.federation.federation_server import _INBOUND_EVENT_HANDLING_LOCK_NAME
 from synapse.storage.database import LoggingTransaction, make_in_list_sql_clause
 from synapse.util.duration import Duration
 from synapse.util.json import json_decoder, json_encoder
@@ -26,6 +27,8 @@ _PRUNE_FROM = 100
 """How many PDUs may be staged for a room before Synapse prunes."""
 
 _ROOMS_REMEMBERED = 64
+_MAX_PREV_EVENTS = 20
+_MAX_AUTH_EVENTS = 10
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
@@ -91,15 +94,15 @@ class SynapseStaging:
         if self._server is not None:
             start_on_staged_events(self._server, self._clock)
 
-    def process(self) -> None:
-        if self._server is not None:
-            self._server._handle_old_staged_events()
+    async def process(self, room_id: str) -> None:
+        if self._server is None:
+            return
+        room_version = await self._store.get_room_version(room_id)
+        lock = await self._store.try_acquire_lock(_INBOUND_EVENT_HANDLING_LOCK_NAME, room_id)
+        if lock:  # else whoever has it goes on until nothing is left
+            self._server._process_incoming_pdus_in_room_inner(room_id, room_version, lock)
 
-    def set_aside(
-        self,
-        take: Callable[[IncompletePdu, StagedEvent], Awaitable[None]],
-        processed: Callable[[str, str], None],
-    ) -> None:
+    def set_aside(self, take: Callable[[IncompletePdu, StagedEvent], Awaitable[None]]) -> None:
         original = self._handler.on_receive_pdu
 
         async def on_receive_pdu(origin: str, pdu: EventBase) -> None:
@@ -107,22 +110,35 @@ class SynapseStaging:
                 await original(origin, pdu)
             except Exception:
                 staged = self._staged(pdu)
-                if staged.sticky_field is not None:
+                if staged.sticky_field is not None and await self._lacks_prev_events(pdu):
                     try:
-                        if await self._lacks_prev_events(pdu):
-                            await take(_incomplete(origin, pdu), staged)
+                        await take(_incomplete(origin, pdu), staged)
                     except Exception:
                         logger.exception("Could not set the sticky PDU %s aside", pdu.event_id)
                 raise
-            processed(origin, pdu.event_id)
 
         hooks.replace(self._handler, "on_receive_pdu", "origin", "pdu")(on_receive_pdu)
 
     async def _lacks_prev_events(self, pdu: EventBase) -> bool:
         prev_event_ids = set(pdu.prev_event_ids())
-        return bool(prev_event_ids - await self._store.have_events_in_timeline(prev_event_ids))
+        # Synapse takes no more of them, whatever comes.
+        if len(prev_event_ids) > _MAX_PREV_EVENTS or len(pdu.auth_event_ids()) > _MAX_AUTH_EVENTS:
+            return False
+        try:
+            return bool(prev_event_ids - await self.persisted(prev_event_ids))
+        except Exception:
+            logger.exception("Could not look for the prev_events of %s", pdu.event_id)
+            return True
 
-    def stage_txn(self, txn: Cursor, pdus: Sequence[IncompletePdu]) -> None:
+    async def persisted(self, event_ids: Collection[str]) -> set[str]:
+        there: set[str] = await self._store.have_events_in_timeline(event_ids)
+        return there
+
+    def stage_txn(self, txn: Cursor, room_id: str, pdus: Sequence[IncompletePdu]) -> None:
+        # Synapse gets stuck on what is staged for a room that it does not know.
+        txn.execute("SELECT 1 FROM rooms WHERE room_id = ?", (room_id,))
+        if txn.fetchone() is None:
+            return
         now_ms = self._clock.time_msec()
         txn.execute_batch(
             "INSERT INTO federation_inbound_events_staging"
@@ -131,7 +147,7 @@ class SynapseStaging:
             # They are processed in the order of the time, which is to be one.
             [
                 (
-                    *(pdu.origin, pdu.event_id, pdu.room_id, now_ms + number),
+                    *(pdu.origin, pdu.event_id, room_id, now_ms + number),
                     *(pdu.event_json, pdu.internal_metadata),
                 )
                 for number, pdu in enumerate(pdus)
@@ -237,6 +253,7 @@ def _incomplete(origin: str, pdu: EventBase) -> IncompletePdu:
         pdu.room_id,
         json_encoder.encode(pdu.get_dict()),
         json_encoder.encode(pdu.internal_metadata.get_dict()),
+        tuple(pdu.prev_event_ids()),
     )
 
 

@@ -197,20 +197,16 @@ class JoinsHandler:
                 push.lower(position)
 
     async def _batch_of(self, push: Push, limit: int) -> Batch | None:
-        was_held = push.held
-        push.held = not await self._rooms.is_joined(push.room_id, self._hs.server_name)
-        if push.held:
-            if not was_held:
-                logger.info("%s is not in %s now", self._hs.server_name, push.room_id)
-            # It may come back while the events are sticky.
-            self._update(push)
-            if not push.open:
-                await self._drop(push)
-            return None
         if not await self._rooms.may_receive(push.room_id, push.destination):
-            logger.info("%s may not get events of %s now", push.destination, push.room_id)
-            await self._drop(push)
+            if await self._rooms.is_in_room(push.room_id):
+                logger.info("%s may not get events of %s now", push.destination, push.room_id)
+                await self._drop(push)
+            elif not push.held:
+                # It may come back while the events are sticky.
+                logger.info("%s is not in %s now", self._hs.server_name, push.room_id)
+                push.held = True
             return None
+        push.held = False
         self._update(push)
         if not push.open and push.start_over():
             logger.info("%s pruned events of %s, sending all again", push.destination, push.room_id)
@@ -388,6 +384,8 @@ class JoinsHandler:
 
     async def _confirm_one(self, push: Push, waiting: list[Sent]) -> bool:
         """Asks for the oldest of the waiting events; is anything decided?"""
+        if push.held:
+            return False  # the newcomer tells nothing to who is not in the room
         oldest, newest = waiting[0], waiting[-1]
         answer = await self._federation.has_event(push.destination, oldest.event_id)
         if answer is Possession.REFUSES:

@@ -1,24 +1,20 @@
 """What was acknowledged is not dropped: sticky events stay in the inbound staging area (L3), until
 they are processed.
 
-If the prev_events of one cannot be fetched, as who has them is away, Synapse drops it. It is set
-aside instead, so that others need not wait, and processed again from time to time.
+If the prev_events of one cannot be fetched, as who has them is away, Synapse drops it. Such a PDU
+is kept in a table and staged again from time to time, by whichever process comes to it, until it
+is persisted or expired. Of those that came from one server for one room only the oldest has its
+prev_events asked for: it is a chain more often than not, and who does not answer holds the room up.
 
 Fails open: if the pruning cannot be decided, nothing is pruned this time.
 """
 
 import logging
-from collections import Counter
+from collections.abc import Sequence
 
-import attr
-
-from synapse_sticky._core import (
-    MAX_STICKY_DURATION_MS,
-    sticky_duration_ms,
-    sticky_until_ms,
-)
-from synapse_sticky.homeserver import Homeserver, IncompletePdu, StagedEvent
-from synapse_sticky.storage import Storage
+from synapse_sticky._core import sticky_duration_ms, sticky_until_ms
+from synapse_sticky.homeserver import Cancellable, Homeserver, IncompletePdu, StagedEvent
+from synapse_sticky.storage import Storage, WaitingPdu
 
 logger = logging.getLogger(__name__)
 
@@ -27,18 +23,11 @@ _RETRY_MAX_MS = 60_000
 _ATTEMPTS = 12
 """About seven minutes. The room's other PDUs wait meanwhile, so it is not to be for ever."""
 
-_ROUND_MS = 1_000
-_IN_ROUND = 50
-_MAX_OF_SERVER = 500
-_MAX_INCOMPLETE = 5_000
-"""What is past these is dropped, as Synapse would."""
+_LOOK_AGAIN_MS = 1_000
+"""After an attempt: by then it has gone well, or the other server does not answer."""
 
-
-@attr.s(auto_attribs=True, slots=True)
-class _Incomplete:
-    since_ms: int
-    due_ms: int | None
-    """None while it is staged again."""
+_POLL_MS = 60_000
+"""Another process may have set PDUs aside, and be gone."""
 
 
 class StagingHandler:
@@ -48,29 +37,35 @@ class StagingHandler:
     def __init__(self, homeserver: Homeserver, storage: Storage) -> None:
         self._hs = homeserver
         self._storage = storage
-        self._incomplete: dict[tuple[str, str], _Incomplete] = {}
-        self._of_server: Counter[str] = Counter()
-        self._scheduled = False
+        self._has_table = False
+        self._timer: Cancellable | None = None
+        self._looks_at_ms = 0
+        self._looking = False
 
     def start(self) -> None:
         """Takes effect from the next PDU on."""
         self._hs.staging.keep_from_pruning(self.keep)
         self._hs.staging.retry_processing(self.try_again_ms)
+        self._hs.staging.set_aside(self.set_aside)
 
     async def begin(self) -> None:
         """What was acknowledged before a restart is processed without waiting for others."""
-        self._hs.staging.set_aside(self.set_aside, self.processed)
-        await self._storage.bring_back()
+        self._has_table = True
         self._hs.staging.process_what_is_left()
+        if self._hs.inbound.receives:
+            self._look_in(0)
 
     def keep(self, staged: StagedEvent) -> bool:
         """Is the staged PDU sticky (S1), and unexpired (S2) by when it was received?"""
+        return self._until_ms(staged) > self._hs.now_ms()
+
+    @staticmethod
+    def _until_ms(staged: StagedEvent) -> int:
         duration_ms = sticky_duration_ms(staged.sticky_field)
         origin_server_ts_ms = staged.origin_server_ts
         if duration_ms is None or not isinstance(origin_server_ts_ms, int):
-            return False
-        until_ms = sticky_until_ms(duration_ms, origin_server_ts_ms, staged.received_ts_ms)
-        return until_ms > self._hs.now_ms()
+            return 0
+        return sticky_until_ms(duration_ms, origin_server_ts_ms, staged.received_ts_ms)
 
     def try_again_ms(self, staged: StagedEvent, failures: int) -> int | None:
         """How long to wait before the PDU is processed again; None for not any more."""
@@ -82,95 +77,101 @@ class StagingHandler:
 
     async def set_aside(self, pdu: IncompletePdu, staged: StagedEvent) -> None:
         """Keeps a PDU that Synapse is about to drop for later, unless it is expired."""
-        key = (pdu.origin, pdu.event_id)
-        now_ms = self._hs.now_ms()
-        known = self._incomplete.get(key)
-        since_ms = known.since_ms if known else now_ms
-        waited_ms = now_ms - since_ms
-        if not self.keep(staged) or waited_ms > MAX_STICKY_DURATION_MS:
-            self._forget(key)
-            return
-        if known is None and not self._has_room_for(pdu.origin, now_ms):
-            logger.warning("Too many PDUs of %s lack prev_events, dropping this one", pdu.origin)
-            return
-        await self._note(pdu)
-        delay_ms = min(max(waited_ms // 2, _RETRY_MIN_MS), _RETRY_MAX_MS)
-        logger.info(
-            "The prev_events of the sticky PDU %s cannot be fetched, trying again in %d ms",
-            pdu.event_id,
-            delay_ms,
-        )
-        if known is None:
-            self._of_server[pdu.origin] += 1
-        self._incomplete[key] = _Incomplete(since_ms, now_ms + delay_ms)
-        self._schedule()
-
-    async def _note(self, pdu: IncompletePdu) -> None:
         failures = 0
-        while True:
+        while self._has_table and self.keep(staged):
+            due_ms = self._hs.now_ms() + _RETRY_MIN_MS
             try:
-                await self._storage.set_aside(pdu)
+                if await self._storage.set_aside(pdu, self._until_ms(staged), due_ms):
+                    logger.info(
+                        "The prev_events of the sticky PDU %s cannot be fetched for now",
+                        pdu.event_id,
+                    )
+                else:
+                    logger.warning(
+                        "Too many sticky PDUs of %s lack prev_events, dropping %s",
+                        *(pdu.origin, pdu.event_id),
+                    )
             except Exception:
                 failures += 1
                 if failures == _ATTEMPTS:
                     raise
                 logger.exception("Could not set the sticky PDU %s aside yet", pdu.event_id)
+                await self._hs.sleep_ms(_delay_ms(failures))
             else:
+                self._look_in(_RETRY_MIN_MS)
                 return
-            await self._hs.sleep_ms(_delay_ms(failures))
 
-    def processed(self, origin: str, event_id: str) -> None:
-        """The PDU lacks nothing, or is not to be taken in."""
-        self._forget((origin, event_id))
+    def _look_in(self, delay_ms: int) -> None:
+        """Looks at the PDUs that are due, at the latest after this time."""
+        at_ms = self._hs.now_ms() + delay_ms
+        if self._timer is not None and self._timer.active():
+            if self._looks_at_ms <= at_ms:
+                return
+            self._timer.cancel()
+        self._looks_at_ms = at_ms
+        self._timer = self._hs.call_later(delay_ms, "look_at_incomplete_pdus", self._look)
 
-    def _has_room_for(self, origin: str, now_ms: int) -> bool:
-        def is_full() -> bool:
-            return (
-                self._of_server[origin] >= _MAX_OF_SERVER
-                or len(self._incomplete) >= _MAX_INCOMPLETE
-            )
-
-        if is_full():
-            self._forget_old(now_ms)
-        return not is_full()
-
-    def _forget_old(self, now_ms: int) -> None:
-        # Those that were staged again and that another process took in.
-        for key, incomplete in list(self._incomplete.items()):
-            if now_ms - incomplete.since_ms > MAX_STICKY_DURATION_MS:
-                self._forget(key)
-
-    def _forget(self, key: tuple[str, str]) -> None:
-        if self._incomplete.pop(key, None) is not None:
-            self._of_server[key[0]] -= 1
-            if not self._of_server[key[0]]:
-                del self._of_server[key[0]]
-
-    def _schedule(self) -> None:
-        if not self._scheduled:
-            self._scheduled = True
-            self._hs.call_later(_ROUND_MS, "bring_back", self._round)
-
-    async def _round(self) -> None:
-        now_ms = self._hs.now_ms()
-        due = [
-            key
-            for key, incomplete in self._incomplete.items()
-            if incomplete.due_ms is not None and incomplete.due_ms <= now_ms
-        ][:_IN_ROUND]
+    async def _look(self) -> None:
+        if self._looking:
+            self._look_in(_LOOK_AGAIN_MS)
+            return
+        self._looking = True
+        delay_ms = _RETRY_MIN_MS
         try:
-            if due:
-                await self._storage.bring_back(due)
-                for key in due:
-                    if (incomplete := self._incomplete.get(key)) is not None:
-                        incomplete.due_ms = None
-                self._hs.staging.process()
+            for origin, room_id in await self._storage.due_incomplete():
+                await self._look_at(origin, room_id)
+            next_ms = await self._storage.next_incomplete_ms()
+            wait_ms = _POLL_MS if next_ms is None else next_ms - self._hs.now_ms()
+            delay_ms = min(max(wait_ms, _LOOK_AGAIN_MS), _POLL_MS)
         except Exception:
-            logger.exception("Could not stage PDUs again, trying again in %d ms", _ROUND_MS)
+            logger.exception("Could not stage PDUs again, trying again in %d ms", delay_ms)
         finally:
-            self._scheduled = False
-            if any(incomplete.due_ms is not None for incomplete in self._incomplete.values()):
-                self._schedule()
+            self._looking = False
+            self._look_in(delay_ms)
+
+    async def _look_at(self, origin: str, room_id: str) -> None:
+        now_ms = self._hs.now_ms()
+        waiting = await self._storage.incomplete(origin, room_id)
+        prevs = {prev for pdu in waiting for prev in pdu.prev_event_ids}
+        there = await self._hs.staging.persisted({*prevs, *(pdu.event_id for pdu in waiting)})
+        over = [pdu for pdu in waiting if pdu.event_id in there or pdu.until_ms <= now_ms]
+        left = [pdu for pdu in waiting if pdu not in over]
+        staged = _complete(left, there)
+        lacking = [pdu for pdu in left if pdu not in staged]
+        due = {pdu.event_id: _next_ms(pdu, now_ms) for pdu in staged}
+        if lacking:
+            oldest = lacking[0]
+            look_ms = oldest.due_ms
+            if oldest.due_ms <= now_ms:
+                staged.append(oldest)
+                due[oldest.event_id] = _next_ms(oldest, now_ms)
+                look_ms = now_ms + _LOOK_AGAIN_MS
+            due.update((pdu.event_id, look_ms) for pdu in lacking[1:])
+        await self._storage.stage_again(
+            origin,
+            room_id,
+            [pdu.event_id for pdu in staged],
+            over=[pdu.event_id for pdu in over],
+            due=due,
+        )
+        if staged:
+            await self._hs.staging.process(room_id)
+
+
+def _complete(waiting: Sequence[WaitingPdu], there: set[str]) -> list[WaitingPdu]:
+    """Those whose prev_events are there, or come before them among these."""
+    there = set(there)
+    complete = []
+    for pdu in waiting:
+        if there.issuperset(pdu.prev_event_ids):
+            complete.append(pdu)
+            there.add(pdu.event_id)
+    return complete
+
+
+def _next_ms(pdu: WaitingPdu, now_ms: int) -> int:
+    waited_ms = now_ms - pdu.received_ts_ms
+    return now_ms + min(max(waited_ms // 2, _RETRY_MIN_MS), _RETRY_MAX_MS)
 
 
 def _delay_ms(failures: int) -> int:

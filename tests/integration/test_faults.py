@@ -220,7 +220,7 @@ def test_the_start_fails(
 @pytest.mark.requirement("E4", "L3", "F1")
 @pytest.mark.parametrize("kind", ["kill", "error"])
 @pytest.mark.parametrize("moment", ["inside", "after"])
-@pytest.mark.parametrize("transaction", ["set_aside", "bring_back"])
+@pytest.mark.parametrize("transaction", ["set_aside", "stage_again"])
 def test_while_events_before_cannot_be_fetched(
     faulty: Homeserver, peer: Peer, transaction: str, moment: str, kind: str
 ) -> None:

@@ -385,11 +385,15 @@ class Soak:
 
 def at_rest(server: Homeserver) -> bool:
     """Is nothing left to be released, processed or pushed?"""
-    tables = [
-        *("synapse_sticky_deferred", "federation_inbound_events_staging"),
-        "destination_rooms_sticky_events_backlog",
-    ]
-    return not any(server.query(f"SELECT 1 FROM {table} LIMIT 1") for table in tables)
+    tables = ["synapse_sticky_deferred", "federation_inbound_events_staging"]
+    # What is of a room that the server has left waits for its coming back.
+    left = (
+        "SELECT 1 FROM destination_rooms_sticky_events_backlog AS b WHERE EXISTS (SELECT 1 FROM"
+        " current_state_events AS c WHERE c.room_id = b.room_id AND c.type = 'm.room.create')"
+    )
+    return not any(
+        server.query(sql) for sql in (left, *(f"SELECT 1 FROM {t} LIMIT 1" for t in tables))
+    )
 
 
 def all_of_sync(client: Client, room_id: str) -> list[str]:

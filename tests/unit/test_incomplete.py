@@ -1,0 +1,136 @@
+"""PDUs that lack prev_events: which are processed again, and how many are kept (L3, L6)."""
+
+import asyncio
+import sqlite3
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import pytest
+
+from synapse_sticky import storage as storage_module
+from synapse_sticky.handlers.staging import _complete
+from synapse_sticky.homeserver import IncompletePdu
+from synapse_sticky.storage import Storage, WaitingPdu
+
+T = TypeVar("T")
+ROOM = "!room:test"
+
+
+class _Cursor(sqlite3.Cursor):
+    execute_batch = sqlite3.Cursor.executemany
+
+
+class _Staging:
+    def __init__(self) -> None:
+        self.staged: list[str] = []
+
+    def stage_txn(self, txn: object, room_id: str, pdus: list[IncompletePdu]) -> None:
+        assert room_id == ROOM
+        self.staged += [pdu.event_id for pdu in pdus]
+
+
+class _Homeserver:
+    """A database of its own, and a clock that stands still until it is set."""
+
+    federation = None
+
+    def __init__(self) -> None:
+        self.now = 0
+        self.staging = _Staging()
+        self._connection = sqlite3.connect(":memory:")
+
+    def now_ms(self) -> int:
+        return self.now
+
+    async def transact(self, what: str, function: Callable[..., T], *args: Any) -> T:
+        with self._connection:
+            return function(self._connection.cursor(_Cursor), *args)
+
+    def lock_migrations_txn(self, txn: object) -> None:
+        pass
+
+
+@pytest.fixture
+def homeserver() -> Any:
+    return _Homeserver()
+
+
+@pytest.fixture
+def storage(homeserver: Any) -> Storage:
+    made = Storage(homeserver)
+    asyncio.run(made.migrate())
+    return made
+
+
+def keep(storage: Storage, origin: str, *event_ids: str, due_ms: int = 0) -> list[bool]:
+    async def all_of_them() -> list[bool]:
+        return [
+            await storage.set_aside(
+                IncompletePdu(origin, event_id, ROOM, "{}", "{}", ("$before",)), 3_600_000, due_ms
+            )
+            for event_id in event_ids
+        ]
+
+    return asyncio.run(all_of_them())
+
+
+def kept(storage: Storage, origin: str) -> list[str]:
+    return [pdu.event_id for pdu in asyncio.run(storage.incomplete(origin, ROOM))]
+
+
+def waiting(event_id: str, *prev_event_ids: str) -> WaitingPdu:
+    return WaitingPdu(event_id, prev_event_ids, 0, 1, 0)
+
+
+@pytest.mark.requirement("L3", "F1")
+def test_a_chain_is_complete_as_a_whole() -> None:
+    chain = [waiting("$b", "$a"), waiting("$c", "$b"), waiting("$e", "$d"), waiting("$f", "$e")]
+    assert _complete(chain, {"$a"}) == chain[:2]
+    assert _complete(chain, {"$a", "$d"}) == chain
+    assert _complete(chain, set()) == []
+    assert _complete([waiting("$x", "$a", "$z")], {"$a"}) == []
+
+
+@pytest.mark.requirement("L3", "E4")
+def test_what_is_staged_again_is_kept_until_it_is_over(homeserver: Any, storage: Storage) -> None:
+    assert keep(storage, "a.test", "$1", "$2") == [True, True]
+    assert asyncio.run(storage.due_incomplete()) == [("a.test", ROOM)]
+    asyncio.run(
+        storage.stage_again("a.test", ROOM, ["$2", "$1"], over=[], due={"$1": 50, "$2": 60})
+    )
+    assert homeserver.staging.staged == ["$2", "$1"]
+    assert kept(storage, "a.test") == ["$1", "$2"]
+    assert asyncio.run(storage.due_incomplete()) == []
+    assert asyncio.run(storage.next_incomplete_ms()) == 50
+    # It failed again, or was sent again: neither is a new one.
+    assert keep(storage, "a.test", "$1", due_ms=7) == [True]
+    assert asyncio.run(storage.next_incomplete_ms()) == 50
+    asyncio.run(storage.stage_again("a.test", ROOM, [], over=["$1", "$2"], due={}))
+    assert asyncio.run(storage.next_incomplete_ms()) is None
+
+
+@pytest.mark.requirement("L3")
+def test_nobody_has_more_than_their_share(
+    homeserver: Any, storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage_module, "_MAX_INCOMPLETE_OF_SERVER", 3)
+    assert keep(storage, "evil.test", "$1", "$2", "$3", "$4") == [True, True, True, False]
+    assert keep(storage, "evil.test", "$1") == [True]
+    assert keep(storage, "good.test", "$1") == [True]
+    assert kept(storage, "evil.test") == ["$1", "$2", "$3"]
+
+
+@pytest.mark.requirement("L3", "L6")
+def test_many_servers_cannot_shut_others_out(
+    homeserver: Any, storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage_module, "_MAX_INCOMPLETE", 6)
+    for homeserver.now, event_id in enumerate(["$1", "$2", "$3"]):
+        keep(storage, "evil.test", event_id)
+        keep(storage, "worse.test", event_id)
+    assert keep(storage, "good.test", "$good") == [True]
+    assert kept(storage, "good.test") == ["$good"]
+    # The last of the one with the most gave way; who has as many as any gets no more.
+    assert kept(storage, "evil.test") == ["$1", "$2"]
+    assert keep(storage, "worse.test", "$4") == [False]
+    assert kept(storage, "worse.test") == ["$1", "$2", "$3"]

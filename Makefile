@@ -7,7 +7,7 @@ PYTEST_ARGS ?=
 RUST_SOURCES := Cargo.toml Cargo.lock $(shell find rust/src -name '*.rs')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench conformance conformance-plain fuzz soak format clean
+.PHONY: help demo test test-workers lint bench conformance conformance-plain fuzz soak format clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -18,6 +18,9 @@ demo: $(VENV)/.built ## The main job on three real homeservers, without and with
 test: $(VENV)/.built ## All tests: the Rust core, then Python on real homeservers
 	cargo test --quiet
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-workers: $(VENV)/.built ## The conformance suite and more on a Synapse of ten processes, with Postgres and Valkey
+	$(BIN)/python -m pytest --workers tests/workers tests/conformance $(PYTEST_ARGS)
 
 lint: $(VENV)/.built ## ruff, mypy, stubtest, rustfmt, clippy; whether docs/conformance.md is true
 	@cargo fmt --version >/dev/null 2>&1 || { echo "rustfmt is missing: rustup component add rustfmt"; exit 1; }

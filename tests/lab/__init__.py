@@ -6,5 +6,14 @@ from tests.lab.homeserver import Homeserver
 from tests.lab.lab import Lab
 from tests.lab.peer import Peer
 from tests.lab.wait import wait_until
+from tests.lab.workers import WorkerHomeserver
 
-__all__ = ["Client", "FederationRequester", "Homeserver", "Lab", "Peer", "wait_until"]
+__all__ = [
+    "Client",
+    "FederationRequester",
+    "Homeserver",
+    "Lab",
+    "Peer",
+    "WorkerHomeserver",
+    "wait_until",
+]

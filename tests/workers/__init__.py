@@ -1,0 +1,1 @@
+"""Many processes: run by ``make test-workers``."""

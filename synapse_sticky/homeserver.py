@@ -544,5 +544,5 @@ class Homeserver(Protocol):
     async def transact(self, what: str, function: Callable[..., T], *args: Any) -> T:
         """Runs ``function(cursor, *args)`` in one transaction; retried if the database asks."""
 
-    def lock_migrations_txn(self, txn: Cursor) -> None:
-        """Keeps other processes' migrations out until the transaction ends."""
+    async def transact_alone(self, what: str, function: Callable[[Cursor], T]) -> T:
+        """The same, in one process at a time; each sees what those before it have done."""

@@ -99,8 +99,8 @@ _MIGRATIONS: tuple[tuple[str, ...], ...] = (
         """,
     ),
 )
-"""One entry a version of the layout; entries are only ever added. Each can be made twice: on
-Postgres a process that waited for another's migration does not see its note of the version."""
+"""One entry a version of the layout; entries are only ever added, and processes of the version
+before go on working with the tables of the next until they are restarted."""
 
 _FORGET_INSTANCE_AFTER_MS = 2 * 3600 * 1000
 """Joins of an hour ago are of no interest any more."""
@@ -160,10 +160,9 @@ class Storage:
         Raises:
             NewerLayoutError: a later version of the module has been here.
         """
-        await self._hs.transact("migrate", self._migrate_txn)
+        await self._hs.transact_alone("migrate", self._migrate_txn)
 
     def _migrate_txn(self, txn: Cursor) -> None:
-        self._hs.lock_migrations_txn(txn)
         txn.execute("CREATE TABLE IF NOT EXISTS synapse_sticky_layout (version BIGINT NOT NULL)")
         txn.execute("SELECT MAX(version) FROM synapse_sticky_layout")
         row = txn.fetchone()

@@ -1,6 +1,7 @@
 """Fixtures, and the end of every server's log beside a test that failed."""
 
 import signal
+import time
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
@@ -81,7 +82,12 @@ def pytest_runtest_makereport(
     report = yield
     lab = getattr(item, "funcargs", {}).get("lab")
     if report.failed and isinstance(lab, Lab):
+        began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(call.start))
         for server in lab.servers_started:
-            tail = "\n".join(server.output().splitlines()[-_LOG_LINES:])
-            report.sections.append((f"log of {server.name} (module: {server.module})", tail))
+            for name, log in server.logs().items():
+                lines = log.splitlines()[-_LOG_LINES:]
+                # Nothing of those that had no part in it.
+                if any(line[: len(began)] >= began for line in lines):
+                    section = f"log of {name} (module: {server.module})"
+                    report.sections.append((section, "\n".join(lines)))
     return report

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from synapse.module_api import ModuleApi
 from synapse.module_api.errors import ConfigError
 from synapse.storage.engines import PostgresEngine
+from synapse.storage.engines._base import IsolationLevel
 from synapse.util import SYNAPSE_VERSION
 from synapse.util.duration import Duration
 
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_MIGRATION_LOCK = 0x5354_4943_4B59
+_LOCK = 0x5354_4943_4B59
 """Any number that no other user of the database's advisory locks takes ("STICKY")."""
 
 
@@ -97,10 +98,19 @@ class SynapseHomeserver:
     async def transact(self, what: str, function: Callable[..., T], *args: Any) -> T:
         return await self._store.db_pool.runInteraction(f"synapse_sticky_{what}", function, *args)
 
-    def lock_migrations_txn(self, txn: Cursor) -> None:
-        # SQLite has one writer at a time anyway.
-        if isinstance(self._store.database_engine, PostgresEngine):
-            txn.execute("SELECT pg_advisory_xact_lock(?)", (_MIGRATION_LOCK,))
+    async def transact_alone(self, what: str, function: Callable[[Cursor], T]) -> T:
+        def run_txn(txn: Cursor) -> T:
+            # SQLite has one writer at a time anyway.
+            if isinstance(self._store.database_engine, PostgresEngine):
+                txn.execute("SELECT pg_advisory_xact_lock(?)", (_LOCK,))
+            return function(txn)
+
+        return await self._store.db_pool.runInteraction(
+            f"synapse_sticky_{what}",
+            run_txn,
+            # By default a transaction sees what was there before it waited for the lock.
+            isolation_level=IsolationLevel.READ_COMMITTED,
+        )
 
 
 def _require_sticky_events(hs: "HomeServer") -> None:

@@ -76,6 +76,7 @@ def watch_the_rate(client: Client, room_id: str, since: str, start_s: float) -> 
         assert count <= most + 2, "faster than the limit and its burst, and bob's event"
 
 
+@pytest.mark.slow
 @pytest.mark.requirement("L1", "L4", "L6", "D7")
 def test_victim_of_a_flood_that_came_before(servers: Servers) -> None:
     a, b, c = servers(PLAIN, PLAIN, {"config": limits(per_server=limit(20, 40))})
@@ -295,7 +296,7 @@ def test_past_the_most_that_may_wait_a_server_is_refused(servers: Servers) -> No
 
 
 @pytest.mark.requirement("L3")
-@pytest.mark.parametrize("mode", ["defer", "reject"])
+@pytest.mark.parametrize("mode", ["defer", pytest.param("reject", marks=pytest.mark.slow)])
 def test_overload_loses_nothing(servers: Servers, mode: str) -> None:
     config = limits(mode, per_server=limit(50, 100))
     a, b, c = servers(PLAIN, PLAIN, {"config": config})
@@ -313,6 +314,7 @@ def test_overload_loses_nothing(servers: Servers, mode: str) -> None:
     assert not c.log_has("Pruning")
 
 
+@pytest.mark.slow
 @pytest.mark.requirement("L7")
 @pytest.mark.timeout(900)
 def test_call_of_500_people(servers: Servers) -> None:

@@ -47,6 +47,7 @@ def test_after_260_old_events(servers: Servers) -> None:
         wait_until(lambda s=server: extremities(s, room_id) <= THRESHOLD, "few extremities", 60)  # type: ignore[misc]
 
 
+@pytest.mark.slow
 @pytest.mark.requirement("F2", "L1")
 def test_after_a_flood_of_forks(servers: Servers, peer: Peer) -> None:
     (server,) = servers(UNLIMITED)
@@ -56,6 +57,7 @@ def test_after_a_flood_of_forks(servers: Servers, peer: Peer) -> None:
     assert 0 < dummy_events(server, room_id) <= 27
 
 
+@pytest.mark.slow
 @pytest.mark.requirement("F2")
 def test_no_more_than_are_allowed(servers: Servers, peer: Peer) -> None:
     """One in each round of five seconds."""

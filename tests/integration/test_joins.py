@@ -53,8 +53,15 @@ def test_newcomer_among_four(servers: Servers) -> None:
 
 
 @pytest.mark.requirement("P3", "P7", "L3")
-@pytest.mark.parametrize("history_visibility", ["shared", "joined"])
-@pytest.mark.parametrize("with_module", [True, False])
+@pytest.mark.parametrize(
+    ("history_visibility", "with_module"),
+    [
+        ("joined", True),
+        ("shared", False),
+        pytest.param("shared", True, marks=pytest.mark.slow),
+        pytest.param("joined", False, marks=pytest.mark.slow),
+    ],
+)
 def test_hundreds_of_old_events(
     servers: Servers, with_module: bool, history_visibility: str
 ) -> None:
@@ -176,6 +183,7 @@ def test_newcomer_is_paused_at_the_join(servers: Servers) -> None:
     assert set(carol.collect_sticky(room_id, old | late)) == old | late
 
 
+@pytest.mark.slow
 @pytest.mark.requirement("P2", "P3")
 def test_newcomer_is_unreachable_for_half_a_minute(servers: Servers) -> None:
     """Nor has the destination ever been reached before."""

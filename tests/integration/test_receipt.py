@@ -156,6 +156,7 @@ def test_failed_transaction_is_charged_once(servers: Servers) -> None:
     assert requester.send("fails", [{**pdu, "type": "m.c"}], [edu]).status_code == 429
 
 
+@pytest.mark.slow
 @pytest.mark.requirement("L1", "L2", "L3", "L6")
 @pytest.mark.timeout(900)
 def test_flood_with_refusals(servers: Servers) -> None:

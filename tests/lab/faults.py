@@ -7,9 +7,9 @@ a clock that is wrong.
 import json
 import os
 import signal
-import sqlite3
+import subprocess
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,7 +25,6 @@ from tests.lab.homeserver import Homeserver
 
 FAULTY_MODULE = "tests.lab.faults.FaultyModule"
 _FILE = "fault.json"
-_CLOCK = "clock.json"
 
 
 @attr.s(auto_attribs=True, frozen=True)
@@ -48,10 +47,11 @@ class Fault:
         waiting.write_text(json.dumps(attr.asdict(self)))
         waiting.rename(folder / _FILE)
 
-    def strike(self) -> NoReturn:
+    def strike(self, error: type[Exception]) -> NoReturn:
+        """Does it; ``error`` is what the database's driver raises."""
         if self.kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        raise sqlite3.OperationalError(f"a fault {self.moment} {self.transaction}")
+        raise error(f"a fault {self.moment} {self.transaction}")
 
 
 def has_struck(folder: Path) -> bool:
@@ -77,9 +77,18 @@ def take(transaction: str, *moments: str) -> Fault | None:
 
 def set_clock(server: Homeserver, offset_s: float) -> None:
     """Has the clock of a running server jump: it is so far from the true time then."""
-    (server.folder / _CLOCK).write_text(json.dumps(offset_s))
     assert server.process is not None
-    server.process.send_signal(signal.SIGUSR2)
+    set_clock_of(server.process, server.folder, offset_s)
+
+
+def set_clock_of(process: subprocess.Popen[bytes], folder: Path, offset_s: float) -> None:
+    """The same for one process of a server of many."""
+    _clock_path(folder, process.pid).write_text(json.dumps(offset_s))
+    process.send_signal(signal.SIGUSR2)
+
+
+def _clock_path(folder: Path, process: int) -> Path:
+    return folder / f"clock.{process}.json"
 
 
 def _install_clock() -> None:
@@ -89,7 +98,7 @@ def _install_clock() -> None:
 
     def read(*_: object) -> None:
         nonlocal offset_s
-        offset_s = json.loads(Path(_CLOCK).read_text())
+        offset_s = json.loads(_clock_path(Path(), os.getpid()).read_text())
 
     # What Twisted and Synapse ask for the time.
     setattr(reactor, "seconds", lambda: time.time() + offset_s)  # noqa: B010
@@ -101,17 +110,18 @@ class FaultyHomeserver(SynapseHomeserver):
 
     def __init__(self, api: ModuleApi) -> None:
         super().__init__(api)
+        self._error: type[Exception] = self._store.database_engine.module.OperationalError
         original = self.writer.hold_back
 
         def hold_back(hold_txn: Callable[[Cursor, Sequence[NewStickyEvent]], Any]) -> None:
             def faulty_hold_txn(txn: Cursor, events: Sequence[NewStickyEvent]) -> Collection[str]:
                 if fault := take("persist", "before"):
-                    fault.strike()
+                    fault.strike(self._error)
                 held: Collection[str] = hold_txn(txn, events)
                 if fault := take("persist", "inside", "after"):
                     if fault.moment == "inside":
-                        fault.strike()
-                    txn.call_after(fault.strike)
+                        fault.strike(self._error)
+                    txn.call_after(fault.strike, self._error)
                 return held
 
             original(faulty_hold_txn)
@@ -119,18 +129,30 @@ class FaultyHomeserver(SynapseHomeserver):
         self.writer.hold_back = hold_back  # type: ignore[method-assign]
 
     async def transact(self, what: str, function: Callable[..., Any], *args: Any) -> Any:
+        return await self._faulty(super().transact, what, function, *args)
+
+    async def transact_alone(self, what: str, function: Callable[..., Any]) -> Any:
+        return await self._faulty(super().transact_alone, what, function)
+
+    async def _faulty(
+        self,
+        transact: Callable[..., Awaitable[Any]],
+        what: str,
+        function: Callable[..., Any],
+        *args: Any,
+    ) -> Any:
         if fault := take(what, "before"):
-            fault.strike()
+            fault.strike(self._error)
 
         def run_txn(txn: Cursor, *args: Any) -> Any:
             result = function(txn, *args)
             if fault := take(what, "inside"):
-                fault.strike()
+                fault.strike(self._error)
             return result
 
-        result = await super().transact(what, run_txn, *args)
+        result = await transact(what, run_txn, *args)
         if fault := take(what, "after"):
-            fault.strike()
+            fault.strike(self._error)
         return result
 
 

@@ -26,6 +26,13 @@ MODULE = "synapse_sticky.StickyEventsModule"
 PROBED_MODULE = "tests.lab.probe.ProbedModule"
 PROJECT = Path(__file__).parents[2]
 _SECRET = "registration"
+# They log by the clock, whatever happens, and would fill what is shown of a failed test.
+_CLOCKWORK = (
+    "synapse.metrics._gc",
+    "synapse.storage.databases.main.event_push_actions",
+    "synapse.storage.databases.main.metrics",
+    "synapse.util.caches.lrucache",
+)
 _OPEN = {"per_second": 10_000, "burst_count": 100_000}
 _START_ATTEMPTS = 5
 PROBE_PATH = "/_synapse/client/sticky_probe"
@@ -113,6 +120,7 @@ class Homeserver:
                 }
             },
             "root": {"level": "INFO", "handlers": ["file"]},
+            "loggers": {name: {"level": "WARNING"} for name in _CLOCKWORK},
         }
         (self.folder / "log.yaml").write_text(json.dumps(log))
         certificate, key = self._certificate
@@ -182,6 +190,11 @@ class Homeserver:
         self._config = config
         self.write_config()
 
+    def use_module(self, module_name: str) -> None:
+        """Another class to load as the module, from the next start on."""
+        self._module_name = module_name
+        self.write_config()
+
     # Control
 
     def start(self) -> None:
@@ -232,6 +245,25 @@ class Homeserver:
                 for path in (self.folder / "stdout", self.log_path):
                     path.unlink(missing_ok=True)
                 self._choose_ports()
+
+    def revive(self) -> None:
+        """Starts what has ended, and waits until it answers.
+
+        Raises:
+            StartError: it ends again and again.
+        """
+        for attempt in range(_START_ATTEMPTS):
+            try:
+                self.wait_until_ready()
+                return
+            except StartError:
+                if attempt + 1 == _START_ATTEMPTS:
+                    raise
+                self._start_what_has_ended()
+
+    def _start_what_has_ended(self) -> None:
+        self.kill()
+        self.start()
 
     def pause(self) -> None:
         """Stops the process where it is; connections stay open."""
@@ -285,6 +317,10 @@ class Homeserver:
         """What the process printed, and its log."""
         parts = [self.folder / "stdout", self.log_path]
         return "".join(p.read_text(errors="replace") for p in parts if p.exists())
+
+    def logs(self) -> dict[str, str]:
+        """What each process printed and logged."""
+        return {self.name: self.output()}
 
     def log_has(self, text: str) -> bool:
         return text in self.output()

@@ -95,6 +95,10 @@ class Lab:
             self._databases[server] = postgres
         return server
 
+    def postgres_of(self, server: WorkerHomeserver) -> Postgres:
+        """What ``make_workers`` started for the server."""
+        return self._databases[server]
+
     def servers(self, *options: dict[str, Any]) -> list[Homeserver]:
         """Starts one server for each of the options, side by side."""
         self.prepare()

@@ -41,6 +41,11 @@ class Postgres:
         self._server.cleanup()
         shutil.rmtree(self._folder, ignore_errors=True)
 
+    def restart(self) -> None:
+        """Ends the server, with whatever it was asked to do, and starts it again."""
+        self._server.stop()
+        self._server.start()
+
     def new_database(self) -> dict[str, Any]:
         """Makes an empty database as Synapse wants it. Gives Synapse's ``database:`` section."""
         name = f"synapse_{secrets.token_hex(4)}"

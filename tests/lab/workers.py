@@ -10,7 +10,8 @@ import ssl
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,8 @@ class WorkerHomeserver(Homeserver):
         self._database = database
         self.valkey = valkey
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        # Tests start and end processes from several threads.
+        self._lock = threading.RLock()
         self._turn = itertools.count()
         self.proxy = Proxy(self._sockets_for_path)
         self.federation_proxy = Proxy(self._sockets_of_receivers, certificate)
@@ -163,7 +166,9 @@ class WorkerHomeserver(Homeserver):
         """
 
         def ready() -> bool:
-            if self.processes[name].poll() is not None:
+            with self._lock:
+                process = self.processes.get(name)
+            if process is None or process.poll() is not None:
                 raise StartError(f"{name} of {self.name} ended: {self.output_of(name)[-4000:]}")
             connection = UnixConnection(self.socket_of(name), timeout_s=10)
             try:
@@ -188,19 +193,36 @@ class WorkerHomeserver(Homeserver):
 
     def kill_process(self, name: str) -> None:
         """Ends one process at once, as a crash would."""
-        process = self.processes.pop(name)
-        process.kill()
-        process.wait()
+        with self._lock:
+            process = self.processes.pop(name)
+            process.kill()
+            process.wait()
 
     def stop_process(self, name: str) -> None:
         """Ends one process in good order."""
-        process = self.processes.pop(name)
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        with self._lock:
+            process = self.processes.pop(name)
+            process.terminate()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def restart_process(self, name: str) -> None:
+        """Ends one process in good order, starts it again, and waits until it answers."""
+        with self._lock:
+            self.stop_process(name)
+            self.start_process(name)
+            self.wait_until_process_is_ready(name)
+
+    def _start_what_has_ended(self) -> None:
+        with self._lock:
+            for name in (MAIN, *WORKERS):
+                if name in self.processes and self.processes[name].poll() is not None:
+                    self.kill_process(name)
+                if name not in self.processes:
+                    self.start_process(name)
 
     def kill(self) -> None:
         for process in self.processes.values():
@@ -222,12 +244,19 @@ class WorkerHomeserver(Homeserver):
         self.wait_until_ready()
 
     def pause(self) -> None:
-        for process in self.processes.values():
-            process.send_signal(signal.SIGSTOP)
+        self.pause_processes(*self.processes)
 
     def resume(self) -> None:
-        for process in self.processes.values():
-            process.send_signal(signal.SIGCONT)
+        self.resume_processes(*self.processes)
+
+    def pause_processes(self, *names: str) -> None:
+        """Stops these processes where they are; connections stay open."""
+        for name in names:
+            self.processes[name].send_signal(signal.SIGSTOP)
+
+    def resume_processes(self, *names: str) -> None:
+        for name in names:
+            self.processes[name].send_signal(signal.SIGCONT)
 
     def close(self) -> None:
         super().close()
@@ -243,7 +272,10 @@ class WorkerHomeserver(Homeserver):
         return "".join(p.read_text(errors="replace") for p in parts if p.exists())
 
     def output(self) -> str:
-        return "".join(self.output_of(name) for name in (MAIN, *WORKERS))
+        return "".join(self.logs().values())
+
+    def logs(self) -> dict[str, str]:
+        return {f"{self.name} {name}": self.output_of(name) for name in (MAIN, *WORKERS)}
 
     def metrics(self) -> list[str]:
         return [self._metrics_of(name) for name in self.processes]
@@ -257,14 +289,25 @@ class WorkerHomeserver(Homeserver):
             connection.close()
 
     def query(self, sql: str, *args: object) -> list[tuple[Any, ...]]:
+        with self._cursor() as cursor:
+            cursor.execute(sql.replace("%", "%%").replace("?", "%s"), args)
+            return list(cursor.fetchall())
+
+    def change(self, *statements: str) -> None:
+        """In the database, in one transaction."""
+        with self._cursor() as cursor:
+            for statement in statements:
+                cursor.execute(statement)
+
+    @contextmanager
+    def _cursor(self) -> Iterator["psycopg2.extensions.cursor"]:
         settings = self._database["args"]
         connection = psycopg2.connect(
             host=settings["host"], user=settings["user"], dbname=settings["database"]
         )
         try:
-            with connection.cursor() as cursor:
-                cursor.execute(sql.replace("%", "%%").replace("?", "%s"), args)
-                return list(cursor.fetchall())
+            with connection, connection.cursor() as cursor:
+                yield cursor
         finally:
             connection.close()
 

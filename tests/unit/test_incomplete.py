@@ -46,8 +46,7 @@ class _Homeserver:
         with self._connection:
             return function(self._connection.cursor(_Cursor), *args)
 
-    def lock_migrations_txn(self, txn: object) -> None:
-        pass
+    transact_alone = transact
 
 
 @pytest.fixture

@@ -124,7 +124,6 @@ class Here:
     def now_ms(self) -> int:
         return self.now
 
-    def lock_migrations_txn(self, txn: Any) -> None: ...
     def hold_back(self, hold_txn: Any) -> None: ...
     def on_event_changed(self, callback: Any) -> None: ...
     def wake(self, rooms: Any) -> None: ...
@@ -155,6 +154,8 @@ class Here:
             self.failed += 1
             raise sqlite3.OperationalError("the disk is full")
         return function(Transaction(self.database.cursor()), *args)
+
+    transact_alone = transact
 
     def persist(
         self,

@@ -1,5 +1,6 @@
 """The sticky events stream: Synapse's table, its positions and what changes an event later."""
 
+import functools
 import logging
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
@@ -41,7 +42,15 @@ class SynapseStickyStream:
         self.writers: Sequence[str] = hs.config.worker.writers.events
         self._token = hooks.method(self._store, "get_sticky_events_stream_token")
         hooks.method(self._store, "_invalidate_local_get_event_cache", "event_id")
+        hooks.method(
+            self._store,
+            "_invalidate_caches_for_event",
+            *("stream_ordering", "event_id", "room_id", "etype", "state_key", "redacts"),
+            *("relates_to", "backfilled"),
+        )
         hooks.method(self._store, "_invalidate_local_get_event_cache_room_id", "room_id")
+        self._persisted_event: str | None = None
+        self._notes_persisted_events = False
 
     def positions(self) -> dict[str, int]:
         token = self._token()
@@ -103,7 +112,32 @@ class SynapseStickyStream:
     def on_event_changed(self, callback: Callable[[str], None]) -> None:
         # Synapse drops an event from its cache in every process whenever a redaction, a purge or
         # a change of soft-failure makes the cached copy untrue: that is what is needed here too.
-        self._after("_invalidate_local_get_event_cache", callback)
+        # It does so for each new event as well, and that would be a query for each.
+        self._note_persisted_events()
+
+        def changed(event_id: str) -> None:
+            if event_id != self._persisted_event:
+                callback(event_id)
+
+        self._after("_invalidate_local_get_event_cache", changed)
+
+    def _note_persisted_events(self) -> None:
+        if self._notes_persisted_events:
+            return
+        self._notes_persisted_events = True
+        original = self._store._invalidate_caches_for_event
+
+        @functools.wraps(original)
+        def invalidate_caches_for_event(
+            stream_ordering: int, event_id: str, *args: Any, **kwargs: Any
+        ) -> None:
+            self._persisted_event = event_id
+            try:
+                original(stream_ordering, event_id, *args, **kwargs)
+            finally:
+                self._persisted_event = None
+
+        self._store._invalidate_caches_for_event = invalidate_caches_for_event
 
     def on_room_purged(self, callback: Callable[[str], None]) -> None:
         self._after("_invalidate_local_get_event_cache_room_id", callback)

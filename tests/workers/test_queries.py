@@ -11,9 +11,11 @@ from tests.lab import Lab, Peer, WorkerHomeserver, wait_until
 from tests.lab.scene import enter
 from tests.lab.workers import SLIDING_SYNC, SYNC
 
-_TRANSACTIONS = re.compile(r'^synapse_storage_transaction_time_count\{desc="([^"]+)".*\} (\S+)$')
+_TRANSACTIONS = re.compile(
+    r'^synapse_storage_transaction_time_count_total\{desc="([^"]+)".*\} (\S+)$'
+)
 _READ = "synapse_sticky_read_rows"
-_SYNAPSES_OWN = "get_sticky_events_in_rooms_txn"
+_SYNAPSES_OWN = "get_sticky_events_in_rooms"
 
 Transactions = dict[str, Counter[str]]
 

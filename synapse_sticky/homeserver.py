@@ -314,8 +314,9 @@ class Staging(Protocol):
     async def process(self, room_id: str) -> None:
         """Begins with what is in the area of the room, unless that is under way."""
 
-    def set_aside(self, take: Callable[[IncompletePdu, StagedEvent], Awaitable[None]]) -> None:
-        """Hands over each sticky PDU that Synapse drops as it cannot fetch all its prev_events."""
+    def set_aside(self, take: Callable[[IncompletePdu, StagedEvent, str], Awaitable[None]]) -> None:
+        """Hands over each sticky PDU that Synapse drops as it cannot fetch all its prev_events, or
+        holds in memory only as the room is being joined; and says which."""
 
     def stage_txn(self, txn: Cursor, room_id: str, pdus: Sequence[IncompletePdu]) -> None:
         """Puts PDUs of the room into the area, in this order, behind those that are there; none if

@@ -56,6 +56,7 @@ class SynapseStaging:
         self._clock = hs.get_clock()
         self._server = hs.get_federation_server() if serves(hs, "federation") else None
         self._handler = hs.get_federation_event_handler()
+        hooks.attribute(self._handler, "room_queues")
         hooks.method(self._store, "have_events_in_timeline", "event_ids")
         self._replace_on_receive_pdu = hooks.replace(
             self._handler, "on_receive_pdu", "origin", "pdu"
@@ -102,20 +103,26 @@ class SynapseStaging:
         if lock:  # else whoever has it goes on until nothing is left
             self._server._process_incoming_pdus_in_room_inner(room_id, room_version, lock)
 
-    def set_aside(self, take: Callable[[IncompletePdu, StagedEvent], Awaitable[None]]) -> None:
+    def set_aside(self, take: Callable[[IncompletePdu, StagedEvent, str], Awaitable[None]]) -> None:
         original = self._handler.on_receive_pdu
 
+        async def keep(origin: str, pdu: EventBase, why: str) -> None:
+            try:
+                await take(_incomplete(origin, pdu), self._staged(pdu), why)
+            except Exception:
+                logger.exception("Could not set the sticky PDU %s aside", pdu.event_id)
+
         async def on_receive_pdu(origin: str, pdu: EventBase) -> None:
+            has_field = self._staged(pdu).sticky_field is not None
             try:
                 await original(origin, pdu)
             except Exception:
-                staged = self._staged(pdu)
-                if staged.sticky_field is not None and await self._lacks_prev_events(pdu):
-                    try:
-                        await take(_incomplete(origin, pdu), staged)
-                    except Exception:
-                        logger.exception("Could not set the sticky PDU %s aside", pdu.event_id)
+                if has_field and await self._lacks_prev_events(pdu):
+                    await keep(origin, pdu, "its prev_events cannot be fetched for now")
                 raise
+            if has_field and pdu.room_id in self._handler.room_queues:
+                # In memory, while it leaves the staging area.
+                await keep(origin, pdu, "the room is being joined")
 
         hooks.replace(self._handler, "on_receive_pdu", "origin", "pdu")(on_receive_pdu)
 

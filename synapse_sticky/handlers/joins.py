@@ -209,7 +209,7 @@ class JoinsHandler:
         push.held = False
         self._update(push)
         if not push.open and push.start_over():
-            logger.info("%s pruned events of %s, sending all again", push.destination, push.room_id)
+            logger.info("%s lost events of %s, sending all again", push.destination, push.room_id)
             self._update(push)
         if not push.open:
             await self._settle(push)
@@ -395,6 +395,8 @@ class JoinsHandler:
         if answer is Possession.HAS:
             push.done(oldest.event_id)
             return True
+        if answer is Possession.UNREACHABLE:
+            push.doubt()
         if answer is not Possession.LACKS:
             return False
         if newest is not oldest and (

@@ -85,7 +85,7 @@ class Push:
         self.settled = False
         self.held = False
         """Nothing may be sent for now."""
-        self._pruned = False
+        self._lost_some = False
         self._highest_done = 0
         self._backoff = backoff
         self._sent: dict[str, Sent] = {}
@@ -193,20 +193,26 @@ class Push:
 
     def lost(self, sent: Sent, now_ms: int) -> None:
         """Acknowledged, yet the newcomer lacks it: it goes out again, later each time."""
-        self._pruned = True
+        self._lost_some = True
         sent.acknowledged_ms = None
         sent.passed = 0
         sent.due_ms = now_ms + self._backoff.after(sent.attempts)
 
-    def start_over(self) -> bool:
-        """If the newcomer pruned, everything has to go out once more; so is it?
+    def doubt(self) -> None:
+        """The newcomer was away: with what it had acknowledged and not taken in, it may be."""
+        self._lost_some = self._lost_some or any(
+            s.acknowledged_ms is not None for s in self._sent.values()
+        )
 
-        It may have fetched pruned events meanwhile, as what somebody's event refers to. It answers
+    def start_over(self) -> bool:
+        """If the newcomer lost events, everything has to go out once more; so is it?
+
+        It may have fetched lost events meanwhile, as what somebody's event refers to. It answers
         that it has such an event, but does not take it for sticky until it is sent it in full.
         """
-        if not self._pruned:
+        if not self._lost_some:
             return False
-        self._pruned = False
+        self._lost_some = False
         self.created_position = max(self.created_position, self._highest_done)
         self.position = self.base
         self._done = {}

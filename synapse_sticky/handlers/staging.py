@@ -1,7 +1,8 @@
 """What was acknowledged is not dropped: sticky events stay in the inbound staging area (L3), until
 they are processed.
 
-If the prev_events of one cannot be fetched, as who has them is away, Synapse drops it. Such a PDU
+If the prev_events of one cannot be fetched, as who has them is away, Synapse drops it; while the
+room is being joined, it holds it in memory, and a crash drops it. Such a PDU
 is kept in a table and staged again from time to time, by whichever process comes to it, until it
 is persisted or expired. Of those that came from one server for one room only the oldest has its
 prev_events asked for: it is a chain more often than not, and who does not answer holds the room up.
@@ -73,23 +74,21 @@ class StagingHandler:
             return None
         return _delay_ms(failures)
 
-    # PDUs that lack prev_events
+    # PDUs that lack prev_events, or came while the room was being joined
 
-    async def set_aside(self, pdu: IncompletePdu, staged: StagedEvent) -> None:
-        """Keeps a PDU that Synapse is about to drop for later, unless it is expired."""
+    async def set_aside(self, pdu: IncompletePdu, staged: StagedEvent, why: str) -> None:
+        """Keeps a PDU that Synapse is about to drop, or holds in memory only, until it is
+        persisted or expired."""
         failures = 0
         while self._has_table and self.keep(staged):
             due_ms = self._hs.now_ms() + _RETRY_MIN_MS
             try:
                 if await self._storage.set_aside(pdu, self._until_ms(staged), due_ms):
-                    logger.info(
-                        "The prev_events of the sticky PDU %s cannot be fetched for now",
-                        pdu.event_id,
-                    )
+                    logger.info("Keeping the sticky PDU %s: %s", pdu.event_id, why)
                 else:
                     logger.warning(
-                        "Too many sticky PDUs of %s lack prev_events, dropping %s",
-                        *(pdu.origin, pdu.event_id),
+                        "Too many sticky PDUs of %s are kept, not keeping %s: %s",
+                        *(pdu.origin, pdu.event_id, why),
                     )
             except Exception:
                 failures += 1

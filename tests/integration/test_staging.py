@@ -1,14 +1,25 @@
 """Sticky events that were acknowledged are never pruned (L3)."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
 import pytest
+import requests
 
 from tests.conftest import Servers
-from tests.integration.rooms import NO_LIMITS, has_event, in_thread, room_of, send_old_events
+from tests.integration.rooms import (
+    NO_LIMITS,
+    entered,
+    has_event,
+    in_thread,
+    room_of,
+    send_old_events,
+    wait_until_gone,
+)
 from tests.lab import Homeserver, Peer, wait_until
 from tests.lab.scene import Scene, enter
+from tests.lab.spam import HOLD, JOIN_HOLDER
 
 
 def highest_staged(server: Homeserver, done: Callable[[], bool]) -> int:
@@ -103,6 +114,51 @@ def test_events_before_cannot_be_fetched_for_now(
         lambda: all({withheld_id, *sent} <= set(section) for section in scene.sections()),
         "all to be taken in",
     )
+    wait_until(lambda: not set_aside(server), "nothing to be left")
+
+
+@pytest.mark.requirement("L3", "P3", "P7")
+@pytest.mark.parametrize("killed", [False, True])
+def test_while_the_room_is_being_joined(servers: Servers, peer: Peer, killed: bool) -> None:
+    """What comes then is in memory only. Who sent it was told that it was taken."""
+    resident, server = servers(
+        {"extra": {"modules": [{"module": JOIN_HOLDER}]}}, {"config": NO_LIMITS}
+    )
+    scene = enter(resident, peer)
+    bob = server.user("bob")
+    # A room that is not known at all is another matter.
+    bob.join(scene.room_id, resident.name)
+    bob.leave(scene.room_id)
+    wait_until_gone(scene.alice, scene.room_id, bob)
+    hold = resident.folder / HOLD
+    hold.touch()
+
+    def join() -> None:
+        with suppress(requests.RequestException):
+            bob.join(scene.room_id, resident.name)
+
+    finish = in_thread(join)
+    told = Scene(server, peer, scene.alice, scene.eve, scene.room)
+
+    kept = ""
+
+    def one_is_kept() -> bool:
+        nonlocal kept
+        # From some moment on the join is under way.
+        kept = told.sticky()
+        return server.log_has("Queuing PDU")
+
+    wait_until(one_is_kept, "one to come while the room is being joined")
+    wait_until(lambda: kept in set_aside(server), "it to be kept")
+    if killed:
+        server.kill()
+    hold.unlink()
+    finish()
+    if killed:
+        server.start()
+        server.wait_until_ready()
+        bob.join(scene.room_id, resident.name)
+    wait_until(lambda: kept in entered(server, scene.room_id), "it to be taken in")
     wait_until(lambda: not set_aside(server), "nothing to be left")
 
 

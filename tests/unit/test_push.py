@@ -173,6 +173,23 @@ def test_everything_goes_out_again_once_a_newcomer_has_pruned() -> None:
     assert not push.start_over(), "once for each time that something was pruned"
 
 
+@pytest.mark.requirement("L3", "P7")
+def test_everything_goes_out_again_once_a_newcomer_was_away() -> None:
+    push = push_of(1, 2)
+    push.doubt()
+    assert not push.start_over(), "it had acknowledged nothing"
+    acknowledge_all(push, push.choose(50, NOW_MS + GRACE_MS))
+    push.doubt()
+    for event_id in ("$1", "$2"):
+        push.done(event_id)
+    later_ms = NOW_MS + 2 * CONFIRM_PATIENCE_MS
+    push.update(own(1, 2), later_ms, 10)
+    assert not push.open
+    assert push.start_over()
+    push.update(own(1, 2), later_ms, 10)
+    assert push.choose(50, later_ms) == ["$1", "$2"]
+
+
 @pytest.mark.requirement("P6")
 def test_skipped_events_never_go_out() -> None:
     push = push_of(1, 2)

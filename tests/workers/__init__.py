@@ -1,1 +1,1 @@
-"""Many processes: run by ``make test-workers``."""
+"""Many processes. ``make test`` runs some of it, ``make test-workers`` everything."""

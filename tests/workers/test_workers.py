@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.integration.rooms import entered, room_of, send_old_events, wait_until_all_pushed
+from tests.integration.rooms import room_of, send_old_events, wait_until_all_pushed
 from tests.lab import Lab, Peer, WorkerHomeserver, wait_until
 from tests.lab.client import WITHOUT_TIMELINE
 from tests.lab.scene import Scene, enter
@@ -26,20 +26,14 @@ def scene(deployment: WorkerHomeserver, peer: Peer) -> Scene[WorkerHomeserver]:
 
 
 @pytest.mark.requirement("E2")
-def test_duties(lab: Lab) -> None:
-    lab.prepare()
-    started = lab.make_workers()
-    started.first_start()
-    try:
-        for name in (MAIN, *WORKERS):
-            (line,) = [
-                line
-                for line in started.output_of(name).splitlines()
-                if "synapse-sticky runs in" in line
-            ]
-            assert set(line.rsplit(": ", 1)[1].split(", ")) == EVERYWHERE | DUTIES[name], name
-    finally:
-        lab.close_servers([started])
+def test_duties(deployment: WorkerHomeserver) -> None:
+    for name in (MAIN, *WORKERS):
+        (line,) = [
+            line
+            for line in deployment.output_of(name).splitlines()
+            if "synapse-sticky runs in" in line
+        ]
+        assert set(line.rsplit(": ", 1)[1].split(", ")) == EVERYWHERE | DUTIES[name], name
 
 
 @pytest.mark.requirement("E2", "D1", "D2", "P1")
@@ -74,27 +68,3 @@ def test_newcomers(deployment: WorkerHomeserver, lab: Lab, peer: Peer) -> None:
         assert set(alice.collect_sticky(theirs, sent)) == sent
     finally:
         lab.close_servers([other])
-
-
-@pytest.mark.requirement("E2", "E4", "L3")
-@pytest.mark.parametrize("name", WORKERS)
-def test_a_worker_is_killed_in_a_flood(deployment: WorkerHomeserver, peer: Peer, name: str) -> None:
-    scene = enter(deployment, peer)
-    mine = [scene.alice.send_sticky(scene.room_id) for _ in range(3)]
-    before = scene.flood(60)
-    deployment.kill_process(name)
-    if name not in RECEIVERS:
-        after = scene.flood(60)
-    deployment.start_process(name)
-    deployment.wait_until_ready()
-    if name in RECEIVERS:
-        after = scene.flood(60)
-    expected = {*mine, *before, *after}
-    wait_until(
-        lambda: set(entered(deployment, scene.room_id)) >= expected, "all to be taken in", 180
-    )
-    seen = scene.alice.collect_sticky(scene.room_id, expected, filter_=WITHOUT_TIMELINE)
-    assert set(seen) == expected
-    rows = entered(deployment, scene.room_id)
-    assert len(rows) == len(set(rows))
-    wait_until(lambda: set(mine) <= scene.peer.events.keys(), "the peer to get them")

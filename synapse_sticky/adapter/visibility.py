@@ -186,7 +186,11 @@ async def _add_allowed(
     # An event that is visible comes back as the very same object, a redacted one as a copy.
     by_id = {event.event_id: event for event in visible}
     hidden = [
-        e for e in events if by_id.get(e.event_id) is not e and e.sticky_duration() is not None
+        e
+        for e in events
+        if by_id.get(e.event_id) is not e
+        and e.sticky_duration() is not None
+        and e.rejected_reason is None
     ]
     if not hidden:
         return visible

@@ -40,15 +40,38 @@ class VisibilityHandler:
             self._hs.visibility.allow_users(self.allowed_to_user)
 
     async def allowed(self, server: str, events: Sequence[_Event]) -> set[str]:
-        """The event IDs that the server may see: sticky, unexpired, not soft-failed, redacted or
-        of an erased user (P6), in a room that the server is joined to now."""
+        """The event IDs that the server may see: sticky, unexpired, not rejected, redacted or
+        of an erased user (P6), in a room that the server is joined to now.
+
+        Soft-failed and deferred ones, too: a server takes the first copy that it gets of an event
+        for the last, and one that is hidden from it comes without what makes it sticky.
+        """
         if server == self._hs.server_name:
             return set()
-        return await self._allowed(self._hs.rooms.is_joined, server, events)
+        rows = await self._follower.rows_of([event.event_id for event in events])
+        now_ms = self._hs.now_ms()
+        sticky = [
+            event
+            for event in events
+            if (
+                now_ms < rows[event.event_id].expires_at_ms
+                if event.event_id in rows
+                else event.origin_server_ts <= now_ms < _claimed_end_ms(event)
+            )
+        ]
+        return await self._of_those_joined(self._hs.rooms.is_joined, server, sticky)
 
     async def allowed_to_user(self, user_id: str, events: Sequence[_Event]) -> set[str]:
-        """The event IDs that the local user may see, by the same rules."""
-        return await self._allowed(self._hs.rooms.is_user_joined, user_id, events)
+        """The event IDs that the local user may see, by the same rules; but none that are
+        soft-failed or deferred."""
+        now_ms = self._hs.now_ms()
+        rows = await self._follower.rows_of([event.event_id for event in events])
+        sticky = [
+            event
+            for event in events
+            if (row := rows.get(event.event_id)) is not None and now_ms < row.expires_at_ms
+        ]
+        return await self._of_those_joined(self._hs.rooms.is_user_joined, user_id, sticky)
 
     async def hidden_from_user(self, user_id: str, events: Sequence[_Event]) -> set[str]:
         """The event IDs that the local user may not see, as they are not joined to the room and
@@ -60,29 +83,18 @@ class VisibilityHandler:
         now_ms = self._hs.now_ms()
         hidden = set()
         for event in events:
-            duration = event.sticky_duration()
-            if (
-                duration is None
-                or now_ms >= event.origin_server_ts + duration.total_seconds() * 1000
-            ):
+            if now_ms >= _claimed_end_ms(event):
                 continue
             if not await self._hs.rooms.is_user_joined(event.room_id, user_id):
                 hidden.add(event.event_id)
         return hidden
 
-    async def _allowed(
+    async def _of_those_joined(
         self,
         is_joined: Callable[[str, str], Awaitable[bool]],
         who: str,
-        events: Sequence[_Event],
+        sticky: Sequence[_Event],
     ) -> set[str]:
-        now_ms = self._hs.now_ms()
-        rows = await self._follower.rows_of([event.event_id for event in events])
-        sticky = [
-            event
-            for event in events
-            if (row := rows.get(event.event_id)) is not None and now_ms < row.expires_at_ms
-        ]
         if not sticky:
             return set()
         joined = {
@@ -92,3 +104,9 @@ class VisibilityHandler:
         }
         erased = await self._hs.rooms.erased({event.sender for event in sticky})
         return {e.event_id for e in sticky if e.room_id in joined and e.sender not in erased}
+
+
+def _claimed_end_ms(event: _Event) -> float:
+    """When the event expires, if it was sent when it says; 0 if it is not sticky."""
+    duration = event.sticky_duration()
+    return 0 if duration is None else event.origin_server_ts + duration.total_seconds() * 1000

@@ -6,9 +6,17 @@ import pytest
 import requests
 
 from tests.conftest import Servers
-from tests.integration.rooms import room_of, wait_until_expired, wait_until_gone, wait_until_sticky
-from tests.lab import Homeserver, wait_until
+from tests.integration.rooms import (
+    deferred,
+    limits,
+    room_of,
+    wait_until_expired,
+    wait_until_gone,
+    wait_until_sticky,
+)
+from tests.lab import Homeserver, Lab, Peer, wait_until
 from tests.lab.client import STICKY_FIELD
+from tests.lab.scene import enter
 
 
 def body_of(response: requests.Response) -> str | None:
@@ -93,6 +101,32 @@ def test_remote_events_too(three: list[Homeserver]) -> None:
     wait_until_sticky(a, of_bob)
     carol.join(room_id, a.name)
     assert body_of(a.as_seen_by(c).event(of_bob)) == "here"
+
+
+@pytest.mark.requirement("C1", "P3", "L4")
+def test_soft_failed_and_deferred_events_are_whole(lab: Lab, servers: Servers, peer: Peer) -> None:
+    """A server keeps the first copy that it gets: a redacted one would never become sticky."""
+    (server,) = servers({"config": limits(per_sender={"per_second": 0.001, "burst_count": 1})})
+    scene = enter(server, peer, "joined")
+    mallory = scene.bring("mallory")
+    scene.alice.request("POST", f"rooms/{scene.room_id}/ban", {"user_id": mallory})
+    soft_failed = scene.sticky(mallory)
+    scene.sticky()
+    waiting = scene.sticky()
+    wait_until(lambda: deferred(server) == {waiting}, "it to be deferred")
+    wait_until(lambda: server.log_has("Soft-failing"), "the other to be soft-failed")
+    newcomer = lab.peer()
+    try:
+        asks = newcomer.to(server)
+        assert asks.event(waiting).status_code == 403
+        newcomer.join(server, scene.room_id, newcomer.user("carol"))
+        for event_id in (waiting, soft_failed):
+            (pdu,) = asks.event(event_id).json()["pdus"]
+            assert STICKY_FIELD in pdu
+    finally:
+        newcomer.close()
+    section, _ = scene.sections()
+    assert not {waiting, soft_failed} & set(section)
 
 
 @pytest.mark.requirement("C1")

@@ -39,14 +39,14 @@ class Client:
     def __init__(self, base_url: str, user_id: str, access_token: str) -> None:
         self.user_id = user_id
         self._base_url = base_url
-        self._access_token = access_token
+        self.access_token = access_token
         self._session = requests.Session()
         self._session.trust_env = False  # the environment may name a proxy
         self._session.headers["Authorization"] = f"Bearer {access_token}"
 
     def again(self) -> "Client":
         """The same device by another connection, for another thread."""
-        return Client(self._base_url, self.user_id, self._access_token)
+        return Client(self._base_url, self.user_id, self.access_token)
 
     def request(self, method: str, path: str, body: object = None, **query: Any) -> Any:
         """A request to the client-server API; ``path`` follows ``/_matrix/client/v3/``.

@@ -41,6 +41,7 @@ class WorkerHomeserver(Homeserver):
     Args:
         database: Synapse's ``database:`` section, of a Postgres.
         valkey: what the processes tell each other by; it ends with the server.
+        persisters: which event persisters there are.
 
     The others are Homeserver's.
     """
@@ -52,9 +53,12 @@ class WorkerHomeserver(Homeserver):
         *,
         database: dict[str, Any],
         valkey: "Valkey",
+        persisters: tuple[str, ...] = PERSISTERS,
         **options: Any,
     ) -> None:
         self._database = database
+        self.persisters = persisters
+        self.workers = tuple(n for n in WORKERS if n in persisters or n not in PERSISTERS)
         self.valkey = valkey
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         # Tests start and end processes from several threads.
@@ -82,20 +86,20 @@ class WorkerHomeserver(Homeserver):
             "worker_replication_secret": "replication",
             "instance_map": {
                 name: {"path": str(self._replication_socket_of(name))}
-                for name in (MAIN, *PERSISTERS)
+                for name in (MAIN, *self.persisters)
             },
-            "stream_writers": {"events": list(PERSISTERS)},
+            "stream_writers": {"events": list(self.persisters)},
             "federation_sender_instances": list(SENDERS),
             "run_background_tasks_on": BACKGROUND,
         }
         metrics = {"enable_metrics": True} if self._metrics else {}
         super().write_config(**{**shared, **metrics, **changes})
-        for name in (MAIN, *WORKERS):
+        for name in (MAIN, *self.workers):
             log = json.loads((self.folder / "log.yaml").read_text())
             log["handlers"]["file"]["filename"] = str(self.folder / f"{name}.log")
             (self.folder / f"{name}.log.yaml").write_text(json.dumps(log))
         (self.folder / "log.yaml").write_text((self.folder / f"{MAIN}.log.yaml").read_text())
-        for name in WORKERS:
+        for name in self.workers:
             worker = {
                 "worker_app": "synapse.app.generic_worker",
                 "worker_name": name,
@@ -112,7 +116,7 @@ class WorkerHomeserver(Homeserver):
         }
         names = [resources.get(name, "health"), *(["metrics"] if self._metrics else [])]
         listeners = [{**_listener(self.socket_of(name), *names), "x_forwarded": True}]
-        if name in (MAIN, *PERSISTERS):
+        if name in (MAIN, *self.persisters):
             listeners.append(_listener(self._replication_socket_of(name), "replication"))
         return listeners
 
@@ -135,7 +139,7 @@ class WorkerHomeserver(Homeserver):
     # Control
 
     def start(self) -> None:
-        for name in (MAIN, *WORKERS):
+        for name in (MAIN, *self.workers):
             self.start_process(name)
             if name == MAIN:
                 # It makes the tables, if there are none.
@@ -182,7 +186,7 @@ class WorkerHomeserver(Homeserver):
         wait_until(ready, f"{name} of {self.name} to answer", timeout_s)
 
     def wait_until_ready(self, timeout_s: float = 180) -> None:
-        for name in (MAIN, *WORKERS):
+        for name in (MAIN, *self.workers):
             self.wait_until_process_is_ready(name, timeout_s)
 
     def first_start(self) -> None:
@@ -218,7 +222,7 @@ class WorkerHomeserver(Homeserver):
 
     def _start_what_has_ended(self) -> None:
         with self._lock:
-            for name in (MAIN, *WORKERS):
+            for name in (MAIN, *self.workers):
                 if name in self.processes and self.processes[name].poll() is not None:
                     self.kill_process(name)
                 if name not in self.processes:
@@ -275,12 +279,13 @@ class WorkerHomeserver(Homeserver):
         return "".join(self.logs().values())
 
     def logs(self) -> dict[str, str]:
-        return {f"{self.name} {name}": self.output_of(name) for name in (MAIN, *WORKERS)}
+        return {f"{self.name} {name}": self.output_of(name) for name in (MAIN, *self.workers)}
 
     def metrics(self) -> list[str]:
-        return [self._metrics_of(name) for name in self.processes]
+        return [self.metrics_of(name) for name in self.processes]
 
-    def _metrics_of(self, name: str) -> str:
+    def metrics_of(self, name: str) -> str:
+        """What the listener for metrics of one process says."""
         connection = UnixConnection(self.socket_of(name))
         try:
             connection.request("GET", "/_synapse/metrics", headers=_FORWARDED)

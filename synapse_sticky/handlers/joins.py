@@ -209,7 +209,7 @@ class JoinsHandler:
         push.held = False
         self._update(push)
         if not push.open and push.start_over():
-            logger.info("%s lost events of %s, sending all again", push.destination, push.room_id)
+            logger.info("%s pruned events of %s, sending all again", push.destination, push.room_id)
             self._update(push)
         if not push.open:
             await self._settle(push)
@@ -393,7 +393,7 @@ class JoinsHandler:
             # No answer will come: the acknowledgement has to do.
             answer = Possession.HAS if oldest.refused >= _REFUSALS_TO_BELIEVE else answer
         if answer is Possession.HAS:
-            push.done(oldest.event_id)
+            push.has(oldest.event_id, self._hs.now_ms())
             return True
         if answer is Possession.UNREACHABLE:
             push.doubt()
@@ -402,7 +402,7 @@ class JoinsHandler:
         if newest is not oldest and (
             await self._federation.has_event(push.destination, newest.event_id) is Possession.HAS
         ):
-            push.done(newest.event_id)
+            push.has(newest.event_id, self._hs.now_ms())
         # A newcomer takes staged events in order: if it has a later one, this one was pruned.
         # Once is not enough, as events that arrived together have no order.
         oldest.passed += push.overtaken(oldest)

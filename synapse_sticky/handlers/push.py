@@ -18,6 +18,9 @@ WATCH_AFTER_ACK_MS = 10_000
 """How long to watch on once the newcomer has acknowledged an event: it knows the room by then;
 what is left are events that were under way when it joined."""
 
+MOST_DOUBTS = 3
+"""How often an event goes out once more because the newcomer was away."""
+
 CONFIRM_PATIENCE_MS = 30_000
 """How long an acknowledged event may stay unknown to the newcomer before it is sent again."""
 
@@ -36,6 +39,10 @@ class Sent:
     """How often the newcomer had a later event, but not this one."""
     refused: int = 0
     """How often the newcomer would not say whether it has the event."""
+    doubtful: bool = False
+    """The newcomer was away since it acknowledged the event."""
+    doubts: int = 0
+    """How often the event went out once more for that."""
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
@@ -85,7 +92,7 @@ class Push:
         self.settled = False
         self.held = False
         """Nothing may be sent for now."""
-        self._lost_some = False
+        self._pruned = False
         self._highest_done = 0
         self._backoff = backoff
         self._sent: dict[str, Sent] = {}
@@ -193,26 +200,37 @@ class Push:
 
     def lost(self, sent: Sent, now_ms: int) -> None:
         """Acknowledged, yet the newcomer lacks it: it goes out again, later each time."""
-        self._lost_some = True
+        self._pruned = True
         sent.acknowledged_ms = None
         sent.passed = 0
         sent.due_ms = now_ms + self._backoff.after(sent.attempts)
 
     def doubt(self) -> None:
-        """The newcomer was away: with what it had acknowledged and not taken in, it may be."""
-        self._lost_some = self._lost_some or any(
-            s.acknowledged_ms is not None for s in self._sent.values()
-        )
+        """The newcomer is away, and what it acknowledged may be gone with it. That it has such an
+        event will say little then: it may have fetched it (see ``start_over``)."""
+        for sent in self._sent.values():
+            sent.doubtful = sent.acknowledged_ms is not None and sent.doubts < MOST_DOUBTS
+
+    def has(self, event_id: str, now_ms: int) -> None:
+        """The newcomer says that it has the event; it goes out once more if that is doubtful."""
+        sent = self._sent.get(event_id)
+        if sent is None or not sent.doubtful:
+            self.done(event_id)
+            return
+        sent.doubtful = False
+        sent.doubts += 1
+        sent.acknowledged_ms = None
+        sent.due_ms = now_ms
 
     def start_over(self) -> bool:
-        """If the newcomer lost events, everything has to go out once more; so is it?
+        """If the newcomer pruned, everything has to go out once more; so is it?
 
-        It may have fetched lost events meanwhile, as what somebody's event refers to. It answers
+        It may have fetched pruned events meanwhile, as what somebody's event refers to. It answers
         that it has such an event, but does not take it for sticky until it is sent it in full.
         """
-        if not self._lost_some:
+        if not self._pruned:
             return False
-        self._lost_some = False
+        self._pruned = False
         self.created_position = max(self.created_position, self._highest_done)
         self.position = self.base
         self._done = {}

@@ -38,7 +38,7 @@ lint: $(VENV)/.built ## ruff, mypy, stubtest, rustfmt, clippy; whether docs/conf
 	$(BIN)/python -m tests.conformance.page --check
 	@! git grep -nE '(pypi[.]org|pythonhosted[.]org|crates[.]io)' -- ':!Makefile' | grep -v '^Cargo.lock:[0-9]*:source = "registry+' || { echo "A registry's host is named"; exit 1; }
 
-bench: $(VENV)/.built ## Benchmarks: the Rust core; delivery beside SQL; /sync; refusing beside accepting; newcomers, also plain ones and with busy cores
+bench: $(VENV)/.built ## Benchmarks: the Rust core; delivery beside SQL; /sync; refusing beside accepting; newcomers, also plain ones and with busy cores; workers
 	cargo bench --quiet
 	$(BIN)/python -m benchmarks.delivery
 	$(BIN)/python -m benchmarks.sync
@@ -46,6 +46,7 @@ bench: $(VENV)/.built ## Benchmarks: the Rust core; delivery beside SQL; /sync; 
 	$(BIN)/python -m benchmarks.flood
 	$(BIN)/python -m benchmarks.newcomers --runs 5
 	$(BIN)/python -m benchmarks.newcomers --runs 5 --plain --busy
+	$(BIN)/python -m benchmarks.workers
 
 conformance: $(VENV)/.built ## Every requirement of MSC4354, asked of Synapse with the module; docs/conformance.md
 	$(BIN)/python -m pytest tests/conformance --record $(PYTEST_ARGS)

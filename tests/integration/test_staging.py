@@ -19,7 +19,7 @@ from tests.integration.rooms import (
 )
 from tests.lab import Homeserver, Peer, wait_until
 from tests.lab.scene import Scene, enter
-from tests.lab.spam import HOLD, JOIN_HOLDER
+from tests.lab.spam import JOIN_HOLDER, hold_joins, release_joins
 
 
 def highest_staged(server: Homeserver, done: Callable[[], bool]) -> int:
@@ -130,8 +130,7 @@ def test_while_the_room_is_being_joined(servers: Servers, peer: Peer, killed: bo
     bob.join(scene.room_id, resident.name)
     bob.leave(scene.room_id)
     wait_until_gone(scene.alice, scene.room_id, bob)
-    hold = resident.folder / HOLD
-    hold.touch()
+    hold_joins(resident.folder)
 
     def join() -> None:
         with suppress(requests.RequestException):
@@ -152,7 +151,7 @@ def test_while_the_room_is_being_joined(servers: Servers, peer: Peer, killed: bo
     wait_until(lambda: kept in set_aside(server), "it to be kept")
     if killed:
         server.kill()
-    hold.unlink()
+    release_joins(resident.folder)
     finish()
     if killed:
         server.start()

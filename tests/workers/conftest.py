@@ -5,8 +5,15 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.integration.rooms import NO_LIMITS
 from tests.lab import Lab, WorkerHomeserver
+
+_FAR = {"per_second": 1_000, "burst_count": 10_000}
+FAR_LIMITS = {
+    "federation": dict.fromkeys(
+        ("per_server", "per_server_in_room", "per_sender", "per_room"), _FAR
+    ),
+    "local": {"per_user": _FAR},
+}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -21,9 +28,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="module")
 def deployment(lab: Lab) -> Iterator[WorkerHomeserver]:
-    """Ten processes with the module, without limits."""
+    """Ten processes with the module, with limits that no test reaches."""
     lab.prepare()
-    started = lab.make_workers(config=NO_LIMITS)
+    started = lab.make_workers(config=FAR_LIMITS)
     started.first_start()
     yield started
     lab.close_servers([started])

@@ -27,7 +27,8 @@ class Lab:
     """A temporary folder with homeservers in it. Use it in a ``with`` statement.
 
     Args:
-        workers: whether the first of the servers that are started together has many processes.
+        workers: whether the first server with the module has many processes, of those that are
+            started together (the first one, if none has it).
     """
 
     def __init__(self, *, workers: bool = False) -> None:
@@ -102,8 +103,10 @@ class Lab:
     def servers(self, *options: dict[str, Any]) -> list[Homeserver]:
         """Starts one server for each of the options, side by side."""
         self.prepare()
+        with_module = [n for n, option in enumerate(options) if option.get("module", True)]
+        of_many = (with_module or [0])[:1] if self._workers else []
         servers: list[Homeserver] = [
-            self.make_workers(**option) if self._workers and number == 0 else self.make(**option)
+            self.make_workers(**option) if number in of_many else self.make(**option)
             for number, option in enumerate(options)
         ]
         for server in servers:

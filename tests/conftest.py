@@ -70,6 +70,14 @@ def three(lab: Lab) -> Iterator[list[Homeserver]]:
     lab.close_servers(started)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What is about one process is not asked of many."""
+    if config.getoption("--workers"):
+        left = [item for item in items if item.get_closest_marker("one_process")]
+        items[:] = [item for item in items if item not in left]
+        config.hook.pytest_deselected(items=left)
+
+
 def pytest_configure() -> None:
     """Has ``kill`` and ``timeout`` end the tests as Ctrl-C does: with all servers."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)

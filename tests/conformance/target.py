@@ -60,6 +60,11 @@ class Target:
         process.kill()
         process.restart()
 
+    @property
+    def receivers(self) -> int:
+        """How many of its processes take other servers' transactions."""
+        return self._process().receivers
+
     def metrics(self) -> dict[str, float]:
         """What its processes count, together, by name and labels."""
         total: dict[str, float] = {}

@@ -78,6 +78,7 @@ def test_the_process_is_killed(
     tell_with(Fault(transaction, moment, "kill"), faulty, peer, newcomer)
 
 
+@pytest.mark.one_process
 @pytest.mark.requirement("E4")
 @pytest.mark.parametrize("kind", ["kill", "error"])
 @pytest.mark.parametrize("transaction", AT_THE_START)
@@ -129,6 +130,7 @@ def newcomer(lab: Lab) -> Iterator[Peer]:
     started.close()
 
 
+@pytest.mark.one_process
 @pytest.mark.requirement("L3", "E4")
 def test_the_disk_is_full(servers: Servers, peer: Peer) -> None:
     (server,) = servers({"config": NO_LIMITS})

@@ -78,6 +78,7 @@ def test_hundreds_of_old_events(
         wait_until_all_pushed(resident, room_id)
 
 
+@pytest.mark.one_process
 @pytest.mark.requirement("P3")
 def test_module_without_config_and_with_all_of_it(servers: Servers) -> None:
     everything = {
@@ -100,6 +101,7 @@ def test_module_without_config_and_with_all_of_it(servers: Servers) -> None:
         )
 
 
+@pytest.mark.one_process
 def test_duties_can_be_switched_off(servers: Servers) -> None:
     off = {
         "joins": {"enabled": False},

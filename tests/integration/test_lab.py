@@ -12,6 +12,8 @@ from tests.lab import Homeserver, Lab, wait_until
 from tests.lab.client import sticky_events
 from tests.lab.homeserver import StartError
 
+pytestmark = pytest.mark.one_process
+
 PLAIN = {"module": False}
 
 

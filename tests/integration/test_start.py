@@ -7,6 +7,8 @@ import pytest
 from tests.lab import Lab
 from tests.lab.homeserver import StartError
 
+pytestmark = pytest.mark.one_process
+
 
 def start_error(lab: Lab, **options: Any) -> str:
     """Starts a server that must not start, and gives what it said."""

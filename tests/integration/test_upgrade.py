@@ -1,7 +1,5 @@
 """Taking the module out, and other versions of its tables, lose nothing (E4)."""
 
-import sqlite3
-
 import pytest
 
 from tests.conftest import Servers
@@ -13,15 +11,6 @@ from tests.lab.scene import Scene, enter
 HOURLY = {"per_second": 0.001, "burst_count": 5}
 DEFERRING = {"config": limits(per_server=HOURLY)}
 LATER_LAYOUT = 99
-
-
-def change(server: Homeserver, *statements: str) -> None:
-    """In the database of a server that does not run."""
-    connection = sqlite3.connect(server.database_path)
-    with connection:
-        for statement in statements:
-            connection.execute(statement)
-    connection.close()
 
 
 def take_the_module_out(server: Homeserver) -> None:
@@ -93,8 +82,7 @@ def test_from_the_layout_before_pages(servers: Servers, peer: Peer) -> None:
     (server,) = servers(DEFERRING)
     scene, flood = some_wait(server, peer)
     server.stop()
-    change(
-        server,
+    server.change(
         "DROP TABLE synapse_sticky_pages",
         "DELETE FROM synapse_sticky_layout WHERE version > 2",
     )
@@ -114,8 +102,7 @@ def test_from_the_first_layout(servers: Servers, peer: Peer) -> None:
     peer.join(server, room_id, peer.user("eve"))
     wait_until(lambda: room_id in backlogged_rooms(server), "the newcomer to be noted")
     server.stop()
-    change(
-        server,
+    server.change(
         "DROP TABLE synapse_sticky_pages",
         "DROP TABLE synapse_sticky_deferred",
         "DELETE FROM synapse_sticky_layout WHERE version > 1",
@@ -133,7 +120,7 @@ def test_layout_of_a_later_version(servers: Servers, peer: Peer) -> None:
     scene, flood = some_wait(server, peer)
     waiting = deferred(server)
     server.stop()
-    change(server, f"INSERT INTO synapse_sticky_layout (version) VALUES ({LATER_LAYOUT})")
+    server.change(f"INSERT INTO synapse_sticky_layout (version) VALUES ({LATER_LAYOUT})")
     server.restart()
     wait_until(
         lambda: server.log_has(f"have layout {LATER_LAYOUT}, this version of"), "the explanation"

@@ -67,18 +67,19 @@ def take(transaction: str, *moments: str) -> Fault | None:
     path = Path(_FILE)
     try:
         fault = Fault(**json.loads(path.read_text()))
+        if fault.transaction != transaction or fault.moment not in moments:
+            return None
+        path.unlink()
     except FileNotFoundError:
+        # There is none, or another process of the server took it.
         return None
-    if fault.transaction != transaction or fault.moment not in moments:
-        return None
-    path.unlink()
     return fault
 
 
 def set_clock(server: Homeserver, offset_s: float) -> None:
     """Has the clock of a running server jump: it is so far from the true time then."""
-    assert server.process is not None
-    set_clock_of(server.process, server.folder, offset_s)
+    for process in server.running():
+        set_clock_of(process, server.folder, offset_s)
 
 
 def set_clock_of(process: subprocess.Popen[bytes], folder: Path, offset_s: float) -> None:

@@ -59,6 +59,9 @@ class Homeserver:
         host: the host in its server name; ACLs tell servers apart by it.
     """
 
+    receivers = 1
+    """How many processes take other servers' transactions, in turns."""
+
     def __init__(
         self,
         folder: Path,
@@ -311,6 +314,10 @@ class Homeserver:
         assert self.process is not None, f"{self.name} is not running"
         return self.process
 
+    def running(self) -> list[subprocess.Popen[bytes]]:
+        """Its processes."""
+        return [self._running()]
+
     # Looking inside
 
     def output(self) -> str:
@@ -347,6 +354,16 @@ class Homeserver:
         connection = sqlite3.connect(f"file:{self.database_path}?mode=ro", uri=True, timeout=30)
         try:
             return connection.execute(sql, args).fetchall()
+        finally:
+            connection.close()
+
+    def change(self, *statements: str) -> None:
+        """Changes the server's database, in one transaction."""
+        connection = sqlite3.connect(self.database_path, timeout=30)
+        try:
+            with connection:
+                for statement in statements:
+                    connection.execute(statement)
         finally:
             connection.close()
 

@@ -46,6 +46,8 @@ class WorkerHomeserver(Homeserver):
     The others are Homeserver's.
     """
 
+    receivers = len(RECEIVERS)
+
     def __init__(
         self,
         folder: Path,
@@ -247,6 +249,9 @@ class WorkerHomeserver(Homeserver):
         self.start()
         self.wait_until_ready()
 
+    def running(self) -> list[subprocess.Popen[bytes]]:
+        return list(self.processes.values())
+
     def pause(self) -> None:
         self.pause_processes(*self.processes)
 
@@ -299,7 +304,6 @@ class WorkerHomeserver(Homeserver):
             return list(cursor.fetchall())
 
     def change(self, *statements: str) -> None:
-        """In the database, in one transaction."""
         with self._cursor() as cursor:
             for statement in statements:
                 cursor.execute(statement)

@@ -23,6 +23,11 @@ from tests.lab.client import STICKY_FIELD, WITHOUT_TIMELINE
 PLAIN = {"module": False}
 
 
+def refusing(**options: Any) -> dict[str, Any]:
+    """A server that refuses past these limits, exactly: each receiving process has its own."""
+    return {"config": limits("reject", **options), "balanced_by_source": True}
+
+
 def traces(server: Homeserver, event_ids: list[str]) -> list[str]:
     """The tables that know one of the events."""
     tables = [
@@ -39,8 +44,8 @@ def traces(server: Homeserver, event_ids: list[str]) -> list[str]:
 
 @pytest.mark.requirement("L1", "L2", "L6")
 def test_transactions_past_the_limit_leave_no_trace(servers: Servers) -> None:
-    config = limits("reject", per_server={"per_second": 1, "burst_count": 10})
-    a, c = servers(PLAIN, {"config": config, "forwarded": True})
+    options = refusing(per_server={"per_second": 1, "burst_count": 10})
+    a, c = servers(PLAIN, {**options, "forwarded": True})
     assert c.forwarder is not None
     mallory, carol = a.user(), c.user()
     room_id = room_of(mallory, carol, via=a)
@@ -83,8 +88,8 @@ def test_transactions_past_the_limit_leave_no_trace(servers: Servers) -> None:
 
 @pytest.mark.requirement("L2", "S1", "S2")
 def test_only_valid_unexpired_sticky_pdus_count(servers: Servers) -> None:
-    config = limits("reject", per_server={"per_second": 0.001, "burst_count": 1})
-    a, c = servers(PLAIN, {"config": config})
+    options = refusing(per_server={"per_second": 0.001, "burst_count": 1})
+    a, c = servers(PLAIN, options)
     mallory, carol = a.user(), c.user()
     room_id = room_of(mallory, carol, via=a)
     now_ms = int(time.time() * 1000)
@@ -114,8 +119,8 @@ def test_only_valid_unexpired_sticky_pdus_count(servers: Servers) -> None:
 
 @pytest.mark.requirement("L6")
 def test_claimed_senders_are_not_charged(servers: Servers) -> None:
-    config = limits("reject", per_sender={"per_second": 0.001, "burst_count": 1})
-    a, b, c = servers(PLAIN, PLAIN, {"config": config})
+    options = refusing(per_sender={"per_second": 0.001, "burst_count": 1})
+    a, b, c = servers(PLAIN, PLAIN, options)
     mallory, bob, carol = a.user(), b.user(), c.user()
     room_id = room_of(mallory, bob, carol, via=a)
     forged: dict[str, Any] = {
@@ -136,8 +141,8 @@ def test_claimed_senders_are_not_charged(servers: Servers) -> None:
 
 @pytest.mark.requirement("L2")
 def test_failed_transaction_is_charged_once(servers: Servers) -> None:
-    config = limits("reject", per_server={"per_second": 0.001, "burst_count": 2})
-    a, c = servers(PLAIN, {"config": config})
+    options = refusing(per_server={"per_second": 0.001, "burst_count": 2})
+    a, c = servers(PLAIN, options)
     mallory, carol = a.user(), c.user()
     room_id = room_of(mallory, carol, via=a)
     pdu = {
@@ -160,8 +165,8 @@ def test_failed_transaction_is_charged_once(servers: Servers) -> None:
 @pytest.mark.requirement("L1", "L2", "L3", "L6")
 @pytest.mark.timeout(900)
 def test_flood_with_refusals(servers: Servers) -> None:
-    config = limits("reject", per_server={"per_second": 10, "burst_count": 100})
-    a, b, c = servers(PLAIN, PLAIN, {"config": config})
+    options = refusing(per_server={"per_second": 10, "burst_count": 100})
+    a, b, c = servers(PLAIN, PLAIN, options)
     mallory, bob, carol = a.user(), b.user(), c.user()
     room_id = room_of(mallory, bob, carol, via=a)
     introduce(b, c)
@@ -182,8 +187,8 @@ def test_flood_with_refusals(servers: Servers) -> None:
 
 @pytest.mark.requirement("L1", "L4", "L5")
 def test_what_evades_the_refusal_is_deferred(servers: Servers) -> None:
-    config = limits("reject", per_room={"per_second": 0.001, "burst_count": 3})
-    a, b, c = servers(PLAIN, PLAIN, {"config": config})
+    options = refusing(per_room={"per_second": 0.001, "burst_count": 3})
+    a, b, c = servers(PLAIN, PLAIN, options)
     alice, bob, carol = a.user(), b.user(), c.user()
     room_id = room_of(alice, bob, carol, via=a)
     finish = in_thread(partial(send_old_events, room_id, [bob], 4))

@@ -57,6 +57,8 @@ class Homeserver:
         metrics: whether there is a listener for metrics, at ``metrics_port``.
         forwarded: whether the federation port lies behind a forwarder, so that it can be cut off.
         host: the host in its server name; ACLs tell servers apart by it.
+        balanced_by_source: whether one other server's requests all reach the same receiving
+            process, if there are several.
     """
 
     receivers = 1
@@ -76,8 +78,10 @@ class Homeserver:
         metrics: bool = False,
         forwarded: bool = False,
         host: str = "localhost",
+        balanced_by_source: bool = False,
     ) -> None:
         self.folder = folder
+        self._balanced_by_source = balanced_by_source
         self._host = host
         self.module = module
         self._module_name = PROBED_MODULE if probed else module_name

@@ -73,7 +73,7 @@ class WorkerHomeserver(Homeserver):
     def _choose_ports(self) -> None:
         assert isinstance(self.forwarder, Forwarder)
         self.forwarder.target_port = self.federation_proxy.port
-        self.federation_port = self.forwarder.port
+        self.federation_port = self.federation_proxy.port
         self.client_port, self.metrics_port = self.proxy.port, 0
         self.name = f"{self._host}:{self.forwarder.port}"
         self.base_url = f"http://127.0.0.1:{self.proxy.port}"
@@ -135,7 +135,8 @@ class WorkerHomeserver(Homeserver):
         return [self.socket_of(SYNC if path.endswith("/v3/sync") else MAIN)]
 
     def _sockets_of_receivers(self, _: str) -> list[Path]:
-        first = next(self._turn) % len(RECEIVERS)
+        # All sources have the same address here.
+        first = 0 if self._balanced_by_source else next(self._turn) % len(RECEIVERS)
         return [self.socket_of(name) for name in (*RECEIVERS[first:], *RECEIVERS[:first])]
 
     # Control

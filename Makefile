@@ -22,8 +22,8 @@ test: $(VENV)/.built ## The tests: the Rust core, then Python on real homeserver
 test-slow: $(VENV)/.built ## The tests that take half a minute each, and the same faults at more moments
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
-test-workers: $(VENV)/.built ## The conformance suite and more on a Synapse of ten processes, with Postgres and Valkey
-	$(BIN)/python -m pytest --workers -m "not slow" tests/workers tests/conformance $(PYTEST_ARGS)
+test-workers: $(VENV)/.built ## The conformance and integration suites and more on a Synapse of ten processes, with Postgres and Valkey: an hour
+	$(BIN)/python -m pytest --workers -m "not slow" tests/workers tests/conformance tests/integration $(PYTEST_ARGS)
 
 lint: $(VENV)/.built ## ruff, mypy, stubtest, rustfmt, clippy; whether docs/conformance.md is true
 	@cargo fmt --version >/dev/null 2>&1 || { echo "rustfmt is missing: rustup component add rustfmt"; exit 1; }

@@ -160,8 +160,8 @@ def _tell(deployment: WorkerHomeserver, count: int) -> tuple[float, float]:
     found = []
     for _ in range(3):
         requests = [
-            _request(user, user.sync()["next_batch"], number)
-            for user in users
+            _request(user, since, number)
+            for user, since in [(user, user.sync()["next_batch"]) for user in users]
             for number in range(count // _USERS)
         ]
         times_s = _until_answered(deployment, requests, lambda: sender.send_sticky(room_id))

@@ -316,7 +316,8 @@ class Staging(Protocol):
 
     def set_aside(self, take: Callable[[IncompletePdu, StagedEvent, str], Awaitable[None]]) -> None:
         """Hands over each sticky PDU that Synapse drops as it cannot fetch all its prev_events, or
-        holds in memory only as the room is being joined; and says which."""
+        as this server is not in the room, which it may be about to join; and says which. None that
+        can never be taken in."""
 
     def stage_txn(self, txn: Cursor, room_id: str, pdus: Sequence[IncompletePdu]) -> None:
         """Puts PDUs of the room into the area, in this order, behind those that are there; none if

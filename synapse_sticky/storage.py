@@ -434,6 +434,23 @@ class Storage:
 
         return await self._hs.transact("due_incomplete", read_txn)
 
+    async def postpone_incomplete(self, origin: str, room_id: str, by_ms: int) -> None:
+        """These PDUs are looked at so much later; those that are expired are forgotten."""
+
+        def write_txn(txn: Cursor) -> None:
+            where = "WHERE origin = ? AND room_id = ?"
+            now_ms = self._hs.now_ms()
+            txn.execute(
+                f"DELETE FROM synapse_sticky_incomplete {where} AND until_ms <= ?",
+                (origin, room_id, now_ms),
+            )
+            txn.execute(
+                f"UPDATE synapse_sticky_incomplete SET due_ms = ? {where}",
+                (now_ms + by_ms, origin, room_id),
+            )
+
+        await self._hs.transact("postpone_incomplete", write_txn)
+
     async def next_incomplete_ms(self) -> int | None:
         """When the next is due; None if there is none."""
 

@@ -56,8 +56,11 @@ class SynapseStaging:
         self._clock = hs.get_clock()
         self._server = hs.get_federation_server() if serves(hs, "federation") else None
         self._handler = hs.get_federation_event_handler()
-        hooks.attribute(self._handler, "room_queues")
         hooks.method(self._store, "have_events_in_timeline", "event_ids")
+        hooks.method(self._store, "is_host_joined", "room_id", "host")
+        self._server_name = hs.hostname
+        errors = self._store.database_engine.module
+        self._passing_errors = (errors.OperationalError, errors.InterfaceError)
         self._replace_on_receive_pdu = hooks.replace(
             self._handler, "on_receive_pdu", "origin", "pdu"
         )
@@ -113,29 +116,37 @@ class SynapseStaging:
                 logger.exception("Could not set the sticky PDU %s aside", pdu.event_id)
 
         async def on_receive_pdu(origin: str, pdu: EventBase) -> None:
-            has_field = self._staged(pdu).sticky_field is not None
+            if self._staged(pdu).sticky_field is None or not _is_possible(pdu):
+                await original(origin, pdu)
+                return
+            # Who joins the room is the main process; it has what comes to it meanwhile in memory
+            # only, and others ignore it. By then it has left the staging area.
+            in_room = await self._may_be_in_room(pdu.room_id)
             try:
                 await original(origin, pdu)
             except Exception:
-                if has_field and await self._lacks_prev_events(pdu):
+                if await self._lacks_prev_events(pdu):
                     await keep(origin, pdu, "its prev_events cannot be fetched for now")
                 raise
-            if has_field and pdu.room_id in self._handler.room_queues:
-                # In memory, while it leaves the staging area.
-                await keep(origin, pdu, "the room is being joined")
+            if not in_room:
+                await keep(origin, pdu, "this server is not in the room, or not yet")
 
         hooks.replace(self._handler, "on_receive_pdu", "origin", "pdu")(on_receive_pdu)
 
+    async def _may_be_in_room(self, room_id: str) -> bool:
+        try:
+            return bool(await self._store.is_host_joined(room_id, self._server_name))
+        except Exception:
+            logger.exception("Could not look whether this server is in %s", room_id)
+            return False
+
     async def _lacks_prev_events(self, pdu: EventBase) -> bool:
         prev_event_ids = set(pdu.prev_event_ids())
-        # Synapse takes no more of them, whatever comes.
-        if len(prev_event_ids) > _MAX_PREV_EVENTS or len(pdu.auth_event_ids()) > _MAX_AUTH_EVENTS:
-            return False
         try:
             return bool(prev_event_ids - await self.persisted(prev_event_ids))
-        except Exception:
+        except Exception as e:
             logger.exception("Could not look for the prev_events of %s", pdu.event_id)
-            return True
+            return isinstance(e, self._passing_errors)
 
     async def persisted(self, event_ids: Collection[str]) -> set[str]:
         there: set[str] = await self._store.have_events_in_timeline(event_ids)
@@ -163,8 +174,7 @@ class SynapseStaging:
 
     def retry_processing(self, again: Callable[[StagedEvent, int], int | None]) -> None:
         original = self._handler.on_receive_pdu
-        errors = self._store.database_engine.module
-        passing = (errors.OperationalError, errors.InterfaceError)
+        passing = self._passing_errors
 
         async def on_receive_pdu(origin: str, pdu: EventBase) -> None:
             failures = 0
@@ -251,6 +261,17 @@ class SynapseStaging:
             return True
         referenced = {p for s in now_known.values() for p in s.prev_event_ids}
         return {e for e, s in now_known.items() if e in referenced and not s.keep}
+
+
+def _is_possible(pdu: EventBase) -> bool:
+    """May it ever be taken in? Synapse takes no more prev_events and auth_events than that, and
+    Postgres has no text with NUL in it, nor can it be asked for one."""
+    prev_event_ids, auth_event_ids = pdu.prev_event_ids(), pdu.auth_event_ids()
+    return (
+        len(set(prev_event_ids)) <= _MAX_PREV_EVENTS
+        and len(auth_event_ids) <= _MAX_AUTH_EVENTS
+        and not any("\0" in event_id for event_id in (*prev_event_ids, *auth_event_ids))
+    )
 
 
 def _incomplete(origin: str, pdu: EventBase) -> IncompletePdu:

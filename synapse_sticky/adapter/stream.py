@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from immutabledict import immutabledict
+from synapse.replication.tcp.streams._base import StickyEventsStream
 from synapse.storage.database import LoggingTransaction, make_in_list_sql_clause
 from synapse.types import MultiWriterStreamToken
 from synapse.util.json import json_decoder
@@ -49,8 +50,12 @@ class SynapseStickyStream:
             *("relates_to", "backfilled"),
         )
         hooks.method(self._store, "_invalidate_local_get_event_cache_room_id", "room_id")
+        hooks.method(
+            self._store, "process_replication_rows", "stream_name", "instance_name", "token", "rows"
+        )
         self._persisted_event: str | None = None
-        self._notes_persisted_events = False
+        self._takes_new_rows = False
+        self._notes_new_events = False
 
     def positions(self) -> dict[str, int]:
         token = self._token()
@@ -112,19 +117,33 @@ class SynapseStickyStream:
     def on_event_changed(self, callback: Callable[[str], None]) -> None:
         # Synapse drops an event from its cache in every process whenever a redaction, a purge or
         # a change of soft-failure makes the cached copy untrue: that is what is needed here too.
-        # It does so for each new event as well, and that would be a query for each.
-        self._note_persisted_events()
+        # It does so for each new event as well, and for each new row of the stream, which is read
+        # anyway; and that would be a query for each.
+        if not self._notes_new_events:
+            self._notes_new_events = True
+            self._note_persisted_events()
+            self._note_new_rows()
 
         def changed(event_id: str) -> None:
-            if event_id != self._persisted_event:
+            if event_id != self._persisted_event and not self._takes_new_rows:
                 callback(event_id)
 
         self._after("_invalidate_local_get_event_cache", changed)
 
+    def _note_new_rows(self) -> None:
+        original = self._store.process_replication_rows
+
+        @functools.wraps(original)
+        def process_replication_rows(stream_name: str, *args: Any, **kwargs: Any) -> None:
+            self._takes_new_rows = stream_name == StickyEventsStream.NAME
+            try:
+                original(stream_name, *args, **kwargs)
+            finally:
+                self._takes_new_rows = False
+
+        self._store.process_replication_rows = process_replication_rows
+
     def _note_persisted_events(self) -> None:
-        if self._notes_persisted_events:
-            return
-        self._notes_persisted_events = True
         original = self._store._invalidate_caches_for_event
 
         @functools.wraps(original)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from synapse.api.constants import Membership
 from synapse.events import EventBase
 from synapse.events.utils import FilteredEvent
+from synapse.types import get_domain_from_id
 
 from synapse_sticky.adapter import hooks
 from synapse_sticky.homeserver import ServerVisibility, UserVisibility
@@ -54,8 +55,11 @@ class SynapseVisibility:
             sync,
         )
 
-        self._store = hs.get_datastores().main
+        # Any, as in all of the adapter: Synapse's cached methods are typed by a plugin that it does
+        # not ship.
+        self._store: Any = hs.get_datastores().main
         self._server_name = hs.hostname
+        hooks.method(self._store, "is_partial_state_room", "room_id")
         # The modules that send events to other servers each import the filter by name.
         self._users = [per_destination_queue, federation]
         for user in self._users:
@@ -93,9 +97,18 @@ class SynapseVisibility:
                 # More than one homeserver may share a process (as in Synapse's own tests).
                 if local_server_name != self._server_name:
                     return visible
-                return await _add_allowed(allowed, target_server_name, events, visible)
+                hidden = _hidden_from_server(events, visible)
+                if options.get("filter_out_remote_partial_state_events"):
+                    # Who is joined is not known for sure, and these are not this server's own.
+                    hidden = [e for e in hidden if not await self._is_uncertain(e)]
+                return await _add_allowed(allowed, target_server_name, events, visible, hidden)
 
             hooks.replace(user, "filter_events_for_server", *_PARAMETERS)(filter_events)
+
+    async def _is_uncertain(self, event: EventBase) -> bool:
+        if get_domain_from_id(event.sender) == self._server_name:
+            return False
+        return bool(await self._store.is_partial_state_room(event.room_id))
 
     def hide_from_users(self, hidden: UserVisibility) -> None:
         for shown in self._shown:
@@ -177,21 +190,29 @@ async def _hidden_from_user(
         return {event.event_id for event in events}
 
 
-async def _add_allowed(
-    allowed: ServerVisibility,
-    server: str,
-    events: Sequence[EventBase],
-    visible: list[EventBase],
+def _hidden_from_server(
+    events: Sequence[EventBase], visible: Sequence[EventBase]
 ) -> list[EventBase]:
+    """The sticky events that history visibility hides, or shows without what makes them so."""
     # An event that is visible comes back as the very same object, a redacted one as a copy.
     by_id = {event.event_id: event for event in visible}
-    hidden = [
+    return [
         e
         for e in events
         if by_id.get(e.event_id) is not e
         and e.sticky_duration() is not None
         and e.rejected_reason is None
+        and not e.internal_metadata.policy_server_spammy
     ]
+
+
+async def _add_allowed(
+    allowed: ServerVisibility,
+    server: str,
+    events: Sequence[EventBase],
+    visible: list[EventBase],
+    hidden: Sequence[EventBase],
+) -> list[EventBase]:
     if not hidden:
         return visible
     try:
@@ -199,5 +220,6 @@ async def _add_allowed(
     except Exception:
         logger.exception("Could not decide which sticky events %s may see, showing none", server)
         return visible
+    by_id = {event.event_id: event for event in visible}
     by_id.update((e.event_id, e) for e in hidden if e.event_id in shown)
     return [by_id[e.event_id] for e in events if e.event_id in by_id]

@@ -1,11 +1,12 @@
 """What was acknowledged is not dropped: sticky events stay in the inbound staging area (L3), until
 they are processed.
 
-If the prev_events of one cannot be fetched, as who has them is away, Synapse drops it; while the
-room is being joined, it holds it in memory, and a crash drops it. Such a PDU
-is kept in a table and staged again from time to time, by whichever process comes to it, until it
-is persisted or expired. Of those that came from one server for one room only the oldest has its
-prev_events asked for: it is a chain more often than not, and who does not answer holds the room up.
+If the prev_events of one cannot be fetched, as who has them is away, Synapse drops it; so it does
+while the room is being joined, but for what comes to the process that joins it, which a crash
+drops. Such a PDU is kept in a table and staged again from time to time, by whichever process comes
+to it, until it is persisted or expired. Of those that came from one server for one room only the
+oldest has its prev_events asked for: it is a chain more often than not, and who does not answer
+holds the room up.
 
 Fails open: if the pruning cannot be decided, nothing is pruned this time.
 """
@@ -30,6 +31,12 @@ _LOOK_AGAIN_MS = 1_000
 _POLL_MS = 60_000
 """Another process may have set PDUs aside, and be gone."""
 
+_AFTER_FAILURE_MS = 10_000
+"""When one server's PDUs of a room are looked at again, if something is wrong with them."""
+
+_STARTS_WITHIN_MS = 30_000
+"""How long a PDU waits for the table after the process has started."""
+
 
 class StagingHandler:
     """Keeps unexpired sticky PDUs out of Synapse's pruning of staged PDUs, and has those processed
@@ -39,12 +46,14 @@ class StagingHandler:
         self._hs = homeserver
         self._storage = storage
         self._has_table = False
+        self._began_ms = 0
         self._timer: Cancellable | None = None
         self._looks_at_ms = 0
         self._looking = False
 
     def start(self) -> None:
         """Takes effect from the next PDU on."""
+        self._began_ms = self._hs.now_ms()
         self._hs.staging.keep_from_pruning(self.keep)
         self._hs.staging.retry_processing(self.try_again_ms)
         self._hs.staging.set_aside(self.set_aside)
@@ -79,8 +88,14 @@ class StagingHandler:
     async def set_aside(self, pdu: IncompletePdu, staged: StagedEvent, why: str) -> None:
         """Keeps a PDU that Synapse is about to drop, or holds in memory only, until it is
         persisted or expired."""
+        while not self._has_table:
+            # It is being made; or is of a later version of the module, and will not be there.
+            if self._hs.now_ms() - self._began_ms >= _STARTS_WITHIN_MS:
+                logger.warning("There is no table yet, not keeping the sticky PDU %s", pdu.event_id)
+                return
+            await self._hs.sleep_ms(_RETRY_MIN_MS)
         failures = 0
-        while self._has_table and self.keep(staged):
+        while self.keep(staged):
             due_ms = self._hs.now_ms() + _RETRY_MIN_MS
             try:
                 if await self._storage.set_aside(pdu, self._until_ms(staged), due_ms):
@@ -118,7 +133,12 @@ class StagingHandler:
         delay_ms = _RETRY_MIN_MS
         try:
             for origin, room_id in await self._storage.due_incomplete():
-                await self._look_at(origin, room_id)
+                try:
+                    await self._look_at(origin, room_id)
+                except Exception:
+                    # Those of others need not wait for them.
+                    logger.exception("Could not stage PDUs of %s for %s again", origin, room_id)
+                    await self._storage.postpone_incomplete(origin, room_id, _AFTER_FAILURE_MS)
             next_ms = await self._storage.next_incomplete_ms()
             wait_ms = _POLL_MS if next_ms is None else next_ms - self._hs.now_ms()
             delay_ms = min(max(wait_ms, _LOOK_AGAIN_MS), _POLL_MS)
@@ -131,6 +151,14 @@ class StagingHandler:
     async def _look_at(self, origin: str, room_id: str) -> None:
         now_ms = self._hs.now_ms()
         waiting = await self._storage.incomplete(origin, room_id)
+        if not await self._hs.rooms.is_in_room(room_id):
+            # Perhaps it is being joined; until it is, all would be dropped once more.
+            await self._storage.stage_again(
+                *(origin, room_id, []),
+                over=[pdu.event_id for pdu in waiting if pdu.until_ms <= now_ms],
+                due={pdu.event_id: _next_ms(pdu, now_ms) for pdu in waiting},
+            )
+            return
         prevs = {prev for pdu in waiting for prev in pdu.prev_event_ids}
         there = await self._hs.staging.persisted({*prevs, *(pdu.event_id for pdu in waiting)})
         over = [pdu for pdu in waiting if pdu.event_id in there or pdu.until_ms <= now_ms]

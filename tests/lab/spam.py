@@ -9,7 +9,7 @@ from synapse.module_api import NOT_SPAM, ModuleApi, errors
 
 SPAM_CHECKER = "tests.lab.spam.SpamChecker"
 JOIN_HOLDER = "tests.lab.spam.JoinHolder"
-_HOLD = "hold"
+_HOLD, _HELD = "hold", "held"
 
 
 class SpamChecker:
@@ -26,6 +26,11 @@ class SpamChecker:
 def hold_joins(folder: Path) -> None:
     """Has the server whose folder this is take its time with whoever joins."""
     os.mkfifo(folder / _HOLD)
+
+
+def holds_a_join(folder: Path) -> bool:
+    """Has one come?"""
+    return (folder / _HELD).exists()
 
 
 def release_joins(folder: Path) -> None:
@@ -45,5 +50,6 @@ class JoinHolder:
 
     async def _check(self, event: EventBase) -> Any:
         if event.content.get("membership") == "join" and Path(_HOLD).exists():
+            Path(_HELD).touch()
             await self._api.defer_to_thread(Path(_HOLD).read_bytes)
         return NOT_SPAM

@@ -227,6 +227,26 @@ def test_events_before_are_fetched(scene: Scene[Homeserver]) -> None:
     all_is_well(scene, withheld_id, event_id)
 
 
+@pytest.mark.requirement("C3", "L3")
+def test_prev_events_that_no_database_has(servers: Servers, peer: Peer) -> None:
+    """Postgres cannot even be asked for such an ID: such a PDU is not kept for later."""
+    (server,) = servers({"probed": True})
+    scene = enter(server, peer)
+    peer.override = lambda method, path: (502, {}) if "/get_missing_events/" in path else None
+    event_id, pdu = peer.sticky(scene.room, scene.eve, prev_events=["$nul\0"])
+    scene.send(pdu)
+    # What comes after it, and lacks something that can be had later, is.
+    withheld_id, _ = peer.sticky(scene.room, scene.eve)
+    peer.advance(scene.room, withheld_id)
+    sent = scene.flood(2)
+    kept = "SELECT event_id FROM synapse_sticky_incomplete"
+    wait_until(lambda: {e for (e,) in server.query(kept)} == set(sent), "these to be kept")
+    peer.override = lambda method, path: None
+    scene.wait_for_sections(withheld_id, *sent)
+    assert not has_event(server, event_id)
+    all_is_well(scene, withheld_id, *sent)
+
+
 @pytest.mark.requirement("F1", "C3")
 @pytest.mark.parametrize("answer", [(403, {}), (200, {"events": []}), (200, {"events": [5, {}]})])
 def test_events_before_are_withheld(servers: Servers, peer: Peer, answer: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import pytest
 
 from synapse_sticky import storage as storage_module
-from synapse_sticky.handlers.staging import _complete
+from synapse_sticky.handlers.staging import StagingHandler, _complete
 from synapse_sticky.homeserver import IncompletePdu
 from synapse_sticky.storage import Storage, WaitingPdu
 
@@ -23,6 +23,14 @@ class _Cursor(sqlite3.Cursor):
 class _Staging:
     def __init__(self) -> None:
         self.staged: list[str] = []
+        self.fails_for = ""
+
+    async def persisted(self, event_ids: set[str]) -> set[str]:
+        if self.fails_for in event_ids:
+            raise ValueError(self.fails_for)
+        return set()
+
+    async def process(self, room_id: str) -> None: ...
 
     def stage_txn(self, txn: object, room_id: str, pdus: list[IncompletePdu]) -> None:
         assert room_id == ROOM
@@ -36,11 +44,18 @@ class _Homeserver:
 
     def __init__(self) -> None:
         self.now = 0
+        self.in_room = True
+        self.rooms = self
         self.staging = _Staging()
         self._connection = sqlite3.connect(":memory:")
 
     def now_ms(self) -> int:
         return self.now
+
+    async def is_in_room(self, room_id: str) -> bool:
+        return self.in_room
+
+    def call_later(self, *args: object) -> None: ...
 
     async def transact(self, what: str, function: Callable[..., T], *args: Any) -> T:
         with self._connection:
@@ -133,3 +148,40 @@ def test_many_servers_cannot_shut_others_out(
     assert kept(storage, "evil.test") == ["$1", "$2"]
     assert keep(storage, "worse.test", "$4") == [False]
     assert kept(storage, "worse.test") == ["$1", "$2", "$3"]
+
+
+@pytest.mark.requirement("L3", "L6")
+def test_those_of_one_server_do_not_hold_up_those_of_another(
+    homeserver: Any, storage: Storage
+) -> None:
+    handler = StagingHandler(homeserver, storage)
+    keep(storage, "evil.test", "$evil", due_ms=-1)
+    keep(storage, "good.test", "$good")
+    homeserver.staging.fails_for = "$evil"
+    asyncio.run(handler._look())
+    assert homeserver.staging.staged == ["$good"]
+    # It is due again some time later, and forgotten when it is expired.
+    assert [origin for origin, _ in asyncio.run(storage.due_incomplete())] == []
+    homeserver.now = 20_000
+    assert asyncio.run(storage.due_incomplete()) == [("good.test", ROOM), ("evil.test", ROOM)]
+    homeserver.now = 3_600_000
+    asyncio.run(handler._look())
+    assert asyncio.run(storage.next_incomplete_ms()) is None
+
+
+@pytest.mark.requirement("L3", "L6")
+def test_what_comes_for_a_room_that_is_left_waits_until_it_is_joined(
+    homeserver: Any, storage: Storage
+) -> None:
+    handler = StagingHandler(homeserver, storage)
+    homeserver.in_room = False
+    keep(storage, "a.test", "$1")
+    asyncio.run(handler._look())
+    assert homeserver.staging.staged == []
+    homeserver.now, homeserver.in_room = 1_000, True
+    asyncio.run(handler._look())
+    assert homeserver.staging.staged == ["$1"]
+    # Left once more, for good.
+    homeserver.now, homeserver.in_room = 3_600_000, False
+    asyncio.run(handler._look())
+    assert asyncio.run(storage.next_incomplete_ms()) is None

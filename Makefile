@@ -17,7 +17,7 @@ demo: $(VENV)/.built ## The main job on three real homeservers, without and with
 
 test: $(VENV)/.built ## The tests: the Rust core, then Python on real homeservers
 	cargo test --quiet
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.built ## The tests that take half a minute each, and the same faults at more moments
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)

@@ -1,6 +1,7 @@
 """Newcomers get every sticky event, from real homeservers (P3, P4, P5, P7, F3)."""
 
 import re
+import threading
 import time
 from functools import partial
 from urllib.parse import quote
@@ -459,8 +460,10 @@ def room_with_partial_state(
     for _ in range(20):
         room_id = room_of(alice, dave, via=a)
         wait_until(lambda: not has_partial_state(d, room_id), "the other's full state")  # noqa: B023
-        finish = in_thread(partial(bob.join, room_id, a.name))
+        paused = threading.Event()
+        finish = in_thread(partial(join_unless_paused, bob, room_id, a, paused))
         wait_until(partial(joins_are_answered, a, room_id, 2), "the second join to be answered")
+        paused.set()
         a.pause()
         try:
             finish()
@@ -470,6 +473,19 @@ def room_with_partial_state(
             return room_id
         a.resume()
     raise AssertionError("no join left partial state")
+
+
+def join_unless_paused(
+    user: Client, room_id: str, via: Homeserver, paused: threading.Event
+) -> None:
+    """Tries again, as the user's server backs off from one that was paused."""
+    while True:
+        try:
+            user.join(room_id, via.name)
+            return
+        except ApiError:
+            if paused.wait(0.25):
+                raise
 
 
 def joins_are_answered(server: Homeserver, room_id: str, count: int) -> bool:

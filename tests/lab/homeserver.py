@@ -95,6 +95,7 @@ class Homeserver:
         self.log_path = folder / "homeserver.log"
         self._log_start = 0
         self.database_path = folder / "homeserver.db"
+        self._ports: list[socket.socket] = []
         self.signing_key = generate_signing_key("a_lab")
         with (folder / "signing.key").open("w") as file:
             write_signing_keys(file, [self.signing_key])
@@ -105,7 +106,11 @@ class Homeserver:
     # Set-up
 
     def _choose_ports(self) -> None:
-        self.federation_port, self.client_port, self.metrics_port = _free_ports(3)
+        self._let_go_of_ports()
+        self._ports = [_bound() for _ in range(3)]
+        self.federation_port, self.client_port, self.metrics_port = (
+            port.getsockname()[1] for port in self._ports
+        )
         if self.forwarder is not None:
             self.forwarder.target_port = self.federation_port
         public_port = self.forwarder.port if self.forwarder else self.federation_port
@@ -306,8 +311,14 @@ class Homeserver:
     def close(self) -> None:
         """Ends everything that belongs to the server."""
         self.kill()
+        self._let_go_of_ports()
         if self.forwarder is not None:
             self.forwarder.close()
+
+    def _let_go_of_ports(self) -> None:
+        for port in self._ports:
+            port.close()
+        self._ports = []
 
     def _listens(self) -> bool:
         """Does this process listen to clients, rather than another one that has the port?"""
@@ -406,12 +417,13 @@ def _listener(port: int, resource: str, *, tls: bool) -> dict[str, Any]:
     }
 
 
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
+def _bound() -> socket.socket:
+    """Has a port that nobody else is given, also while the server that listens there is down."""
+    bound = socket.socket()
+    # As Twisted does, which may listen there for that.
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bound.bind(("127.0.0.1", 0))
+    return bound
 
 
 def _merge(into: dict[str, Any], changes: dict[str, Any]) -> None:

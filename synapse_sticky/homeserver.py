@@ -315,9 +315,10 @@ class Staging(Protocol):
         """Begins with what is in the area of the room, unless that is under way."""
 
     def set_aside(self, take: Callable[[IncompletePdu, StagedEvent, str], Awaitable[None]]) -> None:
-        """Hands over each sticky PDU that Synapse drops as it cannot fetch all its prev_events, or
-        as this server is not in the room, which it may be about to join; and says which. None that
-        can never be taken in."""
+        """Hands over each sticky PDU that Synapse drops as it cannot be persisted for now or its
+        prev_events cannot be fetched, or as this server is not in the room, which it may be about
+        to join; and says which. So with those that it holds in memory only while it joins. None
+        that can never be taken in."""
 
     def stage_txn(self, txn: Cursor, room_id: str, pdus: Sequence[IncompletePdu]) -> None:
         """Puts PDUs of the room into the area, in this order, behind those that are there; none if
@@ -327,8 +328,9 @@ class Staging(Protocol):
         """Those of the events that are here, and in full."""
 
     def retry_processing(self, again: Callable[[StagedEvent, int], int | None]) -> None:
-        """When the database fails as a PDU is processed, asks with how many failures there have
-        been how many ms later to try again; None leaves it to Synapse, which drops the PDU."""
+        """When the database fails as a PDU is processed, or the event persister is away, asks with
+        how many failures there have been how many ms later to try again; None leaves it to Synapse,
+        which drops the PDU."""
 
 
 class Inbound(Protocol):

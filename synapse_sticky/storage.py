@@ -2,7 +2,8 @@
 
 Sticky events, the stream and the backlog stay in Synapse's tables. Here is only what Synapse has
 no place for: who is a newcomer, how far each process has read the state changes, which events wait
-for their release, what a response of sliding sync had no room for, and which PDUs lack prev_events.
+for their release, what a response of sliding sync had no room for, and which PDUs could not
+be persisted yet.
 """
 
 import json
@@ -138,7 +139,7 @@ class Newcomer:
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
 class WaitingPdu:
-    """A PDU that lacks prev_events: sticky until ``until_ms``, next looked at at ``due_ms``."""
+    """A PDU that could not be persisted yet: sticky until ``until_ms``, looked at at ``due_ms``."""
 
     event_id: str
     prev_event_ids: tuple[str, ...]
@@ -376,7 +377,7 @@ class Storage:
 
         return await self._hs.transact("waiting", read_txn)
 
-    # PDUs that lack prev_events
+    # PDUs that could not be persisted yet
 
     async def set_aside(self, pdu: IncompletePdu, until_ms: int, due_ms: int) -> bool:
         """Keeps a PDU that was acknowledged, and that Synapse drops. False if too many are kept.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import attr
 from synapse.api.constants import StickyEvent
+from synapse.api.errors import SynapseError
 from synapse.api.room_versions import EventFormatVersions, RoomVersion
 from synapse.events import EventBase
 from synapse.federation.federation_server import _INBOUND_EVENT_HANDLING_LOCK_NAME
@@ -60,7 +61,8 @@ class SynapseStaging:
         hooks.method(self._store, "is_host_joined", "room_id", "host")
         self._server_name = hs.hostname
         errors = self._store.database_engine.module
-        self._passing_errors = (errors.OperationalError, errors.InterfaceError)
+        self._database_errors = (errors.OperationalError, errors.InterfaceError)
+        hooks.attribute(self._handler, "room_queues")
         self._replace_on_receive_pdu = hooks.replace(
             self._handler, "on_receive_pdu", "origin", "pdu"
         )
@@ -69,15 +71,11 @@ class SynapseStaging:
         self._known: OrderedDict[str, dict[str, _Staged]] = OrderedDict()
 
     def keep_from_pruning(self, keep: Callable[[StagedEvent], bool]) -> None:
-        original = self._store.prune_staged_events_in_room
-
         async def prune(room_id: str, room_version: RoomVersion) -> bool:
             try:
                 to_delete = await self._to_delete(room_id, room_version, keep)
                 if not to_delete:
                     return False
-                if to_delete is True:
-                    return await original(room_id, room_version)
                 logger.info("Pruning %d staged PDUs of %s", len(to_delete), room_id)
                 await self._store.db_pool.simple_delete_many(
                     table="federation_inbound_events_staging",
@@ -119,16 +117,21 @@ class SynapseStaging:
             if self._staged(pdu).sticky_field is None or not _is_possible(pdu):
                 await original(origin, pdu)
                 return
-            # Who joins the room is the main process; it has what comes to it meanwhile in memory
-            # only, and others ignore it. By then it has left the staging area.
             in_room = await self._may_be_in_room(pdu.room_id)
             try:
                 await original(origin, pdu)
-            except Exception:
-                if await self._lacks_prev_events(pdu):
+            except Exception as e:
+                # Synapse drops it.
+                if self._may_go_well_later(e):
+                    await keep(origin, pdu, "it could not be persisted for now")
+                elif await self._lacks_prev_events(pdu):
                     await keep(origin, pdu, "its prev_events cannot be fetched for now")
                 raise
-            if not in_room:
+            # Who joins the room is the main process; it has what comes to it meanwhile in memory
+            # only, and others ignore it. By then it has left the staging area.
+            if self._is_queued(pdu):
+                await keep(origin, pdu, "the room is being joined")
+            elif not in_room:
                 await keep(origin, pdu, "this server is not in the room, or not yet")
 
         hooks.replace(self._handler, "on_receive_pdu", "origin", "pdu")(on_receive_pdu)
@@ -140,13 +143,28 @@ class SynapseStaging:
             logger.exception("Could not look whether this server is in %s", room_id)
             return False
 
+    def _is_queued(self, pdu: EventBase) -> bool:
+        return any(queued is pdu for queued, _ in self._handler.room_queues.get(pdu.room_id, ()))
+
+    def _is_passing(self, e: Exception) -> bool:
+        """Does the database fail, or is the event persister away?"""
+        # Synapse wraps some.
+        if isinstance(e, self._database_errors) or isinstance(e.__cause__, self._database_errors):
+            return True
+        # An answer of the persister has no cause.
+        return isinstance(e, SynapseError) and e.code == 502 and e.__cause__ is not None
+
+    def _may_go_well_later(self, e: Exception) -> bool:
+        # What fails in the persister, its database perhaps, is an answer with an error here.
+        return self._is_passing(e) or (isinstance(e, SynapseError) and e.code >= 500)
+
     async def _lacks_prev_events(self, pdu: EventBase) -> bool:
         prev_event_ids = set(pdu.prev_event_ids())
         try:
             return bool(prev_event_ids - await self.persisted(prev_event_ids))
         except Exception as e:
             logger.exception("Could not look for the prev_events of %s", pdu.event_id)
-            return isinstance(e, self._passing_errors)
+            return isinstance(e, self._database_errors)
 
     async def persisted(self, event_ids: Collection[str]) -> set[str]:
         there: set[str] = await self._store.have_events_in_timeline(event_ids)
@@ -174,7 +192,6 @@ class SynapseStaging:
 
     def retry_processing(self, again: Callable[[StagedEvent, int], int | None]) -> None:
         original = self._handler.on_receive_pdu
-        passing = self._passing_errors
 
         async def on_receive_pdu(origin: str, pdu: EventBase) -> None:
             failures = 0
@@ -183,17 +200,15 @@ class SynapseStaging:
                     return await original(origin, pdu)
                 except Exception as e:
                     failures += 1
-                    # Synapse wraps some.
-                    is_passing = isinstance(e, passing) or isinstance(e.__cause__, passing)
+                    is_passing = self._is_passing(e)
                     delay_ms = again(self._staged(pdu), failures) if is_passing else None
                     if delay_ms is None:
                         raise
                     logger.warning(
-                        "The database failed as the sticky PDU %s was processed, trying again in"
-                        " %d ms: %s",
+                        "Could not process the sticky PDU %s, trying again in %d ms: %s",
                         pdu.event_id,
                         delay_ms,
-                        e,
+                        e.__cause__ or e,
                     )
                 await self._clock.sleep(Duration(milliseconds=delay_ms))
 
@@ -205,8 +220,12 @@ class SynapseStaging:
 
     async def _to_delete(
         self, room_id: str, room_version: RoomVersion, keep: Callable[[StagedEvent], bool]
-    ) -> "set[str] | bool":
-        """The event IDs to prune; True if Synapse may do it, False if there is nothing to do."""
+    ) -> set[str]:
+        """The event IDs to prune: as Synapse does it, but for what is to be kept.
+
+        Never Synapse itself: what is staged between its look at the area and this one is to be
+        kept, too.
+        """
         store = self._store
         known = self._known.get(room_id, {})
 
@@ -234,7 +253,7 @@ class SynapseStaging:
         found = await store.db_pool.runInteraction("synapse_sticky_read_staged", read_txn)
         if found is None:
             self._known.pop(room_id, None)
-            return False
+            return set()
         staged, new = found
 
         v1_format = room_version.event_format == EventFormatVersions.ROOM_V1_V2
@@ -257,8 +276,6 @@ class SynapseStaging:
         while len(self._known) > _ROOMS_REMEMBERED:
             self._known.popitem(last=False)
 
-        if not any(staged_event.keep for staged_event in now_known.values()):
-            return True
         referenced = {p for s in now_known.values() for p in s.prev_event_ids}
         return {e for e, s in now_known.items() if e in referenced and not s.keep}
 

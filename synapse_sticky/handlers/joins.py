@@ -280,6 +280,7 @@ class JoinsHandler:
         position = max(self._hs.stream.positions().values(), default=0)
         for push in list(state.pushes.values()) if state else []:
             push.created_position = max(push.created_position, position)
+            self._update(push)
 
     def _new_events(self, rooms: Collection[str]) -> None:
         for destination, state in list(self._destinations.items()):

@@ -1,12 +1,13 @@
 """What was acknowledged is not dropped: sticky events stay in the inbound staging area (L3), until
 they are processed.
 
-If the prev_events of one cannot be fetched, as who has them is away, Synapse drops it; so it does
-while the room is being joined, but for what comes to the process that joins it, which a crash
-drops. Such a PDU is kept in a table and staged again from time to time, by whichever process comes
-to it, until it is persisted or expired. Of those that came from one server for one room only the
-oldest has its prev_events asked for: it is a chain more often than not, and who does not answer
-holds the room up.
+If the event persister or the database fails, or the prev_events of one cannot be fetched, as who
+has them is away, Synapse drops it; so it does while the room is being joined, but for what comes to
+the process that joins it, which a crash drops. Such a PDU is kept in a table and staged again from
+time to time, by whichever process comes to it, until it is persisted or expired. Of those that came
+from one server for one room only one at a time has its prev_events asked for: who does not answer
+holds the room up. It is the oldest, as they are a chain more often than not; if that is of no avail
+the newest in turns, on whose way Synapse fetches the others.
 
 Fails open: if the pruning cannot be decided, nothing is pruned this time.
 """
@@ -28,6 +29,9 @@ _ATTEMPTS = 12
 _LOOK_AGAIN_MS = 1_000
 """After an attempt: by then it has gone well, or the other server does not answer."""
 
+_TURN_MS = 60_000
+"""How long the oldest has its prev_events asked for, and then the newest."""
+
 _POLL_MS = 60_000
 """Another process may have set PDUs aside, and be gone."""
 
@@ -40,7 +44,7 @@ _STARTS_WITHIN_MS = 30_000
 
 class StagingHandler:
     """Keeps unexpired sticky PDUs out of Synapse's pruning of staged PDUs, and has those processed
-    again that a failing database or missing prev_events got in the way of."""
+    again that a failing database or process, or missing prev_events, got in the way of."""
 
     def __init__(self, homeserver: Homeserver, storage: Storage) -> None:
         self._hs = homeserver
@@ -83,7 +87,7 @@ class StagingHandler:
             return None
         return _delay_ms(failures)
 
-    # PDUs that lack prev_events, or came while the room was being joined
+    # PDUs that cannot be persisted for now
 
     async def set_aside(self, pdu: IncompletePdu, staged: StagedEvent, why: str) -> None:
         """Keeps a PDU that Synapse is about to drop, or holds in memory only, until it is
@@ -163,14 +167,15 @@ class StagingHandler:
         there = await self._hs.staging.persisted({*prevs, *(pdu.event_id for pdu in waiting)})
         over = [pdu for pdu in waiting if pdu.event_id in there or pdu.until_ms <= now_ms]
         left = [pdu for pdu in waiting if pdu not in over]
-        staged = _complete(left, there)
+        staged = _complete([pdu for pdu in left if pdu.due_ms <= now_ms], there)
         lacking = [pdu for pdu in left if pdu not in staged]
         due = {pdu.event_id: _next_ms(pdu, now_ms) for pdu in staged}
         if lacking:
             oldest = lacking[0]
             look_ms = oldest.due_ms
             if oldest.due_ms <= now_ms:
-                staged.append(oldest)
+                turn = (now_ms - oldest.received_ts_ms) // _TURN_MS
+                staged.append(lacking[-1] if turn % 2 else oldest)
                 due[oldest.event_id] = _next_ms(oldest, now_ms)
                 look_ms = now_ms + _LOOK_AGAIN_MS
             due.update((pdu.event_id, look_ms) for pdu in lacking[1:])

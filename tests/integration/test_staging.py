@@ -155,6 +155,50 @@ def test_while_the_room_is_being_joined(servers: Servers, peer: Peer, killed: bo
     wait_until(lambda: not set_aside(server), "nothing to be left")
 
 
+@pytest.mark.one_process
+@pytest.mark.requirement("L3", "P7")
+def test_while_another_user_joins_by_another_server(servers: Servers, peer: Peer) -> None:
+    """Then it is in memory only, although this server is in the room."""
+    resident, server = servers(
+        {"module": False, "extra": {"modules": [{"module": JOIN_HOLDER}]}}, {"config": NO_LIMITS}
+    )
+    scene = enter(resident, peer)
+    bob, dora = server.user("bob"), server.user("dora")
+    bob.join(scene.room_id, resident.name)
+    # Whoever is in another room may join; but nobody here may say so.
+    other = scene.alice.create_room()
+    dora.join(other, resident.name)
+    allow = [{"type": "m.room_membership", "room_id": other}]
+    join_rules = {"join_rule": "restricted", "allow": allow}
+    latest = [
+        scene.alice.send_state(scene.room_id, "m.room.join_rules", join_rules),
+        scene.alice.send_state(scene.room_id, "m.room.power_levels", {"invite": 50}),
+        scene.alice.send_sticky(scene.room_id),
+    ]
+    assert bob.collect_sticky(scene.room_id, {latest[-1]}), "so that this server knows the state"
+    wait_until(lambda: peer.events.keys() >= set(latest), "the peer to know it, too")
+    for event_id in latest:
+        peer.advance(scene.room, event_id)
+    hold_joins(resident.folder)
+
+    def join() -> None:
+        with suppress(requests.RequestException, ApiError):
+            dora.join(scene.room_id, resident.name)
+
+    finish = in_thread(join)
+    wait_until(lambda: holds_a_join(resident.folder), "the room to be being joined")
+    kept = Scene(server, peer, scene.alice, scene.eve, scene.room).sticky()
+    wait_until(lambda: kept in set_aside(server), "it to be kept")
+    assert server.log_has("Queuing PDU")
+    server.kill()
+    release_joins(resident.folder)
+    finish()
+    server.start()
+    server.wait_until_ready()
+    wait_until(lambda: kept in entered(server, scene.room_id), "it to be taken in")
+    wait_until(lambda: not set_aside(server), "nothing to be left")
+
+
 @pytest.mark.requirement("L3")
 def test_expired_while_set_aside(servers: Servers, peer: Peer) -> None:
     (server,) = servers({})

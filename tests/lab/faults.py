@@ -29,17 +29,19 @@ _FILE = "fault.json"
 
 @attr.s(auto_attribs=True, frozen=True)
 class Fault:
-    """What is to happen, once.
+    """What is to happen.
 
     transaction: one of the module's transactions, by its name; ``persist`` is Synapse's own in
         which the module decides what is deferred.
     moment: ``before``, ``inside`` (all is done but the commit) or ``after`` it.
     kind: ``kill``, the process is gone; or ``error``, the database fails.
+    times: how often. Synapse itself begins a transaction anew up to five times.
     """
 
     transaction: str
     moment: str
     kind: str
+    times: int = 1
 
     def arm(self, folder: Path) -> None:
         """For the server whose folder this is."""
@@ -69,7 +71,10 @@ def take(transaction: str, *moments: str) -> Fault | None:
         fault = Fault(**json.loads(path.read_text()))
         if fault.transaction != transaction or fault.moment not in moments:
             return None
-        path.unlink()
+        if fault.times > 1:
+            attr.evolve(fault, times=fault.times - 1).arm(Path())
+        else:
+            path.unlink()
     except FileNotFoundError:
         # There is none, or another process of the server took it.
         return None

@@ -11,6 +11,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,8 @@ class Homeserver:
         self._log_start = 0
         self.database_path = folder / "homeserver.db"
         self._ports: list[socket.socket] = []
+        # Tests start and end it from several threads.
+        self._lock = threading.RLock()
         self.signing_key = generate_signing_key("a_lab")
         with (folder / "signing.key").open("w") as file:
             write_signing_keys(file, [self.signing_key])
@@ -264,14 +267,15 @@ class Homeserver:
         Raises:
             StartError: it ends again and again.
         """
-        for attempt in range(_START_ATTEMPTS):
-            try:
-                self.wait_until_ready()
-                return
-            except StartError:
-                if attempt + 1 == _START_ATTEMPTS:
-                    raise
-                self._start_what_has_ended()
+        with self._lock:
+            for attempt in range(_START_ATTEMPTS):
+                try:
+                    self.wait_until_ready()
+                    return
+                except StartError:
+                    if attempt + 1 == _START_ATTEMPTS:
+                        raise
+                    self._start_what_has_ended()
 
     def _start_what_has_ended(self) -> None:
         self.kill()

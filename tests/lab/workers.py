@@ -10,16 +10,18 @@ import ssl
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import psycopg2
+from synapse.config._base import ShardedWorkerHandlingConfig
 
 from tests.lab.forwarder import Forwarder
-from tests.lab.homeserver import PROJECT, Homeserver, StartError
+from tests.lab.homeserver import PROBE_PATH, PROJECT, Homeserver, StartError
 from tests.lab.wait import wait_until
 
 MAIN = "main"
@@ -29,6 +31,15 @@ RECEIVERS = ("receiver1", "receiver2")
 SYNC, SLIDING_SYNC = "sync1", "sync2"
 BACKGROUND = "background1"
 WORKERS = (*PERSISTERS, *SENDERS, *RECEIVERS, SYNC, SLIDING_SYNC, BACKGROUND)
+
+
+def owner(names: Sequence[str], key: str) -> str:
+    """Which of these processes has the room or the destination, as Synapse shares them out."""
+    for name in names:
+        if ShardedWorkerHandlingConfig(list(names)).should_handle(name, key):
+            return name
+    raise AssertionError("nobody has it")
+
 
 _FORWARDED = {"X-Forwarded-For": "127.0.0.1"}
 _HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length"}
@@ -63,8 +74,6 @@ class WorkerHomeserver(Homeserver):
         self.workers = tuple(n for n in WORKERS if n in persisters or n not in PERSISTERS)
         self.valkey = valkey
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
-        # Tests start and end processes from several threads.
-        self._lock = threading.RLock()
         self._turn = itertools.count()
         self.proxy = Proxy(self._sockets_for_path)
         self.federation_proxy = Proxy(self._sockets_of_receivers, certificate)
@@ -224,25 +233,26 @@ class WorkerHomeserver(Homeserver):
             self.wait_until_process_is_ready(name)
 
     def _start_what_has_ended(self) -> None:
-        with self._lock:
-            for name in (MAIN, *self.workers):
-                if name in self.processes and self.processes[name].poll() is not None:
-                    self.kill_process(name)
-                if name not in self.processes:
-                    self.start_process(name)
+        for name in (MAIN, *self.workers):
+            if name in self.processes and self.processes[name].poll() is not None:
+                self.kill_process(name)
+            if name not in self.processes:
+                self.start_process(name)
 
     def kill(self) -> None:
-        for process in self.processes.values():
-            process.kill()
-        for process in self.processes.values():
-            process.wait()
-        self.processes.clear()
+        with self._lock:
+            for process in self.processes.values():
+                process.kill()
+            for process in self.processes.values():
+                process.wait()
+            self.processes.clear()
 
     def stop(self) -> None:
-        for process in self.processes.values():
-            process.terminate()
-        for name in list(self.processes):
-            self.stop_process(name)
+        with self._lock:
+            for process in self.processes.values():
+                process.terminate()
+            for name in list(self.processes):
+                self.stop_process(name)
 
     def restart(self) -> None:
         if self.processes:
@@ -292,12 +302,30 @@ class WorkerHomeserver(Homeserver):
 
     def metrics_of(self, name: str) -> str:
         """What the listener for metrics of one process says."""
+        return self._get(name, "/_synapse/metrics")
+
+    def _get(self, name: str, path: str) -> str:
         connection = UnixConnection(self.socket_of(name))
         try:
-            connection.request("GET", "/_synapse/metrics", headers=_FORWARDED)
+            connection.request("GET", path, headers=_FORWARDED)
             return connection.getresponse().read().decode()
         finally:
             connection.close()
+
+    def index_knows(self, event_id: str) -> bool:
+        """Whether the indexes of all processes have the event, once all are in step and agree."""
+
+        def agreed() -> list[bool]:
+            answers = [self._probed(name, event_id) for name in self.processes]
+            known = [answer["known"] for answer in answers if answer["in_step"]]
+            return known if len(known) == len(answers) and len(set(known)) == 1 else []
+
+        return wait_until(agreed, "all indexes to be in step, and to agree")[0]
+
+    def _probed(self, name: str, event_id: str) -> dict[str, bool]:
+        path = f"{PROBE_PATH}?{urlencode({'event_id': event_id})}"
+        answer: dict[str, bool] = json.loads(self._get(name, path))
+        return answer
 
     def query(self, sql: str, *args: object) -> list[tuple[Any, ...]]:
         with self._cursor() as cursor:

@@ -1,4 +1,4 @@
-"""PDUs that lack prev_events: which are processed again, and how many are kept (L3, L6)."""
+"""PDUs that could not be persisted yet: which are tried again, and how many are kept (L3, L6)."""
 
 import asyncio
 import sqlite3
@@ -24,11 +24,12 @@ class _Staging:
     def __init__(self) -> None:
         self.staged: list[str] = []
         self.fails_for = ""
+        self.there: set[str] = set()
 
     async def persisted(self, event_ids: set[str]) -> set[str]:
         if self.fails_for in event_ids:
             raise ValueError(self.fails_for)
-        return set()
+        return self.there
 
     async def process(self, room_id: str) -> None: ...
 
@@ -121,6 +122,41 @@ def test_what_is_staged_again_is_kept_until_it_is_over(homeserver: Any, storage:
     assert asyncio.run(storage.next_incomplete_ms()) == 50
     asyncio.run(storage.stage_again("a.test", ROOM, [], over=["$1", "$2"], due={}))
     assert asyncio.run(storage.next_incomplete_ms()) is None
+
+
+@pytest.mark.requirement("L3", "E4")
+def test_what_fails_is_not_tried_at_each_look(homeserver: Any, storage: Storage) -> None:
+    handler = StagingHandler(homeserver, storage)
+    homeserver.staging.there = {"$before"}
+    keep(storage, "a.test", "$1")
+    asyncio.run(handler._look())
+    assert homeserver.staging.staged == ["$1"]
+    # Something else is due earlier.
+    keep(storage, "a.test", "$2", due_ms=500)
+    homeserver.now = 500
+    asyncio.run(handler._look())
+    assert homeserver.staging.staged == ["$1", "$2"]
+    homeserver.now = 1_500
+    asyncio.run(handler._look())
+    assert sorted(homeserver.staging.staged) == ["$1", "$1", "$2", "$2"]
+
+
+@pytest.mark.requirement("L3", "F1")
+def test_the_newest_has_its_turn(homeserver: Any, storage: Storage) -> None:
+    """What the oldest lacks may be nowhere; Synapse takes it all the same on the newest's way."""
+    handler = StagingHandler(homeserver, storage)
+    keep(storage, "a.test", "$1", "$2", "$3")
+    turns = []
+    for _ in range(20):
+        next_ms = asyncio.run(storage.next_incomplete_ms())
+        assert next_ms is not None
+        homeserver.now = next_ms
+        asyncio.run(handler._look())
+        turns += [(next_ms // 60_000 % 2, event_id) for event_id in homeserver.staging.staged]
+        homeserver.staging.staged.clear()
+    assert set(turns) == {(0, "$1"), (1, "$3")}
+    # The others of the room do not wait for more than one of these.
+    assert len(turns) < 20
 
 
 @pytest.mark.requirement("L3")

@@ -6,9 +6,9 @@ from functools import partial
 import pytest
 
 from tests.integration.rooms import deferred, entered, limits
-from tests.integration.story import TRANSACTION, tell
+from tests.integration.story import TRANSACTION, revived, tell
 from tests.lab import Homeserver, Lab, Peer, WorkerHomeserver, wait_until
-from tests.lab.faults import FAULTY_MODULE, set_clock_of
+from tests.lab.faults import FAULTY_MODULE, Fault, has_struck, set_clock_of
 from tests.lab.next_version import NEXT_VERSION
 from tests.lab.scene import Scene, enter
 from tests.lab.workers import (
@@ -19,6 +19,7 @@ from tests.lab.workers import (
     SLIDING_SYNC,
     SYNC,
     WORKERS,
+    owner,
 )
 
 TRANSACTIONS = 5
@@ -40,6 +41,15 @@ def newcomer(lab: Lab) -> Iterator[Peer]:
     started = lab.peer()
     yield started
     started.close()
+
+
+def enter_where(
+    deployment: WorkerHomeserver, peer: Peer, persister: str
+) -> Scene[WorkerHomeserver]:
+    """A room that this event persister persists."""
+    while owner(PERSISTERS, (scene := enter(deployment, peer)).room_id) != persister:
+        pass
+    return scene
 
 
 @pytest.fixture
@@ -76,6 +86,59 @@ def test_a_process_is_killed(deployment: WorkerHomeserver, tell_of: TellOf, name
 @pytest.mark.requirement("E2", "E4", "L3", "L4", "P3", "P7", "D5")
 def test_all_are_killed(deployment: WorkerHomeserver, tell_of: TellOf) -> None:
     tell_of(deployment.kill)
+
+
+@pytest.mark.requirement("E2", "E4", "L3", "P7")
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("persist", "inside", "error", times=20),
+        pytest.param(Fault("persist", "inside", "kill"), marks=_MORE),
+        pytest.param(Fault("persist", "after", "kill"), marks=_MORE),
+    ],
+    ids=lambda fault: f"{fault.kind}-{fault.moment}",
+)
+def test_what_is_being_persisted(deployment: WorkerHomeserver, peer: Peer, fault: Fault) -> None:
+    """The receiving process asked the persister for it, and gets no answer or an error. Nobody
+    refers to it, so nobody would miss it."""
+    scene = enter(deployment, peer)
+    fault.arm(deployment.folder)
+    sent = {scene.sticky() for _ in range(4)}
+    wait_until(lambda: revived(deployment) and has_struck(deployment.folder), f"{fault} to strike")
+    wait_until_all_entered(deployment, scene, sent)
+
+
+@pytest.mark.slow
+@pytest.mark.requirement("E2", "E4", "L3", "P7")
+def test_the_persister_is_away_for_long(deployment: WorkerHomeserver, peer: Peer) -> None:
+    """For longer than the receiving process tries to reach it."""
+    scene = enter_where(deployment, peer, PERSISTERS[0])
+    deployment.kill_process(PERSISTERS[0])
+    sent = {scene.sticky() for _ in range(4)}
+    # The receiving process says so of the first.
+    wait_until(
+        lambda: any(
+            f"Could not process the sticky PDU {event_id}" in deployment.output()
+            for event_id in sent
+        ),
+        "it to be given up",
+        120,
+    )
+    wait_until_all_entered(deployment, scene, sent)
+
+
+def wait_until_all_entered(
+    deployment: WorkerHomeserver, scene: Scene[WorkerHomeserver], sent: set[str]
+) -> None:
+    wait_until(
+        lambda: revived(deployment) and sent <= set(entered(deployment, scene.room_id)),
+        "all to be taken in",
+        120,
+    )
+    seen = scene.alice.collect_sticky(scene.room_id, sent)
+    assert set(seen) == sent
+    rows = entered(deployment, scene.room_id)
+    assert len(rows) == len(set(rows))
 
 
 @pytest.mark.requirement("E2", "E4", "L3")

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_LOCK = 0x5354_4943_4B59
+MIGRATION_LOCK = 0x5354_4943_4B59
 """Any number that no other user of the database's advisory locks takes ("STICKY")."""
 
 
@@ -102,7 +102,7 @@ class SynapseHomeserver:
         def run_txn(txn: Cursor) -> T:
             # SQLite has one writer at a time anyway.
             if isinstance(self._store.database_engine, PostgresEngine):
-                txn.execute("SELECT pg_advisory_xact_lock(?)", (_LOCK,))
+                txn.execute("SELECT pg_advisory_xact_lock(?)", (MIGRATION_LOCK,))
             return function(txn)
 
         return await self._store.db_pool.runInteraction(

@@ -97,13 +97,13 @@ def wait_until_expired(server: Homeserver, event_id: str) -> None:
     )
 
 
-def in_thread(function: Callable[[], object]) -> Callable[[], None]:
+def in_thread(function: Callable[[], object], timeout_s: float = 120) -> Callable[[], None]:
     """Runs the function by itself; the result waits for its end and raises what it raised."""
     executor = ThreadPoolExecutor(1)
     future = executor.submit(function)
 
     def finish() -> None:
-        future.result(120)
+        future.result(timeout_s)
         executor.shutdown()
 
     return finish

@@ -1,7 +1,8 @@
 """One story, told while something breaks: a flood, a newcomer, a user who joins and pages through
 what is sticky; and what must be true in the end, whatever broke."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, TypeVar
 
@@ -11,6 +12,7 @@ from tests.integration.rooms import deferred, entered, in_thread
 from tests.lab import Client, Homeserver, Peer, wait_until
 from tests.lab.client import WITHOUT_TIMELINE, sliding_sticky_events, sticky_events
 from tests.lab.scene import Scene, enter
+from tests.lab.watch import Watcher
 
 T = TypeVar("T")
 Do = Callable[[Callable[[], Any]], Any]
@@ -18,13 +20,15 @@ Do = Callable[[Callable[[], Any]], Any]
 
 TRANSACTION = 12
 """How many PDUs the peer sends at once."""
+OF_ALICE_MEANWHILE = 5
 _SHORT_MS = 20_000
+_LONGEST_S = 240.0
 
 
 def patiently(server: Homeserver, do: Callable[[], T]) -> T:
     """As a client does: tries again if the server failed, once it is up again."""
     failures: list[Exception] = []
-    for _ in range(5):
+    for _ in range(10):
         try:
             return do()
         except (requests.RequestException, AssertionError) as e:
@@ -40,8 +44,9 @@ def tell(
     *,
     first: Callable[[], object] = lambda: None,
     meanwhile: Callable[[Scene[Homeserver]], object] = lambda scene: None,
-    transactions: int = 1,
+    pace: Iterable[object] = range(1),
     of_one_user: int = 0,
+    scene: Scene[Homeserver] | None = None,
 ) -> None:
     """The story, and what must be true in the end.
 
@@ -50,60 +55,79 @@ def tell(
         newcomer: joins the room during the flood.
         first: called before the flood.
         meanwhile: called beside the flood, the newcomer's join and the user's.
-        transactions: how many the peer sends; each has ``TRANSACTION`` sticky PDUs.
+        pace: for each the peer sends a transaction, of ``TRANSACTION`` sticky PDUs.
         of_one_user: how many short-lived sticky PDUs one more user sends, which may expire
             before a limit lets them through.
+        scene: the room, if it is made already.
     """
     do = partial(patiently, server)
-    scene = do(lambda: enter(server, peer))
-    bob = do(server.user)
+    scene = scene or do(lambda: enter(server, peer))
+    room_id = scene.room_id
+    bob, dora, frank = (do(server.user) for _ in range(3))
     mallory = do(lambda: scene.bring("mallory"))
-    of_alice = [do(partial(send, scene.alice, scene.room_id, number)) for number in range(3)]
+    do(lambda: dora.join(room_id))
+    do(lambda: frank.join(room_id))
+    do(lambda: frank.leave(room_id))
+    of_alice = [do(partial(send, scene.alice, room_id, number)) for number in range(3)]
     # So that bob's position is beyond them.
     do(lambda: bob.send_sticky(bob.create_room()))
     before = do(bob.sliding_sync)
     first()
-    finish = in_thread(lambda: meanwhile(scene))
-    flood = [
-        event_id
-        for _ in range(transactions)
-        for event_id in send_as_a_server_does(scene, do, [scene.eve] * TRANSACTION)
-    ]
-    short = []
-    if of_one_user:
-        short = send_as_a_server_does(scene, do, [mallory] * of_one_user, _SHORT_MS)
-    user = newcomer.user("carol")
-    do(lambda: newcomer.join(server, scene.room_id, user))
-    do(lambda: bob.join(scene.room_id))
-    finish()
+    of_alice_meanwhile: list[str] = []
 
-    def all_is_there() -> bool:
-        server.revive()
-        return set(flood) <= set(entered(server, scene.room_id)) and set(of_alice) <= set(
-            newcomer.events
-        )
+    def go_on() -> None:
+        user = scene.alice.again()
+        for number in range(3, 3 + OF_ALICE_MEANWHILE):
+            of_alice_meanwhile.append(do(partial(send, user, room_id, number)))
 
-    wait_until(all_is_there, "everything to be delivered", 120)
-    if short:
-        wait_until(lambda: revived(server) and not deferred(server), "what waits to expire")
+    with ExitStack() as stack:
+        sync, sliding = (stack.enter_context(Watcher(dora, sliding=s)) for s in (False, True))
+        outside = [stack.enter_context(Watcher(frank, sliding=s)) for s in (False, True)]
+        finish = [in_thread(lambda: meanwhile(scene), _LONGEST_S), in_thread(go_on, _LONGEST_S)]
+        flood = [
+            event_id
+            for _ in pace
+            for event_id in send_as_a_server_does(scene, do, [scene.eve] * TRANSACTION)
+        ]
+        short = []
+        if of_one_user:
+            short = send_as_a_server_does(scene, do, [mallory] * of_one_user, _SHORT_MS)
+        user = newcomer.user("carol")
+        do(lambda: newcomer.join(server, room_id, user))
+        do(lambda: bob.join(room_id))
+        for end in finish:
+            end()
+        own = {*of_alice, *of_alice_meanwhile}
+        expected = own | set(flood)
 
-    # Each is there once, for who was there before and for who joined.
-    seen = pages_of(bob, scene.room_id, before, do)
-    expected = set(of_alice) | set(flood)
-    assert len(seen) == len(set(seen))
-    assert expected <= set(seen) <= expected | set(short)
-    since, found = None, list[str]()
-    while True:
-        answer = do(partial(scene.alice.sync, since, filter_=WITHOUT_TIMELINE))
-        since, page = answer["next_batch"], sticky_events(answer, scene.room_id)
-        if not page:
-            break
-        found += page
-    assert len(found) == len(set(found))
-    assert expected <= set(found) <= expected | set(short)
-    rows = entered(server, scene.room_id)
-    assert len(rows) == len(set(rows)), "none twice in the stream"
-    assert not set(rows) & deferred(server), "what is released does not wait"
+        def missing() -> dict[str, set[str]]:
+            server.revive()
+            left = {
+                "the stream": expected - set(entered(server, room_id)),
+                "the newcomer": own - newcomer.events.keys(),
+                "the peer": own - peer.events.keys(),
+                "/sync": expected - set(sync.seen(room_id)),
+                "sliding sync": expected - set(sliding.seen(room_id)),
+            }
+            return {where: event_ids for where, event_ids in left.items() if event_ids}
+
+        wait_until(lambda: not missing(), "everything to be delivered", _LONGEST_S, missing)
+        if short:
+            wait_until(lambda: revived(server) and not deferred(server), "what waits to expire")
+        rows = entered(server, room_id)
+        assert len(rows) == len(set(rows)), "none twice in the stream"
+        assert not set(rows) & deferred(server), "what is released does not wait"
+        seen_by = {
+            "who joined": pages_of(bob, room_id, before, do, expected),
+            "a new client": sections_of(scene.alice, room_id, do),
+        }
+    seen_by |= {"who synced": sync.seen(room_id), "sliding sync": sliding.seen(room_id)}
+    for who, seen in seen_by.items():
+        assert len(seen) == len(set(seen)), f"each is there once for {who}"
+        assert expected <= set(seen) <= expected | set(short), who
+    for watcher in outside:
+        told = watcher.text()
+        assert not [event_id for event_id in rows if event_id in told], "who left is told nothing"
 
 
 def revived(server: Homeserver) -> bool:
@@ -126,11 +150,15 @@ def send_as_a_server_does(
     senders: list[str],
     duration_ms: int = 3_600_000,
 ) -> list[str]:
-    """In one transaction, which is repeated until it is answered. Gives the events' IDs."""
+    """In one transaction, which is repeated until it is answered. Gives the events' IDs.
+
+    Nothing comes on top of some of them: if one of those is lost, nobody misses it.
+    """
     events = []
-    for sender in senders:
+    for number, sender in enumerate(senders):
         events.append(scene.peer.sticky(scene.room, sender, duration_ms))
-        scene.peer.advance(scene.room, events[-1][0])
+        if number % 3 != 1:
+            scene.peer.advance(scene.room, events[-1][0])
     pdus = [pdu for _, pdu in events]
     name = f"faults-{events[0][0][1:]}"
     said = do(lambda: scene.send(*pdus, transaction_id=name))
@@ -138,12 +166,30 @@ def send_as_a_server_does(
     return [event_id for event_id, _ in events]
 
 
-def pages_of(user: Client, room_id: str, answer: Any, do: Do) -> list[str]:
-    """All that sliding sync gives of the room, a few at a time."""
-    seen: list[str] = []
+def sections_of(user: Client, room_id: str, do: Do) -> list[str]:
+    """All that /sync gives of the room to a new client."""
+    since, seen = None, list[str]()
     while True:
-        answer = do(partial(user.sliding_sync, answer, limit=2))
-        page = sliding_sticky_events(answer, room_id)
+        answer = do(partial(user.sync, since, filter_=WITHOUT_TIMELINE))
+        since, page = answer["next_batch"], sticky_events(answer, room_id)
         if not page:
             return seen
         seen += page
+
+
+def pages_of(
+    user: Client, room_id: str, answer: Any, do: Do, expected: Collection[str]
+) -> list[str]:
+    """All that sliding sync gives of the room, a few at a time, until nothing comes after what is
+    expected."""
+    seen: list[str] = []
+
+    def next_page() -> bool:
+        nonlocal answer
+        answer = do(partial(user.sliding_sync, answer, limit=2))
+        page = sliding_sticky_events(answer, room_id)
+        seen.extend(page)
+        return not page and set(seen).issuperset(expected)
+
+    wait_until(next_page, "sliding sync to give everything")
+    return seen

@@ -338,6 +338,13 @@ class WorkerHomeserver(Homeserver):
                 cursor.execute(statement)
 
     @contextmanager
+    def advisory_lock(self, key: int) -> Iterator[None]:
+        """Holds a lock of the database's that processes may be waiting for."""
+        with self._cursor() as cursor:
+            cursor.execute("SELECT pg_advisory_xact_lock(%s)", (key,))
+            yield
+
+    @contextmanager
     def _cursor(self) -> Iterator["psycopg2.extensions.cursor"]:
         settings = self._database["args"]
         connection = psycopg2.connect(

@@ -2,10 +2,13 @@
 
 import importlib.util
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
-from tests.lab import Lab, WorkerHomeserver
+from tests.lab import Homeserver, Lab, Peer, WorkerHomeserver
+from tests.lab.scene import Scene, enter
+from tests.lab.workers import PERSISTERS, SENDERS, owner
 
 _FAR = {"per_second": 1_000, "burst_count": 10_000}
 FAR_LIMITS = {
@@ -34,3 +37,22 @@ def deployment(lab: Lab) -> Iterator[WorkerHomeserver]:
     started.first_start()
     yield started
     lab.close_servers([started])
+
+
+@contextmanager
+def newcomer_of(lab: Lab, sender: str) -> Iterator[Peer]:
+    """One that this federation sender sends to."""
+    while owner(SENDERS, (started := lab.peer()).name) != sender:
+        started.close()
+    try:
+        yield started
+    finally:
+        started.close()
+
+
+def enter_where(deployment: WorkerHomeserver, peer: Peer, persister: str) -> Scene[Homeserver]:
+    """A room that this event persister persists."""
+    while True:
+        scene = enter(deployment, peer)
+        if owner(PERSISTERS, scene.room_id) == persister:
+            return Scene(deployment, peer, scene.alice, scene.eve, scene.room)

@@ -1,11 +1,13 @@
 """What breaks between the processes loses nothing and repeats nothing (E2, E4, L3)."""
 
+import queue
+import threading
 from collections.abc import Callable, Iterator
-from functools import partial
 
 import pytest
 
-from tests.integration.rooms import deferred, entered, limits
+from synapse_sticky.adapter import MIGRATION_LOCK
+from tests.integration.rooms import entered, limits
 from tests.integration.story import TRANSACTION, revived, tell
 from tests.lab import Homeserver, Lab, Peer, WorkerHomeserver, wait_until
 from tests.lab.faults import FAULTY_MODULE, Fault, has_struck, set_clock_of
@@ -14,17 +16,23 @@ from tests.lab.scene import Scene, enter
 from tests.lab.workers import (
     MAIN,
     PERSISTERS,
-    RECEIVERS,
     SENDERS,
     SLIDING_SYNC,
     SYNC,
     WORKERS,
-    owner,
 )
+from tests.workers.conftest import enter_where, newcomer_of
 
-TRANSACTIONS = 5
+PACE = range(5)
+"""The flood's transactions."""
+
 CONFIG = limits(per_server={"per_second": 10, "burst_count": 10}) | {"local": {"per_user": None}}
 """Most of the flood waits, for some seconds."""
+
+_MORE = pytest.mark.workers
+_OTHERS = [name for name in (MAIN, *WORKERS) if name != PERSISTERS[0]]
+
+Disturb = Callable[[Callable[[], object]], None]
 
 
 @pytest.fixture(scope="module")
@@ -38,53 +46,74 @@ def deployment(lab: Lab) -> Iterator[WorkerHomeserver]:
 
 @pytest.fixture
 def newcomer(lab: Lab) -> Iterator[Peer]:
-    started = lab.peer()
-    yield started
-    started.close()
+    with newcomer_of(lab, SENDERS[0]) as started:
+        yield started
 
 
-def enter_where(
-    deployment: WorkerHomeserver, peer: Peer, persister: str
-) -> Scene[WorkerHomeserver]:
-    """A room that this event persister persists."""
-    while owner(PERSISTERS, (scene := enter(deployment, peer)).room_id) != persister:
-        pass
-    return scene
+def taken_in(deployment: WorkerHomeserver, scene: Scene[Homeserver]) -> int:
+    """How much of the flood is persisted."""
+    sql = (
+        "SELECT COUNT(*) FROM events"
+        " WHERE room_id = ? AND sender = ? AND type = 'org.example.call' AND NOT outlier"
+    )
+    ((count,),) = deployment.query(sql, scene.room_id, scene.eve)
+    return int(count)
+
+
+def acknowledged(deployment: WorkerHomeserver, scene: Scene[Homeserver]) -> int:
+    """How much of the flood is persisted or staged."""
+    sql = "SELECT COUNT(*) FROM federation_inbound_events_staging WHERE room_id = ?"
+    ((staged,),) = deployment.query(sql, scene.room_id)
+    return int(staged) + taken_in(deployment, scene)
+
+
+def wait_until_flooded(deployment: WorkerHomeserver, scene: Scene[Homeserver]) -> None:
+    wait_until(lambda: taken_in(deployment, scene) > 0, "the flood to begin")
 
 
 @pytest.fixture
-def tell_of(
-    deployment: WorkerHomeserver, peer: Peer, newcomer: Peer
-) -> Callable[[Callable[[], object]], None]:
+def tell_of(deployment: WorkerHomeserver, peer: Peer, newcomer: Peer) -> Disturb:
     """Tells the story; the disturbance comes once the flood has begun to be taken in."""
 
     def tell_of(disturb: Callable[[], object]) -> None:
         def meanwhile(scene: Scene[Homeserver]) -> None:
-            wait_until(lambda: bool(entered(deployment, scene.room_id)), "the flood to begin")
+            wait_until_flooded(deployment, scene)
             disturb()
 
-        tell(deployment, peer, newcomer, meanwhile=meanwhile, transactions=TRANSACTIONS)
+        tell(deployment, peer, newcomer, meanwhile=meanwhile, pace=PACE)
 
     return tell_of
 
 
-TellOf = Callable[[Callable[[], object]], None]
-
-_MORE = pytest.mark.workers
-_OTHERS = [name for name in (MAIN, *WORKERS) if name != PERSISTERS[0]]
-
-
-@pytest.mark.requirement("E2", "E4", "L3", "L4", "P3", "P7", "D5")
+@pytest.mark.requirement("E2", "E4", "L3", "L4", "P3", "P7", "D5", "D8")
 @pytest.mark.parametrize(
     "name", [PERSISTERS[0], *(pytest.param(name, marks=_MORE) for name in _OTHERS)]
 )
-def test_a_process_is_killed(deployment: WorkerHomeserver, tell_of: TellOf, name: str) -> None:
-    tell_of(partial(deployment.kill_process, name))
+def test_a_process_is_killed(lab: Lab, deployment: WorkerHomeserver, peer: Peer, name: str) -> None:
+    """In the middle of what it does: a persister is the room's, a sender the newcomer's."""
+    scene = enter_where(deployment, peer, name if name in PERSISTERS else PERSISTERS[0])
+    pushed_to, killed = threading.Event(), threading.Event()
+
+    def hold_up(method: str, path: str) -> None:
+        if name in SENDERS and "/send/" in path and not killed.is_set():
+            pushed_to.set()
+            killed.wait(60)
+
+    def meanwhile(scene: Scene[Homeserver]) -> None:
+        wait_until_flooded(deployment, scene)
+        if name in SENDERS:
+            assert pushed_to.wait(120)
+        deployment.kill_process(name)
+        killed.set()
+
+    with newcomer_of(lab, name if name in SENDERS else SENDERS[0]) as newcomer:
+        newcomer.override = hold_up
+        tell(deployment, peer, newcomer, meanwhile=meanwhile, pace=PACE, scene=scene)
 
 
 @_MORE
-@pytest.mark.requirement("E2", "E4", "L3", "L4", "P3", "P7", "D5")
-def test_all_are_killed(deployment: WorkerHomeserver, tell_of: TellOf) -> None:
+@pytest.mark.requirement("E2", "E4", "L3", "L4", "P3", "P7", "D5", "D8")
+def test_all_are_killed(deployment: WorkerHomeserver, tell_of: Disturb) -> None:
     tell_of(deployment.kill)
 
 
@@ -101,7 +130,7 @@ def test_all_are_killed(deployment: WorkerHomeserver, tell_of: TellOf) -> None:
 def test_what_is_being_persisted(deployment: WorkerHomeserver, peer: Peer, fault: Fault) -> None:
     """The receiving process asked the persister for it, and gets no answer or an error. Nobody
     refers to it, so nobody would miss it."""
-    scene = enter(deployment, peer)
+    scene = enter_where(deployment, peer, PERSISTERS[1])
     fault.arm(deployment.folder)
     sent = {scene.sticky() for _ in range(4)}
     wait_until(lambda: revived(deployment) and has_struck(deployment.folder), f"{fault} to strike")
@@ -115,83 +144,76 @@ def test_the_persister_is_away_for_long(deployment: WorkerHomeserver, peer: Peer
     scene = enter_where(deployment, peer, PERSISTERS[0])
     deployment.kill_process(PERSISTERS[0])
     sent = {scene.sticky() for _ in range(4)}
-    # The receiving process says so of the first.
-    wait_until(
-        lambda: any(
-            f"Could not process the sticky PDU {event_id}" in deployment.output()
-            for event_id in sent
-        ),
-        "it to be given up",
-        120,
-    )
+
+    def given_up() -> bool:
+        said = deployment.output()
+        return any(f"Could not process the sticky PDU {event_id}" in said for event_id in sent)
+
+    wait_until(given_up, "the first to be given up", 120)
     wait_until_all_entered(deployment, scene, sent)
 
 
 def wait_until_all_entered(
-    deployment: WorkerHomeserver, scene: Scene[WorkerHomeserver], sent: set[str]
+    deployment: WorkerHomeserver, scene: Scene[Homeserver], sent: set[str]
 ) -> None:
     wait_until(
         lambda: revived(deployment) and sent <= set(entered(deployment, scene.room_id)),
         "all to be taken in",
         120,
     )
-    seen = scene.alice.collect_sticky(scene.room_id, sent)
-    assert set(seen) == sent
+    assert set(scene.alice.collect_sticky(scene.room_id, sent)) == sent
     rows = entered(deployment, scene.room_id)
     assert len(rows) == len(set(rows))
 
 
 @pytest.mark.requirement("E2", "E4", "L3")
-def test_redis_restarts(deployment: WorkerHomeserver, tell_of: TellOf) -> None:
+def test_redis_restarts(deployment: WorkerHomeserver, tell_of: Disturb) -> None:
     tell_of(deployment.valkey.restart)
 
 
 @_MORE
 @pytest.mark.requirement("E2", "E4", "L3")
-def test_the_database_restarts(lab: Lab, deployment: WorkerHomeserver, tell_of: TellOf) -> None:
+def test_the_database_restarts(lab: Lab, deployment: WorkerHomeserver, tell_of: Disturb) -> None:
     tell_of(lab.postgres_of(deployment).restart)
 
 
 @_MORE
 @pytest.mark.requirement("E2", "E4", "L3")
 @pytest.mark.parametrize(
-    "names", [(SYNC, SLIDING_SYNC), SENDERS, PERSISTERS], ids=["syncs", "senders", "persisters"]
+    "names",
+    [(SYNC,), (SYNC, SLIDING_SYNC), (SENDERS[0],), SENDERS, (PERSISTERS[0],), PERSISTERS],
+    ids="+".join,
 )
 def test_replication_lags(
     deployment: WorkerHomeserver, peer: Peer, newcomer: Peer, names: tuple[str, ...]
 ) -> None:
-    def meanwhile(scene: Scene[Homeserver]) -> None:
-        def taken_in() -> int:
-            return len(entered(deployment, scene.room_id)) + len(deferred(deployment))
+    """The room's persister, the newcomer's sender, those who are being synced with."""
 
-        wait_until(lambda: taken_in() > 0, "the flood to begin")
+    def meanwhile(scene: Scene[Homeserver]) -> None:
+        wait_until_flooded(deployment, scene)
         deployment.pause_processes(*names)
         try:
-            if names == PERSISTERS:
-                waiting = "SELECT 1 FROM federation_inbound_events_staging LIMIT 1"
-                wait_until(lambda: bool(deployment.query(waiting)), "the flood to go on")
-            else:
-                all_of_it = TRANSACTIONS * TRANSACTION
-                wait_until(lambda: taken_in() >= all_of_it, "the flood to be over", 120)
+            done = acknowledged if PERSISTERS[0] in names else taken_in
+            all_of_it = len(PACE) * TRANSACTION
+            wait_until(lambda: done(deployment, scene) >= all_of_it, "the flood to be over", 180)
         finally:
             deployment.resume_processes(*names)
 
-    tell(deployment, peer, newcomer, meanwhile=meanwhile, transactions=TRANSACTIONS)
+    scene = enter_where(deployment, peer, PERSISTERS[0])
+    tell(deployment, peer, newcomer, meanwhile=meanwhile, pace=PACE, scene=scene)
 
 
 @_MORE
 @pytest.mark.requirement("E2", "S2", "L4")
+@pytest.mark.parametrize("name", PERSISTERS)
 def test_persisters_with_different_clocks(
-    deployment: WorkerHomeserver, peer: Peer, newcomer: Peer
+    deployment: WorkerHomeserver, peer: Peer, newcomer: Peer, name: str
 ) -> None:
     ahead = deployment.processes[PERSISTERS[1]]
     set_clock_of(ahead, deployment.folder, 1.0)
     try:
-        written_by = set[str]()
-        while written_by != set(PERSISTERS):
-            tell(deployment, peer, newcomer, transactions=2)
-            rows = deployment.query("SELECT DISTINCT instance_name FROM sticky_events")
-            written_by = {name for (name,) in rows}
+        scene = enter_where(deployment, peer, name)
+        tell(deployment, peer, newcomer, pace=range(2), scene=scene)
     finally:
         set_clock_of(ahead, deployment.folder, 0.0)
 
@@ -207,66 +229,43 @@ def test_all_make_the_tables_at_once(
     )
     assert len(tables) == 6
     deployment.change(*(f"DROP TABLE {name}" for (name,) in tables))
-    for name in (MAIN, *WORKERS):
-        deployment.start_process(name)
+    said = deployment.output()
+    # All come to the door before it opens.
+    with deployment.advisory_lock(MIGRATION_LOCK):
+        for name in (MAIN, *WORKERS):
+            deployment.start_process(name)
+        queue_sql = "SELECT COUNT(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+        wait_until(lambda: deployment.query(queue_sql) == [(len(WORKERS) + 1,)], "all to wait", 180)
     deployment.wait_until_ready()
-    versions = deployment.query("SELECT version FROM synapse_sticky_layout ORDER BY version")
-    assert versions == [(1,), (2,), (3,), (4,)]
-    tell(deployment, peer, newcomer, transactions=2)
+    layouts = "SELECT version FROM synapse_sticky_layout ORDER BY version"
+    wait_until(lambda: deployment.query(layouts), "the tables to be made")
+    assert deployment.query(layouts) == [(1,), (2,), (3,), (4,)]
+    tell(deployment, peer, newcomer, pace=range(2))
+    for what, times in (("to layout 1", 1), ("to layout 4", 1), ("Could not start", 0)):
+        assert deployment.output().count(what) - said.count(what) == times, what
 
 
 @_MORE
 @pytest.mark.requirement("E2", "E4", "L3")
 def test_a_rolling_restart_with_a_later_layout(lab: Lab, peer: Peer, newcomer: Peer) -> None:
-    """Processes of both versions run side by side until the last is restarted."""
+    """Processes of both versions run side by side until the last is restarted. The flood goes on
+    beside it; so do the joins."""
     lab.prepare()
     deployment = lab.make_workers(config=CONFIG)
     deployment.first_start()
+    began = queue.Queue[str | None]()
 
     def upgrade(scene: Scene[Homeserver]) -> None:
-        wait_until(lambda: bool(entered(deployment, scene.room_id)), "the flood to begin")
         deployment.use_module(NEXT_VERSION)
-        for name in (*WORKERS, MAIN):
+        for number, name in enumerate((*WORKERS, MAIN)):
+            began.put(name if number < len(WORKERS) - 2 else None)
             deployment.restart_process(name)
 
     try:
-        tell(deployment, peer, newcomer, meanwhile=upgrade, transactions=TRANSACTIONS)
+        tell(deployment, peer, newcomer, meanwhile=upgrade, pace=iter(began.get, None))
         assert deployment.query("SELECT max(version) FROM synapse_sticky_layout") == [(5,)]
         assert deployment.output().count("to layout 5") == 1
         # All goes on as before.
         enter(deployment, peer)
-    finally:
-        lab.close_servers([deployment])
-
-
-@_MORE
-@pytest.mark.requirement("E2", "L1", "L6")
-def test_what_waits_is_bounded_however_many_receive(lab: Lab, peer: Peer) -> None:
-    """``max_deferred_per_server`` holds over all receivers: they ask the database."""
-    lab.prepare()
-    most = 60
-    config = limits(
-        per_server={"per_second": 0.001, "burst_count": 10}, max_deferred_per_server=most
-    )
-    deployment = lab.make_workers(config=config)
-    deployment.first_start()
-    try:
-        scene = enter(deployment, peer)
-        taken, refused = 0, 0
-        while refused < 2 * len(RECEIVERS):
-            events = []
-            for _ in range(10):
-                events.append(peer.sticky(scene.room, scene.eve))
-                peer.advance(scene.room, events[-1][0])
-            answer = peer.to(deployment).send(f"bound-{taken}-{refused}", [e for _, e in events])
-            assert answer.status_code in {200, 429}
-            if answer.status_code == 200:
-                assert not refused, "once there is too much, every receiver says so"
-                taken += 10
-            else:
-                refused += 1
-                assert answer.json()["errcode"] == "M_LIMIT_EXCEEDED"
-        # Ten were let through, the rest waits; one transaction may be taken beyond.
-        assert most <= taken - 10 <= most + 10
     finally:
         lab.close_servers([deployment])

@@ -1,52 +1,151 @@
-"""What the module asks of the database in each process (C2, E2)."""
+"""What the module does in each process, and what it asks of the database (C2, E2)."""
 
 import re
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytest
 
-from tests.integration.rooms import NO_LIMITS
+from tests.integration.rooms import entered, limits
+from tests.integration.story import pages_of
 from tests.lab import Lab, Peer, WorkerHomeserver, wait_until
 from tests.lab.scene import enter
-from tests.lab.workers import SLIDING_SYNC, SYNC
-
-pytestmark = pytest.mark.workers
+from tests.lab.workers import (
+    PERSISTERS,
+    SENDERS,
+    SLIDING_SYNC,
+    SYNC,
+    WORKERS,
+)
+from tests.workers.conftest import enter_where, newcomer_of
 
 _TRANSACTIONS = re.compile(
     r'^synapse_storage_transaction_time_count_total\{desc="([^"]+)".*\} (\S+)$'
 )
+_BACKGROUND = re.compile(
+    r'^synapse_background_process_start_count_total\{name="([^"]+)".*\} (\S+)$'
+)
+CONFIG = limits(per_server={"per_second": 3, "burst_count": 3}) | {"local": {"per_user": None}}
+"""So that some of what comes in at any speed waits."""
 _READ = "synapse_sticky_read_rows"
 _SYNAPSES_OWN = "get_sticky_events_in_rooms"
 
-Transactions = dict[str, Counter[str]]
+Counted = dict[str, Counter[str]]
+
+_PREFIX = "synapse_sticky_"
+# What each process may do: transactions, and what runs in the background.
+_EVERYWHERE = {"migrate", "read_rows", "start", "follow_stream", "expire"}
+_OF_ITS_KIND = {
+    "main": {"note_page", "page", "newly_joined"},
+    "persister": {"deferred", "release", "drop_deferred"},
+    "sender": {
+        *("state_position", "newcomers", "left_behind", "memberships", "is_server_join"),
+        *("record_joins", "backlog", "settle", "is_joined"),
+        *("read_joins", "nudge", "confirm"),
+    },
+    "receiver": {
+        *("waiting", "read_staged", "prune_staged", "is_joined"),
+        *("set_aside", "incomplete", "due_incomplete", "next_incomplete_ms"),
+        *("stage_again", "postpone_incomplete", "look_at_incomplete_pdus"),
+    },
+    "sync": {"note_page", "page", "newly_joined"},
+    "background": {"merge_extremities"},
+}
+_HAS_DONE = {
+    "persister": {"release"},
+    "sender": {"memberships", "record_joins", "settle", "confirm"},
+    "receiver": {"waiting", "look_at_incomplete_pdus"},
+    "background": {"merge_extremities"},
+}
+"""What each has done after the story of the test, at least."""
 
 
 @pytest.fixture(scope="module")
 def deployment(lab: Lab) -> Iterator[WorkerHomeserver]:
     lab.prepare()
-    started = lab.make_workers(config=NO_LIMITS, metrics=True)
+    started = lab.make_workers(config=CONFIG, metrics=True, probed=True)
     started.first_start()
     yield started
     lab.close_servers([started])
 
 
-def transactions(deployment: WorkerHomeserver) -> Transactions:
+def transactions(deployment: WorkerHomeserver, what: re.Pattern[str] = _TRANSACTIONS) -> Counted:
     """How many of each kind there were, by process."""
-    counted: Transactions = {}
+    counted: Counted = {}
     for name, text in zip(deployment.processes, deployment.metrics(), strict=True):
-        found = map(_TRANSACTIONS.match, text.splitlines())
+        found = map(what.match, text.splitlines())
         counted[name] = Counter({m[1]: int(float(m[2])) for m in found if m})
-        assert counted[name], f"{name} says nothing of its transactions"
+        assert counted[name], f"{name} says nothing"
     return counted
+
+
+def kind_of(name: str) -> str:
+    """Of a process: ``sender`` of ``sender1``."""
+    return name.rstrip("12")
+
+
+def done(deployment: WorkerHomeserver) -> dict[str, set[str]]:
+    """What of the module's ran in each process so far."""
+    counted = (transactions(deployment, what) for what in (_TRANSACTIONS, _BACKGROUND))
+    return {
+        name: {
+            what.removeprefix(_PREFIX)
+            for what in {*asked, *ran}
+            if what.startswith(_PREFIX) and asked[what] + ran[what] > 0
+        }
+        for (name, asked), ran in zip(next(counted).items(), next(counted).values(), strict=True)
+    }
+
+
+@pytest.mark.requirement("E2", "E4")
+def test_each_process_does_its_own_work(lab: Lab, deployment: WorkerHomeserver, peer: Peer) -> None:
+    """A flood for rooms of both persisters, a newcomer for each sender, a user who pages."""
+    with ExitStack() as stack:
+        newcomers = [stack.enter_context(newcomer_of(lab, sender)) for sender in SENDERS]
+        for persister in PERSISTERS:
+            scene = enter_where(deployment, peer, persister)
+            sent = {*scene.flood(20), *scene.flood(20)}
+            of_alice = {scene.alice.send_sticky(scene.room_id) for _ in range(5)}
+            for newcomer in newcomers:
+                newcomer.join(deployment, scene.room_id, newcomer.user("carol"))
+            expected = sent | of_alice
+            wait_until(lambda: expected <= set(entered(deployment, scene.room_id)), "the flood")  # noqa: B023
+            assert set(scene.alice.collect_sticky(scene.room_id, expected)) == expected
+            for newcomer in newcomers:
+                wait_until(lambda: of_alice <= newcomer.events.keys(), "the newcomer to have all")  # noqa: B023
+            # Deferred and released, all of it by the room's persister.
+            sql = "SELECT DISTINCT instance_name FROM sticky_events WHERE room_id = ?"
+            assert deployment.query(sql, scene.room_id) == [(persister,)]
+            for newcomer, sender in zip(newcomers, SENDERS, strict=True):
+                line = f"{newcomer.name} has newly joined {scene.room_id}"
+                said = {name: deployment.output_of(name).count(line) for name in WORKERS}
+                assert {name for name, times in said.items() if times} == {sender}
+                assert said[sender] == 1
+            bob = deployment.user()
+            bob.send_sticky(bob.create_room())
+            before = bob.sliding_sync()
+            bob.join(scene.room_id)
+            pages_of(bob, scene.room_id, before, lambda do: do(), expected)
+
+    def undone() -> dict[str, set[str]]:
+        did = done(deployment)
+        left = {name: _HAS_DONE.get(kind_of(name), set()) - did[name] for name in did}
+        left[SLIDING_SYNC] |= {"note_page", "page"} - did[SLIDING_SYNC]
+        return {name: what for name, what in left.items() if what}
+
+    wait_until(lambda: not undone(), "all to have done theirs", 120, undone)
+    # Nothing at all is done elsewhere.
+    for name, did in done(deployment).items():
+        assert did <= _EVERYWHERE | _OF_ITS_KIND[kind_of(name)], name
 
 
 @pytest.mark.requirement("C2", "E2")
 def test_an_idle_sync_asks_nothing(deployment: WorkerHomeserver, peer: Peer) -> None:
     scene = enter(deployment, peer)
     sent = {*scene.flood(20), scene.alice.send_sticky(scene.room_id)}
-    seen = scene.alice.collect_sticky(scene.room_id, sent)
-    assert set(seen) == sent
+    wait_until(lambda: sent <= set(entered(deployment, scene.room_id)), "what waits")
+    assert all(deployment.index_knows(event_id) for event_id in sent)
     since = scene.alice.sync()["next_batch"]
     sliding = scene.alice.sliding_sync()
     before = transactions(deployment)
@@ -58,7 +157,7 @@ def test_an_idle_sync_asks_nothing(deployment: WorkerHomeserver, peer: Peer) -> 
         asked = after[name] - before[name]
         # The syncs are in there, with what Synapse asks for whoever syncs.
         assert asked.total() > 0
-        of_module = [what for what in asked if what.startswith("synapse_sticky_")]
+        of_module = [what for what in asked if what.startswith(_PREFIX)]
         assert not of_module, (name, asked)
         assert not asked[_SYNAPSES_OWN], (name, asked)
 
@@ -74,15 +173,12 @@ def test_one_small_query_a_batch(deployment: WorkerHomeserver, peer: Peer) -> No
     for _ in range(count):
         scene.alice.send_sticky(scene.room_id)
         other.send_sticky(elsewhere)
-    # All processes follow the same stream.
     last = other.send_sticky(elsewhere)
-    assert other.collect_sticky(elsewhere, {last})
-    wait_until(
-        lambda: all(
-            asked[_READ] > before[name][_READ] for name, asked in transactions(deployment).items()
-        ),
-        "all processes to read",
-    )
+    assert deployment.index_knows(last), "all processes have read all of it"
     for name, asked in transactions(deployment).items():
         new = asked - before[name]
-        assert new[_READ] <= 2 * count + 2, (name, new)
+        assert 0 < new[_READ] <= 2 * count + 1, (name, new)
+        of_module = {what: new[what] for what in new if what.startswith(_PREFIX)}
+        # Senders look for newcomers as well, and receivers from time to time for what is kept.
+        if kind_of(name) not in {"sender", "receiver"}:
+            assert of_module == {_READ: new[_READ]}, (name, new)

@@ -1,0 +1,89 @@
+"""A client that syncs on and on, as real ones do, whatever happens to its server meanwhile."""
+
+import json
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import requests
+
+from tests.lab.client import (
+    WITHOUT_TIMELINE,
+    ApiError,
+    Client,
+    sliding_sticky_events,
+    sticky_events,
+)
+
+_POLL_MS = 1_000
+_PAUSE_S = 0.1
+
+
+class Watcher:
+    """Syncs in a thread, from where it was; asks again from there if there was no answer. Use it in
+    a ``with`` statement.
+
+    Args:
+        sliding: by sliding sync, not by /sync.
+    """
+
+    def __init__(self, user: Client, *, sliding: bool = False) -> None:
+        self._user = user.again()
+        self._sliding = sliding
+        self._answers: list[Any] = []
+        self._over = threading.Event()
+        self._error: ApiError | None = None
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def seen(self, room_id: str) -> list[str]:
+        """The IDs of the room's sticky events, as often as they were given, in their order."""
+        found: Callable[[Any, str], list[str]] = (
+            sliding_sticky_events if self._sliding else sticky_events
+        )
+        return [event_id for answer in [*self._answers] for event_id in found(answer, room_id)]
+
+    def text(self) -> str:
+        """All that it was told."""
+        return json.dumps(self._answers)
+
+    def __enter__(self) -> "Watcher":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Ends it.
+
+        Raises:
+            ApiError: the server answered with an error that a client can do nothing about.
+        """
+        self._over.set()
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _watch(self) -> None:
+        answer = None
+        while not self._over.is_set():
+            try:
+                answer = self._next(answer)
+            except requests.RequestException:
+                self._over.wait(_PAUSE_S)
+            except ApiError as e:
+                if e.status < 500:
+                    self._error = e
+                    return
+                self._over.wait(_PAUSE_S)
+            else:
+                self._answers.append(answer)
+
+    def _next(self, answer: Any) -> Any:
+        if self._sliding:
+            return self._user.sliding_sync(answer, timeout_ms=_POLL_MS)
+        since = None if answer is None else answer["next_batch"]
+        return self._user.sync(since, _POLL_MS, WITHOUT_TIMELINE)

@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import Servers
 from tests.integration.rooms import NO_LIMITS, deferred, entered
-from tests.integration.story import revived, tell
+from tests.integration.story import patiently, revived, send_as_a_server_does, tell
 from tests.lab import Homeserver, Lab, Peer, wait_until
 from tests.lab.faults import FAULTY_MODULE, Fault, has_struck, set_clock
 from tests.lab.scene import enter
@@ -112,7 +112,8 @@ def test_while_events_before_cannot_be_fetched(
     peer.advance(scene.room, withheld_id)
     fault = Fault(transaction, moment, kind)
     fault.arm(faulty.folder)
-    sent = scene.flood(3)
+    # The process may be gone before it has answered.
+    sent = send_as_a_server_does(scene, partial(patiently, faulty), [scene.eve] * 3)
     wait_until(lambda: revived(faulty) and has_struck(faulty.folder), f"{fault} to strike")
     peer.override = lambda method, path: None
     wait_until(

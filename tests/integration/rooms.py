@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from tests.lab import Client, Homeserver, wait_until
+from tests.lab import Client, Homeserver, Peer, wait_until
 
 
 def room_of(*users: Client, via: Homeserver, history_visibility: str = "shared") -> str:
@@ -46,13 +46,13 @@ def introduce(newcomer: Homeserver, *servers: Homeserver) -> None:
         assert response.status_code == 404, response.text
 
 
-def wait_until_seen(server: Homeserver, newcomer: Homeserver, room_id: str) -> None:
+def wait_until_seen(server: Homeserver, newcomer: Homeserver | Peer, room_id: str) -> None:
     """Waits until the server has noticed the newcomer."""
     line = joined_line(newcomer, room_id)
     wait_until(lambda: server.log_has(line), f"{newcomer.name} to be noticed")
 
 
-def joined_line(newcomer: Homeserver, room_id: str) -> str:
+def joined_line(newcomer: Homeserver | Peer, room_id: str) -> str:
     """What the module logs of a newcomer."""
     return f"{newcomer.name} has newly joined {room_id}"
 

@@ -33,6 +33,7 @@ RECEIVERS = ("receiver1", "receiver2")
 SYNC, SLIDING_SYNC = "sync1", "sync2"
 BACKGROUND = "background1"
 WORKERS = (*PERSISTERS, *SENDERS, *RECEIVERS, SYNC, SLIDING_SYNC, BACKGROUND)
+_SHARDS = (*PERSISTERS, *SENDERS)
 
 
 def owner(names: Sequence[str], key: str) -> str:
@@ -72,8 +73,7 @@ class WorkerHomeserver(Homeserver):
         **options: Any,
     ) -> None:
         self._database = database
-        self.persisters = persisters
-        self.workers = tuple(n for n in WORKERS if n in persisters or n not in PERSISTERS)
+        self._share_out(persisters, SENDERS)
         self.valkey = valkey
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self._turn = itertools.count()
@@ -90,6 +90,17 @@ class WorkerHomeserver(Homeserver):
         self.base_url = f"http://127.0.0.1:{self.proxy.port}"
         self.write_config()
 
+    def _share_out(self, persisters: tuple[str, ...], senders: tuple[str, ...]) -> None:
+        self.persisters, self.senders = persisters, senders
+        self.workers = tuple(
+            name for name in WORKERS if name not in _SHARDS or name in (*persisters, *senders)
+        )
+
+    def share_out(self, persisters: tuple[str, ...], senders: tuple[str, ...]) -> None:
+        """From the next start on these persist events, and these send to other servers."""
+        self._share_out(persisters, senders)
+        self.write_config()
+
     def write_config(self, **changes: Any) -> None:
         # Sharing one secret key and the media folder, as on one machine.
         shared = {
@@ -102,7 +113,7 @@ class WorkerHomeserver(Homeserver):
                 for name in (MAIN, *self.persisters)
             },
             "stream_writers": {"events": list(self.persisters)},
-            "federation_sender_instances": list(SENDERS),
+            "federation_sender_instances": list(self.senders),
             "run_background_tasks_on": BACKGROUND,
         }
         metrics = {"enable_metrics": True} if self._metrics else {}

@@ -7,7 +7,15 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from synapse_sticky.adapter import MIGRATION_LOCK
-from tests.integration.rooms import entered, limits
+from tests.integration.rooms import (
+    NO_LIMITS,
+    deferred,
+    entered,
+    limits,
+    wait_until_seen,
+    wait_until_sticky,
+    wait_until_taken_in,
+)
 from tests.integration.story import TRANSACTION, revived, tell
 from tests.lab import Homeserver, Lab, Peer, WorkerHomeserver, wait_until
 from tests.lab.faults import FAULTY_MODULE, Fault, has_struck, set_clock_of
@@ -224,9 +232,10 @@ def test_all_make_the_tables_at_once(
     deployment: WorkerHomeserver, peer: Peer, newcomer: Peer
 ) -> None:
     deployment.stop()
-    tables = deployment.query(
+    all_tables = (
         "SELECT table_name FROM information_schema.tables WHERE table_name LIKE 'synapse_sticky_%'"
     )
+    tables = deployment.query(all_tables)
     assert len(tables) == 6
     deployment.change(*(f"DROP TABLE {name}" for (name,) in tables))
     said = deployment.output()
@@ -234,15 +243,53 @@ def test_all_make_the_tables_at_once(
     with deployment.advisory_lock(MIGRATION_LOCK):
         for name in (MAIN, *WORKERS):
             deployment.start_process(name)
-        queue_sql = "SELECT COUNT(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
-        wait_until(lambda: deployment.query(queue_sql) == [(len(WORKERS) + 1,)], "all to wait", 180)
+        waiting = "SELECT COUNT(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+        wait_until(lambda: deployment.query(waiting) == [(len(WORKERS) + 1,)], "all to wait", 180)
     deployment.wait_until_ready()
-    layouts = "SELECT version FROM synapse_sticky_layout ORDER BY version"
-    wait_until(lambda: deployment.query(layouts), "the tables to be made")
-    assert deployment.query(layouts) == [(1,), (2,), (3,), (4,)]
+    wait_until(lambda: deployment.query(all_tables), "the tables to be made")
+    layouts = deployment.query("SELECT version FROM synapse_sticky_layout ORDER BY version")
+    assert layouts == [(1,), (2,), (3,), (4,)]
     tell(deployment, peer, newcomer, pace=range(2))
     for what, times in (("to layout 1", 1), ("to layout 4", 1), ("Could not start", 0)):
         assert deployment.output().count(what) - said.count(what) == times, what
+
+
+@_MORE
+@pytest.mark.requirement("E2", "E4", "L4", "P3")
+def test_the_work_is_shared_out_anew(lab: Lab, peer: Peer) -> None:
+    """What waits goes on with the new persister, what a newcomer lacks with the new sender."""
+    lab.prepare()
+    never = {"per_second": 0.001, "burst_count": 3}
+    deployment = lab.make_workers(config=limits(per_server=never) | {"local": {"per_user": None}})
+    deployment.first_start()
+    try:
+        scenes = [enter_where(deployment, peer, name) for name in PERSISTERS]
+        with newcomer_of(lab, SENDERS[1]) as newcomer:
+            newcomer.override = lambda method, path: (503, {}) if "/send/" in path else None
+            floods = [set(scene.flood(20)) for scene in scenes]
+            own = {scene.alice.send_sticky(scene.room_id) for scene in scenes}
+            for scene, flood in zip(scenes, floods, strict=True):
+                newcomer.join(deployment, scene.room_id, newcomer.user("carol"))
+                wait_until_taken_in(deployment, scene.room_id, flood)
+                wait_until_seen(deployment, newcomer, scene.room_id)
+            assert len(deferred(deployment)) == 2 * (20 - 3)
+            deployment.stop()
+            deployment.configure_module(NO_LIMITS)
+            deployment.share_out(PERSISTERS[:1], SENDERS[:1])
+            newcomer.override = lambda method, path: None
+            deployment.restart()
+            wait_until(lambda: not deferred(deployment), "all to be released")
+            wait_until(lambda: own <= newcomer.events.keys(), "the newcomer to have all")
+        for scene, flood in zip(scenes, floods, strict=True):
+            new = scene.sticky()
+            expected = {*flood, *own, new}
+            wait_until_sticky(deployment, new)
+            rows = entered(deployment, scene.room_id)
+            assert len(rows) == len(set(rows)) == 20 + 1 + 1
+            assert set(rows) <= expected
+            assert set(scene.alice.collect_sticky(scene.room_id, set(rows))) == set(rows)
+    finally:
+        lab.close_servers([deployment])
 
 
 @_MORE

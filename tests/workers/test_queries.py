@@ -7,7 +7,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from tests.integration.rooms import entered, limits
+from tests.integration.rooms import entered, joined_line, limits
 from tests.integration.story import pages_of
 from tests.lab import Lab, Peer, WorkerHomeserver, wait_until
 from tests.lab.scene import enter
@@ -118,7 +118,7 @@ def test_each_process_does_its_own_work(lab: Lab, deployment: WorkerHomeserver, 
             sql = "SELECT DISTINCT instance_name FROM sticky_events WHERE room_id = ?"
             assert deployment.query(sql, scene.room_id) == [(persister,)]
             for newcomer, sender in zip(newcomers, SENDERS, strict=True):
-                line = f"{newcomer.name} has newly joined {scene.room_id}"
+                line = joined_line(newcomer, scene.room_id)
                 said = {name: deployment.output_of(name).count(line) for name in WORKERS}
                 assert {name for name, times in said.items() if times} == {sender}
                 assert said[sender] == 1

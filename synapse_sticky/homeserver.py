@@ -318,7 +318,10 @@ class Staging(Protocol):
         """Hands over each sticky PDU that Synapse drops as it cannot be persisted for now or its
         prev_events cannot be fetched, or as this server is not in the room, which it may be about
         to join; and says which. So with those that it holds in memory only while it joins. None
-        that can never be taken in."""
+        that can never be taken in, nor any that is larger than a PDU may be."""
+
+    def holds_up(self, room_id: str) -> bool:
+        """Does this process hold up what is staged for the room, as it is joining it?"""
 
     def stage_txn(self, txn: Cursor, room_id: str, pdus: Sequence[IncompletePdu]) -> None:
         """Puts PDUs of the room into the area, in this order, behind those that are there; none if

@@ -2,16 +2,19 @@
 
 import logging
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import attr
-from synapse.api.constants import StickyEvent
+from canonicaljson import encode_canonical_json
+from synapse.api.constants import MAX_PDU_SIZE, EventContentFields, StickyEvent
 from synapse.api.errors import SynapseError
 from synapse.api.room_versions import EventFormatVersions, RoomVersion
-from synapse.events import EventBase
+from synapse.events import EventBase, relation_from_event
 from synapse.federation.federation_server import _INBOUND_EVENT_HANDLING_LOCK_NAME
+from synapse.metrics import SERVER_NAME_LABEL
 from synapse.storage.database import LoggingTransaction, make_in_list_sql_clause
+from synapse.storage.databases.main.event_federation import pdus_pruned_from_federation_queue
 from synapse.util.duration import Duration
 from synapse.util.json import json_decoder, json_encoder
 
@@ -77,6 +80,8 @@ class SynapseStaging:
                 if not to_delete:
                     return False
                 logger.info("Pruning %d staged PDUs of %s", len(to_delete), room_id)
+                counter = pdus_pruned_from_federation_queue
+                counter.labels(**{SERVER_NAME_LABEL: self._server_name}).inc(len(to_delete))
                 await self._store.db_pool.simple_delete_many(
                     table="federation_inbound_events_staging",
                     column="event_id",
@@ -108,6 +113,9 @@ class SynapseStaging:
         original = self._handler.on_receive_pdu
 
         async def keep(origin: str, pdu: EventBase, why: str) -> None:
+            # It is checked late, after the prev_events have been fetched.
+            if len(encode_canonical_json(pdu.get_pdu_json())) > MAX_PDU_SIZE:
+                return
             try:
                 await take(_incomplete(origin, pdu), self._staged(pdu), why)
             except Exception:
@@ -144,7 +152,11 @@ class SynapseStaging:
             return False
 
     def _is_queued(self, pdu: EventBase) -> bool:
-        return any(queued is pdu for queued, _ in self._handler.room_queues.get(pdu.room_id, ()))
+        queue = self._handler.room_queues.get(pdu.room_id)
+        return queue is not None and len(queue) > 0 and queue[-1][0] is pdu
+
+    def holds_up(self, room_id: str) -> bool:
+        return room_id in self._handler.room_queues
 
     def _is_passing(self, e: Exception) -> bool:
         """Does the database fail, or is the event persister away?"""
@@ -287,8 +299,21 @@ def _is_possible(pdu: EventBase) -> bool:
     return (
         len(set(prev_event_ids)) <= _MAX_PREV_EVENTS
         and len(auth_event_ids) <= _MAX_AUTH_EVENTS
-        and not any("\0" in event_id for event_id in (*prev_event_ids, *auth_event_ids))
+        and not any("\0" in text for text in (*prev_event_ids, *auth_event_ids, *_texts(pdu)))
     )
+
+
+def _texts(pdu: EventBase) -> Iterator[str]:
+    """What of the PDU goes into columns of its own."""
+    labels = pdu.content.get(EventContentFields.LABELS)
+    relation = relation_from_event(pdu)
+    for field in (
+        *(pdu.type, pdu.get("state_key"), pdu.redacts),
+        *((relation.parent_id, relation.rel_type, relation.aggregation_key) if relation else ()),
+        *(labels if isinstance(labels, list | tuple) else ()),
+    ):
+        if isinstance(field, str):
+            yield field
 
 
 def _incomplete(origin: str, pdu: EventBase) -> IncompletePdu:

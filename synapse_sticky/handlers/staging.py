@@ -4,15 +4,17 @@ they are processed.
 If the event persister or the database fails, or the prev_events of one cannot be fetched, as who
 has them is away, Synapse drops it; so it does while the room is being joined, but for what comes to
 the process that joins it, which a crash drops. Such a PDU is kept in a table and staged again from
-time to time, by whichever process comes to it, until it is persisted or expired. Of those that came
-from one server for one room only one at a time has its prev_events asked for: who does not answer
-holds the room up. It is the oldest, as they are a chain more often than not; if that is of no avail
-the newest in turns, on whose way Synapse fetches the others.
+time to time, by whichever process comes to it, until it is persisted or expired. Those whose
+prev_events are there are tried all at once, but only once. Of the others, that came from one server
+for one room, it is one at a time: who does not answer when asked for prev_events holds the room up,
+and some may fail whatever is done. It is the oldest, as they are a chain more often than not; if
+that is of no avail others in turns, the newest first, on whose way Synapse fetches those before it.
 
 Fails open: if the pruning cannot be decided, nothing is pruned this time.
 """
 
 import logging
+from collections import OrderedDict
 from collections.abc import Sequence
 
 from synapse_sticky._core import sticky_duration_ms, sticky_until_ms
@@ -24,13 +26,16 @@ logger = logging.getLogger(__name__)
 _RETRY_MIN_MS = 1_000
 _RETRY_MAX_MS = 60_000
 _ATTEMPTS = 12
-"""About seven minutes. The room's other PDUs wait meanwhile, so it is not to be for ever."""
+"""About seven minutes, and how long each takes. The room's other PDUs wait meanwhile, so it is not
+to be for ever."""
 
 _LOOK_AGAIN_MS = 1_000
 """After an attempt: by then it has gone well, or the other server does not answer."""
 
 _TURN_MS = 60_000
-"""How long the oldest has its prev_events asked for, and then the newest."""
+"""How long the oldest is tried, and then another one."""
+
+_MAX_TRIED = 10_000
 
 _POLL_MS = 60_000
 """Another process may have set PDUs aside, and be gone."""
@@ -54,6 +59,8 @@ class StagingHandler:
         self._timer: Cancellable | None = None
         self._looks_at_ms = 0
         self._looking = False
+        # What was tried by this process when its prev_events were there.
+        self._tried: OrderedDict[tuple[str, str], None] = OrderedDict()
 
     def start(self) -> None:
         """Takes effect from the next PDU on."""
@@ -155,8 +162,8 @@ class StagingHandler:
     async def _look_at(self, origin: str, room_id: str) -> None:
         now_ms = self._hs.now_ms()
         waiting = await self._storage.incomplete(origin, room_id)
-        if not await self._hs.rooms.is_in_room(room_id):
-            # Perhaps it is being joined; until it is, all would be dropped once more.
+        if self._hs.staging.holds_up(room_id) or not await self._hs.rooms.is_in_room(room_id):
+            # Until it is joined all would be dropped once more, or held in memory once more.
             await self._storage.stage_again(
                 *(origin, room_id, []),
                 over=[pdu.event_id for pdu in waiting if pdu.until_ms <= now_ms],
@@ -167,18 +174,18 @@ class StagingHandler:
         there = await self._hs.staging.persisted({*prevs, *(pdu.event_id for pdu in waiting)})
         over = [pdu for pdu in waiting if pdu.event_id in there or pdu.until_ms <= now_ms]
         left = [pdu for pdu in waiting if pdu not in over]
-        staged = _complete([pdu for pdu in left if pdu.due_ms <= now_ms], there)
-        lacking = [pdu for pdu in left if pdu not in staged]
+        staged = self._complete(origin, left, there)
         due = {pdu.event_id: _next_ms(pdu, now_ms) for pdu in staged}
-        if lacking:
-            oldest = lacking[0]
+        others = [pdu for pdu in left if pdu not in staged]
+        if others:
+            oldest = others[0]
             look_ms = oldest.due_ms
             if oldest.due_ms <= now_ms:
                 turn = (now_ms - oldest.received_ts_ms) // _TURN_MS
-                staged.append(lacking[-1] if turn % 2 else oldest)
+                staged.append(others[-1 - turn // 2 % len(others)] if turn % 2 else oldest)
                 due[oldest.event_id] = _next_ms(oldest, now_ms)
                 look_ms = now_ms + _LOOK_AGAIN_MS
-            due.update((pdu.event_id, look_ms) for pdu in lacking[1:])
+            due.update((pdu.event_id, look_ms) for pdu in others[1:])
         await self._storage.stage_again(
             origin,
             room_id,
@@ -189,16 +196,22 @@ class StagingHandler:
         if staged:
             await self._hs.staging.process(room_id)
 
-
-def _complete(waiting: Sequence[WaitingPdu], there: set[str]) -> list[WaitingPdu]:
-    """Those whose prev_events are there, or come before them among these."""
-    there = set(there)
-    complete = []
-    for pdu in waiting:
-        if there.issuperset(pdu.prev_event_ids):
-            complete.append(pdu)
-            there.add(pdu.event_id)
-    return complete
+    def _complete(
+        self, origin: str, waiting: Sequence[WaitingPdu], there: set[str]
+    ) -> list[WaitingPdu]:
+        """Those whose prev_events are there, or come before them among these; none a second time,
+        as nothing says then that it goes well."""
+        there = set(there)
+        complete = []
+        for pdu in waiting:
+            key = (origin, pdu.event_id)
+            if key not in self._tried and there.issuperset(pdu.prev_event_ids):
+                complete.append(pdu)
+                there.add(pdu.event_id)
+                self._tried[key] = None
+        while len(self._tried) > _MAX_TRIED:
+            self._tried.popitem(last=False)
+        return complete
 
 
 def _next_ms(pdu: WaitingPdu, now_ms: int) -> int:

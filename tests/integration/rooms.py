@@ -103,8 +103,8 @@ def in_thread(function: Callable[[], object], timeout_s: float = 120) -> Callabl
     future = executor.submit(function)
 
     def finish() -> None:
+        executor.shutdown(wait=False)
         future.result(timeout_s)
-        executor.shutdown()
 
     return finish
 

@@ -1,6 +1,7 @@
 """One story, told while something breaks: a flood, a newcomer, a user who joins and pages through
 what is sticky; and what must be true in the end, whatever broke."""
 
+import queue
 from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack
 from functools import partial
@@ -20,7 +21,6 @@ Do = Callable[[Callable[[], Any]], Any]
 
 TRANSACTION = 12
 """How many PDUs the peer sends at once."""
-OF_ALICE_MEANWHILE = 5
 _SHORT_MS = 20_000
 _LONGEST_S = 240.0
 
@@ -28,13 +28,18 @@ _LONGEST_S = 240.0
 def patiently(server: Homeserver, do: Callable[[], T]) -> T:
     """As a client does: tries again if the server failed, once it is up again."""
     failures: list[Exception] = []
-    for _ in range(10):
+    done: list[T] = []
+
+    def is_done() -> bool:
         try:
-            return do()
+            done.append(do())
         except (requests.RequestException, AssertionError) as e:
             failures.append(e)
-        server.revive()
-    raise failures[0]
+            server.revive()
+        return bool(done)
+
+    wait_until(is_done, "the server to do it", 120, lambda: failures[-1:])
+    return done[0]
 
 
 def tell(
@@ -73,31 +78,33 @@ def tell(
     do(lambda: bob.send_sticky(bob.create_room()))
     before = do(bob.sliding_sync)
     first()
-    of_alice_meanwhile: list[str] = []
+    due = queue.Queue[int | None]()
 
     def go_on() -> None:
         user = scene.alice.again()
-        for number in range(3, 3 + OF_ALICE_MEANWHILE):
-            of_alice_meanwhile.append(do(partial(send, user, room_id, number)))
+        for number in iter(due.get, None):
+            of_alice.append(do(partial(send, user, room_id, number)))
 
     with ExitStack() as stack:
         sync, sliding = (stack.enter_context(Watcher(dora, sliding=s)) for s in (False, True))
         outside = [stack.enter_context(Watcher(frank, sliding=s)) for s in (False, True)]
         finish = [in_thread(lambda: meanwhile(scene), _LONGEST_S), in_thread(go_on, _LONGEST_S)]
-        flood = [
-            event_id
-            for _ in pace
-            for event_id in send_as_a_server_does(scene, do, [scene.eve] * TRANSACTION)
-        ]
+        for end in finish:
+            stack.callback(end)
+        stack.callback(due.put, None)
+        flood = []
+        for number, _ in enumerate(pace, start=len(of_alice)):
+            due.put(number)
+            flood += send_as_a_server_does(scene, do, [scene.eve] * TRANSACTION)
         short = []
         if of_one_user:
             short = send_as_a_server_does(scene, do, [mallory] * of_one_user, _SHORT_MS)
-        user = newcomer.user("carol")
-        do(lambda: newcomer.join(server, room_id, user))
+        do(lambda: newcomer.join(server, room_id, newcomer.user("carol")))
         do(lambda: bob.join(room_id))
+        due.put(None)
         for end in finish:
             end()
-        own = {*of_alice, *of_alice_meanwhile}
+        own = set(of_alice)
         expected = own | set(flood)
 
         def missing() -> dict[str, set[str]]:
@@ -111,13 +118,16 @@ def tell(
             }
             return {where: event_ids for where, event_ids in left.items() if event_ids}
 
+        answered = [len(watcher.answers) for watcher in outside]
         wait_until(lambda: not missing(), "everything to be delivered", _LONGEST_S, missing)
+        wait_until(
+            lambda: all(len(w.answers) > n for w, n in zip(outside, answered, strict=True)),
+            "who left to be answered",
+        )
         if short:
             wait_until(lambda: revived(server) and not deferred(server), "what waits to expire")
-        rows = entered(server, room_id)
-        assert len(rows) == len(set(rows)), "none twice in the stream"
-        assert not set(rows) & deferred(server), "what is released does not wait"
         seen_by = {
+            "the stream": entered(server, room_id),
             "who joined": pages_of(bob, room_id, before, do, expected),
             "a new client": sections_of(scene.alice, room_id, do),
         }
@@ -125,9 +135,9 @@ def tell(
     for who, seen in seen_by.items():
         assert len(seen) == len(set(seen)), f"each is there once for {who}"
         assert expected <= set(seen) <= expected | set(short), who
-    for watcher in outside:
-        told = watcher.text()
-        assert not [event_id for event_id in rows if event_id in told], "who left is told nothing"
+    assert not set(seen_by["the stream"]) & deferred(server), "what is released does not wait"
+    told = "".join(watcher.text() for watcher in outside)
+    assert not [event_id for event_id in seen_by["the stream"] if event_id in told], "who left"
 
 
 def revived(server: Homeserver) -> bool:
@@ -184,12 +194,14 @@ def pages_of(
     expected."""
     seen: list[str] = []
 
-    def next_page() -> bool:
+    def all_pages() -> bool:
         nonlocal answer
-        answer = do(partial(user.sliding_sync, answer, limit=2))
-        page = sliding_sticky_events(answer, room_id)
-        seen.extend(page)
-        return not page and set(seen).issuperset(expected)
+        page = None
+        while page != []:
+            answer = do(partial(user.sliding_sync, answer, limit=2))
+            page = sliding_sticky_events(answer, room_id)
+            seen.extend(page)
+        return set(seen).issuperset(expected)
 
-    wait_until(next_page, "sliding sync to give everything")
+    wait_until(all_pages, "sliding sync to give everything")
     return seen

@@ -155,6 +155,21 @@ def test_while_the_room_is_being_joined(servers: Servers, peer: Peer, killed: bo
     wait_until(lambda: not set_aside(server), "nothing to be left")
 
 
+@pytest.mark.requirement("L3", "L6")
+def test_what_is_too_large_is_not_kept(servers: Servers, peer: Peer) -> None:
+    """Synapse says so only after the prev_events have been fetched."""
+    (server,) = servers({})
+    scene = enter(server, peer)
+    peer.override = lambda method, path: (502, {}) if "/get_missing_events/" in path else None
+    withheld_id, _ = peer.sticky(scene.room, scene.eve)
+    peer.advance(scene.room, withheld_id)
+    too_large, pdu = peer.sticky(scene.room, scene.eve, content={"body": "x" * 70_000})
+    assert scene.send(pdu) == {too_large: {}}
+    kept = scene.sticky()
+    wait_until(lambda: kept in set_aside(server), "the other to be set aside")
+    assert set_aside(server) == {kept}
+
+
 @pytest.mark.one_process
 @pytest.mark.requirement("L3", "P7")
 def test_while_another_user_joins_by_another_server(servers: Servers, peer: Peer) -> None:

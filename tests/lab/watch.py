@@ -31,22 +31,28 @@ class Watcher:
     def __init__(self, user: Client, *, sliding: bool = False) -> None:
         self._user = user.again()
         self._sliding = sliding
-        self._answers: list[Any] = []
+        self.answers: list[Any] = []
         self._over = threading.Event()
-        self._error: ApiError | None = None
+        self._error: Exception | None = None
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
     def seen(self, room_id: str) -> list[str]:
-        """The IDs of the room's sticky events, as often as they were given, in their order."""
+        """The IDs of the room's sticky events, as often as they were given, in their order.
+
+        Raises:
+            ApiError: the server answered with an error that a client can do nothing about.
+        """
         found: Callable[[Any, str], list[str]] = (
             sliding_sticky_events if self._sliding else sticky_events
         )
-        return [event_id for answer in [*self._answers] for event_id in found(answer, room_id)]
+        if self._error is not None:
+            raise self._error
+        return [event_id for answer in [*self.answers] for event_id in found(answer, room_id)]
 
     def text(self) -> str:
         """All that it was told."""
-        return json.dumps(self._answers)
+        return json.dumps(self.answers)
 
     def __enter__(self) -> "Watcher":
         return self
@@ -57,30 +63,25 @@ class Watcher:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Ends it.
-
-        Raises:
-            ApiError: the server answered with an error that a client can do nothing about.
-        """
+        """Ends it."""
         self._over.set()
         self._thread.join()
-        if self._error is not None:
-            raise self._error
 
     def _watch(self) -> None:
         answer = None
         while not self._over.is_set():
             try:
                 answer = self._next(answer)
-            except requests.RequestException:
-                self._over.wait(_PAUSE_S)
-            except ApiError as e:
-                if e.status < 500:
+            except Exception as e:  # noqa: BLE001  # told to whoever asks what was seen
+                if isinstance(e, requests.RequestException) or (
+                    isinstance(e, ApiError) and e.status >= 500
+                ):
+                    self._over.wait(_PAUSE_S)
+                else:
                     self._error = e
                     return
-                self._over.wait(_PAUSE_S)
             else:
-                self._answers.append(answer)
+                self.answers.append(answer)
 
     def _next(self, answer: Any) -> Any:
         if self._sliding:

@@ -502,7 +502,11 @@ class Valkey:
     def _start(self) -> None:
         with self._output.open("ab") as output:
             self._process = subprocess.Popen(self._command, stdout=output, stderr=subprocess.STDOUT)
-        wait_until(self._answers, "Valkey to answer", 30)
+        try:
+            wait_until(self._answers, "Valkey to answer", 30)
+        except BaseException:
+            self._process.kill()
+            raise
 
     def _answers(self) -> bool:
         assert self._process.poll() is None, self._output.read_text(errors="replace")

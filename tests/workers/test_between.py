@@ -3,6 +3,7 @@
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -143,6 +144,29 @@ def test_what_is_being_persisted(deployment: WorkerHomeserver, peer: Peer, fault
     sent = {scene.sticky() for _ in range(4)}
     wait_until(lambda: revived(deployment) and has_struck(deployment.folder), f"{fault} to strike")
     wait_until_all_entered(deployment, scene, sent)
+
+
+@_MORE
+@pytest.mark.requirement("E2", "L3", "L6")
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"kind": "a\0b"},
+        {"content": {"m.relates_to": {"rel_type": "m.thread", "event_id": "$a\0b"}}},
+        {"content": {"org.matrix.labels": ["a\0b"]}},
+    ],
+    ids=["type", "relation", "label"],
+)
+def test_what_no_persister_can_take_is_not_kept(
+    deployment: WorkerHomeserver, peer: Peer, fields: dict[str, Any]
+) -> None:
+    scene = enter_where(deployment, peer, PERSISTERS[0])
+    bad, pdu = peer.sticky(scene.room, scene.eve, **fields)
+    assert scene.send(pdu) == {bad: {}}
+    good = scene.sticky()
+    wait_until_all_entered(deployment, scene, {good})
+    kept = deployment.query("SELECT event_id FROM synapse_sticky_incomplete")
+    assert (bad,) not in kept
 
 
 @pytest.mark.slow
@@ -304,8 +328,14 @@ def test_a_rolling_restart_with_a_later_layout(lab: Lab, peer: Peer, newcomer: P
 
     def upgrade(scene: Scene[Homeserver]) -> None:
         deployment.use_module(NEXT_VERSION)
-        for number, name in enumerate((*WORKERS, MAIN)):
-            began.put(name if number < len(WORKERS) - 2 else None)
+        names = (*WORKERS, MAIN)
+        try:
+            for name in names[:-3]:
+                began.put(name)
+                deployment.restart_process(name)
+        finally:
+            began.put(None)
+        for name in names[-3:]:
             deployment.restart_process(name)
 
     try:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import secrets
 import ssl
 import threading
 import time
@@ -66,7 +67,8 @@ class Peer:
     """
 
     def __init__(self, certificate: tuple[Path, Path]) -> None:
-        self.signing_key = generate_signing_key("a_peer")
+        # Another key ID for each: an earlier peer may have had the port, and its key be remembered.
+        self.signing_key = generate_signing_key(f"peer_{secrets.token_hex(4)}")
         self.events: dict[str, Pdu] = {}
         self.received: list[Pdu] = []
         """The PDUs of all transactions, in order."""

@@ -44,7 +44,7 @@ def owner(names: Sequence[str], key: str) -> str:
     raise AssertionError("nobody has it")
 
 
-_FORWARDED = {"X-Forwarded-For": "127.0.0.1"}
+_FORWARDED = {"X-Forwarded-For": "127.0.0.1", "X-Forwarded-Proto": "https"}
 _HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length"}
 
 

@@ -80,8 +80,6 @@ class SynapseStaging:
                 if not to_delete:
                     return False
                 logger.info("Pruning %d staged PDUs of %s", len(to_delete), room_id)
-                counter = pdus_pruned_from_federation_queue
-                counter.labels(**{SERVER_NAME_LABEL: self._server_name}).inc(len(to_delete))
                 await self._store.db_pool.simple_delete_many(
                     table="federation_inbound_events_staging",
                     column="event_id",
@@ -89,6 +87,8 @@ class SynapseStaging:
                     keyvalues={"room_id": room_id},
                     desc="synapse_sticky_prune_staged",
                 )
+                counter = pdus_pruned_from_federation_queue
+                counter.labels(**{SERVER_NAME_LABEL: self._server_name}).inc(len(to_delete))
                 return True
             except Exception:
                 # Pruning is housekeeping: leaving it out this time loses nothing.

@@ -3,7 +3,7 @@ what is sticky; and what must be true in the end, whatever broke."""
 
 import queue
 from collections.abc import Callable, Collection, Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from functools import partial
 from typing import Any, TypeVar
 
@@ -86,8 +86,11 @@ def tell(
             of_alice.append(do(partial(send, user, room_id, number)))
 
     with ExitStack() as stack:
-        sync, sliding = (stack.enter_context(Watcher(dora, sliding=s)) for s in (False, True))
-        outside = [stack.enter_context(Watcher(frank, sliding=s)) for s in (False, True)]
+        sync, sliding, *outside = (
+            stack.enter_context(closing(Watcher(user, sliding=s)))
+            for user in (dora, frank)
+            for s in (False, True)
+        )
         finish = [in_thread(lambda: meanwhile(scene), _LONGEST_S), in_thread(go_on, _LONGEST_S)]
         for end in finish:
             stack.callback(end)

@@ -72,8 +72,9 @@ def test_hundreds_of_old_events(
     old = send_old_events(room_id, [alice, bob], 130)
     carol.join(room_id, a.name)
     assert set(carol.collect_sticky(room_id, old, timeout_s=180)) == old
-    # A plain one may prune: how much it has staged is a matter of its speed.
-    assert not (with_module and c.log_has("Pruning"))
+    # Beside ten processes a plain one may prune: how much it has staged is a matter of its speed.
+    if with_module or a.receivers == 1:
+        assert not c.log_has("Pruning")
     # What was delivered is noted as such: nothing is sent for ever.
     for resident in (a, b):
         wait_until_all_pushed(resident, room_id)

@@ -17,7 +17,7 @@ from tests.integration.rooms import (
     send_old_events,
     wait_until_gone,
 )
-from tests.lab import Homeserver, Peer, wait_until
+from tests.lab import Client, Homeserver, Peer, wait_until
 from tests.lab.client import ApiError
 from tests.lab.scene import Scene, enter
 from tests.lab.spam import JOIN_HOLDER, hold_joins, holds_a_join, release_joins
@@ -82,11 +82,16 @@ def set_aside(server: Homeserver) -> set[str]:
     }
 
 
-def send_on_top_of_what_is_withheld(scene: Scene[Homeserver], count: int) -> list[str]:
-    """Gives the event IDs of all, first that of the withheld one."""
+def withhold(scene: Scene[Homeserver]) -> str:
+    """What the peer sends next comes on top of a sticky event that nobody has. Gives its ID."""
     withheld_id, _ = scene.peer.sticky(scene.room, scene.eve)
     scene.peer.advance(scene.room, withheld_id)
-    return [withheld_id, *scene.flood(count)]
+    return withheld_id
+
+
+def send_on_top_of_what_is_withheld(scene: Scene[Homeserver], count: int) -> list[str]:
+    """Gives the event IDs of all, first that of the withheld one."""
+    return [withhold(scene), *scene.flood(count)]
 
 
 @pytest.mark.requirement("L3", "F1", "P7")
@@ -118,6 +123,19 @@ def test_events_before_cannot_be_fetched_for_now(
     wait_until(lambda: not set_aside(server), "nothing to be left")
 
 
+def begin_to_join(user: Client, room_id: str, resident: Homeserver) -> Callable[[], None]:
+    """The resident holds the join up. The result waits for its end, whether it went well or not."""
+    hold_joins(resident.folder)
+
+    def join() -> None:
+        with suppress(requests.RequestException, ApiError):
+            user.join(room_id, resident.name)
+
+    finish = in_thread(join)
+    wait_until(lambda: holds_a_join(resident.folder), "the room to be being joined")
+    return finish
+
+
 @pytest.mark.requirement("L3", "P3", "P7")
 @pytest.mark.parametrize("killed", [False, True])
 def test_while_the_room_is_being_joined(servers: Servers, peer: Peer, killed: bool) -> None:
@@ -131,14 +149,7 @@ def test_while_the_room_is_being_joined(servers: Servers, peer: Peer, killed: bo
     bob.join(scene.room_id, resident.name)
     bob.leave(scene.room_id)
     wait_until_gone(scene.alice, scene.room_id, bob)
-    hold_joins(resident.folder)
-
-    def join() -> None:
-        with suppress(requests.RequestException, ApiError):
-            bob.join(scene.room_id, resident.name)
-
-    finish = in_thread(join)
-    wait_until(lambda: holds_a_join(resident.folder), "the room to be being joined")
+    finish = begin_to_join(bob, scene.room_id, resident)
     kept = Scene(server, peer, scene.alice, scene.eve, scene.room).sticky()
     wait_until(lambda: kept in set_aside(server), "it to be kept")
     # Receiving processes do not know of the join.
@@ -161,8 +172,7 @@ def test_what_is_too_large_is_not_kept(servers: Servers, peer: Peer) -> None:
     (server,) = servers({})
     scene = enter(server, peer)
     peer.override = lambda method, path: (502, {}) if "/get_missing_events/" in path else None
-    withheld_id, _ = peer.sticky(scene.room, scene.eve)
-    peer.advance(scene.room, withheld_id)
+    withhold(scene)
     too_large, pdu = peer.sticky(scene.room, scene.eve, content={"body": "x" * 70_000})
     assert scene.send(pdu) == {too_large: {}}
     kept = scene.sticky()
@@ -194,14 +204,7 @@ def test_while_another_user_joins_by_another_server(servers: Servers, peer: Peer
     wait_until(lambda: peer.events.keys() >= set(latest), "the peer to know it, too")
     for event_id in latest:
         peer.advance(scene.room, event_id)
-    hold_joins(resident.folder)
-
-    def join() -> None:
-        with suppress(requests.RequestException, ApiError):
-            dora.join(scene.room_id, resident.name)
-
-    finish = in_thread(join)
-    wait_until(lambda: holds_a_join(resident.folder), "the room to be being joined")
+    finish = begin_to_join(dora, scene.room_id, resident)
     kept = Scene(server, peer, scene.alice, scene.eve, scene.room).sticky()
     wait_until(lambda: kept in set_aside(server), "it to be kept")
     assert server.log_has("Queuing PDU")
@@ -219,8 +222,7 @@ def test_expired_while_set_aside(servers: Servers, peer: Peer) -> None:
     (server,) = servers({})
     scene = enter(server, peer)
     peer.override = lambda method, path: (502, {}) if "/get_missing_events/" in path else None
-    withheld_id, _ = peer.sticky(scene.room, scene.eve)
-    peer.advance(scene.room, withheld_id)
+    withhold(scene)
     event_id = scene.sticky(duration_ms=3_000)
     wait_until(lambda: set_aside(server) == {event_id}, "it to be set aside")
     wait_until(lambda: not set_aside(server), "it to expire")

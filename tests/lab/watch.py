@@ -3,7 +3,6 @@
 import json
 import threading
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 import requests
@@ -21,8 +20,7 @@ _PAUSE_S = 0.1
 
 
 class Watcher:
-    """Syncs in a thread, from where it was; asks again from there if there was no answer. Use it in
-    a ``with`` statement.
+    """Syncs in a thread, from where it was; asks again from there if there was no answer. Close it.
 
     Args:
         sliding: by sliding sync, not by /sync.
@@ -54,15 +52,7 @@ class Watcher:
         """All that it was told."""
         return json.dumps(self.answers)
 
-    def __enter__(self) -> "Watcher":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         """Ends it."""
         self._over.set()
         self._thread.join()

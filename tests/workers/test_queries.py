@@ -87,14 +87,14 @@ def kind_of(name: str) -> str:
 
 def done(deployment: WorkerHomeserver) -> dict[str, set[str]]:
     """What of the module's ran in each process so far."""
-    counted = (transactions(deployment, what) for what in (_TRANSACTIONS, _BACKGROUND))
+    asked, ran = (transactions(deployment, what) for what in (_TRANSACTIONS, _BACKGROUND))
     return {
         name: {
             what.removeprefix(_PREFIX)
-            for what in {*asked, *ran}
-            if what.startswith(_PREFIX) and asked[what] + ran[what] > 0
+            for what, times in (asked[name] + ran[name]).items()
+            if what.startswith(_PREFIX) and times > 0
         }
-        for (name, asked), ran in zip(next(counted).items(), next(counted).values(), strict=True)
+        for name in asked
     }
 
 

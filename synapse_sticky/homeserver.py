@@ -209,6 +209,10 @@ class StickyStream(Protocol):
     async def rows_of(self, event_ids: Collection[str]) -> list[StickyRow]:
         """The present rows of these events; an event without a row is left out."""
 
+    async def last_rows(self, room_id: str) -> dict[str, int]:
+        """The last stream ID that each writer has given to an unexpired row of the room, by
+        instance name: as the database has it, which this process may see later."""
+
     def on_advance(self, callback: Callable[[], None]) -> None:
         """Calls back whenever any of Synapse's streams may have advanced."""
 

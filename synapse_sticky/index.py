@@ -58,16 +58,19 @@ class IndexFollower:
         """Does the index hold all that is visible to this process right now?"""
         return self._is_true_up_to(self._stream.positions())
 
+    def has_taken_in(self, last_rows: Mapping[str, int]) -> bool:
+        """Has the index taken in the rows of each writer up to this stream ID?"""
+        positions = self.index.positions()
+        # One that writes no more: its rows were read together with those of the others.
+        highest = max(positions.values(), default=0)
+        return all(at <= positions.get(writer, highest) for writer, at in last_rows.items())
+
     def holds(self, up_to: Position) -> bool:
         """Does the index hold all there is up to this position, and nothing that changed since?"""
-        positions = dict.fromkeys(self._stream.writers, up_to.stream_id)
-        for writer, position in up_to.writers.items():
-            if writer in positions:
-                positions[writer] = position
-            # One that writes no more: its rows were read together with those of the others.
-            elif position > max(self.index.positions().values(), default=0):
-                return False
-        return self._is_true_up_to(positions)
+        writers = self._stream.writers
+        positions = {writer: up_to.of(writer) for writer in writers}
+        others = {writer: at for writer, at in up_to.writers.items() if writer not in writers}
+        return self.has_taken_in(others) and self._is_true_up_to(positions)
 
     async def catch_up(self) -> None:
         """Waits for what is being read, a moment at most; not while the database fails."""

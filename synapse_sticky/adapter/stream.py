@@ -74,6 +74,20 @@ class SynapseStickyStream:
         )
         return await self._rows(f"WHERE {clause}", args)
 
+    async def last_rows(self, room_id: str) -> dict[str, int]:
+        def read_txn(txn: LoggingTransaction) -> dict[str, int]:
+            txn.execute(
+                "SELECT instance_name, MAX(stream_id) FROM sticky_events"
+                " WHERE room_id = ? AND ? < expires_at GROUP BY instance_name",
+                (room_id, self._clock.time_msec()),
+            )
+            return dict(txn.fetchall())
+
+        last: dict[str, int] = await self._store.db_pool.runInteraction(
+            "synapse_sticky_last_rows", read_txn
+        )
+        return last
+
     async def _rows(self, where: str, args: Sequence[Any]) -> list[StickyRow]:
         def read_txn(txn: LoggingTransaction) -> list[tuple[Any, ...]]:
             txn.execute(_COLUMNS + where, args)

@@ -155,7 +155,6 @@ class JoinsHandler:
             destination,
             room_id,
             position=position,
-            created_position=max(self._hs.stream.positions().values(), default=0),
             watch_until_ms=watch_until_ms,
             backoff=self._backoff,
         )
@@ -207,6 +206,7 @@ class JoinsHandler:
                 push.held = True
             return None
         push.held = False
+        await self._look(push)
         self._update(push)
         if not push.open and push.start_over():
             logger.info("%s pruned events of %s, sending all again", push.destination, push.room_id)
@@ -219,6 +219,13 @@ class JoinsHandler:
         if not event_ids:
             return None
         return Batch(push.room_id, push.base - 1, event_ids)
+
+    async def _look(self, push: Push) -> None:
+        """Asks the database what there is of the room, as this process may see it later than the
+        join."""
+        now_ms, missed = self._hs.now_ms(), push.missed
+        if push.is_outdated(now_ms):
+            push.look(await self._hs.stream.last_rows(push.room_id), missed, now_ms)
 
     async def _skip_erased(self, push: Push) -> None:
         own = self._own_events(push)
@@ -237,9 +244,14 @@ class JoinsHandler:
 
     async def _settle(self, push: Push) -> None:
         """Nothing is due. The push ends unless there is something to watch for."""
-        if not self._follower.in_step():
+        now_ms = self._hs.now_ms()
+        if (
+            push.is_outdated(now_ms)
+            or not self._follower.in_step()
+            or not self._follower.has_taken_in(push.last_rows)
+        ):
             return  # the index may yet bring something
-        watched = self._hs.now_ms() < push.watch_until_ms
+        watched = now_ms < push.watch_until_ms
         if push.delivered:
             logger.info(
                 "%s has the %d own sticky events of %s",
@@ -277,9 +289,8 @@ class JoinsHandler:
         """Synapse skipped events on the way to the destination, and noted that: what was sent up
         to now need not have gone by the ordinary queue."""
         state = self._destinations.get(destination)
-        position = max(self._hs.stream.positions().values(), default=0)
         for push in list(state.pushes.values()) if state else []:
-            push.created_position = max(push.created_position, position)
+            push.missed += 1
             self._update(push)
 
     def _new_events(self, rooms: Collection[str]) -> None:
@@ -336,6 +347,7 @@ class JoinsHandler:
         now_ms = self._hs.now_ms()
         for push in list(state.pushes.values()) if state else []:
             if push.watch_until_ms < now_ms - MAX_STICKY_DURATION_MS:
+                await self._look(push)
                 self._update(push)
                 if not push.open:
                     await self._settle(push)

@@ -4,7 +4,7 @@ The bookkeeping of ``joins.py``, without any waiting or asking in it: time is an
 """
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import attr
 
@@ -63,8 +63,9 @@ class Push:
 
     ``base``: what Synapse's backlog notes for as long as the push lasts, so that Synapse starts
     over from there if the module is taken out. ``position``: all own events before it are done
-    with. ``created_position``: own events after it were sent since the join, so Synapse's ordinary
-    queue has them too. ``watch_until_ms``: until then such events are watched for;
+    with. ``last_rows``: the last rows that the database had of the room, as stream IDs by writer;
+    this process may see them later, and an own event after them was sent since the join, so
+    Synapse's ordinary queue has it too. ``watch_until_ms``: until then such events are watched for;
     ``recorded_watch_until_ms`` is what the database says of that, which tells this join from an
     earlier or later one.
     """
@@ -75,7 +76,6 @@ class Push:
         room_id: str,
         *,
         position: int,
-        created_position: int,
         watch_until_ms: int,
         backoff: Backoff,
     ) -> None:
@@ -83,15 +83,19 @@ class Push:
         self.room_id = room_id
         self.base = position
         self.position = position
-        self.created_position = created_position
         self.watch_until_ms = watch_until_ms
         self.recorded_watch_until_ms = watch_until_ms
+        self.last_rows: Mapping[str, int] = {}
+        self.missed = 1
+        """How often it was found that the ordinary queue has not sent everything."""
         self.window = 1
         self.delivered = 0
         self.confirming = False
         self.settled = False
         self.held = False
         """Nothing may be sent for now."""
+        self._looked: tuple[int, int] = (0, 0)
+        self._pushed_up_to = 0
         self._pruned = False
         self._highest_done = 0
         self._backoff = backoff
@@ -99,8 +103,21 @@ class Push:
         self._fresh: list[tuple[int, str]] = []
         self._done: dict[str, int] = {}
 
+    def is_outdated(self, now_ms: int) -> bool:
+        """Has the database to be asked what it has of the room? Once for whatever is missed, and
+        once more after the watch."""
+        missed, at_ms = self._looked
+        return missed < self.missed or at_ms < self.watch_until_ms <= now_ms
+
+    def look(self, last_rows: Mapping[str, int], missed: int, at_ms: int) -> None:
+        """The database was asked at ``at_ms``, when ``missed`` was as it is here."""
+        self.last_rows = last_rows
+        self._looked = (missed, at_ms)
+        self._pushed_up_to = max(self._pushed_up_to, *last_rows.values(), 0)
+
     def lower(self, position: int) -> None:
         """Events from ``position`` on are lacking, too."""
+        self.missed += 1
         self.base = min(self.base, position)
         self.position = min(self.position, position)
         self.settled = False
@@ -116,6 +133,7 @@ class Push:
         ascending, from ``position`` on. What is no longer among them has expired or is gone."""
         self.window = window
         self._fresh = []
+        outdated = self.is_outdated(now_ms)
         present = set()
         for stream_id, event_id, _ in own:
             present.add(event_id)
@@ -124,7 +142,7 @@ class Push:
             sent = self._sent.get(event_id)
             if sent is not None:
                 sent.stream_id = stream_id
-            elif stream_id <= self.created_position:
+            elif outdated or stream_id <= self._pushed_up_to:
                 self._fresh.append((stream_id, event_id))
             elif now_ms < self.watch_until_ms:
                 # After the watch the ordinary queue is relied upon, else a push would never end
@@ -231,7 +249,7 @@ class Push:
         if not self._pruned:
             return False
         self._pruned = False
-        self.created_position = max(self.created_position, self._highest_done)
+        self._pushed_up_to = max(self._pushed_up_to, self._highest_done)
         self.position = self.base
         self._done = {}
         self._highest_done = 0

@@ -4,7 +4,7 @@ import pytest
 
 from tests.conformance.conftest import TargetWith
 from tests.conformance.target import Options, Target
-from tests.lab import Peer, wait_until
+from tests.lab import Peer, wait, wait_until
 from tests.lab.client import sliding_sticky_events
 from tests.lab.scene import Scene, enter
 
@@ -36,7 +36,9 @@ def test_forward_extremities_are_brought_down(scene: Scene[Target]) -> None:
         found: list[str] = made.json()["event"]["prev_events"]
         return found
 
-    wait_until(lambda: len(extremities()) < _THRESHOLD, "fewer forward extremities", 60)
+    wait_until(
+        lambda: len(extremities()) < _THRESHOLD, "fewer forward extremities", 3 * wait.patience_s
+    )
     # There were more, however soon they were brought down: one event refers to as many.
     answers = [scene.peer.to(scene.server).event(event_id).json() for event_id in extremities()]
     assert _THRESHOLD in [len(answer["pdus"][0]["prev_events"]) for answer in answers]

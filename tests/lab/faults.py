@@ -9,12 +9,15 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import attr
 from synapse.module_api import ModuleApi
+from synapse.replication.tcp.streams._base import StickyEventsStream
 
 import synapse_sticky.module
 from synapse_sticky import StickyEventsModule
@@ -111,11 +114,61 @@ def _install_clock() -> None:
     signal.signal(signal.SIGUSR2, read)
 
 
+@contextmanager
+def without_new_rows(folder: Path, name: str) -> Iterator[None]:
+    """This process of the server sees nothing new of the sticky events stream meanwhile."""
+    path = _holding_path(folder, name)
+    path.touch()
+    try:
+        yield
+    finally:
+        path.unlink()
+
+
+def _holding_path(folder: Path, name: str) -> Path:
+    return folder / f"holding.{name}"
+
+
+class _HeldRows:
+    """What replication says of the sticky events stream, held back while a file is there."""
+
+    def __init__(self, homeserver: SynapseHomeserver, api: ModuleApi) -> None:
+        self._hs = homeserver
+        self._path = _holding_path(Path(), homeserver.instance_name)
+        self._held: list[Callable[[], None]] = []
+        self._notifier = api._hs.get_notifier()
+        store = homeserver._store
+        for name in ("process_replication_rows", "process_replication_position"):
+            setattr(store, name, partial(self._process, getattr(store, name)))
+
+    def _process(self, process: Callable[..., None], stream_name: str, *args: Any) -> None:
+        go_on = partial(process, stream_name, *args)
+        if stream_name == StickyEventsStream.NAME and (self._held or self._path.exists()):
+            if not self._held:
+                self._look_later()
+            self._held.append(go_on)
+        else:
+            go_on()
+
+    def _look_later(self) -> None:
+        self._hs.call_later(100, "look_at_held_rows", self._look)
+
+    async def _look(self) -> None:
+        if self._path.exists():
+            self._look_later()
+            return
+        held, self._held = self._held, []
+        for go_on in held:
+            go_on()
+        self._notifier.notify_replication()
+
+
 class FaultyHomeserver(SynapseHomeserver):
     """Fails as it is told."""
 
     def __init__(self, api: ModuleApi) -> None:
         super().__init__(api)
+        _HeldRows(self, api)
         self._error: type[Exception] = self._store.database_engine.module.OperationalError
         original = self.writer.hold_back
 

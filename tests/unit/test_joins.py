@@ -1,5 +1,6 @@
 """What the joins handler does at its start, with the port's other side made up."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import attr
@@ -41,6 +42,7 @@ class Here:
             [(n, "here", "!room", f"${n}", "@alice:here", NOW_MS + HOUR_MS) for n in own]
         )
         self.watch_until_ms = watch_until_ms
+        self.in_database = max(own, default=0)
         self.timers: list[Timer] = []
         self.woken: list[str] = []
         self.settled: list[bool] = []
@@ -64,6 +66,12 @@ class Here:
 
     def positions(self) -> dict[str, int]:
         return {"here": 10}
+
+    async def last_rows(self, room_id: str) -> dict[str, int]:
+        return {"here": self.in_database}
+
+    def has_taken_in(self, last_rows: Mapping[str, int]) -> bool:
+        return last_rows["here"] <= self.positions()["here"]
 
     async def retry_at_ms(self, destination: str) -> int:
         return 0
@@ -114,3 +122,14 @@ def test_push_that_nothing_is_left_of_ends_by_itself() -> None:
     done(timer.function(*timer.args))
     assert here.settled == [False]
     assert here.woken == []
+
+
+@pytest.mark.requirement("P3", "E2")
+def test_no_push_ends_before_the_index_has_what_the_database_has() -> None:
+    here = Here(NOW_MS - HOUR_MS - 1, [])
+    here.in_database = 11
+    start(here)
+    (timer,) = here.timers
+    done(timer.function(*timer.args))
+    assert here.settled == []
+    assert here.woken == ["there"], "and looks on"

@@ -22,15 +22,10 @@ def own(*positions: int) -> list[tuple[int, str, str]]:
     return [(position, f"${position}", "@user:here") for position in positions]
 
 
-def push_of(*positions: int, window: int = 10, created_position: int = 100) -> Push:
-    push = Push(
-        "there",
-        "!room",
-        position=0,
-        created_position=created_position,
-        watch_until_ms=NOW_MS + 3_600_000,
-        backoff=BACKOFF,
-    )
+def push_of(*positions: int, window: int = 10) -> Push:
+    """One for whose room the database had rows up to 100 when it was asked."""
+    push = Push("there", "!room", position=0, watch_until_ms=NOW_MS + 3_600_000, backoff=BACKOFF)
+    push.look({"here": 100}, push.missed, NOW_MS)
     push.update(own(*positions), NOW_MS, window)
     return push
 
@@ -61,12 +56,36 @@ def test_after_the_watch_new_events_are_left_to_the_ordinary_queue() -> None:
     acknowledge_all(push, ["$3"])
     push.done("$3")
     over_ms = push.watch_until_ms
+    push.look({"here": 100}, push.missed, over_ms)
     push.update(own(200), over_ms, 10)
     assert not push.open, "else it would never end in a busy room"
     # Unless Synapse says that it skipped some on the way.
-    push.created_position = 300
+    push.missed += 1
     push.update(own(200), over_ms, 10)
     assert push.choose(50, over_ms) == ["$200"]
+
+
+@pytest.mark.requirement("P3", "E2")
+def test_what_this_process_sees_late_is_pushed_however_late() -> None:
+    push = push_of(3)
+    acknowledge_all(push, push.choose(50, NOW_MS))
+    push.done("$3")
+    over_ms = push.watch_until_ms
+    assert not push.is_outdated(over_ms - 1)
+    # Persisted before the join, or at least before the watch was over.
+    assert push.is_outdated(over_ms)
+    push.look({"here": 90, "there": 200}, push.missed, over_ms)
+    assert not push.is_outdated(over_ms + 1)
+    push.update(own(3, 90, 200, 201), over_ms + 60_000, 10)
+    assert push.choose(50, over_ms + 60_000) == ["$90", "$200"]
+
+
+def test_what_is_missed_while_the_database_is_asked_is_asked_for_again() -> None:
+    push = push_of(3)
+    missed = push.missed
+    push.lower(2)
+    push.look({"here": 100}, missed, NOW_MS)
+    assert push.is_outdated(NOW_MS)
 
 
 @pytest.mark.requirement("P7")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from synapse_sticky.adapter import MIGRATION_LOCK
+from synapse_sticky.handlers.push import WATCH_AFTER_ACK_MS
 from tests.integration.rooms import (
     NO_LIMITS,
     deferred,
@@ -19,7 +20,7 @@ from tests.integration.rooms import (
 )
 from tests.integration.story import TRANSACTION, revived, tell
 from tests.lab import Homeserver, Lab, Peer, WorkerHomeserver, wait_until
-from tests.lab.faults import FAULTY_MODULE, Fault, has_struck, set_clock_of
+from tests.lab.faults import FAULTY_MODULE, Fault, has_struck, set_clock_of, without_new_rows
 from tests.lab.next_version import NEXT_VERSION
 from tests.lab.scene import Scene, enter
 from tests.lab.workers import (
@@ -233,6 +234,37 @@ def test_replication_lags(
 
     scene = enter_where(deployment, peer, PERSISTERS[0])
     tell(deployment, peer, newcomer, meanwhile=meanwhile, pace=PACE, scene=scene)
+
+
+@_MORE
+@pytest.mark.requirement("E2", "P3", "P7")
+def test_a_sender_sees_a_join_long_before_the_events_in_front_of_it(
+    deployment: WorkerHomeserver, peer: Peer, newcomer: Peer
+) -> None:
+    """The newcomer has acknowledged what was sent before and since, and all watch is over."""
+    scene = enter_where(deployment, peer, PERSISTERS[0])
+
+    def send(count: int) -> set[str]:
+        return {scene.alice.send_sticky(scene.room_id) for _ in range(count)}
+
+    def wait_until_delivered(sent: set[str]) -> None:
+        wait_until(lambda: sent <= newcomer.events.keys(), "the newcomer to have them", 120)
+
+    seen = send(3)
+    for event_id in seen:
+        wait_until_sticky(deployment, event_id)
+    sender = deployment.processes[SENDERS[0]]
+    try:
+        with without_new_rows(deployment.folder, SENDERS[0]):
+            unseen = send(5)
+            newcomer.join(deployment, scene.room_id, newcomer.user("carol"))
+            wait_until_seen(deployment, newcomer, scene.room_id)
+            wait_until_delivered(seen | send(1))
+            assert not unseen & newcomer.events.keys()
+            set_clock_of(sender, deployment.folder, 1.5 * WATCH_AFTER_ACK_MS / 1000)
+        wait_until_delivered(unseen)
+    finally:
+        set_clock_of(sender, deployment.folder, 0.0)
 
 
 @_MORE

@@ -41,7 +41,7 @@ _OF_ITS_KIND = {
     "persister": {"deferred", "release", "drop_deferred"},
     "sender": {
         *("state_position", "newcomers", "left_behind", "memberships", "is_server_join"),
-        *("record_joins", "backlog", "settle", "is_joined"),
+        *("record_joins", "last_rows", "backlog", "settle", "is_joined"),
         *("read_joins", "nudge", "confirm"),
     },
     "receiver": {

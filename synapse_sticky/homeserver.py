@@ -210,8 +210,8 @@ class StickyStream(Protocol):
         """The present rows of these events; an event without a row is left out."""
 
     async def last_rows(self, room_id: str) -> dict[str, int]:
-        """The last stream ID that each writer has given to an unexpired row of the room, by
-        instance name: as the database has it, which this process may see later."""
+        """The last stream ID that each writer has given to an unexpired row of the room's own
+        events, by instance name: as the database has it, which this process may see later."""
 
     def on_advance(self, callback: Callable[[], None]) -> None:
         """Calls back whenever any of Synapse's streams may have advanced."""

@@ -40,6 +40,7 @@ class SynapseStickyStream:
         self._store: Any = hs.get_datastores().main
         self._notifier = hs.get_notifier()
         self._clock = hs.get_clock()
+        self._own_senders = f"%:{hs.hostname}"
         self.writers: Sequence[str] = hs.config.worker.writers.events
         self._token = hooks.method(self._store, "get_sticky_events_stream_token")
         hooks.method(self._store, "_invalidate_local_get_event_cache", "event_id")
@@ -78,8 +79,8 @@ class SynapseStickyStream:
         def read_txn(txn: LoggingTransaction) -> dict[str, int]:
             txn.execute(
                 "SELECT instance_name, MAX(stream_id) FROM sticky_events"
-                " WHERE room_id = ? AND ? < expires_at GROUP BY instance_name",
-                (room_id, self._clock.time_msec()),
+                " WHERE room_id = ? AND ? < expires_at AND sender LIKE ? GROUP BY instance_name",
+                (room_id, self._clock.time_msec(), self._own_senders),
             )
             return dict(txn.fetchall())
 

@@ -141,6 +141,7 @@ class JoinsHandler:
         logger.info("%s has newly joined %s", join.destination, join.room_id)
         self._add(join.destination, join.room_id, position=0, watch_until_ms=watch_until_ms)
         self._federation.wake(join.destination)
+        self._schedule(join.destination)
 
     def _go_on(self, room_id: str) -> None:
         """This server is in the room again: what it could not send meanwhile is due."""
@@ -170,7 +171,6 @@ class JoinsHandler:
         state = self._destinations.get(destination)
         if state is None:
             return None
-        state.nudge_ms = _NUDGE_MIN_MS
         try:
             for room_id, push in list(state.pushes.items()):
                 if push.idle(self._hs.now_ms()):
@@ -180,6 +180,7 @@ class JoinsHandler:
                     # The room goes to the end of the line.
                     if state.pushes.get(room_id) is push:
                         state.pushes[room_id] = state.pushes.pop(room_id)
+                    state.nudge_ms = _NUDGE_MIN_MS
                     return batch
             return None
         finally:
@@ -196,6 +197,7 @@ class JoinsHandler:
                 push.lower(position)
 
     async def _batch_of(self, push: Push, limit: int) -> Batch | None:
+        await self._look(push)
         if not await self._rooms.may_receive(push.room_id, push.destination):
             if await self._rooms.is_in_room(push.room_id):
                 logger.info("%s may not get events of %s now", push.destination, push.room_id)
@@ -206,7 +208,6 @@ class JoinsHandler:
                 push.held = True
             return None
         push.held = False
-        await self._look(push)
         self._update(push)
         if not push.open and push.start_over():
             logger.info("%s pruned events of %s, sending all again", push.destination, push.room_id)
@@ -221,8 +222,8 @@ class JoinsHandler:
         return Batch(push.room_id, push.base - 1, event_ids)
 
     async def _look(self, push: Push) -> None:
-        """Asks the database what there is of the room, as this process may see it later than the
-        join."""
+        """Asks the database, if need be, up to where there is something of the room: this process
+        may see it later than the join."""
         now_ms, missed = self._hs.now_ms(), push.missed
         if push.is_outdated(now_ms):
             push.look(await self._hs.stream.last_rows(push.room_id), missed, now_ms)
@@ -308,7 +309,7 @@ class JoinsHandler:
             return
         now_ms = self._hs.now_ms()
         times = [p.next_due_ms(now_ms) for p in state.pushes.values()]
-        idle_until_ms = now_ms + _NUDGE_MIN_MS
+        idle_until_ms = now_ms + state.nudge_ms
         times += [
             max(p.watch_until_ms if p.settled else 0, idle_until_ms)
             for p in state.pushes.values()
@@ -337,8 +338,13 @@ class JoinsHandler:
             if self._destinations.get(destination) is state:
                 state.nudge_ms = min(state.nudge_ms * 2, _NUDGE_MAX_MS)
                 self._nudge_in(delay_ms, destination, state)
-        if destination in self._destinations:
-            self._federation.wake(destination)
+        if destination not in self._destinations:
+            return
+        self._federation.wake(destination)
+        # One that cannot be reached is not asked for a batch, and what is sent to it meanwhile is
+        # the ordinary queue's.
+        for push in list(state.pushes.values()):
+            await self._look(push)
 
     async def _end_expired(self, destination: str) -> None:
         """Ends pushes that nothing is left of, for a destination that cannot be reached is never

@@ -15,8 +15,9 @@ GRACE_MS = 2_000
 """How long an event that was sent after the join is left to Synapse's ordinary queue."""
 
 WATCH_AFTER_ACK_MS = 10_000
-"""How long to watch on once the newcomer has acknowledged an event: it knows the room by then;
-what is left are events that were under way when it joined."""
+"""How long to watch on once the newcomer has acknowledged an event of the ordinary queue: Synapse
+notes up to where it got, and goes on from there after a restart. What is left are events that were
+under way when it joined."""
 
 MOST_DOUBTS = 3
 """How often an event goes out once more because the newcomer was away."""
@@ -63,11 +64,12 @@ class Push:
 
     ``base``: what Synapse's backlog notes for as long as the push lasts, so that Synapse starts
     over from there if the module is taken out. ``position``: all own events before it are done
-    with. ``last_rows``: the last rows that the database had of the room, as stream IDs by writer;
-    this process may see them later, and an own event after them was sent since the join, so
-    Synapse's ordinary queue has it too. ``watch_until_ms``: until then such events are watched for;
-    ``recorded_watch_until_ms`` is what the database says of that, which tells this join from an
-    earlier or later one.
+    with. ``last_rows``: the last rows that the database had of the room when it was asked, as
+    stream IDs by writer; this process may see them later. Own events up to them go out at once;
+    later ones are left to Synapse's ordinary queue, as they were sent since the join, but watched
+    for until ``watch_until_ms``. ``recorded_watch_until_ms`` is what the database says of that,
+    which tells this join from an earlier or later one. ``missed`` counts the reasons to ask the
+    database: the join, and whatever the ordinary queue did not send since.
     """
 
     def __init__(
@@ -87,15 +89,17 @@ class Push:
         self.recorded_watch_until_ms = watch_until_ms
         self.last_rows: Mapping[str, int] = {}
         self.missed = 1
-        """How often it was found that the ordinary queue has not sent everything."""
         self.window = 1
         self.delivered = 0
         self.confirming = False
         self.settled = False
         self.held = False
         """Nothing may be sent for now."""
-        self._looked: tuple[int, int] = (0, 0)
-        self._pushed_up_to = 0
+        self._looked_for = 0
+        """What ``missed`` was when the database was asked."""
+        self._looked_after_watch = False
+        self._due_up_to = 0
+        """Own events up to this position are not left to the ordinary queue."""
         self._pruned = False
         self._highest_done = 0
         self._backoff = backoff
@@ -104,16 +108,17 @@ class Push:
         self._done: dict[str, int] = {}
 
     def is_outdated(self, now_ms: int) -> bool:
-        """Has the database to be asked what it has of the room? Once for whatever is missed, and
-        once more after the watch."""
-        missed, at_ms = self._looked
-        return missed < self.missed or at_ms < self.watch_until_ms <= now_ms
+        """Has the database to be asked for the last rows? Whenever something is missed, and once
+        more after the watch."""
+        watch_is_over = now_ms >= self.watch_until_ms
+        return self._looked_for < self.missed or (watch_is_over and not self._looked_after_watch)
 
-    def look(self, last_rows: Mapping[str, int], missed: int, at_ms: int) -> None:
-        """The database was asked at ``at_ms``, when ``missed`` was as it is here."""
+    def look(self, last_rows: Mapping[str, int], missed: int, asked_ms: int) -> None:
+        """The database was asked at ``asked_ms``, when ``missed`` was as it is here."""
         self.last_rows = last_rows
-        self._looked = (missed, at_ms)
-        self._pushed_up_to = max(self._pushed_up_to, *last_rows.values(), 0)
+        self._looked_for = missed
+        self._looked_after_watch = asked_ms >= self.watch_until_ms
+        self._due_up_to = max(self._due_up_to, *last_rows.values(), 0)
 
     def lower(self, position: int) -> None:
         """Events from ``position`` on are lacking, too."""
@@ -142,7 +147,7 @@ class Push:
             sent = self._sent.get(event_id)
             if sent is not None:
                 sent.stream_id = stream_id
-            elif outdated or stream_id <= self._pushed_up_to:
+            elif outdated or stream_id <= self._due_up_to:
                 self._fresh.append((stream_id, event_id))
             elif now_ms < self.watch_until_ms:
                 # After the watch the ordinary queue is relied upon, else a push would never end
@@ -183,14 +188,24 @@ class Push:
 
     def acknowledge(self, event_id: str, now_ms: int) -> bool:
         """The newcomer acknowledged the event; is it one that this push cares about?"""
-        self.watch_until_ms = min(self.watch_until_ms, now_ms + WATCH_AFTER_ACK_MS)
         sent = self._sent.get(event_id)
+        if event_id not in self._done and (sent is None or sent.attempts == 0):
+            # It was not pushed, so it went by the ordinary queue.
+            self.watch_until_ms = min(self.watch_until_ms, now_ms + WATCH_AFTER_ACK_MS)
+            sent = sent or self._take_fresh(event_id, now_ms)
         if sent is None:
             return False
-        # Acknowledged without having been pushed: it went by the ordinary queue.
         sent.attempts = max(sent.attempts, 1)
         sent.acknowledged_ms = now_ms
         return True
+
+    def _take_fresh(self, event_id: str, now_ms: int) -> Sent | None:
+        for fresh in self._fresh:
+            if fresh[1] == event_id:
+                self._fresh.remove(fresh)
+                self._sent[event_id] = Sent(*fresh, now_ms)
+                return self._sent[event_id]
+        return None
 
     def unconfirmed(self) -> list[Sent]:
         """Acknowledged events that the newcomer is not yet known to have, oldest first."""
@@ -249,7 +264,7 @@ class Push:
         if not self._pruned:
             return False
         self._pruned = False
-        self._pushed_up_to = max(self._pushed_up_to, self._highest_done)
+        self._due_up_to = max(self._due_up_to, self._highest_done)
         self.position = self.base
         self._done = {}
         self._highest_done = 0

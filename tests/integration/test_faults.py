@@ -7,11 +7,13 @@ import resource
 import threading
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import pytest
 
+from synapse_sticky.handlers.push import WATCH_AFTER_ACK_MS
 from tests.conftest import Servers
-from tests.integration.rooms import NO_LIMITS, deferred, entered
+from tests.integration.rooms import NO_LIMITS, deferred, entered, wait_until_all_pushed
 from tests.integration.story import patiently, revived, send_as_a_server_does, tell
 from tests.lab import Homeserver, Lab, Peer, wait_until
 from tests.lab.faults import FAULTY_MODULE, Fault, has_struck, set_clock
@@ -162,6 +164,37 @@ def test_the_disk_is_full(servers: Servers, peer: Peer) -> None:
     scene.wait_until_there(*staged)
     scene.alice.collect_sticky(scene.room_id, set(staged))
     assert sorted(entered(server, scene.room_id)) == sorted(staged)
+
+
+@pytest.mark.requirement("P3", "P7", "E4")
+def test_killed_with_the_first_event_after_a_push(
+    servers: Servers, peer: Peer, newcomer: Peer
+) -> None:
+    """Synapse has noted nothing yet from which it could go on with the newcomer."""
+    (server,) = servers({"module_name": FAULTY_MODULE})
+    scene = enter(server, peer)
+    old = scene.alice.send_sticky(scene.room_id)
+    newcomer.join(server, scene.room_id, newcomer.user("carol"))
+    wait_until(lambda: old in newcomer.events, "the newcomer to be sent what is sticky")
+    wait_until_all_pushed(server, scene.room_id)
+    set_clock(server, 1.5 * WATCH_AFTER_ACK_MS / 1000)
+    scene.wait_until_there(scene.sticky())
+    sent, killed = threading.Event(), threading.Event()
+
+    def hold_up(method: str, path: str) -> Any:
+        if "/send/" not in path or killed.is_set():
+            return None
+        sent.set()
+        killed.wait(60)
+        return 503, {}
+
+    newcomer.override = hold_up
+    new = scene.alice.send_sticky(scene.room_id)
+    assert sent.wait(60)
+    server.kill()
+    killed.set()
+    server.restart()
+    wait_until(lambda: new in newcomer.events, "the newcomer to be sent the new one")
 
 
 HOUR_S = 3_600

@@ -1,10 +1,12 @@
 """What the joins handler does at its start, with the port's other side made up."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import attr
 import pytest
+from twisted.internet import defer
 
 from synapse_sticky._core import StickyIndex
 from synapse_sticky.config import JoinsConfig
@@ -46,6 +48,8 @@ class Here:
         self.timers: list[Timer] = []
         self.woken: list[str] = []
         self.settled: list[bool] = []
+        self.callbacks: dict[str, Callable[..., Any]] = {}
+        self.meanwhile: Callable[[], None] = lambda: None
 
     def now_ms(self) -> int:
         return NOW_MS
@@ -61,8 +65,9 @@ class Here:
     async def settle(self, *args: Any, still_watched: bool, **more: Any) -> None:
         self.settled.append(still_watched)
 
-    async def state_position(self, instance_name: Any = None, position: Any = None) -> int:
-        return 1
+    def state_position(self, *of_instance: Any) -> Any:
+        """Of the port, and of storage, where it is waited for."""
+        return defer.succeed(1) if of_instance else 1
 
     def positions(self) -> dict[str, int]:
         return {"here": 10}
@@ -79,6 +84,16 @@ class Here:
     def handles(self, destination: str) -> bool:
         return True
 
+    async def backlog(self, destination: str) -> list[tuple[str, int]]:
+        return []
+
+    async def may_receive(self, room_id: str, destination: str) -> bool:
+        self.meanwhile()
+        return True
+
+    async def erased(self, user_ids: set[str]) -> set[str]:
+        return set()
+
     def in_step(self) -> bool:
         return True
 
@@ -87,7 +102,7 @@ class Here:
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith(("on_", "serve_")):
-            return lambda callback: None
+            return functools.partial(self.callbacks.__setitem__, name)
         raise AttributeError(name)
 
 
@@ -99,11 +114,11 @@ def start(here: Here) -> None:
 
 
 @pytest.mark.requirement("P7", "E4")
-def test_event_of_before_a_restart_is_watched_at_once() -> None:
+def test_event_of_before_a_restart_is_looked_at_at_once() -> None:
     here = Here(NOW_MS + HOUR_MS, [12])
     start(here)
     (timer,) = here.timers
-    assert timer.delay_ms <= GRACE_MS + 1, "not when the watch is over"
+    assert timer.delay_ms <= 1, "not when the watch is over"
     done(timer.function(*timer.args))
     assert here.woken == ["there"]
 
@@ -133,3 +148,55 @@ def test_no_push_ends_before_the_index_has_what_the_database_has() -> None:
     done(timer.function(*timer.args))
     assert here.settled == []
     assert here.woken == ["there"], "and looks on"
+
+
+@pytest.mark.requirement("P3", "E2")
+def test_before_a_batch_the_database_is_asked() -> None:
+    here = Here(NOW_MS + HOUR_MS, [12, 14])
+    here.in_database = 12
+    start(here)
+    batch = done(here.callbacks["serve_backlog_from"]("there", 50))
+    assert batch.event_ids == ["$12"], "the later one is the ordinary queue's"
+
+
+@pytest.mark.requirement("P3", "E2")
+def test_what_synapse_skips_is_looked_for_before_a_push_ends() -> None:
+    here = Here(NOW_MS, [])
+    start(here)
+    catch_up = functools.partial(here.callbacks["on_caught_up"], "there")
+    next_batch = functools.partial(here.callbacks["serve_backlog_from"], "there", 50)
+    here.meanwhile = catch_up
+    assert done(next_batch()) is None
+    assert here.settled == []
+    here.meanwhile = lambda: None
+    assert done(next_batch()) is None
+    assert here.settled == [False]
+
+
+@pytest.mark.requirement("P3")
+def test_what_synapse_skips_is_pushed_after_the_watch() -> None:
+    here = Here(NOW_MS, [])
+    here.watch_until_ms = NOW_MS - 1
+    start(here)
+    next_batch = functools.partial(here.callbacks["serve_backlog_from"], "there", 50)
+    here.in_database = 11
+    assert done(next_batch()) is None
+    here.index.insert([(12, "here", "!room", "$12", "@alice:here", NOW_MS + HOUR_MS)])
+    here.callbacks["on_new_events"](["!room"])
+    assert done(next_batch()) is None, "the ordinary queue's"
+    here.callbacks["on_caught_up"]("there")
+    here.in_database = 12
+    assert done(next_batch()).event_ids == ["$12"]
+
+
+@pytest.mark.requirement("F3")
+def test_a_newcomer_that_cannot_be_reached_is_left_to_the_ordinary_queue() -> None:
+    here = Here(NOW_MS + HOUR_MS, [])
+    start(here)
+    (timer,) = here.timers
+    done(timer.function(*timer.args))
+    here.index.insert([(12, "here", "!room", "$12", "@alice:here", NOW_MS + HOUR_MS)])
+    here.callbacks["on_new_events"](["!room"])
+    here.in_database = 12
+    assert done(here.callbacks["serve_backlog_from"]("there", 50)) is None
+    assert here.timers[0].delay_ms == GRACE_MS + 1

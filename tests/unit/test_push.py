@@ -70,7 +70,10 @@ def test_what_this_process_sees_late_is_pushed_however_late() -> None:
     push = push_of(3)
     acknowledge_all(push, push.choose(50, NOW_MS))
     push.done("$3")
+    # The clock may be set back meanwhile.
+    push.acknowledge("$of-no-interest", NOW_MS - 60_000)
     over_ms = push.watch_until_ms
+    assert over_ms < NOW_MS
     assert not push.is_outdated(over_ms - 1)
     # Persisted before the join, or at least before the watch was over.
     assert push.is_outdated(over_ms)
@@ -122,13 +125,30 @@ def test_events_sent_after_the_join_are_left_to_the_ordinary_queue_first() -> No
     assert push.choose(50, NOW_MS + GRACE_MS) == ["$101"]
 
 
-@pytest.mark.requirement("F3")
-def test_the_watch_ends_soon_after_the_first_acknowledgement() -> None:
-    push = push_of(101)
+@pytest.mark.requirement("F3", "E4")
+def test_the_watch_ends_soon_after_the_ordinary_queue_got_through() -> None:
+    push = push_of(3, 101)
+    until_ms = push.watch_until_ms
+    # After a restart Synapse goes on where its ordinary queue got to: so far that is nowhere.
+    assert push.choose(50, NOW_MS) == ["$3"]
+    acknowledge_all(push, ["$3"])
+    push.done("$3")
+    assert not push.acknowledge("$3", NOW_MS)
+    assert push.watch_until_ms == until_ms
     assert push.acknowledge("$101", NOW_MS)
     assert push.watch_until_ms == NOW_MS + WATCH_AFTER_ACK_MS
     assert [sent.event_id for sent in push.unconfirmed()] == ["$101"]
-    assert not push.acknowledge("$of-no-interest", NOW_MS)
+    assert not push.acknowledge("$of-no-interest", NOW_MS + 1)
+
+
+@pytest.mark.requirement("F3")
+def test_what_the_ordinary_queue_delivered_is_not_pushed() -> None:
+    push = push_of(3, 4)
+    push.missed += 1
+    push.update(own(3, 4, 101), NOW_MS, 10)
+    acknowledge_all(push, ["$3", "$101"])
+    assert push.choose(50, NOW_MS) == ["$4"]
+    assert [sent.event_id for sent in push.unconfirmed()] == ["$3", "$101"]
 
 
 @pytest.mark.requirement("S2")

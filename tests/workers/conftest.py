@@ -1,5 +1,7 @@
 """One deployment for tests that do not disturb it."""
 
+import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,6 +18,12 @@ FAR_LIMITS = {
     ),
     "local": {"per_user": _FAR},
 }
+
+TRANSACTIONS = re.compile(
+    r'^synapse_storage_transaction_time_count_total\{desc="([^"]+)".*\} (\S+)$'
+)
+
+Counted = dict[str, Counter[str]]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -55,3 +63,13 @@ def enter_where(deployment: WorkerHomeserver, peer: Peer, persister: str) -> Sce
         scene = enter(deployment, peer)
         if owner(PERSISTERS, scene.room_id) == persister:
             return Scene(deployment, peer, scene.alice, scene.eve, scene.room)
+
+
+def transactions(deployment: WorkerHomeserver, what: re.Pattern[str] = TRANSACTIONS) -> Counted:
+    """How many of each kind there were, by process."""
+    counted: Counted = {}
+    for name, text in zip(deployment.processes, deployment.metrics(), strict=True):
+        found = map(what.match, text.splitlines())
+        counted[name] = Counter({m[1]: int(float(m[2])) for m in found if m})
+        assert counted[name], f"{name} says nothing"
+    return counted

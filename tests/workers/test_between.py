@@ -31,7 +31,7 @@ from tests.lab.workers import (
     SYNC,
     WORKERS,
 )
-from tests.workers.conftest import enter_where, newcomer_of
+from tests.workers.conftest import enter_where, newcomer_of, transactions
 
 PACE = range(5)
 """The flood's transactions."""
@@ -48,7 +48,7 @@ Disturb = Callable[[Callable[[], object]], None]
 @pytest.fixture(scope="module")
 def deployment(lab: Lab) -> Iterator[WorkerHomeserver]:
     lab.prepare()
-    started = lab.make_workers(module_name=FAULTY_MODULE, config=CONFIG)
+    started = lab.make_workers(module_name=FAULTY_MODULE, config=CONFIG, metrics=True)
     started.first_start()
     yield started
     lab.close_servers([started])
@@ -250,6 +250,9 @@ def test_a_sender_sees_a_join_long_before_the_events_in_front_of_it(
     def wait_until_delivered(sent: set[str]) -> None:
         wait_until(lambda: sent <= newcomer.events.keys(), "the newcomer to have them", 120)
 
+    def looks() -> int:
+        return transactions(deployment)[SENDERS[0]]["synapse_sticky_last_rows"]
+
     seen = send(3)
     for event_id in seen:
         wait_until_sticky(deployment, event_id)
@@ -261,7 +264,9 @@ def test_a_sender_sees_a_join_long_before_the_events_in_front_of_it(
             wait_until_seen(deployment, newcomer, scene.room_id)
             wait_until_delivered(seen | send(1))
             assert not unseen & newcomer.events.keys()
+            asked = looks()
             set_clock_of(sender, deployment.folder, 1.5 * WATCH_AFTER_ACK_MS / 1000)
+            wait_until(lambda: looks() > asked, "the sender to look once more")
         wait_until_delivered(unseen)
     finally:
         set_clock_of(sender, deployment.folder, 0.0)

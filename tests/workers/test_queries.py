@@ -1,7 +1,6 @@
 """What the module does in each process, and what it asks of the database (C2, E2)."""
 
 import re
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 
@@ -18,11 +17,8 @@ from tests.lab.workers import (
     SYNC,
     WORKERS,
 )
-from tests.workers.conftest import enter_where, newcomer_of
+from tests.workers.conftest import TRANSACTIONS, enter_where, newcomer_of, transactions
 
-_TRANSACTIONS = re.compile(
-    r'^synapse_storage_transaction_time_count_total\{desc="([^"]+)".*\} (\S+)$'
-)
 _BACKGROUND = re.compile(
     r'^synapse_background_process_start_count_total\{name="([^"]+)".*\} (\S+)$'
 )
@@ -30,8 +26,6 @@ CONFIG = limits(per_server={"per_second": 3, "burst_count": 3}) | {"local": {"pe
 """So that some of what comes in at any speed waits."""
 _READ = "synapse_sticky_read_rows"
 _SYNAPSES_OWN = "get_sticky_events_in_rooms"
-
-Counted = dict[str, Counter[str]]
 
 _PREFIX = "synapse_sticky_"
 # What each process may do: transactions, and what runs in the background.
@@ -70,16 +64,6 @@ def deployment(lab: Lab) -> Iterator[WorkerHomeserver]:
     lab.close_servers([started])
 
 
-def transactions(deployment: WorkerHomeserver, what: re.Pattern[str] = _TRANSACTIONS) -> Counted:
-    """How many of each kind there were, by process."""
-    counted: Counted = {}
-    for name, text in zip(deployment.processes, deployment.metrics(), strict=True):
-        found = map(what.match, text.splitlines())
-        counted[name] = Counter({m[1]: int(float(m[2])) for m in found if m})
-        assert counted[name], f"{name} says nothing"
-    return counted
-
-
 def kind_of(name: str) -> str:
     """Of a process: ``sender`` of ``sender1``."""
     return name.rstrip("12")
@@ -87,7 +71,7 @@ def kind_of(name: str) -> str:
 
 def done(deployment: WorkerHomeserver) -> dict[str, set[str]]:
     """What of the module's ran in each process so far."""
-    asked, ran = (transactions(deployment, what) for what in (_TRANSACTIONS, _BACKGROUND))
+    asked, ran = (transactions(deployment, what) for what in (TRANSACTIONS, _BACKGROUND))
     return {
         name: {
             what.removeprefix(_PREFIX)

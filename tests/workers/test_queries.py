@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 
 import pytest
 
@@ -22,7 +23,7 @@ from tests.workers.conftest import TRANSACTIONS, enter_where, newcomer_of, trans
 _BACKGROUND = re.compile(
     r'^synapse_background_process_start_count_total\{name="([^"]+)".*\} (\S+)$'
 )
-CONFIG = limits(per_server={"per_second": 3, "burst_count": 3}) | {"local": {"per_user": None}}
+CONFIG = limits(per_server={"per_second": 1, "burst_count": 10}) | {"local": {"per_user": None}}
 """So that some of what comes in at any speed waits."""
 _READ = "synapse_sticky_read_rows"
 _SYNAPSES_OWN = "get_sticky_events_in_rooms"
@@ -82,6 +83,10 @@ def done(deployment: WorkerHomeserver) -> dict[str, set[str]]:
     }
 
 
+def are_entered(deployment: WorkerHomeserver, room_id: str, event_ids: set[str]) -> bool:
+    return event_ids <= set(entered(deployment, room_id))
+
+
 @pytest.mark.requirement("E2", "E4")
 def test_each_process_does_its_own_work(lab: Lab, deployment: WorkerHomeserver, peer: Peer) -> None:
     """A flood for rooms of both persisters, a newcomer for each sender, a user who pages."""
@@ -94,7 +99,7 @@ def test_each_process_does_its_own_work(lab: Lab, deployment: WorkerHomeserver, 
             for newcomer in newcomers:
                 newcomer.join(deployment, scene.room_id, newcomer.user("carol"))
             expected = sent | of_alice
-            wait_until(lambda: expected <= set(entered(deployment, scene.room_id)), "the flood")  # noqa: B023
+            wait_until(partial(are_entered, deployment, scene.room_id, expected), "the flood", 120)
             assert set(scene.alice.collect_sticky(scene.room_id, expected)) == expected
             for newcomer in newcomers:
                 wait_until(lambda: of_alice <= newcomer.events.keys(), "the newcomer to have all")  # noqa: B023

@@ -289,6 +289,10 @@ class Federation(Protocol):
         """Calls back with a destination to which Synapse, catching up after an outage, skipped
         events; sticky ones among them are in its backlog by then."""
 
+    def on_noted(self, callback: Callable[[str], None]) -> None:
+        """Calls back with a destination once Synapse has noted up to where its ordinary queue got
+        to it, and whenever it has got further: from there it goes on after a restart."""
+
     def serve_backlog_from(self, source: BacklogSource) -> None:
         """From now on the backlog of sticky events of every destination comes from ``source``.
 

@@ -60,8 +60,6 @@ class IndexFollower:
 
     def has_taken_in(self, last_rows: Mapping[str, int]) -> bool:
         """Has the index taken in the rows of each writer up to this stream ID?"""
-        if not last_rows:
-            return True
         positions = self.index.positions()
         # One that writes no more: its rows were read together with those of the others.
         highest = max(positions.values(), default=0)

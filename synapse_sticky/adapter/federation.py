@@ -124,14 +124,23 @@ class SynapseFederation:
         self._api.register_federation_callbacks(on_event_delivered_over_federation=delivered)
 
     def on_caught_up(self, callback: Callable[[str], None]) -> None:
-        name = "mark_backlogged_sticky_events_after_catchup_transaction"
+        self._after("mark_backlogged_sticky_events_after_catchup_transaction", callback)
+
+    def on_noted(self, callback: Callable[[str], None]) -> None:
+        self._after("set_destination_last_successful_stream_ordering", callback)
+
+    def _after(self, name: str, callback: Callable[[str], None]) -> None:
         original = hooks.attribute(self._store, name)
 
-        async def mark(destination: str, **options: Any) -> None:
-            await original(destination, **options)
-            callback(destination)
+        async def do(destination: str, *args: Any, **options: Any) -> None:
+            await original(destination, *args, **options)
+            try:
+                callback(destination)
+            except Exception:
+                # Else Synapse would take the transaction for failed.
+                logger.exception("Could not go on with the newcomer %s", destination)
 
-        setattr(self._store, name, mark)
+        setattr(self._store, name, do)
 
     def serve_backlog_from(self, source: BacklogSource) -> None:
         original = self._store.get_backlogged_sticky_events_for_destination

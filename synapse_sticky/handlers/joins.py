@@ -40,6 +40,15 @@ class _Destination:
     pushes: dict[str, Push] = attr.Factory(dict)
     timer: Cancellable | None = None
     nudge_ms: int = _NUDGE_MIN_MS
+    """How long after the next nudge the one after that is due: more each time, until something
+    gets on."""
+    next_nudge_ms: int = 0
+    """When the next one is due for what is only to be looked at again."""
+
+    def gets_on(self) -> None:
+        """There may be something to do now; the next nudge is not to be long in coming."""
+        self.nudge_ms = _NUDGE_MIN_MS
+        self.next_nudge_ms = 0
 
     def cancel_timer(self) -> None:
         if self.timer is not None and self.timer.active():
@@ -86,6 +95,7 @@ class JoinsHandler:
         self._federation.serve_backlog_from(self.next_batch)
         self._federation.on_acknowledged(self._acknowledged)
         self._federation.on_caught_up(self._caught_up)
+        self._federation.on_noted(self._noted)
         self._follower.on_new_events(self._new_events)
         self._hs.stream.on_advance(self._poke)
         self._poke()
@@ -159,7 +169,9 @@ class JoinsHandler:
             watch_until_ms=watch_until_ms,
             backoff=self._backoff,
         )
-        self._destinations.setdefault(destination, _Destination()).pushes[room_id] = push
+        state = self._destinations.setdefault(destination, _Destination())
+        state.pushes[room_id] = push
+        state.gets_on()
         return push
 
     # Sending
@@ -180,7 +192,7 @@ class JoinsHandler:
                     # The room goes to the end of the line.
                     if state.pushes.get(room_id) is push:
                         state.pushes[room_id] = state.pushes.pop(room_id)
-                    state.nudge_ms = _NUDGE_MIN_MS
+                    state.gets_on()
                     return batch
             return None
         finally:
@@ -251,7 +263,7 @@ class JoinsHandler:
             or not self._follower.in_step()
             or not self._follower.has_taken_in(push.last_rows)
         ):
-            return  # the index may yet bring something
+            return  # the index may yet bring something, or the database has to be asked again
         watched = now_ms < push.watch_until_ms
         if push.delivered:
             logger.info(
@@ -294,6 +306,12 @@ class JoinsHandler:
             push.missed += 1
             self._update(push)
 
+    def _noted(self, destination: str) -> None:
+        state = self._destinations.get(destination)
+        for push in state.pushes.values() if state else ():
+            push.noted(self._hs.now_ms())
+        self._schedule(destination)
+
     def _new_events(self, rooms: Collection[str]) -> None:
         for destination, state in list(self._destinations.items()):
             touched = [p for room_id, p in state.pushes.items() if room_id in rooms]
@@ -303,15 +321,15 @@ class JoinsHandler:
                 self._schedule(destination)
 
     def _schedule(self, destination: str) -> None:
-        """Sets the destination's timer to when something is due, or a watch ends."""
+        """Sets the destination's timer to when something is due, a watch ends, or a push that is
+        not settled is to be looked at again."""
         state = self._destinations.get(destination)
         if state is None:
             return
         now_ms = self._hs.now_ms()
         times = [p.next_due_ms(now_ms) for p in state.pushes.values()]
-        idle_until_ms = now_ms + state.nudge_ms
         times += [
-            max(p.watch_until_ms if p.settled else 0, idle_until_ms)
+            max(p.watch_until_ms if p.settled else 0, state.next_nudge_ms)
             for p in state.pushes.values()
             if not p.open
         ]
@@ -337,12 +355,13 @@ class JoinsHandler:
         finally:
             if self._destinations.get(destination) is state:
                 state.nudge_ms = min(state.nudge_ms * 2, _NUDGE_MAX_MS)
+                state.next_nudge_ms = self._hs.now_ms() + delay_ms
                 self._nudge_in(delay_ms, destination, state)
         if destination not in self._destinations:
             return
         self._federation.wake(destination)
         # One that cannot be reached is not asked for a batch, and what is sent to it meanwhile is
-        # the ordinary queue's.
+        # the ordinary queue's: without a look all of it would be due.
         for push in list(state.pushes.values()):
             await self._look(push)
 
@@ -399,6 +418,8 @@ class JoinsHandler:
                 self._update(push)
         finally:
             push.confirming = False
+            if (state := self._destinations.get(push.destination)) is not None:
+                state.gets_on()
             self._schedule(push.destination)
 
     async def _confirm_one(self, push: Push, waiting: list[Sent]) -> bool:

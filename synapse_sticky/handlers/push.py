@@ -14,10 +14,10 @@ PATIENT_ATTEMPTS = 3
 GRACE_MS = 2_000
 """How long an event that was sent after the join is left to Synapse's ordinary queue."""
 
-WATCH_AFTER_ACK_MS = 10_000
-"""How long to watch on once the newcomer has acknowledged an event of the ordinary queue: Synapse
-notes up to where it got, and goes on from there after a restart. What is left are events that were
-under way when it joined."""
+WATCH_AFTER_NOTE_MS = 10_000
+"""How long to watch on once Synapse has noted that its ordinary queue got through to the newcomer,
+and goes on from there after a restart. What is left are events that were under way when it joined.
+"""
 
 MOST_DOUBTS = 3
 """How often an event goes out once more because the newcomer was away."""
@@ -64,12 +64,13 @@ class Push:
 
     ``base``: what Synapse's backlog notes for as long as the push lasts, so that Synapse starts
     over from there if the module is taken out. ``position``: all own events before it are done
-    with. ``last_rows``: the last rows that the database had of the room when it was asked, as
-    stream IDs by writer; this process may see them later. Own events up to them go out at once;
-    later ones are left to Synapse's ordinary queue, as they were sent since the join, but watched
-    for until ``watch_until_ms``. ``recorded_watch_until_ms`` is what the database says of that,
-    which tells this join from an earlier or later one. ``missed`` counts the reasons to ask the
-    database: the join, and whatever the ordinary queue did not send since.
+    with. ``last_rows``: the last rows that the database had of the room's own events when it was
+    asked, as stream IDs by writer; this process may see them later. What it had by then goes out at
+    once, and so does everything while it has to be asked; what was sent since is left to Synapse's
+    ordinary queue, but watched for until ``watch_until_ms``. ``recorded_watch_until_ms`` is what
+    the database says of that, which tells this join from an earlier or later one. ``missed`` counts
+    what the database has to be asked for: the join, and whenever the ordinary queue left something
+    out since.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class Push:
         self._looked_for = 0
         """What ``missed`` was when the database was asked."""
         self._looked_after_watch = False
+        self._has_acknowledged = False
         self._due_up_to = 0
         """Own events up to this position are not left to the ordinary queue."""
         self._pruned = False
@@ -114,7 +116,8 @@ class Push:
         return self._looked_for < self.missed or (watch_is_over and not self._looked_after_watch)
 
     def look(self, last_rows: Mapping[str, int], missed: int, asked_ms: int) -> None:
-        """The database was asked at ``asked_ms``, when ``missed`` was as it is here."""
+        """The database was asked at ``asked_ms``; ``missed`` as it was then, as it may have grown
+        since."""
         self.last_rows = last_rows
         self._looked_for = missed
         self._looked_after_watch = asked_ms >= self.watch_until_ms
@@ -188,24 +191,30 @@ class Push:
 
     def acknowledge(self, event_id: str, now_ms: int) -> bool:
         """The newcomer acknowledged the event; is it one that this push cares about?"""
-        sent = self._sent.get(event_id)
-        if event_id not in self._done and (sent is None or sent.attempts == 0):
-            # It was not pushed, so it went by the ordinary queue.
-            self.watch_until_ms = min(self.watch_until_ms, now_ms + WATCH_AFTER_ACK_MS)
-            sent = sent or self._take_fresh(event_id, now_ms)
+        self._has_acknowledged = True
+        sent = self._sent.get(event_id) or self._take_fresh(event_id, now_ms)
         if sent is None:
             return False
+        # Acknowledged without having been pushed: it went by the ordinary queue.
         sent.attempts = max(sent.attempts, 1)
         sent.acknowledged_ms = now_ms
         return True
 
     def _take_fresh(self, event_id: str, now_ms: int) -> Sent | None:
+        if event_id in self._done:
+            return None
         for fresh in self._fresh:
             if fresh[1] == event_id:
                 self._fresh.remove(fresh)
                 self._sent[event_id] = Sent(*fresh, now_ms)
                 return self._sent[event_id]
         return None
+
+    def noted(self, now_ms: int) -> None:
+        """Synapse has noted up to where its ordinary queue got to the destination. Until the
+        newcomer has acknowledged an event of the room it may not know of the room."""
+        if self._has_acknowledged:
+            self.watch_until_ms = min(self.watch_until_ms, now_ms + WATCH_AFTER_NOTE_MS)
 
     def unconfirmed(self) -> list[Sent]:
         """Acknowledged events that the newcomer is not yet known to have, oldest first."""

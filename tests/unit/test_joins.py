@@ -49,10 +49,11 @@ class Here:
         self.woken: list[str] = []
         self.settled: list[bool] = []
         self.callbacks: dict[str, Callable[..., Any]] = {}
+        self.clock_ms = NOW_MS
         self.meanwhile: Callable[[], None] = lambda: None
 
     def now_ms(self) -> int:
-        return NOW_MS
+        return self.clock_ms
 
     def call_later(self, delay_ms: int, what: str, function: Any, *args: Any) -> Timer:
         self.timers = [Timer(delay_ms, function, args)]
@@ -200,3 +201,28 @@ def test_a_newcomer_that_cannot_be_reached_is_left_to_the_ordinary_queue() -> No
     here.in_database = 12
     assert done(here.callbacks["serve_backlog_from"]("there", 50)) is None
     assert here.timers[0].delay_ms == GRACE_MS + 1
+
+
+@pytest.mark.requirement("P3")
+def test_traffic_does_not_put_off_what_is_to_be_looked_at_again() -> None:
+    here = Here(NOW_MS + HOUR_MS, [])
+    here.in_database = 11
+    start(here)
+    (timer,) = here.timers
+    done(timer.function(*timer.args))
+    assert here.timers[0].delay_ms == 1_000
+    here.clock_ms += 900
+    done(here.callbacks["on_acknowledged"]("there", [("!elsewhere", "$any")]))
+    here.callbacks["on_noted"]("there")
+    assert here.timers[0].delay_ms == 101
+    # Less and less often, until something gets on.
+    here.clock_ms += 101
+    done(here.timers[0].function("there"))
+    assert here.timers[0].delay_ms == 2_000
+    here.in_database = 12
+    here.index.insert([(12, "here", "!room", "$12", "@alice:here", NOW_MS + HOUR_MS)])
+    here.callbacks["on_caught_up"]("there")
+    assert done(here.callbacks["serve_backlog_from"]("there", 50)).event_ids == ["$12"]
+    here.clock_ms += 500
+    done(here.timers[0].function("there"))
+    assert here.timers[0].delay_ms == 1_000

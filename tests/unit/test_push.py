@@ -9,7 +9,7 @@ from synapse_sticky.handlers.push import (
     GRACE_MS,
     MOST_DOUBTS,
     PATIENT_ATTEMPTS,
-    WATCH_AFTER_ACK_MS,
+    WATCH_AFTER_NOTE_MS,
     Backoff,
     Push,
 )
@@ -71,7 +71,7 @@ def test_what_this_process_sees_late_is_pushed_however_late() -> None:
     acknowledge_all(push, push.choose(50, NOW_MS))
     push.done("$3")
     # The clock may be set back meanwhile.
-    push.acknowledge("$of-no-interest", NOW_MS - 60_000)
+    push.noted(NOW_MS - 60_000)
     over_ms = push.watch_until_ms
     assert over_ms < NOW_MS
     assert not push.is_outdated(over_ms - 1)
@@ -129,16 +129,21 @@ def test_events_sent_after_the_join_are_left_to_the_ordinary_queue_first() -> No
 def test_the_watch_ends_soon_after_the_ordinary_queue_got_through() -> None:
     push = push_of(3, 101)
     until_ms = push.watch_until_ms
-    # After a restart Synapse goes on where its ordinary queue got to: so far that is nowhere.
+    # Something of another room.
+    push.noted(NOW_MS)
     assert push.choose(50, NOW_MS) == ["$3"]
     acknowledge_all(push, ["$3"])
     push.done("$3")
     assert not push.acknowledge("$3", NOW_MS)
+    # After a restart Synapse goes on where its ordinary queue got to: so far that is nowhere.
     assert push.watch_until_ms == until_ms
     assert push.acknowledge("$101", NOW_MS)
-    assert push.watch_until_ms == NOW_MS + WATCH_AFTER_ACK_MS
+    assert not push.acknowledge("$of-no-interest", NOW_MS)
+    push.noted(NOW_MS)
+    assert push.watch_until_ms == NOW_MS + WATCH_AFTER_NOTE_MS
+    push.noted(NOW_MS + 1)
+    assert push.watch_until_ms == NOW_MS + WATCH_AFTER_NOTE_MS
     assert [sent.event_id for sent in push.unconfirmed()] == ["$101"]
-    assert not push.acknowledge("$of-no-interest", NOW_MS + 1)
 
 
 @pytest.mark.requirement("F3")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from synapse_sticky.adapter import MIGRATION_LOCK
-from synapse_sticky.handlers.push import WATCH_AFTER_ACK_MS
+from synapse_sticky.handlers.push import WATCH_AFTER_NOTE_MS
 from tests.integration.rooms import (
     NO_LIMITS,
     deferred,
@@ -265,7 +265,7 @@ def test_a_sender_sees_a_join_long_before_the_events_in_front_of_it(
             wait_until_delivered(seen | send(1))
             assert not unseen & newcomer.events.keys()
             asked = looks()
-            set_clock_of(sender, deployment.folder, 1.5 * WATCH_AFTER_ACK_MS / 1000)
+            set_clock_of(sender, deployment.folder, 1.5 * WATCH_AFTER_NOTE_MS / 1000)
             wait_until(lambda: looks() > asked, "the sender to look once more")
         wait_until_delivered(unseen)
     finally:

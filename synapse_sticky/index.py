@@ -70,7 +70,7 @@ class IndexFollower:
         writers = self._stream.writers
         positions = {writer: up_to.of(writer) for writer in writers}
         others = {writer: at for writer, at in up_to.writers.items() if writer not in writers}
-        return self.has_taken_in(others) and self._is_true_up_to(positions)
+        return self._is_true_up_to(positions) and (not others or self.has_taken_in(others))
 
     async def catch_up(self) -> None:
         """Waits for what is being read, a moment at most; not while the database fails."""

@@ -201,8 +201,6 @@ class Push:
         return True
 
     def _take_fresh(self, event_id: str, now_ms: int) -> Sent | None:
-        if event_id in self._done:
-            return None
         for fresh in self._fresh:
             if fresh[1] == event_id:
                 self._fresh.remove(fresh)

@@ -190,9 +190,11 @@ class Synapse:
         from synapse.app.homeserver import SynapseHomeServer
         from synapse.metrics._gc import install_gc_manager
 
-        from synapse_sticky.adapter import SynapseHomeserver
-        from synapse_sticky.handlers.delivery import DeliveryHandler
+        from synapse_sticky.handlers.delivery.handler import DeliveryHandler
+        from synapse_sticky.handlers.delivery.synapse import SynapseDelivery
+        from synapse_sticky.homeserver import Homeserver
         from synapse_sticky.index import IndexFollower
+        from synapse_sticky.index.synapse import SynapseStickyStream
 
         logging.getLogger("synapse").setLevel(logging.ERROR)
         self.hs = SynapseHomeServer(SERVER, config=config)
@@ -200,9 +202,9 @@ class Synapse:
         datastores: Any = self.hs.get_datastores()
         self.store = datastores.main
         self.theirs: Callable[..., Awaitable[Answer]] = self.store.get_sticky_events_in_rooms
-        homeserver = SynapseHomeserver(self.hs.get_module_api())
-        self.follower = IndexFollower(homeserver)
-        DeliveryHandler(homeserver, self.follower).start()
+        homeserver = Homeserver(self.hs.get_module_api())
+        self.follower = IndexFollower(homeserver, SynapseStickyStream(homeserver))
+        DeliveryHandler(homeserver, self.follower, SynapseDelivery(homeserver)).install()
         self.ours: Callable[..., Awaitable[Answer]] = self.store.get_sticky_events_in_rooms
         assert self.ours != self.theirs
         # As Synapse does when it starts.

@@ -11,7 +11,7 @@ import timeit
 from pathlib import Path
 from typing import Any
 
-from synapse_sticky.adapter.inbound import sticky_pdus
+from synapse_sticky.handlers.receipt.synapse import sticky_pdus
 from tests.integration.rooms import (
     introduce,
     limits,

@@ -160,7 +160,7 @@ def _release(deployment: WorkerHomeserver) -> float:
         deployment.stop_process(name)
     for name in deployment.persisters:
         deployment.start_process(name)
-    line = "wait since an earlier run"
+    line = "of an earlier run are still deferred"
     wait_until(
         lambda: any(line in deployment.output_of(name) for name in deployment.persisters),
         "the release to begin",

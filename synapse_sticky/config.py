@@ -16,6 +16,12 @@ import attr
 from matrix_common.regex import glob_to_regex
 from synapse.module_api.errors import ConfigError
 
+DUTIES = (
+    *("index", "delivery", "sliding", "visibility", "joins", "pruning", "parking", "receipt"),
+    *("deferral", "sending", "extremities"),
+)
+"""What the module does, by the names that folders, log lines and tables of the docs share."""
+
 _UNITS_MS = {
     "": 1,
     "s": 1_000,

@@ -1,11 +1,13 @@
-"""What the handlers of limits share: limiters made from the configuration, and what is told of
-refusals and deferrals."""
+"""What the duties with limits share: limiters made from the configuration, refusals, and the
+report of what the limits did."""
 
 import logging
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 import attr
+from synapse.module_api.errors import Codes, SynapseError
 
 from synapse_sticky import metrics
 from synapse_sticky._core import Limiter
@@ -13,15 +15,15 @@ from synapse_sticky.config import FederationConfig, LimitConfig, LocalConfig, Mo
 
 logger = logging.getLogger(__name__)
 
-_KEYS = 65_536
-"""How many buckets that are not full are kept apart from each other; about 15 MB at worst."""
+_CAPACITY = 65_536
+"""How many buckets that are not full a limiter keeps apart; about 15 MB at worst."""
 
-_TELL_EVERY_MS = 10_000
-_SUBJECTS = 1_000
+_REPORT_EVERY_MS = 10_000
+_MAX_SUBJECTS = 1_000
 
 
 def federation_limiter(config: FederationConfig) -> Limiter:
-    """A limiter of its own for other servers' events; without limits in mode ``off``."""
+    """A new limiter for the events of other servers; without limits in mode ``off``."""
     if config.mode is Mode.OFF:
         return _limiter()
     return _limiter(
@@ -33,7 +35,7 @@ def federation_limiter(config: FederationConfig) -> Limiter:
 
 
 def local_limiter(config: LocalConfig) -> Limiter:
-    """A limiter for local users' events."""
+    """A new limiter for the events of local users."""
     return _limiter(per_user=config.per_user)
 
 
@@ -44,65 +46,111 @@ def _limiter(**limits: LimitConfig | None) -> Limiter:
             for name, limit in limits.items()
             if limit is not None
         },
-        _KEYS,
+        _CAPACITY,
     )
 
 
 def per_second(config: FederationConfig, limit: str) -> float:
-    """How many events a second the option of that name lets through."""
+    """How many events a second the option of this name lets through; 1 if it is not set."""
     limit_config: LimitConfig | None = getattr(config, limit)
     return 1.0 if limit_config is None else limit_config.per_second
 
 
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class Refusal:
+    """Why a request is refused for now, and for how long (L2, E1).
+
+    limit: the name of the option whose limit the request is past.
+    retry_after_ms: how long the requester is asked to wait.
+    """
+
+    limit: str
+    retry_after_ms: int
+
+    def error(self) -> SynapseError:
+        """The answer to the request: 429 ``M_LIMIT_EXCEEDED``."""
+        return _LimitExceededError(self)
+
+
+class _LimitExceededError(SynapseError):
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(
+            429,
+            "Too Many Requests",
+            Codes.LIMIT_EXCEEDED,
+            additional_fields={"retry_after_ms": refusal.retry_after_ms},
+            headers={"Retry-After": str(math.ceil(refusal.retry_after_ms / 1000))},
+        )
+        self._limit = refusal.limit
+
+    @property
+    def debug_context(self) -> str:
+        """What Synapse's log line of the request says, and its answer does not."""
+        return f"synapse_sticky_{self._limit}"
+
+
 @attr.s(auto_attribs=True, slots=True)
 class _Subject:
-    told_ms: int
-    untold: int = 0
+    reported_ms: int
+    unreported: int = 0
 
 
 class LimitReport:
-    """Counts what limits do, and tells it in the log: for one server, limit and kind of answer at
-    most once in ten seconds, with how much there was in between."""
+    """Counts what limits do, and reports it in the log (E3).
+
+    For one server or user, limit and kind of answer there is at most one line in ten seconds. It
+    gives the number of events since the last one.
+    """
 
     def __init__(self, now_ms: Callable[[], int]) -> None:
         self._now_ms = now_ms
         self._subjects: OrderedDict[tuple[str, str, str], _Subject] = OrderedDict()
 
     def refused(self, limit: str, server: str, where: str, retry_after_ms: int, count: int) -> None:
-        """A transaction of another server was refused."""
+        """A transaction of another server with ``count`` sticky events was refused."""
         metrics.REFUSED.labels(limit).inc(count)
-        self._tell("refused", limit, server, where, f"asked to retry in {retry_after_ms} ms", count)
+        answer = f"asked to retry in {retry_after_ms} ms"
+        self._report("refused", limit, server, where, answer, count)
 
     def refused_user(self, limit: str, user_id: str, retry_after_ms: int) -> None:
         """A local user's event was refused."""
         metrics.REFUSED.labels(limit).inc()
-        self._tell("refused", limit, user_id, "", f"asked to retry in {retry_after_ms} ms", 1)
+        answer = f"asked to retry in {retry_after_ms} ms"
+        self._report("refused", limit, user_id, "", answer, 1)
 
-    def deferred(self, limit: str, server: str, room_id: str, waiting: int, wait_ms: int) -> None:
-        """An event of another server was deferred: the last of so many of that server's that
-        wait, and as it looks now for so long."""
+    def deferred(
+        self, limit: str, server: str, room_id: str, server_count: int, delay_ms: int
+    ) -> None:
+        """An event of another server was deferred.
+
+        Args:
+            server_count: how many events of this server are deferred now.
+            delay_ms: how long the last of them will be, at the limit's rate.
+        """
         metrics.DEFERRED.labels(limit).inc()
-        until = f"{waiting} of it wait, the last for about {wait_ms} ms"
-        self._tell("deferred", limit, server, f"in {room_id}", until, 1)
+        outlook = f"{server_count} of its events are deferred, the last for about {delay_ms} ms"
+        self._report("deferred", limit, server, f"in {room_id}", outlook, 1)
 
     def expired(self, event_ids: Sequence[str]) -> None:
         """Deferred events expired before their turn."""
         metrics.EXPIRED.inc(len(event_ids))
         example = f"before their turn, such as {event_ids[0]}"
-        self._tell("expired", "deferred", "other servers", example, "", len(event_ids))
+        self._report("expired", "deferred", "other servers", example, "", len(event_ids))
 
-    def _tell(self, what: str, limit: str, who: str, where: str, until: str, count: int) -> None:
+    def _report(
+        self, what: str, limit: str, who: str, where: str, outlook: str, count: int
+    ) -> None:
         now_ms = self._now_ms()
         key = (what, limit, who)
         subject = self._subjects.get(key)
-        # A clock that went back must not silence the log.
-        if subject is not None and 0 <= now_ms - subject.told_ms < _TELL_EVERY_MS:
-            subject.untold += count
+        # A clock that was set back must not silence the log.
+        if subject is not None and 0 <= now_ms - subject.reported_ms < _REPORT_EVERY_MS:
+            subject.unreported += count
             return
-        count += subject.untold if subject is not None else 0
+        count += subject.unreported if subject is not None else 0
         self._subjects[key] = _Subject(now_ms)
         self._subjects.move_to_end(key)
-        while len(self._subjects) > _SUBJECTS:
+        while len(self._subjects) > _MAX_SUBJECTS:
             self._subjects.popitem(last=False)
-        details = "".join([f" {where}" if where else "", f"; {until}" if until else ""])
+        details = "".join([f" {where}" if where else "", f"; {outlook}" if outlook else ""])
         logger.info("%s: %s %d sticky events of %s%s", limit, what, count, who, details)

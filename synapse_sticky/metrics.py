@@ -4,7 +4,8 @@ from prometheus_client import Counter, Gauge
 
 REFUSED = Counter(
     "synapse_sticky_refused",
-    "Sticky events that were answered 429: of other servers in /send, of local users in PUT /send",
+    "Sticky events that were refused with 429: of other servers in /send, of local users in"
+    " PUT /send",
     ["limit"],
 )
 DEFERRED = Counter(
@@ -16,4 +17,6 @@ RELEASED = Counter("synapse_sticky_released", "Deferred sticky events that were 
 EXPIRED = Counter(
     "synapse_sticky_deferred_expired", "Deferred sticky events that expired before their turn"
 )
-WAITING = Gauge("synapse_sticky_deferred_waiting", "Deferred sticky events that wait")
+DEFERRED_NOW = Gauge(
+    "synapse_sticky_deferred_waiting", "Sticky events that this process defers at the moment"
+)

@@ -1,4 +1,4 @@
-"""The module's entry: configuration, and which handler runs in which process."""
+"""The module's entry: configuration, and which duty runs in which process."""
 
 import logging
 from collections.abc import Awaitable, Callable
@@ -6,28 +6,49 @@ from typing import Any
 
 from synapse.module_api import ModuleApi
 
-from synapse_sticky.adapter import SynapseHomeserver
-from synapse_sticky.config import Mode, StickyConfig, parse
-from synapse_sticky.handlers.deferral import DeferralHandler
-from synapse_sticky.handlers.delivery import DeliveryHandler
-from synapse_sticky.handlers.extremities import ExtremitiesHandler
-from synapse_sticky.handlers.joins import JoinsHandler
-from synapse_sticky.handlers.receipt import ReceiptHandler
-from synapse_sticky.handlers.sending import SendingHandler
-from synapse_sticky.handlers.sliding import SlidingHandler
-from synapse_sticky.handlers.staging import StagingHandler
-from synapse_sticky.handlers.visibility import VisibilityHandler
+from synapse_sticky.backoff import Backoff, Retrying
+from synapse_sticky.config import DUTIES, Mode, StickyConfig, parse
+from synapse_sticky.handlers.deferral.handler import DeferralHandler
+from synapse_sticky.handlers.deferral.synapse import SynapseWriter
+from synapse_sticky.handlers.deferral.tables import DeferredTable
+from synapse_sticky.handlers.delivery.handler import DeliveryHandler
+from synapse_sticky.handlers.delivery.synapse import SynapseDelivery
+from synapse_sticky.handlers.extremities.handler import ExtremitiesHandler
+from synapse_sticky.handlers.extremities.synapse import SynapseExtremities
+from synapse_sticky.handlers.joins.detection.synapse import SynapseStateChanges
+from synapse_sticky.handlers.joins.handler import JoinsHandler
+from synapse_sticky.handlers.joins.synapse import SynapseFederation
+from synapse_sticky.handlers.joins.tables import NewcomerTable
+from synapse_sticky.handlers.receipt.handler import ReceiptHandler
+from synapse_sticky.handlers.receipt.synapse import SynapseReceipt
+from synapse_sticky.handlers.sending.handler import SendingHandler
+from synapse_sticky.handlers.sending.synapse import SynapseSending
+from synapse_sticky.handlers.sliding.handler import SlidingHandler
+from synapse_sticky.handlers.sliding.synapse import SynapseSliding
+from synapse_sticky.handlers.sliding.tables import PageTable
+from synapse_sticky.handlers.staging.parking import ParkingHandler
+from synapse_sticky.handlers.staging.pruning import PruningHandler
+from synapse_sticky.handlers.staging.synapse import SynapseStaging
+from synapse_sticky.handlers.staging.tables import ParkedTable
+from synapse_sticky.handlers.visibility.handler import VisibilityHandler
+from synapse_sticky.handlers.visibility.synapse import SynapseVisibility
+from synapse_sticky.homeserver import Homeserver, Rooms
+from synapse_sticky.homeserver.layout import NewerLayoutError
+from synapse_sticky.homeserver.seams import SeamMismatchError, misfits
 from synapse_sticky.index import IndexFollower
+from synapse_sticky.index.synapse import SynapseStickyStream
 from synapse_sticky.limits import LimitReport
-from synapse_sticky.storage import NewerLayoutError, Storage
+from synapse_sticky.seam_table import SEAMS
 
 logger = logging.getLogger(__name__)
 
-_RETRY_MS = 5_000
+_LOAD_BACKOFF = Backoff(5_000, 60_000, spread=0)
+
+Load = Callable[[], Awaitable[None]]
 
 
 class StickyEventsModule:
-    """Makes MSC4354 work wholly on Synapse >= 1.163.
+    """Makes all of MSC4354 work on Synapse >= 1.163.
 
     Synapse makes one in every process, once its stores and handlers stand and before it listens.
 
@@ -36,66 +57,131 @@ class StickyEventsModule:
     """
 
     def __init__(self, config: StickyConfig, api: ModuleApi) -> None:
-        homeserver = SynapseHomeserver(api)
-        self._homeserver = homeserver
-        self._storage = storage = Storage(homeserver)
-        self._follower = follower = IndexFollower(homeserver)
-        report = LimitReport(homeserver.now_ms)
-        DeliveryHandler(homeserver, follower).start()
-        SlidingHandler(homeserver, storage).start()
-        duties = ["index", "delivery"]
-        # What needs the module's own tables. Until they are there, Synapse does as it does
-        # without the module.
-        starts: list[Callable[[], Awaitable[None]]] = []
+        self._homeserver = homeserver = Homeserver(api)
+        if problems := misfits(seam for seams in SEAMS.values() for seam in seams):
+            raise SeamMismatchError(problems)
+        self._config = config
+        self._rooms = Rooms(homeserver)
+        self._stream = SynapseStickyStream(homeserver)
+        self._follower = IndexFollower(homeserver, self._stream)
+        self._report = LimitReport(homeserver.now_ms)
+        self._duties = ["index"]
+        # Duties with tables of their own are loaded once these are there. Until then Synapse does
+        # as it does without the module.
+        self._loads: dict[str, Load] = {}
+        self._install_delivery()
+        self._install_visibility()
+        self._install_joins()
+        self._install_limits()
+        self._install_sending()
+        self._install_extremities()
+        # Last: the PDUs that parking has processed at once are under the limits then.
+        self._install_staging()
+        self._follower.start()
+        if self._loads:
+            homeserver.in_background("load", self._load_all)
+        names = ", ".join(duty for duty in DUTIES if duty in self._duties)
+        logger.info("synapse-sticky runs in %s: %s", homeserver.instance_name, names)
 
-        if config.joins.enabled and homeserver.federation.sends:
-            starts.append(JoinsHandler(homeserver, storage, follower, config.joins).start)
-            duties.append("joins")
-        if config.staging.keep_sticky:
-            staging = StagingHandler(homeserver, storage)
-            staging.start()
-            duties.append("staging")
-        VisibilityHandler(homeserver, follower).start(config.visibility)
-        duties.append("visibility")
-        limited = config.federation.mode is not Mode.OFF
-        if limited and homeserver.inbound.receives:
-            starts.append(ReceiptHandler(homeserver, storage, config.federation, report).start)
-            duties.append("receipt")
-        if homeserver.writer.writes:
-            # Without limits too: something may wait from when there were some.
-            starts.append(DeferralHandler(homeserver, storage, config.federation, report).start)
-            duties += ["deferral"] if limited else []
-        if config.local.per_user is not None and homeserver.sending.serves_clients:
-            SendingHandler(homeserver, config.local, report).start()
-            duties.append("sending")
+    def _install_delivery(self) -> None:
+        homeserver = self._homeserver
+        DeliveryHandler(homeserver, self._follower, SynapseDelivery(homeserver)).install()
+        sliding = SlidingHandler(homeserver, SynapseSliding(homeserver), PageTable(homeserver))
+        sliding.install()
+        self._loads["sliding"] = sliding.load
+        self._duties += ["delivery", "sliding"]
 
-        if config.dummy_events.enabled and homeserver.extremities.merges:
-            ExtremitiesHandler(homeserver, follower, config.dummy_events).start()
-            duties.append("extremities")
-        if config.state_events and homeserver.sending.serves_clients:
-            homeserver.sending.accept_sticky_state()
-            duties.append("state_events")
+    def _install_visibility(self) -> None:
+        homeserver, config = self._homeserver, self._config.visibility
+        if not config.servers and not config.users:
+            return
+        visibility = SynapseVisibility(homeserver)
+        VisibilityHandler(homeserver, self._rooms, self._follower, visibility, config).install()
+        self._duties.append("visibility")
 
-        if config.staging.keep_sticky:
-            starts.append(staging.begin)  # last: what is processed then is under the limits
-        follower.start()
-        if starts:
-            homeserver.in_background("start", self._start, starts)
-        logger.info("synapse-sticky runs in %s: %s", homeserver.instance_name, ", ".join(duties))
+    def _install_joins(self) -> None:
+        homeserver = self._homeserver
+        federation = SynapseFederation(homeserver, self._rooms)
+        if not self._config.joins.enabled or not federation.sends:
+            return
+        joins = JoinsHandler(
+            homeserver,
+            self._rooms,
+            self._follower,
+            federation,
+            SynapseStateChanges(homeserver),
+            NewcomerTable(homeserver),
+            self._config.joins,
+        )
+        joins.install()
+        self._loads["joins"] = joins.load
+        self._duties.append("joins")
 
-    async def _start(self, starts: list[Callable[[], Awaitable[None]]]) -> None:
-        waiting = [self._storage.migrate, *starts]
-        while waiting:
-            try:
-                await waiting[0]()
-            except NewerLayoutError as e:
-                logger.error("No pushing to newcomers and no limits on other servers: %s", e)
-                return
-            except Exception:
-                logger.exception("Could not start, trying again in %d ms", _RETRY_MS)
-                await self._homeserver.sleep_ms(_RETRY_MS)
-            else:
-                del waiting[0]
+    def _install_staging(self) -> None:
+        if not self._config.staging.keep_sticky:
+            return
+        homeserver = self._homeserver
+        staging = SynapseStaging(homeserver)
+        PruningHandler(homeserver, staging).install()
+        parking = ParkingHandler(homeserver, self._rooms, staging, ParkedTable(homeserver))
+        parking.install()
+        self._loads["parking"] = parking.load
+        self._duties += ["pruning", "parking"]
+
+    def _install_limits(self) -> None:
+        homeserver, config = self._homeserver, self._config.federation
+        deferred = DeferredTable(homeserver)
+        is_limited = config.mode is not Mode.OFF
+        writer = SynapseWriter(homeserver)
+        if writer.writes:
+            # Without limits too: events may be deferred from when there were some.
+            deferral = DeferralHandler(
+                homeserver, writer, deferred, self._stream, config, self._report
+            )
+            deferral.install()
+            self._loads["deferral"] = deferral.load
+            self._duties += ["deferral"] if is_limited else []
+        if is_limited and homeserver.serves("federation"):
+            receipt = SynapseReceipt(homeserver)
+            ReceiptHandler(homeserver, receipt, deferred, config, self._report).install()
+            self._duties.append("receipt")
+
+    def _install_sending(self) -> None:
+        homeserver, config = self._homeserver, self._config
+        if not homeserver.serves("client"):
+            return
+        sending = SynapseSending(homeserver)
+        sending.check_parameter()
+        if config.local.per_user is not None:
+            SendingHandler(homeserver, sending, config.local, self._report).install()
+            self._duties.append("sending")
+        if config.state_events:
+            sending.accept_sticky_state()
+
+    def _install_extremities(self) -> None:
+        homeserver, config = self._homeserver, self._config.dummy_events
+        extremities = SynapseExtremities(homeserver)
+        if config.enabled and extremities.merges:
+            ExtremitiesHandler(homeserver, extremities, self._follower, config).install()
+            self._duties.append("extremities")
+
+    async def _load_all(self) -> None:
+        """Loads each duty, and each that could not be loaded again until it can."""
+        for duty, load in self._loads.items():
+            await Retrying(
+                self._homeserver,
+                f"load_{duty}",
+                f"Could not load {duty}",
+                lambda duty=duty, load=load: self._load(duty, load),  # type: ignore[misc]
+                _LOAD_BACKOFF,
+            ).run()
+
+    async def _load(self, duty: str, load: Load) -> None:
+        try:
+            await load()
+        except NewerLayoutError as e:
+            # Trying again does not help: the duty stays as it is without the module.
+            logger.error("%s is off: %s", duty, e)
 
     @staticmethod
     def parse_config(config: dict[str, Any]) -> StickyConfig:

@@ -1,6 +1,6 @@
-//! How long a decision and a release take.
+//! How long a decision and a release take. `cargo bench`.
 
-#![allow(missing_docs)] // What criterion's macros make has none.
+#![allow(missing_docs)] // Criterion's macros generate items without docs.
 
 use std::hint::black_box;
 
@@ -16,7 +16,7 @@ fn limiter(per_second: f64, burst_count: u32) -> Limiter {
 }
 
 fn decisions(c: &mut Criterion) {
-    // Time passes at each, or else the bucket of the room is empty after a million and refusals are measured.
+    // Time passes at each event. Else the room's bucket is empty after a million, and this measures refusals.
     let mut limits = limiter(1e6, 1_000_000);
     let names: Vec<(String, String)> = (0..10_000)
         .map(|n| {
@@ -46,7 +46,7 @@ fn decisions(c: &mut Criterion) {
             assert_eq!(admitted, Ok(()));
         });
     });
-    // More buckets than any transaction of 50 has: each event has all four of its own but the server.
+    // More buckets than any transaction of 50 has: the events share only the server's.
     let mut open = limiter(1e6, 1_000_000);
     let rooms: Vec<String> = (0..50).map(|n| format!("!{n}")).collect();
     let most: Vec<(Key<'_>, u32)> = names[..50]

@@ -1,26 +1,40 @@
-//! What this crate may refuse, in one enum. `python.rs` turns it into Python exceptions, in one place.
+//! The errors of this crate, in one enum. `python.rs` converts them to Python exceptions, in one place.
 
 use std::fmt;
 
-/// A refusal. Nothing has been changed when a function returns one.
+/// Why a call failed. A function that returns one of these has changed nothing.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Error {
-    /// An argument is of the wrong type (`TypeError` in Python).
+    /// An argument has the wrong type (`TypeError` in Python).
     WrongType {
         /// The argument's name, such as `now_ms` or `rows[3].sender`.
         argument: String,
-        /// What it must be.
+        /// What the argument must be.
         expected: &'static str,
     },
-    /// An argument is of the right type but cannot be used (`ValueError` in Python).
+    /// An argument has the right type but an unusable value (`ValueError` in Python).
     BadValue {
         /// The argument's name, such as `limit` or `rows[3].stream_id`.
         argument: String,
-        /// What it must be.
+        /// What the argument must be.
         expected: &'static str,
     },
     /// The index has as many rows as it can number, 2^32 - 1 (`MemoryError` in Python).
     Full,
+}
+
+impl Error {
+    /// The argument of this name has the wrong type.
+    pub fn wrong_type(argument: impl Into<String>, expected: &'static str) -> Self {
+        let argument = argument.into();
+        Self::WrongType { argument, expected }
+    }
+
+    /// The argument of this name has an unusable value.
+    pub fn bad_value(argument: impl Into<String>, expected: &'static str) -> Self {
+        let argument = argument.into();
+        Self::BadValue { argument, expected }
+    }
 }
 
 impl fmt::Display for Error {

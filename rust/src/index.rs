@@ -1,14 +1,17 @@
-//! The sticky events of all rooms, in stream order, in memory: what /sync, the federation sender and the join handler ask for.
+//! The sticky events of all rooms, in stream order, in memory: for /sync, the federation sender and the join handler.
 //!
-//! A pure data structure; time is an argument. Rows that have expired are left out of every answer at once, and really dropped by
-//! [`StickyIndex::expire`], a few at a time. A row costs less than 200 bytes beyond its event ID, and at most some 350 if every row
-//! comes from a user on a server of its own: the names of rooms, senders, servers and writers are kept once each.
+//! It is a pure data structure; time is an argument. Every answer leaves out expired rows at once.
+//! [`StickyIndex::expire`] drops them later, a few at a time. A row costs less than 200 bytes beyond its event ID, and
+//! at most about 350 if every row comes from a user on a different server. The index keeps each name of a room, sender,
+//! server or writer once.
 //!
-//! Every order below is a B-tree set of plain numbers, the most significant first, with the row's number last. So two rows that share
-//! a stream ID, which Synapse's single sequence rules out, are both kept and both found, in either order.
+//! Every order below is a B-tree set of plain numbers, the most significant first, with the row's number last. So the
+//! index keeps and finds both of two rows that share a stream ID, in either order. (Synapse's single sequence rules
+//! that out.)
 
 mod query;
 mod range;
+mod servers;
 mod store;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -17,14 +20,15 @@ pub use query::{RoomEvents, Rooms};
 pub use range::{Position, Range};
 
 use crate::error::Error;
+use servers::Tally;
 use store::{EventId, Interner, Names, Slab};
 
-/// A sticky event, as it is inserted.
+/// A sticky event to insert.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NewRow<'a> {
     /// Its position in the sticky events stream, unique across writers.
     pub stream_id: i64,
-    /// The writer that gave it that position.
+    /// The writer that assigned that position.
     pub instance_name: &'a str,
     /// The room it is in.
     pub room_id: &'a str,
@@ -36,7 +40,7 @@ pub struct NewRow<'a> {
     pub expires_at_ms: i64,
 }
 
-/// A sticky event, as it is found.
+/// A sticky event that a query found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Found<'a> {
     /// Its position in the sticky events stream.
@@ -51,7 +55,7 @@ pub struct Found<'a> {
     pub expires_at_ms: i64,
 }
 
-/// A row as it is kept, in 80 bytes. The numbers are those of the interners.
+/// A row as the index keeps it, in 80 bytes. The interners gave the numbers.
 #[derive(Debug)]
 struct Row {
     stream_id: i64,
@@ -61,17 +65,6 @@ struct Row {
     sender: u32,
     server: u32,
     instance: u32,
-}
-
-/// What is known of one server's rows in one room, for [`StickyIndex::servers_in_room`].
-#[derive(Debug)]
-struct Tally {
-    rows: u32,
-    /// When the last of them expires, or later if `stale`.
-    latest_ms: i64,
-    /// The row that `latest_ms` came from is gone. It is worked out again when somebody asks, not at every removal: else redacting
-    /// many events one by one would scan the room once for each.
-    stale: bool,
 }
 
 /// (stream ID or time, row), in order.
@@ -92,7 +85,8 @@ pub struct StickyIndex {
     by_stream: ByNumber,
     by_expiry: ByNumber,
     by_room: ByRoom,
-    /// The rows of [`Self::by_room`] that this server's users sent: however many others a room has, they cost nothing here (P3, P4).
+    /// The rows of [`Self::by_room`] that this server's users sent. The rows of other servers cost nothing here,
+    /// however many a room has (P3, P4).
     own_by_room: ByRoom,
     /// By (room, server).
     tallies: BTreeMap<(u32, u32), Tally>,
@@ -100,7 +94,7 @@ pub struct StickyIndex {
 }
 
 impl StickyIndex {
-    /// An empty index. An event is "own" if the domain of its sender is `own_server`.
+    /// Creates an empty index. An event is this server's own if the domain of its sender is `own_server`.
     #[must_use]
     pub fn new(own_server: &str) -> Self {
         Self {
@@ -120,7 +114,8 @@ impl StickyIndex {
         }
     }
 
-    /// Takes a row in. If its event is there already, the row with the higher stream ID stays: rows can be read again, in any order.
+    /// Inserts a row. If the index already has a row of the event, the row with the higher stream ID stays. So the
+    /// caller may insert rows again, in any order.
     ///
     /// # Errors
     /// [`Error::Full`] at 2^32 - 1 rows.
@@ -145,16 +140,7 @@ impl StickyIndex {
             server: self.servers.acquire(server),
             instance: self.instances.acquire(new.instance_name),
         };
-        let tally = self.tallies.entry((row.room, row.server)).or_insert(Tally {
-            rows: 0,
-            latest_ms: i64::MIN,
-            stale: false,
-        });
-        tally.rows += 1;
-        if row.expires_at_ms >= tally.latest_ms {
-            tally.latest_ms = row.expires_at_ms;
-            tally.stale = false;
-        }
+        self.count_row(&row);
         let (stream_id, expires_at_ms, room) = (row.stream_id, row.expires_at_ms, row.room);
         let number = self.rows.add(row);
         self.by_event.add(new.event_id, number);
@@ -167,7 +153,7 @@ impl StickyIndex {
         Ok(())
     }
 
-    /// Drops an event, such as one that was redacted (S5). Whether it was there.
+    /// Drops an event, such as a redacted one (S5). Returns whether the index had it.
     pub fn remove(&mut self, event_id: &str) -> bool {
         let number = self.number_of(event_id);
         if let Some(number) = number {
@@ -176,23 +162,8 @@ impl StickyIndex {
         number.is_some()
     }
 
-    /// Drops all events of a room. How many there were. The only call whose cost has no bound but the size of a room.
-    pub fn remove_room(&mut self, room_id: &str) -> usize {
-        let Some(room) = self.rooms.find(room_id) else {
-            return 0;
-        };
-        let numbers: Vec<u32> = self
-            .by_room
-            .range(room_span(room, i64::MIN, i64::MAX))
-            .map(|key| key[3])
-            .collect();
-        for number in &numbers {
-            self.drop_row(*number);
-        }
-        numbers.len()
-    }
-
-    /// Drops at most `max_rows` of the rows that have expired at `now_ms`, the oldest expiry first. How many they were.
+    /// Drops the rows that have expired at `now_ms`, at most `max_rows` of them, the oldest expiry first. Returns how
+    /// many it dropped.
     pub fn expire(&mut self, now_ms: i64, max_rows: usize) -> usize {
         let mut dropped = 0;
         while dropped < max_rows {
@@ -207,7 +178,8 @@ impl StickyIndex {
         dropped
     }
 
-    /// Says that every row of this writer up to and including `stream_id` has been taken in. Never goes back.
+    /// Notes that the caller has inserted every row of this writer up to and including `stream_id`. The position never
+    /// goes back.
     pub fn advance(&mut self, instance_name: &str, stream_id: i64) {
         match self.positions.get_mut(instance_name) {
             Some(position) => *position = stream_id.max(*position),
@@ -217,26 +189,26 @@ impl StickyIndex {
         }
     }
 
-    /// Up to where each writer has been taken in.
+    /// The position of each writer that [`Self::advance`] has named.
     #[must_use]
     pub const fn positions(&self) -> &BTreeMap<String, i64> {
         &self.positions
     }
 
-    /// Whether each of these writers has been taken in up to its position. One that [`Self::advance`] has not named is at 0.
+    /// Whether the index has reached each of these positions. A writer that [`Self::advance`] has not named is at 0.
     pub fn in_step<'a>(&self, positions: impl IntoIterator<Item = (&'a str, i64)>) -> bool {
         positions
             .into_iter()
             .all(|(writer, wanted)| wanted <= self.positions.get(writer).copied().unwrap_or(0))
     }
 
-    /// How many rows there are, those that have expired but are not dropped yet among them.
+    /// How many rows the index has, with the expired ones that it has not dropped yet.
     #[must_use]
     pub const fn len(&self) -> usize {
         self.rows.len()
     }
 
-    /// Whether there is no row.
+    /// Whether the index has no row.
     #[must_use]
     pub const fn is_empty(&self) -> bool {
         self.len() == 0
@@ -256,13 +228,7 @@ impl StickyIndex {
             .remove(&number_key(row.expires_at_ms, number));
         self.by_room.remove(&in_room);
         self.own_by_room.remove(&in_room);
-        if let Some(tally) = self.tallies.get_mut(&(row.room, row.server)) {
-            tally.rows -= 1;
-            tally.stale |= tally.latest_ms == row.expires_at_ms;
-            if tally.rows == 0 {
-                self.tallies.remove(&(row.room, row.server));
-            }
-        }
+        self.discount_row(&row);
         self.rooms.release(row.room);
         self.senders.release(row.sender);
         self.servers.release(row.server);
@@ -270,12 +236,12 @@ impl StickyIndex {
     }
 }
 
-/// The server of a user ID: what follows the first colon. Nothing for a string without one: it is nobody's.
+/// The server of a user ID: what follows the first colon. A string without a colon belongs to no server: empty.
 fn domain(user_id: &str) -> &str {
     user_id.split_once(':').map_or("", |(_, domain)| domain)
 }
 
-/// `number` as two halves that sort as it does.
+/// Splits `number` into two halves that sort as `number` does.
 const fn halves(number: i64) -> [u32; 2] {
     let sortable = (number as u64) ^ (1 << 63);
     [(sortable >> 32) as u32, sortable as u32]

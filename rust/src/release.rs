@@ -1,34 +1,35 @@
-//! Deferred events, and in which order they are released (L4, D7).
+//! Deferred events, and the order of their release (L4, D7).
 //!
-//! Rooms take turns, the servers of a room take turns, and of one server's events in a room the one that expires first goes first.
-//! Whoever a limit holds up sleeps until it would pass and does not stand in anybody's way: a server whose room-wide, or a sender
-//! whose own allowance is used up leaves the turn to the others.
+//! Rooms take turns. The servers of a room take turns. Of a server's events in a room, the one that expires first is
+//! released first. A server that has reached its own limit is skipped. The same goes for a sender and for a room.
+//! Whatever is skipped sleeps until its limit would admit the next event, and delays no others.
 
 mod schedule;
+mod turns;
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::hash::BuildHasher;
 
-use crate::limiter::{Key, Limiter, Refusal, Scope};
+use crate::limiter::{Key, Limiter, Scope};
 use crate::steady::SteadyTime;
 use schedule::{Name, Schedule};
 
-/// An event that waits.
+/// A deferred event.
 #[derive(Clone, Copy, Debug)]
 pub struct Deferred<'a> {
-    /// Its event ID.
+    /// The event's ID.
     pub event_id: &'a str,
-    /// The room that it is in.
+    /// The room that the event is in.
     pub room_id: &'a str,
-    /// The server of its sender.
+    /// The server of the sender.
     pub server: &'a str,
-    /// Its sender's user ID.
+    /// The user who sent the event.
     pub sender: &'a str,
-    /// When it stops being sticky, in ms since the Unix epoch.
+    /// When the event stops being sticky, in ms since the Unix epoch (S2).
     pub expires_at_ms: i64,
 }
 
-/// What expires first goes first, and what came first of those that expire together.
+/// The order of a sender's events: by expiry, and by arrival if they expire together.
 type Urgency = (i64, u64);
 
 struct Entry {
@@ -38,44 +39,33 @@ struct Entry {
     urgency: Urgency,
 }
 
-/// One server's events in one room.
+/// One server's deferred events in one room.
 #[derive(Default)]
 struct Share {
     senders: HashMap<Name, BTreeSet<(Urgency, Name)>>,
     schedule: Schedule<Urgency>,
-    /// The limit that the whole share was last held up by, while it is.
+    /// The limit that the whole share has reached, if any.
     held_by: Option<Scope>,
 }
 
+/// A room's deferred events.
 #[derive(Default)]
 struct Room {
     shares: HashMap<Name, Share>,
     schedule: Schedule<u64>,
+    /// The limit that the whole room has reached, if any.
     held_by: Option<Scope>,
 }
 
-/// One moment, by the clock and by the steady time that sleepers go by.
-#[derive(Clone, Copy)]
-struct Moment {
-    now_ms: i64,
-    steady_ms: i64,
-}
-
-/// What came of a turn.
-enum Turn {
-    Released(Name),
-    /// Nothing before this steady time.
-    Sleeps(i64),
-}
-
-/// The events that wait, in the order of their release.
+/// The deferred events, in the order of their release.
 pub struct ReleaseQueue {
     entries: HashMap<Name, Entry>,
     expiry: BTreeSet<(i64, Name)>,
     rooms: HashMap<Name, Room>,
     schedule: Schedule<u64>,
+    /// How many events of each server are deferred.
     waiting: HashMap<Name, usize>,
-    /// Servers that their limit over all rooms holds up.
+    /// The servers that have reached their limit over all rooms.
     held_servers: HashSet<Name>,
     counter: u64,
     time: SteadyTime,
@@ -97,45 +87,44 @@ impl Default for ReleaseQueue {
 }
 
 impl ReleaseQueue {
-    /// An empty queue.
+    /// Creates an empty queue.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// How many events wait.
+    /// How many events are deferred.
     #[must_use]
     pub fn len(&self) -> usize {
         self.entries.len()
     }
 
-    /// Whether none waits.
+    /// Whether no event is deferred.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()
     }
 
-    /// Whether this event waits.
+    /// Whether this event is deferred.
     #[must_use]
     pub fn contains(&self, event_id: &str) -> bool {
         self.entries.contains_key(event_id)
     }
 
-    /// How many events of this server wait.
+    /// How many events of this server are deferred.
     #[must_use]
     pub fn waiting(&self, server: &str) -> usize {
         self.waiting.get(server).copied().unwrap_or(0)
     }
 
-    /// May a new event be delivered now, and is then paid for?
+    /// Charges a new event and admits it, if it may be delivered now.
     ///
-    /// It may not overtake what waits for the same allowance: else new events could take each of its drops, and what waits would
-    /// do so until it expires. Those whose turn has come and who have not been asked yet what holds them up have one event's
-    /// allowance each kept for them.
+    /// A new event may not overtake a deferred event that needs the same allowance. Else new events could use up the
+    /// whole allowance, and deferred events would stay deferred until they expire. A sender or server whose turn has
+    /// come may not have tried its limits yet. New events leave the allowance of one event to each of these.
     ///
     /// # Errors
-    ///
-    /// The limit in its way: it is to be deferred.
+    /// The limit that refused the event. The caller must defer it.
     pub fn admit<S: BuildHasher>(
         &self,
         limiter: &mut Limiter<S>,
@@ -160,6 +149,7 @@ impl ReleaseQueue {
             .map_err(|refusal| refusal.scope)
     }
 
+    /// The limit for which a deferred event would come before this new one, if any.
     fn waits_behind(&self, room_id: &str, server: &str, sender: &str) -> Option<Scope> {
         if self.held_servers.contains(server) {
             return Some(Scope::Server);
@@ -179,7 +169,7 @@ impl ReleaseQueue {
         None
     }
 
-    /// How many events' allowance new ones must leave to those whose turn has come.
+    /// The allowance that new events must leave to those whose turn has come, in events by key.
     fn kept_for_others<'a>(&self, room_id: &'a str, server: &'a str) -> Vec<(Key<'a>, u32)> {
         let Some(room) = self.rooms.get(room_id) else {
             return Vec::new();
@@ -196,7 +186,7 @@ impl ReleaseQueue {
         ]
     }
 
-    /// Has the event wait; false if it does already.
+    /// Defers the event. Returns false if it is deferred already.
     pub fn add(&mut self, event: Deferred<'_>) -> bool {
         if self.entries.contains_key(event.event_id) {
             return false;
@@ -215,7 +205,7 @@ impl ReleaseQueue {
         waiting.insert((urgency, event_id.clone()));
         if waiting.len() == 1 {
             share.schedule.ready(&sender, urgency);
-            // A new sender may be let through where the others of its server are held up, each by itself.
+            // The other senders of the server may have reached their own limits. The new sender has not.
             if share.held_by.is_none() && !room.schedule.is_ready(&server) {
                 room.schedule.ready(&server, turn);
             }
@@ -242,7 +232,7 @@ impl ReleaseQueue {
         true
     }
 
-    /// Takes the event out; false if it does not wait.
+    /// Takes the event out. Returns false if it is not deferred.
     pub fn remove(&mut self, event_id: &str) -> bool {
         let Some((event_id, entry)) = self.entries.remove_entry(event_id) else {
             return false;
@@ -285,83 +275,7 @@ impl ReleaseQueue {
         true
     }
 
-    /// Takes out what may be released now, at most `max_events`, in the order of release. It is paid for.
-    pub fn take<S: BuildHasher>(
-        &mut self,
-        limiter: &mut Limiter<S>,
-        now_ms: i64,
-        max_events: usize,
-    ) -> Vec<String> {
-        let steady_ms = self.time.at(now_ms);
-        limiter.tick(now_ms); // the same time for both, though no decision is made
-        let moment = Moment { now_ms, steady_ms };
-        let mut released = Vec::new();
-        for room_id in self.schedule.wake(steady_ms) {
-            self.counter += 1;
-            self.schedule.ready(&room_id, self.counter);
-        }
-        while released.len() < max_events {
-            let Some(room_id) = self.schedule.first().cloned() else {
-                break;
-            };
-            match self.turn_of(&room_id, limiter, moment) {
-                Turn::Released(event_id) => {
-                    self.counter += 1;
-                    self.schedule.ready(&room_id, self.counter);
-                    self.remove(&event_id);
-                    released.push(event_id.to_string());
-                }
-                Turn::Sleeps(until_ms) => self.schedule.sleep(&room_id, until_ms),
-            }
-        }
-        released
-    }
-
-    fn turn_of<S: BuildHasher>(
-        &mut self,
-        room_id: &Name,
-        limiter: &mut Limiter<S>,
-        moment: Moment,
-    ) -> Turn {
-        let Some(room) = self.rooms.get_mut(room_id) else {
-            return Turn::Sleeps(i64::MAX);
-        };
-        room.held_by = None;
-        for server in room.schedule.wake(moment.steady_ms) {
-            self.counter += 1;
-            room.schedule.ready(&server, self.counter);
-        }
-        loop {
-            let Some(server) = room.schedule.first().cloned() else {
-                return Turn::Sleeps(room.schedule.next_wake_ms().unwrap_or(i64::MAX));
-            };
-            let Some(share) = room.shares.get_mut(&server) else {
-                room.schedule.remove(&server);
-                continue;
-            };
-            match share.turn(room_id, &server, limiter, moment) {
-                Ok(event_id) => {
-                    self.held_servers.remove(&server);
-                    self.counter += 1;
-                    room.schedule.ready(&server, self.counter);
-                    return Turn::Released(event_id);
-                }
-                Err((until_ms, Some(Scope::Room))) => {
-                    room.held_by = Some(Scope::Room);
-                    return Turn::Sleeps(until_ms);
-                }
-                Err((until_ms, scope)) => {
-                    share.held_by = scope;
-                    if scope == Some(Scope::Server) {
-                        self.held_servers.insert(server.clone());
-                    }
-                    room.schedule.sleep(&server, until_ms);
-                }
-            }
-        }
-    }
-
-    /// Takes out what has expired, at most `max_events`.
+    /// Takes out the events that have expired, at most `max_events`, and returns their IDs.
     pub fn expire(&mut self, now_ms: i64, max_events: usize) -> Vec<String> {
         let expired: Vec<Name> = self
             .expiry
@@ -376,8 +290,8 @@ impl ReleaseQueue {
         expired.iter().map(ToString::to_string).collect()
     }
 
-    /// When there may be something to release or to expire, in ms since the Unix epoch; `now_ms` at the earliest, None if nothing
-    /// waits.
+    /// When there may be an event to release or to expire, in ms since the Unix epoch. `now_ms` at the earliest; `None`
+    /// if no event is deferred.
     #[must_use]
     pub fn next_due_ms(&self, now_ms: i64) -> Option<i64> {
         if self.schedule.first().is_some() {
@@ -394,48 +308,7 @@ impl ReleaseQueue {
     }
 }
 
-impl Share {
-    /// The next event that is let through, or until when and by what the whole share is held up (None: each sender by itself).
-    fn turn<S: BuildHasher>(
-        &mut self,
-        room_id: &str,
-        server: &str,
-        limiter: &mut Limiter<S>,
-        moment: Moment,
-    ) -> Result<Name, (i64, Option<Scope>)> {
-        self.held_by = None;
-        for sender in self.schedule.wake(moment.steady_ms) {
-            if let Some((most_urgent, _)) = self.senders.get(&sender).and_then(BTreeSet::first) {
-                self.schedule.ready(&sender, *most_urgent);
-            }
-        }
-        loop {
-            let Some(sender) = self.schedule.first().cloned() else {
-                return Err((self.schedule.next_wake_ms().unwrap_or(i64::MAX), None));
-            };
-            let Some((_, event_id)) = self.senders.get(&sender).and_then(BTreeSet::first) else {
-                self.schedule.remove(&sender);
-                continue;
-            };
-            let charges = Key::of_event(server, room_id, &sender).map(|key| (key, 1));
-            match limiter.admit(&charges, moment.now_ms) {
-                Ok(()) => return Ok(event_id.clone()),
-                Err(Refusal {
-                    scope,
-                    retry_after_ms,
-                }) => {
-                    let until_ms = moment.steady_ms.saturating_add(retry_after_ms);
-                    if scope != Scope::Sender {
-                        return Err((until_ms, Some(scope)));
-                    }
-                    self.schedule.sleep(&sender, until_ms);
-                }
-            }
-        }
-    }
-}
-
-/// The name as it is known already, so that each is kept once.
+/// The stored copy of the name if there is one, so that each name is stored once.
 fn known<V>(names: &HashMap<Name, V>, name: &str) -> Name {
     names
         .get_key_value(name)

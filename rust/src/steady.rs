@@ -1,6 +1,7 @@
-//! A time that never goes back, made from one that may.
+//! A time that never goes back, derived from a clock that may.
 
-/// Follows a wall clock forwards and stands still when that is set back: what was to be in a minute stays a minute away.
+/// Follows a wall clock forwards, and stands still when the clock is set back. So what was due in a minute remains due
+/// in a minute.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct SteadyTime {
     last_now_ms: i64,

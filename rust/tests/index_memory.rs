@@ -1,4 +1,4 @@
-//! What a row costs, and that no single insertion moves much: the index grows without pauses.
+//! The memory that a row costs, and that no single insertion moves much: the index grows without pauses.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
@@ -10,10 +10,10 @@ const ROWS: usize = 200_000;
 static IN_USE: AtomicUsize = AtomicUsize::new(0);
 static LARGEST: AtomicUsize = AtomicUsize::new(0);
 
-/// The system's allocator, with what is in use counted.
+/// The system's allocator. It counts the memory in use.
 struct Counting;
 
-// SAFETY: every call goes to the system's allocator as it came.
+// SAFETY: every call passes to the system's allocator unchanged.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         IN_USE.fetch_add(layout.size(), Relaxed);
@@ -30,8 +30,8 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static COUNTING: Counting = Counting;
 
-/// Costs per row beyond the event ID, in bytes, where one row in `own_every` is this server's own, and so many users on so many
-/// servers send the others.
+/// The cost per row beyond the event ID, in bytes. One row in `own_every` is this server's own. `users` on `servers`
+/// send the others.
 fn cost_per_row(own_every: usize, users: usize, servers: usize) -> usize {
     let event_id = |row: usize| format!("${row:0>43}");
     let before = IN_USE.load(Relaxed);
@@ -63,7 +63,7 @@ fn cost_per_row(own_every: usize, users: usize, servers: usize) -> usize {
     cost
 }
 
-// One test, since another beside it would be counted too.
+// A single test, since the allocator would count the memory of another one too.
 #[test]
 fn a_row_costs_less_than_200_bytes() {
     for own_every in [10, 1] {
@@ -71,7 +71,7 @@ fn a_row_costs_less_than_200_bytes() {
         println!("one in {own_every} own: {cost} bytes a row");
         assert!(cost <= 200, "{cost}");
     }
-    // The worst that made-up names can do (L6), the names included.
+    // The worst case of made-up names (L6), with the names themselves.
     let cost = cost_per_row(ROWS, ROWS, ROWS);
     println!("every row from a server of its own: {cost} bytes a row");
     assert!(cost <= 400, "{cost}");

@@ -1,4 +1,4 @@
-//! The limiter against plain arithmetic, against the crate `governor`, and against those who would trick it.
+//! The limiter against plain arithmetic, against the crate `governor`, and against attempts to trick it.
 
 use std::collections::hash_map::DefaultHasher;
 use std::collections::{BTreeMap, HashMap};
@@ -13,6 +13,7 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::test_runner::FileFailurePersistence;
 
+const REGRESSIONS: &str = "rust/tests/proptest-regressions/limiter_model.txt";
 const NAMES: [&str; 3] = ["a", "b", "c"];
 const START_MS: i64 = 1_800_000_000_000;
 const HOUR_MS: i64 = 3_600_000;
@@ -32,7 +33,7 @@ fn key(scope: usize, first: usize, second: usize) -> Key<'static> {
     }
 }
 
-/// Tokens in nanoseconds' worth, refilled when looked at: no bound, no sharing, no cleverness.
+/// A simple model: each bucket counts its use in nanoseconds. It has no bound and no shared buckets.
 struct Model {
     limits: HashMap<Scope, (i128, i128)>,
     used_ns: BTreeMap<Key<'static>, i128>,
@@ -70,7 +71,7 @@ impl Model {
         }
         if let Some(wait_ns) = longest {
             return Err(Refusal {
-                scope: Scope::Server, // not compared: several may take equally long
+                scope: Scope::Server, // Not compared: several limits may take equally long.
                 retry_after_ms: i64::try_from((wait_ns + 999_999) / 1_000_000).expect("small"),
             });
         }
@@ -92,7 +93,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 
 proptest! {
     #![proptest_config(ProptestConfig {
-        failure_persistence: Some(Box::new(FileFailurePersistence::Direct("rust/tests/proptest-regressions/limiter_model.txt"))),
+        failure_persistence: Some(Box::new(FileFailurePersistence::Direct(REGRESSIONS))),
         ..ProptestConfig::default()
     })]
 
@@ -128,7 +129,7 @@ proptest! {
         }
     }
 
-    /// L1: in no window more than the burst and what the window's length allows.
+    /// L1: no window admits more than the burst plus the refill over the window's length.
     #[test]
     fn never_more_than_the_limit(
         steps in vec((1..20u32, 0..300i64), 1..150),
@@ -146,7 +147,7 @@ proptest! {
         }
         for from in 0..admitted.len() {
             let mut sum = 0;
-            // What costs more than the burst needs a full bucket: it counts as the burst of its window.
+            // A cost over the burst needs a full bucket. It counts as the burst of its window.
             let mut largest = burst;
             for (at_ms, cost) in &admitted[from..] {
                 sum += cost;
@@ -157,7 +158,8 @@ proptest! {
         }
     }
 
-    /// Whoever comes again when told is admitted, also with more than ever fits; a refusal is free.
+    /// A retry at the time that the refusal gave is admitted, even one that costs more than the bucket's size. A
+    /// refusal charges nothing.
     #[test]
     fn everybody_gets_through(
         costs in vec(1..60u32, 1..20),
@@ -174,7 +176,7 @@ proptest! {
                 for _ in 0..impatience {
                     prop_assert_eq!(limiter.admit(&charge, now_ms), Err(refusal));
                 }
-                // Not a millisecond before, not a millisecond after.
+                // It is refused a millisecond before, and admitted on time.
                 let early_ms = now_ms + refusal.retry_after_ms - 1;
                 if early_ms > now_ms {
                     prop_assert!(limiter.admit(&charge, early_ms).is_err());
@@ -197,7 +199,7 @@ proptest! {
         let clock = FakeRelativeClock::default();
         let oracle = RateLimiter::direct_with_clock(quota, clock.clone());
         let limits = [(Scope::User, limit(1000.0 / f64::from(interval_ms), burst))];
-        // 1000 / 3 is no whole number: a rate that rounds another way is no case of this test.
+        // 1000 / 3 is not a whole number. This test leaves out rates that round differently.
         prop_assume!((1e9 / (1000.0 / f64::from(interval_ms))).ceil() as u64 == u64::from(interval_ms) * 1_000_000);
         let mut limiter = Limiter::new(limits, 100);
         let mut now_ms = START_MS;
@@ -209,13 +211,13 @@ proptest! {
                 let cost = NonZeroU32::new(cost).expect("not zero");
                 prop_assert_eq!(found, matches!(oracle.check_n(cost), Ok(Ok(()))));
             } else if found {
-                // It never lets so much pass; the same debt by single steps:
+                // Governor never admits a cost over the burst.
                 break;
             }
         }
     }
 
-    /// A clock that is set back neither fills a bucket nor holds it up; one set forward fills it once.
+    /// A clock that is set back neither fills a bucket nor stops its refill. A clock that is set forward fills it once.
     #[test]
     fn clock_jumps(jumps in vec(-2 * HOUR_MS..2 * HOUR_MS, 1..20)) {
         let mut limiter = Limiter::new([(Scope::Server, limit(1.0, 5))], 100);
@@ -255,7 +257,7 @@ fn wrong_limits() {
     }
 }
 
-/// L6: names that are made up cost no memory, give nobody a full bucket, and soon are over.
+/// L6: made-up names cost no memory, give nobody a full bucket, and have no lasting effect.
 #[test]
 fn made_up_names() {
     const CAPACITY: usize = 2_000;
@@ -275,7 +277,7 @@ fn made_up_names() {
         let name = format!("@{number}:flood");
         let _ = limiter.admit(&[(Key::Sender(&name, "room"), 1)], START_MS);
         assert!(limiter.len() <= CAPACITY);
-        // One that came too late for a bucket of its own has no more than its limit all the same.
+        // A key that came too late for its own bucket still gets no more than its limit.
         if limiter.len() == CAPACITY {
             passed += usize::from(limiter.admit(&late, START_MS).is_ok());
         }
@@ -289,7 +291,7 @@ fn made_up_names() {
         .is_ok());
     assert!(
         limiter.len() <= 2,
-        "what is full is forgotten: {}",
+        "the limiter keeps full buckets: {}",
         limiter.len()
     );
 }
@@ -312,7 +314,7 @@ fn keys_do_not_meet() {
     assert_eq!(limiter.len(), 4);
 }
 
-/// One of the extremes now and then, else a time that may be.
+/// Sometimes an extreme, else a plausible time.
 fn any_time() -> impl Strategy<Value = i64> {
     let edge = prop::sample::select(vec![i64::MIN, i64::MIN + 1, -1, 0, i64::MAX - 1, i64::MAX]);
     prop_oneof![edge, START_MS - HOUR_MS..START_MS + HOUR_MS]
@@ -340,11 +342,11 @@ fn limiter_of(limits: &[(Scope, u32, u32)]) -> Limiter {
 
 proptest! {
     #![proptest_config(ProptestConfig {
-        failure_persistence: Some(Box::new(FileFailurePersistence::Direct("rust/tests/proptest-regressions/limiter_model.txt"))),
+        failure_persistence: Some(Box::new(FileFailurePersistence::Direct(REGRESSIONS))),
         ..ProptestConfig::default()
     })]
 
-    /// The same for each key where a decision is on many, and over a clock that goes back: the limiter's own time stands still.
+    /// The same for each key if a decision is on many keys, and if the clock goes back: the steady time stands still.
     #[test]
     fn never_more_for_any_key(
         steps in vec((charges(), prop_oneof![9 => 0..300i64, 1 => -HOUR_MS..0]), 1..100),
@@ -381,7 +383,7 @@ proptest! {
         }
     }
 
-    /// Two limiters, of which one never sees what the other refuses, cannot be told apart.
+    /// A refusal changes nothing: a limiter that never sees what another one refuses decides as that one does.
     #[test]
     fn a_refusal_leaves_no_trace(
         steps in vec((charges(), 0..300i64), 1..100),
@@ -398,7 +400,7 @@ proptest! {
         }
     }
 
-    /// However many wait for each other's keys: each comes when it was told to, and none comes for ever.
+    /// Many charges compete for the same keys. Each retries when its refusal says, and each is admitted in the end.
     #[test]
     fn all_who_wait_get_through(waiting in vec(charges(), 1..25), limits in all_limits()) {
         let mut limiter = limiter_of(&limits);
@@ -447,7 +449,7 @@ proptest! {
     ) {
         let mut limiter = Limiter::new([(Scope::Room, limit(rate, burst))], 10);
         for (now_ms, cost) in steps {
-            // Twice in one decision: the sum may not overflow either.
+            // The key occurs twice in one decision: the sum may not overflow either.
             let charges = [(Key::Room("a"), cost), (Key::Room("a"), cost)];
             if let Err(refusal) = limiter.admit(&charges, now_ms) {
                 prop_assert!(refusal.retry_after_ms >= 1);
@@ -456,7 +458,7 @@ proptest! {
     }
 }
 
-/// L6: whoever had used up some of a bucket is where he was, in each scope that is flooded, and to the millisecond.
+/// L6: a flood leaves the buckets of known keys exactly as they were, in each scope.
 #[test]
 fn a_flood_moves_nobody() {
     const CAPACITY: usize = 2_000;
@@ -482,7 +484,8 @@ fn a_flood_moves_nobody() {
         let _ = flooded.admit(&[(keys[number % 5], 8)], START_MS);
         assert!(flooded.len() <= CAPACITY);
     }
-    // What is over the burst is told how far from full the bucket is. All of that is over before any of the flood's is.
+    // The refusal of a cost over the burst says how far from full the bucket is. The known buckets are full before any
+    // of the flood's.
     for now_ms in [START_MS, START_MS + 5_001] {
         for key in &known {
             let probe = [(*key, 9)];
@@ -493,7 +496,7 @@ fn a_flood_moves_nobody() {
     }
 }
 
-/// L6: going in and out of the table gains a key nothing: over many waves it passes no faster than its limit.
+/// L6: a key gains nothing by entering and leaving the table. Over many waves it is admitted no faster than its limit.
 #[test]
 fn no_gain_from_overflow() {
     const CAPACITY: usize = 500;
@@ -506,7 +509,7 @@ fn no_gain_from_overflow() {
     let greedy = [(Key::Sender("greedy", "room"), 1)];
     let mut passed: Vec<i64> = Vec::new();
     for wave in 0..40_i64 {
-        // Between the waves some of the table's buckets, its own among them, are full and forgotten.
+        // Between the waves some buckets become full, and the table drops them. The greedy key's is among them.
         let start_ms = START_MS + wave * 2_300;
         for number in 0..1_500_i64 {
             let now_ms = start_ms + number;
@@ -518,7 +521,7 @@ fn no_gain_from_overflow() {
             assert!(limiter.len() <= CAPACITY);
         }
     }
-    assert!(passed.len() > 40, "it is not shut out: {}", passed.len());
+    assert!(passed.len() > 40, "it is shut out: {}", passed.len());
     for (first, from_ms) in passed.iter().enumerate() {
         for (last, to_ms) in passed.iter().enumerate().skip(first) {
             let most = f64::from(burst) + rate * (to_ms - from_ms) as f64 / 1000.0;

@@ -1,4 +1,4 @@
-//! The release queue against a list, and what it promises to those who wait.
+//! The release queue against a list, and its promises for deferred events.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -8,6 +8,7 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::test_runner::FileFailurePersistence;
 
+const REGRESSIONS: &str = "rust/tests/proptest-regressions/release_model.txt";
 const START_MS: i64 = 1_800_000_000_000;
 const FAR_MS: i64 = START_MS + 100 * 3_600_000;
 
@@ -115,11 +116,11 @@ fn assert_within_limits(limits: &[(Scope, f64, u32)], delivered: &[(i64, Event)]
 
 proptest! {
     #![proptest_config(ProptestConfig {
-        failure_persistence: Some(Box::new(FileFailurePersistence::Direct("rust/tests/proptest-regressions/release_model.txt"))),
+        failure_persistence: Some(Box::new(FileFailurePersistence::Direct(REGRESSIONS))),
         ..ProptestConfig::default()
     })]
 
-    /// Nothing is lost, nothing comes twice, no limit is passed, whatever happens.
+    /// The queue loses no event, releases none twice and exceeds no limit, whatever happens.
     #[test]
     fn random_actions(actions in actions(), limits in some_limits()) {
         let mut limiter = limiter(&limits);
@@ -139,7 +140,7 @@ proptest! {
                             prop_assert!(limits.iter().any(|(limited, _, _)| *limited == scope)
                                 || !waiting.is_empty());
                             prop_assert!(queue.add(new.deferred()));
-                            prop_assert!(!queue.add(new.deferred()), "known already");
+                            prop_assert!(!queue.add(new.deferred()), "it is deferred already");
                             waiting.insert(events.len());
                         }
                     }
@@ -152,12 +153,12 @@ proptest! {
                     let taken = queue.take(&mut limiter, now_ms, most);
                     prop_assert!(taken.len() <= most);
                     if taken.len() < most {
-                        // Nothing more to do now: no busy loop.
+                        // There is nothing more to do now: no busy loop.
                         prop_assert!(queue.next_due_ms(now_ms).is_none_or(|due_ms| due_ms > now_ms)
                             || waiting.iter().any(|id| events[*id].expires_at_ms <= now_ms));
                     }
                     for id in taken {
-                        prop_assert!(waiting.remove(&number(&id)), "waited, and once only");
+                        prop_assert!(waiting.remove(&number(&id)), "it was deferred, and released once");
                         delivered.push((now_ms, events[number(&id)].clone()));
                     }
                 }
@@ -181,7 +182,7 @@ proptest! {
                 prop_assert_eq!(queue.waiting(&name), expected);
             }
         }
-        // Sleeping until it says so, everything gets out.
+        // A caller that sleeps until `next_due_ms` gets every event.
         let mut steps = 0;
         while let Some(due_ms) = queue.next_due_ms(now_ms) {
             prop_assert!(due_ms >= now_ms);
@@ -191,13 +192,13 @@ proptest! {
                 delivered.push((now_ms, events[number(&id)].clone()));
             }
             steps += 1;
-            prop_assert!(steps < 5_000, "ends");
+            prop_assert!(steps < 5_000, "the loop does not end");
         }
         prop_assert!(queue.is_empty());
         assert_within_limits(&limits, &delivered);
     }
 
-    /// A releaser that sleeps until it is told misses nothing that one who looks all the time sees.
+    /// A caller that sleeps until `next_due_ms` releases the same as one that calls all the time.
     #[test]
     fn never_late(
         events in vec((0..2usize, 0..3usize, 0..3usize, 0..9_000i64), 1..60),
@@ -231,7 +232,7 @@ proptest! {
     }
 }
 
-/// Takes everything that waits, whenever it may; in order, with the times.
+/// Releases all deferred events, each as early as possible. Returns them in order, with the times.
 fn drain(queue: &mut ReleaseQueue, limiter: &mut Limiter) -> Vec<(i64, String)> {
     let mut now_ms = START_MS;
     let mut released = Vec::new();
@@ -254,7 +255,7 @@ fn servers_take_turns() {
     let mut queue = ReleaseQueue::new();
     let mut servers = HashMap::new();
     for id in 0..130 {
-        // One that has a hundred waiting, then two that have come late with a few.
+        // One server has a hundred deferred events. Then two servers come late with a few.
         let server = if id < 100 { 0 } else { 1 + id % 2 };
         let event = event(id, 0, server, id % 5, FAR_MS);
         servers.insert(event.id.clone(), server);
@@ -273,7 +274,7 @@ fn servers_take_turns() {
     assert!(order[45..].iter().all(|server| *server == 0));
 }
 
-/// Of a server's events in a room the one that expires first goes first.
+/// Of a server's events in a room, the one that expires first is released first.
 #[test]
 fn earliest_deadline_first() {
     let mut limiter = limiter(&[(Scope::ServerInRoom, 10.0, 1)]);
@@ -289,7 +290,7 @@ fn earliest_deadline_first() {
     assert_eq!(order, ["$5", "$1", "$3", "$0", "$4", "$2"]);
 }
 
-/// Whoever a limit holds up holds up nobody else.
+/// A server or sender that has reached its limit delays nobody else.
 #[test]
 fn held_up_alone() {
     for scope in [Scope::Sender, Scope::ServerInRoom, Scope::Server] {
@@ -309,7 +310,7 @@ fn held_up_alone() {
     }
 }
 
-/// A new event may not overtake what waits for the same allowance, and passes what does not.
+/// A new event may not overtake a deferred event that needs the same allowance. It may overtake any other.
 #[test]
 fn no_overtaking() {
     let cases: [(Scope, Event, Event); 4] = [
@@ -341,7 +342,7 @@ fn no_overtaking() {
             queue.add(event(id, 0, 0, 0, FAR_MS).deferred());
         }
         assert_eq!(queue.take(&mut limiter, START_MS, 10), ["$0"]);
-        // The bucket has a drop again, but that is for those who wait.
+        // The bucket has an allowance again, but that is for the deferred events.
         let now_ms = START_MS + 1_000;
         assert_eq!(
             queue.admit(&mut limiter, &same.room, &same.server, &same.sender, now_ms),
@@ -361,7 +362,7 @@ fn no_overtaking() {
     }
 }
 
-/// What was just added has not been asked yet what holds it up: one event's allowance is kept for it, no more.
+/// An event that was just added has not tried its limits yet. The allowance of one event is kept for it, no more.
 #[test]
 fn what_was_just_added_is_kept_its_turn_and_holds_up_nobody_else() {
     let admit = |limits: &[(Scope, f64, u32)], new: &Event| {
@@ -403,7 +404,7 @@ fn without_limits_all_pass() {
 
 type Bucket = (Scope, String);
 
-/// The buckets by plain arithmetic.
+/// The buckets, by plain arithmetic.
 struct Buckets {
     limits: Vec<(Scope, i128, i128)>,
     full_at_ns: HashMap<Bucket, i128>,
@@ -420,7 +421,7 @@ impl Buckets {
         }
     }
 
-    /// How long each of the event's buckets would have it wait.
+    /// How long each of the event's buckets would delay it.
     fn waits(&self, event: &Event, now_ms: i64) -> Vec<(Bucket, i128)> {
         let now_ns = i128::from(now_ms) * 1_000_000;
         let wait = |(scope, interval_ns, burst): &(Scope, i128, i128)| {
@@ -448,7 +449,7 @@ impl Buckets {
     }
 }
 
-/// A releaser that comes when it is told to, with each of its promises checked at each step.
+/// A caller that follows `next_due_ms`. It checks each promise of the queue at each step.
 struct Releaser {
     limits: Vec<(Scope, f64, u32)>,
     limiter: Limiter,
@@ -458,11 +459,11 @@ struct Releaser {
     most: usize,
     events: Vec<Event>,
     waiting: BTreeSet<usize>,
-    /// The one bucket that each was held up by longest when last looked at.
+    /// The bucket that delayed each deferred event longest at the last step, if there is only one such.
     held_by: HashMap<usize, Bucket>,
-    /// Room, server, other server: the first has had a turn that the other is still waiting for.
+    /// (room, server, other server): the first server has had a turn since the other one's last turn.
     ahead: BTreeSet<(String, String, String)>,
-    /// Times that it came for nothing.
+    /// How many steps released nothing and expired nothing.
     idle: usize,
 }
 
@@ -487,7 +488,7 @@ impl Releaser {
         self.limits.iter().any(|(limited, _, _)| *limited == scope)
     }
 
-    /// The others of the same server and room.
+    /// The deferred events of the same server and room.
     fn beside(&self, event: &Event) -> Vec<&Event> {
         let same = |other: &&Event| other.room == event.room && other.server == event.server;
         self.waiting
@@ -514,7 +515,7 @@ impl Releaser {
             self.now_ms,
         );
         if admitted.is_ok() {
-            assert!(passes, "{new:?} is past a limit");
+            assert!(passes, "{new:?} exceeds a limit");
             for (id, (scope, name)) in &self.held_by {
                 let overtaken = &self.events[*id];
                 assert_ne!(
@@ -539,7 +540,7 @@ impl Releaser {
         self.settle();
     }
 
-    /// Takes what may go now.
+    /// Takes the events that are released now.
     fn settle(&mut self) {
         let mut idle = true;
         loop {
@@ -574,9 +575,9 @@ impl Releaser {
                 .collect();
             waits.sort_by_key(|(_, wait_ms)| -wait_ms);
             let longest_ms = waits.first().map_or(0, |(_, wait_ms)| *wait_ms);
-            assert!(longest_ms > 0, "{:?} could go", self.events[*id]);
+            assert!(longest_ms > 0, "{:?} could be released", self.events[*id]);
             first_ms = first_ms.min(self.now_ms + longest_ms);
-            // With two that open in the same millisecond, either may be the one that is told.
+            // If two buckets admit it in the same millisecond, the queue may name either.
             if waits
                 .get(1)
                 .is_none_or(|(_, second_ms)| *second_ms < longest_ms)
@@ -595,7 +596,10 @@ impl Releaser {
 
     fn gone(&mut self, id: &str) -> Event {
         let number = id[1..].parse::<usize>().expect("ours");
-        assert!(self.waiting.remove(&number), "waited, and once only");
+        assert!(
+            self.waiting.remove(&number),
+            "it was deferred, and released once"
+        );
         self.held_by.remove(&number);
         self.events[number].clone()
     }
@@ -605,7 +609,7 @@ impl Releaser {
         let urgency = |event: &Event| (event.expires_at_ms, event.id[1..].parse::<u32>().ok());
         for other in self.beside(event) {
             if urgency(other) < urgency(event) {
-                // It may be passed over for its sender's sake only.
+                // The queue may skip it only because of its sender's limit.
                 assert!(other.sender != event.sender, "{other:?} before {event:?}");
                 let waits = self.buckets.waits(other, self.now_ms);
                 let own = waits.iter().find(|((scope, _), _)| *scope == Scope::Sender);
@@ -618,7 +622,7 @@ impl Releaser {
         }
     }
 
-    /// Nobody has two turns while another server of the room waits for one.
+    /// No server has two turns while another server of the room has none.
     fn turn(&mut self, event: &Event) {
         let Event { room, server, .. } = event;
         let others: BTreeSet<&String> = self
@@ -636,7 +640,7 @@ impl Releaser {
             .retain(|(in_room, _, waiter)| (in_room, waiter) != (room, server));
     }
 
-    /// Comes whenever it is told to, up to then.
+    /// Takes events whenever they are due, up to then.
     fn run_until(&mut self, until_ms: i64) {
         while let Some(due_ms) = self.queue.next_due_ms(self.now_ms) {
             if due_ms >= until_ms {
@@ -654,15 +658,15 @@ impl Releaser {
             self.settle();
         }
         assert!(self.queue.is_empty() && self.waiting.is_empty());
-        // Whoever is held up is looked at anew when his time has come, not again and again.
+        // The queue tries a delayed event again when its time has come, not over and over.
         let most = 4 * self.events.len();
-        assert!(self.idle <= most, "for nothing {} times", self.idle);
+        assert!(self.idle <= most, "{} idle steps", self.idle);
     }
 }
 
 type Arrival = (usize, usize, usize, i64, Option<i64>);
 
-/// Each after some time, or (None) just when the releaser is due, but before it.
+/// Each arrival is after some time, or (`None`) at the time of the next release, just before it.
 fn arrivals(rooms: usize) -> impl Strategy<Value = Vec<Arrival>> {
     let after = prop_oneof![4 => Just(Some(0)), 2 => (0..700i64).prop_map(Some), 2 => Just(None)];
     let for_ms = prop_oneof![1 => 1..3_000i64, 3 => 60_000..60_010i64];
@@ -687,24 +691,24 @@ fn release_all(arrivals: Vec<Arrival>, limits: Vec<(Scope, f64, u32)>, most: usi
 
 proptest! {
     #![proptest_config(ProptestConfig {
-        failure_persistence: Some(Box::new(FileFailurePersistence::Direct("rust/tests/proptest-regressions/release_model.txt"))),
+        failure_persistence: Some(Box::new(FileFailurePersistence::Direct(REGRESSIONS))),
         ..ProptestConfig::default()
     })]
 
-    /// Nobody waits who could go or for whom only others are held up, nobody is overtaken, and nobody is called for nothing.
+    /// No event stays deferred without a limit of its own, no event is overtaken, and idle steps are few.
     #[test]
     fn promises(arrivals in arrivals(3), limits in some_limits(), most in 1..20usize) {
         release_all(arrivals, limits, most);
     }
 
-    /// The same where turns are all that decides: the limit of the room alone.
+    /// The same if turns alone decide: only the room has a limit.
     #[test]
     fn turns(arrivals in arrivals(2), rate in 1..20u32, burst in 1..6u32, most in 1..20usize) {
         release_all(arrivals, vec![(Scope::Room, f64::from(rate), burst)], most);
     }
 }
 
-/// A clock that is set back by an hour does not hold up for an hour what was to be released in a second.
+/// If the clock is set back by an hour, an event that was due in a second is still due in a second.
 #[test]
 fn clock_set_back() {
     let mut limiter = limiter(&[(Scope::Sender, 1.0, 1)]);

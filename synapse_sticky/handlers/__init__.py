@@ -1,1 +1,1 @@
-"""The duties of the module, one a file. They reach Synapse through the port only."""
+"""The duties of the module, one a folder. No duty imports another's folder."""

@@ -16,19 +16,19 @@ _FOLDER = Path(__file__).parent
 _RESULTS = _FOLDER / "results.json"
 _PAGE = _FOLDER.parents[1] / "docs" / "conformance.md"
 _UNTOLD = {"plain": {"D8"}}
-"""What a variant is not asked about."""
+"""The requirements that a variant is not tested for."""
 
 _HEAD = """# Conformance
 
-What MSC4354 asks of a homeserver, and what plain Synapse (with its experimental `msc4354_enabled`)
-and Synapse with this module do of it, with the module's defaults where the sentence names no
-option. Each line is shown by tests in `tests/conformance`, which use nothing but the client-server
-and the federation API (and the listener for metrics, E3); the servers on the other side are peers
-that can send anything. This page is generated from a run of them.
+This page lists what MSC4354 asks of a homeserver, and which of it plain Synapse (with its
+experimental `msc4354_enabled`) and Synapse with this module do. The module has its default options
+unless a sentence names another. Tests in `tests/conformance` show each line. They use only the
+client-server API, the federation API and, for E3, the listener for metrics. The servers on the
+other side are peers that can send anything. A run of these tests generates this page.
 
 """
 _TAIL = """
-"partly": some of its tests pass, those named below do not.
+"partly" means that some tests of the line pass. The tests named here do not.
 
 ```
 make conformance          # Synapse with the module
@@ -36,10 +36,10 @@ make conformance-plain    # plain Synapse
 .venv/bin/python -m pytest tests/conformance --homeserver URL --federation-port PORT
 ```
 
-The last one asks a homeserver that is there already, on this machine: anybody must be able to
-register there, its limits on registration and messages must be high, and it must federate with
-127.0.0.1 and not check certificates. What needs a certain configuration, or to kill the server, is
-skipped.
+The last command tests a homeserver that already runs on this machine. Anybody must be able to
+register there, and its limits on registration and messages must be high. It must federate with
+127.0.0.1 and not check certificates. Tests that need a certain configuration, or that kill the
+server, are skipped.
 """
 
 

@@ -2,19 +2,22 @@
 
 REQUIREMENTS = {
     "S1": (
-        "Sticky is an event whose `msc4354_sticky` is an object with an integer `duration_ms` from"
-        " 0 to an hour; longer ones count as an hour"
+        "An event is sticky if its `msc4354_sticky` is an object with an integer `duration_ms` from"
+        " 0 to an hour; a longer one counts as an hour"
     ),
     "S2": (
         "It is sticky from when it was sent or received, whichever is earlier: a time in the"
-        " future prolongs nothing"
+        " future does not prolong it"
     ),
     "S3": (
-        "Clients send one with a parameter of PUT /send, also delayed; as the first drafts had it"
-        " with PUT /state too (an option)"
+        "Clients send one by a parameter of PUT /send, also as a delayed event; an option allows"
+        " PUT /state too, as the first drafts did"
     ),
-    "S4": "`unsigned.msc4354_sticky_duration_ttl_ms` says how long it still is; not once expired",
-    "S5": "A redacted event is not sticky any more, whichever came first",
+    "S4": (
+        "`unsigned.msc4354_sticky_duration_ttl_ms` says how long it still is; it is absent once the"
+        " event has expired"
+    ),
+    "S5": "A redacted event is not sticky any more, whichever of the two came first",
     "S6": "An event that a spam checker or policy server refuses is not sticky",
     "S7": "`/versions` names the feature",
     "P1": "Own sticky events are sent to every server in the room",
@@ -22,33 +25,36 @@ REQUIREMENTS = {
     "P3": "A server that joins is sent all unexpired sticky events of those in the room",
     "P4": "Each server sends its own users' sticky events only",
     "P5": "In the order in which they were made",
-    "P6": "Those of an erased user are not caught up with",
+    "P6": "Those of an erased user are left out in catch-up",
     "P7": "An event is sent until the other server has acknowledged it by its ID",
     "D1": "/sync has a section of sticky events, whatever the limit of the timeline",
-    "D2": "So has sliding sync, with a position of its own, for more rooms than those shown",
+    "D2": "Sliding sync has one too, with a position of its own, for more rooms than those shown",
     "D3": "What is in a response's timeline is not in its sticky section",
     "D4": "Each sticky event comes once, the rest in the next responses",
-    "D5": "Whoever joins gets all unexpired sticky events of the room",
+    "D5": "A user who joins gets all unexpired sticky events of the room",
     "D6": "Those of ignored users are left out",
     "D7": "A flood of one user or server does not delay the sticky events of others",
-    "D8": "Only who is joined to a room gets its sticky events",
+    "D8": (
+        "The sticky sections are for users who are joined to the room at that moment; on other"
+        " endpoints Synapse's ordinary rules hold"
+    ),
     "D9": "Sticky events in the timeline say how long they still are, too",
     "C1": (
         "For joined users and servers history visibility does not hide unexpired sticky events,"
         " on any endpoint"
     ),
     "C2": "Soft-failed sticky events are checked again when the room's state changes",
-    "C3": "Else sticky events are authorised as all events",
+    "C3": "Apart from that, sticky events are authorised as all events are",
     "L1": "Sticky events of other servers are rate limited",
-    "L2": "By refusing (an option): nothing is persisted, and the sender tries again",
+    "L2": "An option refuses them: nothing is persisted, and the sender tries again",
     "L3": "No sticky event is dropped once it is acknowledged",
-    "L4": "Or by deferring: persisted, and delivered later, before it expires",
-    "L5": "Also what comes through a third server, charged to the sender's server",
+    "L4": "The default defers them: they are persisted now, and delivered before they expire",
+    "L5": "An event that comes through a third server is charged to its sender's server",
     "L6": "Nobody can use up another's allowance by claiming its name",
     "L7": "The start of a large call passes, as do servers that are exempt",
     "F1": "Sticky events on top of events that the server does not know are accepted",
-    "F2": "The forward extremities that they leave are brought down within a minute",
-    "F3": "What arrives while a server is still joining is not lost",
+    "F2": "The forward extremities that they leave are merged within a minute",
+    "F3": "A sticky event that arrives while its receiver is still joining is not lost",
     "E1": "A local user who floods is told to wait (429, `retry_after_ms`)",
     "E2": "All of it works with Postgres as with SQLite",
     "E3": "The operator sees what is deferred, refused and released, and by which limit",

@@ -1,16 +1,28 @@
-"""Who may see sticky events, and which are refused (C1 to C3)."""
+"""Who may see sticky events, and which are refused (C1 to C3, D8)."""
 
-import json
 from typing import Any
 
 import pytest
 import requests
 
-from tests.conformance.target import Target
+from tests.conformance.target import Target, erase
 from tests.lab import Peer, wait_until
-from tests.lab.client import STICKY_FIELD, ApiError
-from tests.lab.membership import asked_one_by_one
+from tests.lab.client import (
+    HOUR_MS,
+    STICKY_FIELD,
+    ApiError,
+    sliding_sticky_events,
+    sticky_events,
+)
 from tests.lab.scene import Scene, enter
+from tests.lab.views import (
+    View,
+    event_ids_in,
+    is_hidden,
+    send_message,
+    send_thread,
+    view,
+)
 
 
 @pytest.mark.requirement("C1")
@@ -20,20 +32,73 @@ def test_joined_users_see_them_from_before_their_join(
 ) -> None:
     alice, bob = target.user(), target.user()
     room_id = alice.create_room(history_visibility)
-    plain = alice.send(room_id)
-    sticky, expiring = alice.send_sticky(room_id), alice.send_sticky(room_id, 2_000)
+    plain = send_thread(alice, room_id)
+    sticky = send_thread(alice, room_id, HOUR_MS)
     bob.join(room_id)
-    event, context, messages, _ = asked_one_by_one(bob, room_id, sticky)
-    assert sticky in event
-    assert json.loads(context)["event"]["event_id"] == sticky
-    assert sticky in messages
-    assert not any(plain in answer for answer in asked_one_by_one(bob, room_id, plain))
-    assert sticky in json.dumps(bob.sync()["rooms"]["join"][room_id][STICKY_FIELD])
-    assert sticky in json.dumps(bob.sliding_sync()["extensions"])
-    wait_until(
-        lambda: not any(expiring in a for a in asked_one_by_one(bob, room_id, expiring)),
-        "the expired event to be hidden",
-    )
+    assert view(bob, room_id, sticky) == view(alice, room_id, sticky)
+    assert is_hidden(view(bob, room_id, plain))
+    root, reply = sticky
+    sync, sliding = bob.sync(), bob.sliding_sync()
+    assert {root, reply} <= set(sticky_events(sync, room_id))
+    assert {root, reply} <= set(sliding_sticky_events(sliding, room_id))
+    # Each comes once, whether it is in the timeline or in the section (D3).
+    ids = sticky_events(sync, room_id)
+    assert len(ids) == len(set(ids))
+
+
+@pytest.mark.requirement("C1", "S2")
+def test_expired_ones_from_before_their_join_are_hidden(target: Target) -> None:
+    alice, bob = target.user(), target.user()
+    room_id = alice.create_room("joined")
+    sticky = send_thread(alice, room_id, HOUR_MS)
+    expiring = send_thread(alice, room_id, 2_000)
+    expiring_reply = send_message(alice, room_id, 2_000, reply_to=sticky[0])
+    bob.join(room_id)
+    expired = [expiring, (expiring_reply, expiring_reply), (sticky[0], expiring_reply)]
+
+    def shown() -> list[View]:
+        return [view(bob, room_id, thread) for thread in expired]
+
+    def is_over() -> bool:
+        of_thread, of_reply, in_thread = shown()
+        return (
+            is_hidden(of_thread)
+            and is_hidden(of_reply)
+            and not any(reply for _, reply in in_thread.values())
+        )
+
+    wait_until(is_over, "the expired events to be hidden", look=shown)
+    assert view(bob, room_id, sticky) == view(alice, room_id, sticky)
+    sections = [bob.sync(), bob.sliding_sync()]
+    assert not {*expiring, expiring_reply} & event_ids_in(sections)
+
+
+@pytest.mark.requirement("C1", "P6")
+def test_those_of_an_erased_user_are_hidden_from_who_joins_later(target: Target) -> None:
+    alice, eve, bob = target.user(), target.user(), target.user()
+    room_id = alice.create_room("joined")
+    eve.join(room_id)
+    of_alice = send_thread(alice, room_id, HOUR_MS)
+    of_eve = send_thread(eve, room_id, HOUR_MS)
+    bob.join(room_id)
+    assert view(bob, room_id, of_eve) == view(alice, room_id, of_eve)
+    erase(eve)
+    wait_until(lambda: is_hidden(view(bob, room_id, of_eve)), "the erasure")
+    assert view(bob, room_id, of_alice) == view(alice, room_id, of_alice)
+
+
+@pytest.mark.requirement("C1", "D8")
+@pytest.mark.parametrize("history_visibility", ["world_readable", "shared", "invited", "joined"])
+def test_who_is_not_joined_sees_them_as_any_event(target: Target, history_visibility: str) -> None:
+    alice, peeking, invited = target.user(), target.user(), target.user()
+    room_id = alice.create_room(history_visibility)
+    alice.invite(room_id, invited.user_id)
+    sticky = send_thread(alice, room_id, HOUR_MS)
+    everybody = history_visibility == "world_readable"
+    assert view(peeking, room_id, sticky)["event"] == (everybody, everybody)
+    assert view(peeking, room_id, sticky)["messages"] == (everybody, everybody)
+    may = everybody or history_visibility == "invited"
+    assert view(invited, room_id, sticky)["event"] == (may, may)
 
 
 def body_of(response: requests.Response) -> Any:

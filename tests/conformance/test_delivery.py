@@ -1,6 +1,5 @@
 """What the users of the homeserver are given (D1 to D9)."""
 
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -17,8 +16,9 @@ from tests.lab.client import (
     sliding_sticky_events,
     sticky_events,
 )
-from tests.lab.membership import NOT_JOINED, asked_one_by_one
+from tests.lab.membership import NOT_JOINED
 from tests.lab.scene import Scene
+from tests.lab.views import event_ids_in, send_thread, view
 
 _FEW = {"room": {"timeline": {"limit": 2}}}
 _SYNCS = 3
@@ -183,23 +183,30 @@ def test_flood_does_not_delay_others(scene: Scene[Target]) -> None:
 
 @pytest.mark.requirement("D8")
 @pytest.mark.parametrize("become", NOT_JOINED)
-@pytest.mark.parametrize("history_visibility", ["world_readable", "shared", "joined"])
-def test_only_joined_users(
+@pytest.mark.parametrize("history_visibility", ["world_readable", "shared", "invited", "joined"])
+def test_sections_are_for_joined_users(
     target: Target, become: Callable[[Client, Client, str], None], history_visibility: str
 ) -> None:
     alice, bob = target.user(), target.user()
     room_id = alice.create_room(history_visibility)
     subscription = {room_id: {"timeline_limit": 10, "required_state": []}}
     since, sliding = bob.sync()["next_batch"], bob.sliding_sync(room_subscriptions=subscription)
+    earlier = send_thread(alice, room_id), send_thread(alice, room_id, HOUR_MS)
     become(alice, bob, room_id)
-    event_id = alice.send_sticky(room_id)
-    everything = {"room": {"include_leave": True}}
-    answers = [
-        bob.sync(since, filter_=everything),
-        bob.sync(filter_=everything),
+    later = send_thread(alice, room_id), send_thread(alice, room_id, HOUR_MS)
+    sticky = {*earlier[1], *later[1]}
+    everything = {"room": {"include_leave": True, "timeline": {"limit": 100}}}
+    for sync in (bob.sync(since, filter_=everything), bob.sync(filter_=everything)):
+        for room in sync.get("rooms", {}).get("join", {}).values():
+            assert STICKY_FIELD not in room
+        for plain_thread, sticky_thread in (earlier, later):
+            shown = event_ids_in(sync)
+            assert [e in shown for e in sticky_thread] == [e in shown for e in plain_thread]
+    for answer in (
         bob.sliding_sync(sliding, room_subscriptions=subscription),
         bob.sliding_sync(room_subscriptions=subscription, conn_id="new"),
-        asked_one_by_one(bob, room_id, event_id),
-    ]
-    for answer in answers:
-        assert event_id not in json.dumps(answer)
+    ):
+        assert not sticky & event_ids_in(answer["extensions"])
+    # Everywhere else it is as if they were not sticky.
+    for plain_thread, sticky_thread in (earlier, later):
+        assert view(bob, room_id, sticky_thread) == view(bob, room_id, plain_thread)

@@ -18,16 +18,17 @@ from synapse_sticky._core import (
     Limiter,
     ReleaseQueue,
     StickyIndex,
-    sticky_duration_ms,
     sticky_until_ms,
 )
-from synapse_sticky.adapter import inbound, servlets, staging
 from synapse_sticky.config import FederationConfig, LimitConfig, Mode
-from synapse_sticky.handlers.receipt import ReceiptHandler
-from synapse_sticky.handlers.sliding import position_of_page
-from synapse_sticky.handlers.staging import StagingHandler
-from synapse_sticky.homeserver import Position, Refusal, StagedEvent
-from synapse_sticky.limits import LimitReport
+from synapse_sticky.handlers.receipt import synapse as receipt
+from synapse_sticky.handlers.receipt.handler import ReceiptHandler
+from synapse_sticky.handlers.sending import synapse as sending
+from synapse_sticky.handlers.sliding.handler import position_of_page
+from synapse_sticky.handlers.staging import synapse as staging
+from synapse_sticky.handlers.staging.pruning import PruningHandler, StagedPdu
+from synapse_sticky.index import Position
+from synapse_sticky.limits import LimitReport, Refusal
 
 FIELD = "msc4354_sticky"
 NOW_MS = 1_800_000_000_000
@@ -73,33 +74,46 @@ def test_field(field: Any, frozen: bool) -> None:
             expected = min(asked, MAX_STICKY_DURATION_MS)
         if frozen:
             field = MappingProxyType(field)
-    assert sticky_duration_ms(field) == expected
+    assert sticky_until_ms(field, 0, 0) == expected
 
 
 @pytest.mark.requirement("S2")
-@given(duration_ms=numbers, sent_ms=numbers, received_ms=numbers)
-def test_end_of_stickiness(duration_ms: int, sent_ms: int, received_ms: int) -> None:
-    until_ms = sticky_until_ms(duration_ms, sent_ms, received_ms)
-    held = min(max(duration_ms, 0), MAX_STICKY_DURATION_MS)
-    exact = min(sent_ms, received_ms) + held
+@given(duration_ms=numbers, sent=anything, received_ms=st.integers(INT64[0], INT64[-1]))
+def test_end_of_stickiness(duration_ms: int, sent: Any, received_ms: int) -> None:
+    until_ms = sticky_until_ms({"duration_ms": duration_ms}, sent, received_ms)
+    if duration_ms < 0 or type(sent) is not int:
+        assert until_ms is None
+        return
+    held = min(duration_ms, MAX_STICKY_DURATION_MS)
+    exact = min(sent, received_ms) + held
     assert until_ms == min(max(exact, INT64[0] + held), INT64[-1])
 
 
 class _Homeserver:
     """As much of one as the check of a transaction needs."""
 
-    def __init__(self) -> None:
-        self.inbound = self
-
     def now_ms(self) -> int:
         return NOW_MS
 
-    async def answered(self, origin: str, transaction_id: str) -> bool:
+    async def transact(self, what: str, function: Any, *args: Any) -> Any:
+        return function(None, *args)
+
+    async def transact_alone(self, what: str, function: Any) -> None: ...
+
+
+class _Receipt:
+    async def is_answered(self, origin: str, transaction_id: str) -> bool:
         return False
 
+    def count_staged_txn(self, txn: None, origin: str, at_most: int) -> int:
+        return 0
 
-class _Storage:
-    async def waiting(self, origin: str, at_most: int) -> int:
+
+class _Deferred:
+    duty = "deferral"
+    migrations = ()
+
+    def count_txn(self, txn: None, server: str) -> int:
         return 0
 
 
@@ -107,26 +121,23 @@ class _Storage:
 @given(body=st.fixed_dictionaries({"pdus": st.lists(pdus | anything, max_size=60) | anything}))
 def test_transaction(body: Any) -> None:
     body = read(body)
-    found = inbound.sticky_pdus(body)
+    found = receipt.sticky_pdus(body)
     assert all(FIELD in pdu for pdu in found)
-    transaction = inbound._transaction("origin.example", "id", found)
+    transaction = receipt.transaction_of("origin.example", "id", found)
     assert len(transaction.fingerprint()) == 32
     limit = LimitConfig(1.0, 1)
     config = FederationConfig(Mode.REJECT, limit, limit, limit, None)
     homeserver: Any = _Homeserver()
-    storage: Any = _Storage()
-    handler = ReceiptHandler(homeserver, storage, config, LimitReport(homeserver.now_ms))
+    area: Any = _Receipt()
+    deferred: Any = _Deferred()
+    report = LimitReport(homeserver.now_ms)
+    handler = ReceiptHandler(homeserver, area, deferred, config, report)
     results: list[Refusal | None] = []
     for name in ("one", "two"):
         check = handler.check(attr.evolve(transaction, transaction_id=name))
         ensureDeferred(check).addCallback(results.append)
-    unexpired = [
-        pdu
-        for pdu in found
-        if (duration_ms := sticky_duration_ms(pdu[FIELD])) is not None
-        and type(pdu.get("origin_server_ts")) is int
-        and sticky_until_ms(duration_ms, pdu["origin_server_ts"], NOW_MS) > NOW_MS
-    ]
+    ends_ms = [sticky_until_ms(pdu[FIELD], pdu.get("origin_server_ts"), NOW_MS) for pdu in found]
+    unexpired = [until_ms for until_ms in ends_ms if until_ms is not None and until_ms > NOW_MS]
     assert results[0] is None, "the first finds the buckets full"
     assert (results[1] is not None) == bool(unexpired)
 
@@ -136,9 +147,9 @@ def test_transaction(body: Any) -> None:
 def test_staged_pdu(pdu: Any, received_ms: int) -> None:
     pdu = read(pdu)
     homeserver: Any = _Homeserver()
-    storage: Any = None
-    staged = StagedEvent("$event", pdu.get(FIELD), pdu.get("origin_server_ts"), received_ms)
-    assert StagingHandler(homeserver, storage).keep(staged) in (True, False)
+    area: Any = None
+    staged = StagedPdu("$event", pdu.get(FIELD), pdu.get("origin_server_ts"), received_ms)
+    assert PruningHandler(homeserver, area).is_exempt(staged) in (True, False)
     for v1_format in (True, False):
         assert all(isinstance(p, str) for p in staging._prev_event_ids(pdu, v1_format))
 
@@ -153,12 +164,12 @@ class _Request:
 def test_parameter(values: list[bytes]) -> None:
     request = _Request({b"org.matrix.msc4354.sticky_duration_ms": values} if values else {})
     if not values:
-        assert servlets.sticky_duration_ms(request) is None
+        assert sending.sticky_duration_ms(request) is None
     elif values[0].isdigit() and int(values[0]) < 2**53 and len(values[0]) <= 16:
-        assert servlets.sticky_duration_ms(request) == int(values[0])
+        assert sending.sticky_duration_ms(request) == int(values[0])
     else:
         with pytest.raises(SynapseError) as refused:
-            servlets.sticky_duration_ms(request)
+            sending.sticky_duration_ms(request)
         assert (refused.value.code, refused.value.errcode) == (400, "M_INVALID_PARAM")
 
 
@@ -196,7 +207,7 @@ def test_index(rows: Any, arguments: list[Any]) -> None:
         (index.events_in_rooms, 7),
         (index.events_by_room, 7),
         (index.own_events, 4),
-        (index.servers_in_room, 2),
+        (index.server_count, 2),
         (index.get, 1),
         (index.in_step, 1),
     ):

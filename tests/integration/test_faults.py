@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from synapse_sticky.handlers.push import WATCH_AFTER_NOTE_MS
+from synapse_sticky.handlers.joins.push import WATCH_AFTER_RECORD_MS
 from tests.conftest import Servers
 from tests.integration.rooms import NO_LIMITS, deferred, entered, wait_until_all_pushed
 from tests.integration.story import patiently, revived, send_as_a_server_does, tell
@@ -35,14 +35,14 @@ some waits; of one user no more than 12."""
 MOMENTS = ["before", "inside", "after"]
 _BEFORE, _AFTER = (pytest.param(moment, marks=pytest.mark.slow) for moment in ("before", "after"))
 WHILE_IT_RUNS = ["persist", "release", "record_joins", "backlog", "settle"]
-WHILE_IT_RUNS += ["note_page", "page", "drop_deferred"]
+WHILE_IT_RUNS += ["store_page", "read_page", "drop_deferred"]
 AT_THE_START = ["migrate", "deferred", "newcomers", "state_position"]
 KILLED = [
     *(("persist", moment) for moment in MOMENTS),
     *(("release", moment) for moment in MOMENTS),
     *(("record_joins", moment) for moment in ("inside", "after")),
     *(("settle", moment) for moment in ("inside", "after")),
-    *(("note_page", moment) for moment in ("inside", "after")),
+    *(("store_page", moment) for moment in ("inside", "after")),
 ]
 
 
@@ -178,7 +178,7 @@ def test_killed_with_the_first_event_after_a_push(
     newcomer.join(server, scene.room_id, newcomer.user("carol"))
     wait_until(lambda: old in newcomer.events, "the newcomer to be sent what is sticky")
     wait_until_all_pushed(server, scene.room_id)
-    set_clock(server, 1.5 * WATCH_AFTER_NOTE_MS / 1000)
+    set_clock(server, 1.5 * WATCH_AFTER_RECORD_MS / 1000)
     scene.wait_until_there(scene.sticky())
     sent, killed = threading.Event(), threading.Event()
 

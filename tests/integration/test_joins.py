@@ -98,8 +98,8 @@ def test_module_without_config_and_with_all_of_it(servers: Servers) -> None:
     assert set(carol.collect_sticky(room_id, old)) == old
     for server in (a, b, c):
         assert server.log_has(
-            "synapse-sticky runs in master: index, delivery, joins, staging, visibility, receipt,"
-            " deferral, sending, extremities\n"
+            "synapse-sticky runs in master: index, delivery, sliding, visibility, joins, pruning,"
+            " parking, receipt, deferral, sending, extremities\n"
         )
 
 
@@ -113,8 +113,8 @@ def test_duties_can_be_switched_off(servers: Servers) -> None:
         **NO_LIMITS,
     }
     (server,) = servers({"config": off})
-    # Delivery falls back to Synapse's own by itself; who is not joined gets nothing in any case.
-    assert server.log_has("synapse-sticky runs in master: index, delivery, visibility\n")
+    # Delivery falls back to Synapse's own by itself.
+    assert server.log_has("synapse-sticky runs in master: index, delivery, sliding\n")
 
 
 @pytest.mark.requirement("F3", "P7")

@@ -47,5 +47,5 @@ def test_older_synapse(lab: Lab) -> None:
 
 def test_synapse_with_another_signature(lab: Lab) -> None:
     said = start_error(lab, module_name="tests.lab.variants.InChangedSynapse")
-    assert "synapse-sticky does not fit 1." in said
-    assert ".insert_sticky_events_txn takes (txn) instead of (txn, events)" in said
+    assert "synapse-sticky does not fit Synapse 1." in said
+    assert ".insert_sticky_events_txn takes (self, txn): too many positional arguments" in said

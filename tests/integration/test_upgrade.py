@@ -1,10 +1,13 @@
 """Taking the module out, and other versions of its tables, lose nothing (E4)."""
 
+from contextlib import closing
+from functools import partial
+
 import pytest
 
 from tests.conftest import Servers
 from tests.integration.rooms import backlogged_rooms, deferred, entered, limits
-from tests.lab import Homeserver, Peer, wait_until
+from tests.lab import Homeserver, Lab, Peer, wait_until
 from tests.lab.client import WITHOUT_TIMELINE
 from tests.lab.scene import Scene, enter
 
@@ -78,22 +81,23 @@ def test_taken_out_while_a_newcomer_lacks_events(servers: Servers, peer: Peer) -
 
 
 @pytest.mark.requirement("E4", "L4")
-def test_from_the_layout_before_pages(servers: Servers, peer: Peer) -> None:
+def test_one_duty_has_no_tables_yet(servers: Servers, peer: Peer) -> None:
+    """Its tables are made; those of the other duties stay as they are."""
     (server,) = servers(DEFERRING)
     scene, flood = some_wait(server, peer)
     server.stop()
     server.change(
         "DROP TABLE synapse_sticky_pages",
-        "DELETE FROM synapse_sticky_layout WHERE version > 2",
+        "DELETE FROM synapse_sticky_layouts WHERE duty = 'sliding'",
     )
     server.configure_module({"federation": {"mode": "off"}})
     server.restart()
-    wait_until(lambda: server.log_has("to layout 4"), "the migration")
+    wait_until(lambda: server.log_has("the tables of sliding to layout 1"), "the migration")
     scene.wait_for_sections(*flood)
 
 
 @pytest.mark.requirement("E4", "P3")
-def test_from_the_first_layout(servers: Servers, peer: Peer) -> None:
+def test_only_one_duty_has_tables(servers: Servers, peer: Peer) -> None:
     (server,) = servers({})
     alice = server.user()
     room_id = alice.create_room()
@@ -105,26 +109,33 @@ def test_from_the_first_layout(servers: Servers, peer: Peer) -> None:
     server.change(
         "DROP TABLE synapse_sticky_pages",
         "DROP TABLE synapse_sticky_deferred",
-        "DELETE FROM synapse_sticky_layout WHERE version > 1",
+        "DELETE FROM synapse_sticky_layouts WHERE duty != 'joins'",
     )
     server.restart()
     peer.override = lambda method, path: None
-    wait_until(lambda: server.log_has("to layout 4"), "the migrations")
+    for duty in ("sliding", "deferral", "parking"):
+        wait_until(partial(server.log_has, f"the tables of {duty} to layout 1"), "the migrations")
     wait_until(lambda: set(old) <= peer.events.keys(), "the newcomer to be sent everything")
 
 
 @pytest.mark.requirement("E4")
-def test_layout_of_a_later_version(servers: Servers, peer: Peer) -> None:
-    """It is left alone, the operator is told, and Synapse goes on."""
+def test_layout_of_a_later_version(lab: Lab, servers: Servers, peer: Peer) -> None:
+    """It is left alone, the operator is told, and Synapse and the other duties go on."""
     (server,) = servers(DEFERRING)
     scene, flood = some_wait(server, peer)
     waiting = deferred(server)
     server.stop()
-    server.change(f"INSERT INTO synapse_sticky_layout (version) VALUES ({LATER_LAYOUT})")
-    server.restart()
-    wait_until(
-        lambda: server.log_has(f"have layout {LATER_LAYOUT}, this version of"), "the explanation"
+    server.change(
+        f"UPDATE synapse_sticky_layouts SET version = {LATER_LAYOUT} WHERE duty = 'deferral'"
     )
+    server.restart()
+    explanation = f"The tables of deferral have layout {LATER_LAYOUT}, this version of"
+    wait_until(lambda: server.log_has(explanation), "the explanation")
     now = scene.alice.send_sticky(scene.room_id)
     scene.wait_for_sections(*flood[:5], now)
     assert deferred(server) == waiting
+    # The duty of joins is on.
+    old = scene.alice.send_sticky(scene.room_id)
+    with closing(lab.peer()) as newcomer:
+        newcomer.join(server, scene.room_id, newcomer.user("eve"))
+        wait_until(lambda: old in newcomer.events, "the newcomer to be sent it")

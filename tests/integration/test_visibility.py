@@ -1,4 +1,4 @@
-"""Joined servers see unexpired sticky events whole, and nothing else changes (C1)."""
+"""Who is joined sees unexpired sticky events whole, and nothing else changes (C1, D8)."""
 
 from typing import Any
 
@@ -15,8 +15,9 @@ from tests.integration.rooms import (
     wait_until_sticky,
 )
 from tests.lab import Homeserver, Lab, Peer, wait_until
-from tests.lab.client import STICKY_FIELD
+from tests.lab.client import HOUR_MS, STICKY_FIELD, WITHOUT_TIMELINE, sticky_events
 from tests.lab.scene import enter
+from tests.lab.views import is_hidden, send_thread, view
 
 
 def body_of(response: requests.Response) -> str | None:
@@ -127,6 +128,10 @@ def test_soft_failed_and_deferred_events_are_whole(lab: Lab, servers: Servers, p
         newcomer.close()
     section, _ = scene.sections()
     assert not {waiting, soft_failed} & set(section)
+    # Users who join later are shown neither.
+    bob = server.user()
+    bob.join(scene.room_id)
+    assert is_hidden(view(bob, scene.room_id, (waiting, soft_failed)))
 
 
 @pytest.mark.requirement("C1")
@@ -137,3 +142,34 @@ def test_switched_off(servers: Servers) -> None:
     sticky = alice.send_sticky(room_id)
     carol.join(room_id, a.name)
     assert body_of(a.as_seen_by(c).event(sticky)) is None
+
+
+@pytest.mark.requirement("C1")
+def test_switched_off_for_users(servers: Servers) -> None:
+    (server,) = servers({"config": {"visibility": {"users": False}}})
+    alice, bob = server.user(), server.user()
+    room_id = room_of(alice, via=server, history_visibility="joined")
+    sticky = send_thread(alice, room_id, HOUR_MS)
+    bob.join(room_id)
+    assert is_hidden(view(bob, room_id, sticky))
+    assert sticky_events(bob.sync(), room_id) == list(sticky)
+
+
+@pytest.mark.requirement("D8")
+def test_an_answer_that_is_repeated_has_no_section_of_a_room_that_was_left(
+    three: list[Homeserver],
+) -> None:
+    """Synapse answers the same request from a cache within two minutes."""
+    server = three[0]
+    alice, bob = server.user(), server.user()
+    room_id = room_of(alice, bob, via=server)
+    sticky, redacted = alice.send_sticky(room_id), alice.send_sticky(room_id)
+
+    def section() -> list[str]:
+        return sticky_events(bob.sync(filter_=WITHOUT_TIMELINE), room_id)
+
+    assert section() == [sticky, redacted]
+    alice.redact(room_id, redacted)
+    wait_until(lambda: section() == [sticky], "the redaction")
+    bob.leave(room_id)
+    wait_until(lambda: section() == [], "the leave")

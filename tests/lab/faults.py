@@ -21,9 +21,11 @@ from synapse.replication.tcp.streams._base import StickyEventsStream
 
 import synapse_sticky.module
 from synapse_sticky import StickyEventsModule
-from synapse_sticky.adapter import SynapseHomeserver
 from synapse_sticky.config import StickyConfig
-from synapse_sticky.homeserver import Cursor, NewStickyEvent
+from synapse_sticky.handlers.deferral.handler import NewStickyEvent
+from synapse_sticky.handlers.deferral.synapse import SynapseWriter
+from synapse_sticky.homeserver import Cursor
+from synapse_sticky.homeserver import Homeserver as Process
 from tests.lab.homeserver import Homeserver
 
 FAULTY_MODULE = "tests.lab.faults.FaultyModule"
@@ -132,12 +134,12 @@ def _holding_path(folder: Path, name: str) -> Path:
 class _HeldRows:
     """What replication says of the sticky events stream, held back while a file is there."""
 
-    def __init__(self, homeserver: SynapseHomeserver, api: ModuleApi) -> None:
+    def __init__(self, homeserver: Process) -> None:
         self._hs = homeserver
         self._path = _holding_path(Path(), homeserver.instance_name)
         self._held: list[Callable[[], None]] = []
-        self._notifier = api._hs.get_notifier()
-        store = homeserver._store
+        self._notifier = homeserver.hs.get_notifier()
+        store = homeserver.store
         for name in ("process_replication_rows", "process_replication_position"):
             setattr(store, name, partial(self._process, getattr(store, name)))
 
@@ -163,29 +165,13 @@ class _HeldRows:
         self._notifier.notify_replication()
 
 
-class FaultyHomeserver(SynapseHomeserver):
+class FaultyHomeserver(Process):
     """Fails as it is told."""
 
     def __init__(self, api: ModuleApi) -> None:
         super().__init__(api)
-        _HeldRows(self, api)
-        self._error: type[Exception] = self._store.database_engine.module.OperationalError
-        original = self.writer.hold_back
-
-        def hold_back(hold_txn: Callable[[Cursor, Sequence[NewStickyEvent]], Any]) -> None:
-            def faulty_hold_txn(txn: Cursor, events: Sequence[NewStickyEvent]) -> Collection[str]:
-                if fault := take("persist", "before"):
-                    fault.strike(self._error)
-                held: Collection[str] = hold_txn(txn, events)
-                if fault := take("persist", "inside", "after"):
-                    if fault.moment == "inside":
-                        fault.strike(self._error)
-                    txn.call_after(fault.strike, self._error)
-                return held
-
-            original(faulty_hold_txn)
-
-        self.writer.hold_back = hold_back  # type: ignore[method-assign]
+        _HeldRows(self)
+        self.error: type[Exception] = self.store.database_engine.module.OperationalError
 
     async def transact(self, what: str, function: Callable[..., Any], *args: Any) -> Any:
         return await self._faulty(super().transact, what, function, *args)
@@ -201,22 +187,46 @@ class FaultyHomeserver(SynapseHomeserver):
         *args: Any,
     ) -> Any:
         if fault := take(what, "before"):
-            fault.strike(self._error)
+            fault.strike(self.error)
 
         def run_txn(txn: Cursor, *args: Any) -> Any:
             result = function(txn, *args)
             if fault := take(what, "inside"):
-                fault.strike(self._error)
+                fault.strike(self.error)
             return result
 
         result = await transact(what, run_txn, *args)
         if fault := take(what, "after"):
-            fault.strike(self._error)
+            fault.strike(self.error)
         return result
+
+
+class FaultyWriter(SynapseWriter):
+    """The transaction in which Synapse persists events fails as it is told."""
+
+    def __init__(self, homeserver: FaultyHomeserver) -> None:
+        super().__init__(homeserver)
+        self._error = homeserver.error
+
+    def defer_by(
+        self, defer_txn: Callable[[Cursor, Sequence[NewStickyEvent]], Collection[str]]
+    ) -> None:
+        def faulty_defer_txn(txn: Cursor, events: Sequence[NewStickyEvent]) -> Collection[str]:
+            if fault := take("persist", "before"):
+                fault.strike(self._error)
+            deferred = defer_txn(txn, events)
+            if fault := take("persist", "inside", "after"):
+                if fault.moment == "inside":
+                    fault.strike(self._error)
+                txn.call_after(fault.strike, self._error)
+            return deferred
+
+        super().defer_by(faulty_defer_txn)
 
 
 class FaultyModule(StickyEventsModule):
     def __init__(self, config: StickyConfig, api: ModuleApi) -> None:
-        setattr(synapse_sticky.module, "SynapseHomeserver", FaultyHomeserver)  # noqa: B010
+        setattr(synapse_sticky.module, "Homeserver", FaultyHomeserver)  # noqa: B010
+        setattr(synapse_sticky.module, "SynapseWriter", FaultyWriter)  # noqa: B010
         _install_clock()
         super().__init__(config, api)

@@ -2,9 +2,9 @@
 
 from synapse.module_api import ModuleApi
 
-import synapse_sticky.storage
 from synapse_sticky import StickyEventsModule
 from synapse_sticky.config import StickyConfig
+from synapse_sticky.handlers.deferral.tables import DeferredTable
 
 NEXT_VERSION = "tests.lab.next_version.NextVersion"
 _MIGRATION = (
@@ -15,6 +15,6 @@ _MIGRATION = (
 
 class NextVersion(StickyEventsModule):
     def __init__(self, config: StickyConfig, api: ModuleApi) -> None:
-        migrations = (*synapse_sticky.storage._MIGRATIONS, _MIGRATION)
-        setattr(synapse_sticky.storage, "_MIGRATIONS", migrations)  # noqa: B010
+        migrations = (*DeferredTable.migrations, _MIGRATION)
+        setattr(DeferredTable, "migrations", migrations)  # noqa: B010
         super().__init__(config, api)

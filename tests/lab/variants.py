@@ -3,6 +3,7 @@
 from typing import Any
 
 from synapse.module_api import ModuleApi
+from synapse.storage.databases.main import DataStore
 
 from synapse_sticky import StickyEventsModule
 from synapse_sticky.config import StickyConfig
@@ -20,6 +21,6 @@ class InChangedSynapse(StickyEventsModule):
     """A later Synapse might have another signature."""
 
     def __init__(self, config: StickyConfig, api: ModuleApi) -> None:
-        store: Any = api._hs.get_datastores().main
-        store.insert_sticky_events_txn = lambda txn: None
+        store: Any = DataStore
+        store.insert_sticky_events_txn = lambda self, txn: None
         super().__init__(config, api)

@@ -10,37 +10,55 @@ from pathlib import Path
 
 import pytest
 
+from synapse_sticky.config import DUTIES
+
 ROOT = Path(__file__).parents[2]
 PACKAGE = "synapse_sticky"
 
 SYNAPSE_ALLOWED = {
     "synapse.module_api": "the stable interface to modules",
     "synapse.module_api.errors": "the errors that are part of it",
+    "synapse.module_api.callbacks.federation": "what one of its callbacks is called with",
 }
 
-# Every part of the package, and the parts that it may import. A new part needs its line here.
+# Every part of the package, and the parts that it may import. A new part needs its line here, but
+# for a duty, which may import what each duty may, and its own folder.
+OF_A_DUTY = {"_core", "backoff", "config", "homeserver", "index", "limits", "metrics"}
 MAY_IMPORT = {
     "__init__": {"module"},
-    "module": {"adapter", "config", "handlers", "homeserver", "index", "limits", "storage"},
-    "handlers": {
-        *("_core", "config", "handlers", "homeserver", "index", "limits", "metrics", "storage"),
+    "module": {
+        *("backoff", "config", "handlers", "homeserver", "index", "limits", "seam_table"),
     },
+    "seam_table": {"handlers", "homeserver", "index"},
+    "handlers": OF_A_DUTY,
     "limits": {"_core", "config", "metrics"},
     "metrics": set[str](),
-    "storage": {"homeserver"},
-    "index": {"_core", "homeserver"},
-    "adapter": {"_core", "adapter", "homeserver"},
-    "config": set[str](),
+    "index": {"_core", "backoff", "homeserver"},
     "homeserver": set[str](),
+    "backoff": set[str](),
+    "config": set[str](),
 }
+
+LONGEST_FILE = 350
 
 # File and function that may sleep.
 MAY_SLEEP = ("tests/lab/wait.py", "wait_until")
 
 
 def part_of(path: str) -> str:
-    """``synapse_sticky/handlers/joins.py`` belongs to ``handlers``."""
+    """``synapse_sticky/handlers/joins/push.py`` belongs to ``handlers``."""
     return Path(path).parts[1].removesuffix(".py")
+
+
+def duty_of(path: str) -> str | None:
+    """``synapse_sticky/handlers/joins/push.py`` is of ``joins``; None if it is of no duty."""
+    parts = Path(path).parts
+    return parts[2] if parts[1] == "handlers" and len(parts) > 3 else None
+
+
+def may_touch_synapse(path: str) -> bool:
+    """Only files named ``synapse.py``, and what all duties share."""
+    return Path(path).name == "synapse.py" or part_of(path) == "homeserver"
 
 
 def imports(path: str, tree: ast.AST) -> Iterator[tuple[int, str, list[str]]]:
@@ -65,6 +83,9 @@ def directions(path: str, source: str) -> Iterator[str]:
     for line, module, names in imports(path, ast.parse(source)):
         if module.split(".")[0] != PACKAGE:
             continue
+        if part == "handlers" and is_of_another_duty(path, module, names):
+            yield f"{path}:{line}: a duty may not import another's {module}"
+            continue
         if module != PACKAGE:
             targets = [module.split(".")[1]]
         else:
@@ -72,13 +93,21 @@ def directions(path: str, source: str) -> Iterator[str]:
             known = {*MAY_IMPORT, "_core"}
             targets = [name if name in known else "__init__" for name in names or ["__init__"]]
         for target in targets:
-            if target not in MAY_IMPORT[part]:
+            if target not in {*MAY_IMPORT[part], part}:
                 yield f"{path}:{line}: {part} may not import {target}"
 
 
+def is_of_another_duty(path: str, module: str, names: list[str]) -> bool:
+    """``synapse_sticky.handlers.joins.push`` is, for all files but those of ``joins``."""
+    parts = module.split(".")
+    if parts[1:2] == ["handlers"]:
+        return {parts[2]} != {duty_of(path)} if len(parts) > 2 else True
+    return module == PACKAGE and "handlers" in names
+
+
 def private_parts(path: str, source: str) -> Iterator[str]:
-    """What only the adapter may do: import Synapse's inside, touch what is private to others."""
-    if part_of(path) == "adapter":
+    """What few files may do: import Synapse's inside, touch what is private to others."""
+    if may_touch_synapse(path):
         return
     tree = ast.parse(source)
     for line, module, names in imports(path, tree):
@@ -135,8 +164,20 @@ def test_dependencies_point_one_way(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", sources(PACKAGE))
-def test_only_the_adapter_touches_private_parts(path: str) -> None:
+def test_few_files_touch_private_parts(path: str) -> None:
     assert list(private_parts(path, (ROOT / path).read_text())) == []
+
+
+@pytest.mark.parametrize("path", sources(PACKAGE))
+def test_no_file_is_too_long(path: str) -> None:
+    assert len((ROOT / path).read_text().splitlines()) <= LONGEST_FILE
+
+
+def test_handlers_are_duties_and_nothing_else() -> None:
+    found = {p.name for p in (ROOT / PACKAGE / "handlers").iterdir() if p.name[:2] != "__"}
+    # Pruning and parking share the staging area.
+    folders = {"staging" if duty in ("pruning", "parking") else duty for duty in DUTIES}
+    assert found == folders - {"index"}
 
 
 @pytest.mark.parametrize("path", sources("tests"))
@@ -154,27 +195,31 @@ def test_no_part_depends_on_itself_through_others() -> None:
         reach(part, frozenset())
 
 
-HANDLER = "synapse_sticky/handlers/joins.py"
+HANDLER = "synapse_sticky/handlers/joins/handler.py"
 
 
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        (HANDLER, "import synapse_sticky.adapter"),
-        (HANDLER, "from synapse_sticky.adapter.hooks import Hook"),
-        (HANDLER, "from synapse_sticky import config, adapter"),
+        (HANDLER, "import synapse_sticky.handlers"),
+        (HANDLER, "from synapse_sticky.handlers.staging.parking import ParkingHandler"),
+        (HANDLER, "from synapse_sticky.handlers.staging import synapse"),
+        (HANDLER, "from synapse_sticky.handlers import staging"),
+        (HANDLER, "from synapse_sticky import config, handlers"),
+        (HANDLER, "from ..staging import tables"),
+        (HANDLER, "from .. import staging"),
         (HANDLER, "from synapse_sticky import StickyEventsModule"),
         (HANDLER, "import synapse_sticky"),
-        (HANDLER, "from ..adapter import hooks"),
-        (HANDLER, "from .. import module"),
+        (HANDLER, "from ... import module"),
         (HANDLER, "from synapse_sticky.module import StickyEventsModule"),
-        (HANDLER, "def late():\n    from synapse_sticky.adapter import hooks"),
-        ("synapse_sticky/storage.py", "from synapse_sticky.handlers.joins import JoinsHandler"),
-        ("synapse_sticky/index.py", "from .adapter import stream"),
+        (HANDLER, "def late():\n    from synapse_sticky.module import StickyEventsModule"),
+        ("synapse_sticky/index/follower.py", "from synapse_sticky.handlers.joins import tables"),
+        ("synapse_sticky/index/synapse.py", "from ..handlers.joins import synapse"),
+        ("synapse_sticky/homeserver/rooms.py", "from synapse_sticky.index import Position"),
+        ("synapse_sticky/homeserver/rooms.py", "from synapse_sticky.handlers import joins"),
         ("synapse_sticky/config.py", "from synapse_sticky.handlers import joins"),
-        ("synapse_sticky/homeserver.py", "from synapse_sticky.handlers import joins"),
-        ("synapse_sticky/adapter/hooks.py", "from synapse_sticky.config import parse"),
-        ("synapse_sticky/adapter/hooks.py", "from synapse_sticky.handlers import joins"),
+        ("synapse_sticky/backoff.py", "from synapse_sticky.homeserver import Homeserver"),
+        ("synapse_sticky/limits.py", "from synapse_sticky.handlers.receipt import handler"),
         ("synapse_sticky/brand_new.py", ""),
     ],
 )
@@ -204,7 +249,8 @@ def test_a_wrong_direction_is_found(path: str, source: str) -> None:
 def test_a_touch_of_private_parts_is_found(source: str) -> None:
     for path in (HANDLER, "synapse_sticky/module.py", "synapse_sticky/config.py"):
         assert len(list(private_parts(path, source))) == 1
-    assert list(private_parts("synapse_sticky/adapter/hooks.py", source)) == []
+    for path in ("synapse_sticky/handlers/joins/synapse.py", "synapse_sticky/homeserver/rooms.py"):
+        assert list(private_parts(path, source)) == []
 
 
 @pytest.mark.parametrize(
@@ -213,6 +259,7 @@ def test_a_touch_of_private_parts_is_found(source: str) -> None:
         "from synapse.module_api import ModuleApi",
         "from synapse.module_api.errors import ConfigError",
         "from synapse_sticky import _core",
+        "from synapse_sticky.handlers.joins.push import Push",
         "self._api = cls._api",
         "api.__class__.__name__",
         "getattr(api, 'public')",
@@ -220,6 +267,7 @@ def test_a_touch_of_private_parts_is_found(source: str) -> None:
 )
 def test_what_is_allowed_is_not_found(source: str) -> None:
     assert list(private_parts(HANDLER, source)) == []
+    assert list(directions(HANDLER, source)) == []
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """What the index answers is what Synapse's own query on the same database does (D1, D2, D4, S5).
 
-The homeserver, its store, both databases' engines, the adapter's SQL and the follower are the real
-ones; only the reactor is not. Chance makes the rest: rows of several writers, their order, what
+The homeserver, its store, both databases' engines, the SQL and the follower are the real ones; only
+the reactor is not. Chance makes the rest: rows of several writers, their order, what
 changes them later, how far this process has come, and what is asked for.
 """
 
@@ -22,23 +22,23 @@ from synapse.api.room_versions import RoomVersions
 from synapse.app.homeserver import SynapseHomeServer
 from synapse.config.homeserver import HomeServerConfig
 from synapse.events import EventBase, make_event_from_dict
+from synapse.events.utils import FilteredEvent
+from synapse.handlers.sync import JoinedSyncResult, SyncResult, TimelineBatch
 from synapse.replication.tcp.streams._base import StickyEventsStream, StickyEventsStreamRow
 from synapse.storage.util.id_generators import (
     MultiWriterIdGenerator,
     advance_multiwriter_sharded_token_after_partial_read,
 )
-from synapse.types import MultiWriterStreamToken
+from synapse.types import MultiWriterStreamToken, StreamToken, UserID
 from synapse.util.json import json_encoder
 from twisted.internet.defer import Deferred, ensureDeferred, execute
 from twisted.internet.testing import MemoryReactorClock
 
-from synapse_sticky import index
-from synapse_sticky.adapter.delivery import SynapseDelivery
-from synapse_sticky.adapter.signal import SynapseSignal
-from synapse_sticky.adapter.stream import SynapseStickyStream
-from synapse_sticky.handlers.delivery import DeliveryHandler
-from synapse_sticky.homeserver import StickyRow
-from synapse_sticky.index import IndexFollower
+from synapse_sticky.handlers.delivery.handler import DeliveryHandler
+from synapse_sticky.handlers.delivery.synapse import SynapseDelivery
+from synapse_sticky.homeserver import Cancellable, Homeserver, Signal
+from synapse_sticky.index import IndexFollower, StickyRow, follower
+from synapse_sticky.index.synapse import SynapseStickyStream
 from tests.lab.postgres import Postgres
 from tests.unit.test_limits import done
 
@@ -64,13 +64,13 @@ class Reactor(MemoryReactorClock):
 
 
 class Stream(SynapseStickyStream):
-    """The adapter's, with a database that can take its time, or fail."""
+    """The real one, with a database that can take its time, or fail."""
 
     slow = False
     broken = False
 
-    def __init__(self, hs: Any) -> None:
-        super().__init__(hs)
+    def __init__(self, homeserver: Homeserver) -> None:
+        super().__init__(homeserver)
         self.read: list[Deferred[None]] = []
 
     async def rows(self, *, after: int, up_to: int, limit: int) -> list[StickyRow]:
@@ -88,8 +88,8 @@ class Stream(SynapseStickyStream):
         return rows
 
 
-class Signal(SynapseSignal):
-    """The adapter's, which mostly takes too long."""
+class PatientSignal(Signal):
+    """The real one, which mostly takes too long."""
 
     def __init__(self, world: "World") -> None:
         super().__init__(world.hs.get_clock())
@@ -98,6 +98,29 @@ class Signal(SynapseSignal):
     async def wait(self, at_most_ms: int) -> None:
         if self._world.patient:
             await super().wait(at_most_ms)
+
+
+class ThisProcess(Homeserver):
+    """The real one, with timers that run when the test says."""
+
+    def __init__(self, world: "World") -> None:
+        super().__init__(world.hs.get_module_api())
+        self._world = world
+
+    def in_background(
+        self, what: str, function: Callable[..., Awaitable[None]], *args: Any
+    ) -> None:
+        ensureDeferred(function(*args)).addErrback(self._world.failures.append)  # type: ignore[arg-type]
+
+    def call_later(
+        self, delay_ms: int, what: str, function: Callable[..., Awaitable[None]], *args: Any
+    ) -> Cancellable:
+        assert not args
+        self._world.timers.append(function)
+        return self._world.reactor.callLater(delay_ms / 1000, lambda: None)
+
+    def new_signal(self) -> Signal:
+        return PatientSignal(self._world)
 
 
 @attr.s(auto_attribs=True, frozen=True)
@@ -131,7 +154,6 @@ class Query:
 class World:
     """A homeserver that reads what three others write, with the module's delivery in it."""
 
-    server_name = "here"
     patient = False
 
     def __init__(self, folder: str, database: dict[str, Any]) -> None:
@@ -157,8 +179,8 @@ class World:
         reactor: Any = self.reactor
         self.hs = SynapseHomeServer("here", config=config, reactor=reactor)
         self.hs.setup()
-        datastores: Any = self.hs.get_datastores()  # Any: as in the adapter
-        self.store = datastores.main
+        self.process = ThisProcess(self)
+        self.store = self.process.store
         self.store.USE_DEDICATED_DB_THREADS_FOR_EVENT_FETCHING = False
         pool = self._pool = self.store.db_pool._db_pool
         # In this thread, and at once.
@@ -238,24 +260,17 @@ class World:
         self.timers: list[Callable[..., Awaitable[None]]] = []
         self.failures: list[Any] = []
         self.sql_queries = 0
-        # The parts of the port that the follower and the handler know.
-        self.stream = Stream(self.hs)
+        self.stream = Stream(self.process)
         self.store.get_sticky_events_in_rooms = self._count
-        self.delivery = SynapseDelivery(self.hs)
-        port: Any = self
-        self.follower = IndexFollower(port)
-        DeliveryHandler(port, self.follower).start()
+        self.follower = IndexFollower(self.process, self.stream)
+        delivery = SynapseDelivery(self.process)
+        DeliveryHandler(self.process, self.follower, delivery).install()
         try:
             yield self
             self.settle()
             assert not self.failures
         finally:
-            for name in (
-                "get_sticky_events_in_rooms",
-                "_invalidate_local_get_event_cache",
-                "_invalidate_local_get_event_cache_room_id",
-            ):
-                vars(self.store).pop(name, None)
+            self.process.close()
             self.hs.get_replication_notifier()._replication_callbacks.clear()
             for room_id in ROOMS:
                 self.store._invalidate_local_get_event_cache_room_id(room_id)
@@ -295,21 +310,8 @@ class World:
         )
         return answer
 
-    # The rest of the port
-
     def now_ms(self) -> int:
-        return self.hs.get_clock().time_msec()
-
-    def in_background(self, what: str, function: Callable[..., Awaitable[None]]) -> None:
-        ensureDeferred(function()).addErrback(self.failures.append)  # type: ignore[arg-type]
-
-    def call_later(
-        self, delay_ms: int, what: str, function: Callable[..., Awaitable[None]]
-    ) -> None:
-        self.timers.append(function)
-
-    def new_signal(self) -> "Signal":
-        return Signal(self)
+        return self.process.now_ms()
 
     # What happens: the writers
 
@@ -587,12 +589,12 @@ def _redaction(event: EventBase, user_id: str) -> EventBase:
 def world(request: pytest.FixtureRequest) -> Iterator[World]:
     loggers = [logging.getLogger(name) for name in ("synapse", "synapse_sticky")]
     levels = [logger.level for logger in loggers]
-    paging = index._PAGE
+    paging = follower._PAGE
     with tempfile.TemporaryDirectory(prefix="sticky-delivery-") as folder:
         try:
             for logger in loggers:
                 logger.setLevel(logging.CRITICAL)
-            index._PAGE = 3
+            follower._PAGE = 3
             if request.param == "sqlite":
                 args = {"database": str(Path(folder) / "homeserver.db")}
                 world = World(folder, {"name": "sqlite3", "args": args})
@@ -604,7 +606,7 @@ def world(request: pytest.FixtureRequest) -> Iterator[World]:
                     yield world
                     world.close()
         finally:
-            index._PAGE = paging
+            follower._PAGE = paging
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
 
@@ -932,3 +934,64 @@ def test_who_has_waited_long_enough_asks_the_database(
         else:
             world.reactor.advance(1)
         assert world.sql_queries == 1
+
+
+# What goes out (D8)
+
+
+@attr.s(auto_attribs=True, frozen=True)
+class SyncConfig:
+    user: UserID
+
+
+def sync_result(sections: dict[str, list[EventBase]]) -> SyncResult:
+    """An answer to /sync with these sections, by room."""
+    empty = TimelineBatch(prev_batch=StreamToken.START, events=[], limited=False)
+    result = SyncResult.empty(StreamToken.START, {}, [])
+    for room_id, events in sections.items():
+        sticky = [FilteredEvent(event=event, membership="join") for event in events]
+        result.joined.append(JoinedSyncResult(room_id, empty, {}, [], [], sticky, {}, {}, None, 0))
+    return result
+
+
+@pytest.mark.requirement("D8", "S5")
+def test_sections_as_they_go_out(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Synapse may have made them some time ago: it repeats its answer to the same request."""
+    a, b, c, d = world.events[:4]
+    assert [event.room_id for event in (a, b, c, d)] == [*ROOMS, ROOMS[0]]
+    kept = sync_result({ROOMS[0]: [a, d], ROOMS[1]: [b], ROOMS[2]: []})
+    shown = [list(room.sticky) for room in kept.joined]
+    joined = set(ROOMS)
+
+    async def wait_for_sync_for_user(*args: Any, **options: Any) -> SyncResult:
+        assert (args[1:], options) == ((config, "key"), {"timeout": 5})
+        return kept
+
+    async def get_rooms_for_user(user_id: str) -> frozenset[str]:
+        assert user_id == "@me:here"
+        return frozenset(joined)
+
+    def sections() -> dict[str, list[str]]:
+        asked = handler.wait_for_sync_for_user("requester", config, "key", timeout=5)
+        result = done(asked)
+        assert [list(room.sticky) for room in kept.joined] == shown, "others get it, too"
+        return {room.room_id: [s.event.event_id for s in room.sticky] for room in result.joined}
+
+    config = SyncConfig(UserID.from_string("@me:here"))
+    handler: Any = world.hs.get_sync_handler()
+    with world.example(), monkeypatch.context() as patched:
+        patched.setattr(handler, "wait_for_sync_for_user", wait_for_sync_for_user)
+        patched.setattr(world.store, "get_rooms_for_user", get_rooms_for_user)
+        delivery = SynapseDelivery(world.process)
+        delivery.check_sections()
+        whole = {
+            ROOMS[0]: [a.event_id, d.event_id],
+            ROOMS[1]: [b.event_id],
+            ROOMS[2]: [],
+        }
+        assert sections() == whole
+        joined.remove(ROOMS[1])
+        assert sections() == {**whole, ROOMS[1]: []}
+        world.follower.start()
+        world.redact(0, 0)
+        assert sections() == {**whole, ROOMS[0]: [d.event_id], ROOMS[1]: []}

@@ -1,4 +1,4 @@
-"""What the joins handler does at its start, with the port's other side made up."""
+"""What the joins handler does at its start, with Synapse's side made up."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -10,9 +10,9 @@ from twisted.internet import defer
 
 from synapse_sticky._core import StickyIndex
 from synapse_sticky.config import JoinsConfig
-from synapse_sticky.handlers.joins import JoinsHandler
-from synapse_sticky.handlers.push import GRACE_MS
-from synapse_sticky.storage import Newcomer
+from synapse_sticky.handlers.joins.handler import JoinsHandler
+from synapse_sticky.handlers.joins.push import GRACE_MS
+from synapse_sticky.handlers.joins.tables import Newcomer, NewcomerTable
 from tests.unit.test_limits import done
 
 NOW_MS = 1_800_000_000_000
@@ -33,12 +33,13 @@ class Timer:
 
 
 class Here:
-    """The port, storage and follower of a process that sends federation traffic."""
+    """The homeserver, table and follower of a process that sends federation traffic."""
 
     server_name = instance_name = "here"
+    duty, migrations = NewcomerTable.duty, NewcomerTable.migrations
 
     def __init__(self, watch_until_ms: int, own: list[int]) -> None:
-        self.rooms = self.federation = self.stream = self
+        self.stream = self
         self.index = StickyIndex("here")
         self.index.insert(
             [(n, "here", "!room", f"${n}", "@alice:here", NOW_MS + HOUR_MS) for n in own]
@@ -63,12 +64,17 @@ class Here:
         # Everything up to 10 has been delivered.
         return [Newcomer("there", "!room", 10, self.watch_until_ms)]
 
-    async def settle(self, *args: Any, still_watched: bool, **more: Any) -> None:
+    async def settle(self, newcomer: Newcomer, *, still_watched: bool, **more: Any) -> None:
         self.settled.append(still_watched)
 
-    def state_position(self, *of_instance: Any) -> Any:
-        """Of the port, and of storage, where it is waited for."""
-        return defer.succeed(1) if of_instance else 1
+    async def transact_alone(self, what: str, function: Callable[..., Any]) -> None:
+        """The tables are there."""
+
+    def clear_backlog_txn(self, *args: Any) -> None: ...
+
+    def state_position(self, *now: Any) -> Any:
+        """Of the stream, and of the table, where it is waited for."""
+        return defer.succeed(1) if now else 1
 
     def positions(self) -> dict[str, int]:
         return {"here": 10}
@@ -109,9 +115,9 @@ class Here:
 
 def start(here: Here) -> None:
     hs: Any = here
-    handler = JoinsHandler(hs, hs, hs, JoinsConfig())
-    handler._poke = lambda: None  # type: ignore[method-assign]  # no changes of state here
-    done(handler.start())
+    handler = JoinsHandler(hs, hs, hs, hs, hs, hs, JoinsConfig())
+    handler.install()
+    done(handler.load())
 
 
 @pytest.mark.requirement("P7", "E4")
@@ -164,7 +170,7 @@ def test_before_a_batch_the_database_is_asked() -> None:
 def test_what_synapse_skips_is_looked_for_before_a_push_ends() -> None:
     here = Here(NOW_MS, [])
     start(here)
-    catch_up = functools.partial(here.callbacks["on_caught_up"], "there")
+    catch_up = functools.partial(here.callbacks["on_skipped"], "there")
     next_batch = functools.partial(here.callbacks["serve_backlog_from"], "there", 50)
     here.meanwhile = catch_up
     assert done(next_batch()) is None
@@ -185,7 +191,7 @@ def test_what_synapse_skips_is_pushed_after_the_watch() -> None:
     here.index.insert([(12, "here", "!room", "$12", "@alice:here", NOW_MS + HOUR_MS)])
     here.callbacks["on_new_events"](["!room"])
     assert done(next_batch()) is None, "the ordinary queue's"
-    here.callbacks["on_caught_up"]("there")
+    here.callbacks["on_skipped"]("there")
     here.in_database = 12
     assert done(next_batch()).event_ids == ["$12"]
 
@@ -213,7 +219,7 @@ def test_traffic_does_not_put_off_what_is_to_be_looked_at_again() -> None:
     assert here.timers[0].delay_ms == 1_000
     here.clock_ms += 900
     done(here.callbacks["on_acknowledged"]("there", [("!elsewhere", "$any")]))
-    here.callbacks["on_noted"]("there")
+    here.callbacks["on_catch_up_recorded"]("there")
     assert here.timers[0].delay_ms == 101
     # Less and less often, until something gets on.
     here.clock_ms += 101
@@ -221,7 +227,7 @@ def test_traffic_does_not_put_off_what_is_to_be_looked_at_again() -> None:
     assert here.timers[0].delay_ms == 2_000
     here.in_database = 12
     here.index.insert([(12, "here", "!room", "$12", "@alice:here", NOW_MS + HOUR_MS)])
-    here.callbacks["on_caught_up"]("there")
+    here.callbacks["on_skipped"]("there")
     assert done(here.callbacks["serve_backlog_from"]("there", 50)).event_ids == ["$12"]
     here.clock_ms += 500
     done(here.timers[0].function("there"))

@@ -2,18 +2,18 @@
 
 import logging
 import sqlite3
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from typing import Any
 
 import pytest
 from twisted.internet.defer import ensureDeferred
 
 from synapse_sticky._core import Limiter, ReleaseQueue
-from synapse_sticky.config import FederationConfig, LimitConfig
-from synapse_sticky.handlers.deferral import DeferralHandler
-from synapse_sticky.homeserver import NewStickyEvent
+from synapse_sticky.config import FederationConfig, LimitConfig, Mode
+from synapse_sticky.handlers.deferral import tables
+from synapse_sticky.handlers.deferral.handler import DeferralHandler, NewStickyEvent
+from synapse_sticky.handlers.deferral.tables import DeferredTable
 from synapse_sticky.limits import LimitReport, federation_limiter
-from synapse_sticky.storage import Storage
 
 NOW_MS = 1_800_000_000_000
 HOUR_MS = 3_600_000
@@ -107,29 +107,35 @@ class Transaction:
 
 
 class Here:
-    """The port over a database in memory, with a clock that stands still."""
+    """A homeserver with a database in memory and a clock that stands still."""
 
     def __init__(self) -> None:
         self.server_name = "here"
         self.now = NOW_MS
         self.database = sqlite3.connect(":memory:", isolation_level=None)
-        self.writer = self.stream = self.federation = self.inbound = self
         self.entered: list[str] = []
         self.due: list[Callable[[], Awaitable[None]]] = []
         self.due_ms = 0
         self.failures = 0
         self.fails = "release"
         self.failed = 0
+        self.spares = 0
+        self.hooks = 0
 
     def now_ms(self) -> int:
         return self.now
 
-    def hold_back(self, hold_txn: Any) -> None: ...
+    def defer_by(self, defer_txn: Any) -> None:
+        self.hooks += 1
+
     def on_event_changed(self, callback: Any) -> None: ...
     def wake(self, rooms: Any) -> None: ...
 
     def handles(self, room_id: str) -> bool:
         return True
+
+    def in_list(self, column: str, values: Collection[object]) -> tuple[str, list[object]]:
+        return f"{column} IN ({', '.join('?' * len(values))})", list(values)
 
     async def still_sticky(self, event_ids: Any) -> set[str]:
         return set(event_ids)
@@ -150,9 +156,11 @@ class Here:
 
     async def transact(self, what: str, function: Any, *args: Any) -> Any:
         if what == self.fails and self.failures:
-            self.failures -= 1
-            self.failed += 1
-            raise sqlite3.OperationalError("the disk is full")
+            if not self.spares:
+                self.failures -= 1
+                self.failed += 1
+                raise sqlite3.OperationalError("the disk is full")
+            self.spares -= 1
         return function(Transaction(self.database.cursor()), *args)
 
     transact_alone = transact
@@ -165,18 +173,18 @@ class Here:
         commits: bool = True,
         for_ms: int = HOUR_MS,
     ) -> set[str]:
-        """What Synapse does with new events; gives those that were held back."""
+        """What Synapse does with new events; gives those that were deferred."""
         txn = Transaction(self.database.cursor())
         events = [
             NewStickyEvent(f"${n}", "!room", "@mallory:there", NOW_MS + for_ms, n) for n in numbers
         ]
         txn.execute("BEGIN")
-        held = set(handler.hold_txn(txn, events))  # type: ignore[arg-type]  # as far as it is needed
+        deferred = set(handler.defer_txn(txn, events))  # type: ignore[arg-type]  # as far as needed
         txn.execute("COMMIT" if commits else "ROLLBACK")
         if commits:
             for callback, args in txn.after:
                 callback(*args)
-        return held
+        return deferred
 
     def release(self) -> None:
         """Lets what is due happen."""
@@ -202,17 +210,25 @@ def done(awaitable: Awaitable[Any]) -> Any:
 
 
 def deferral(here: Here, per_second: float, burst_count: int) -> DeferralHandler:
+    handler = unloaded(here, per_second, burst_count)
+    done(handler.load())
+    return handler
+
+
+def unloaded(
+    here: Here, per_second: float, burst_count: int, mode: Mode = Mode.DEFER
+) -> DeferralHandler:
     config = FederationConfig(
+        mode=mode,
         per_server=LimitConfig(per_second, burst_count),
         per_server_in_room=None,
         per_sender=None,
         per_room=None,
     )
     hs: Any = here
-    storage = Storage(hs)
-    done(storage.migrate())
-    handler = DeferralHandler(hs, storage, config, LimitReport(here.now_ms))
-    done(handler.start())
+    report = LimitReport(here.now_ms)
+    handler = DeferralHandler(hs, hs, DeferredTable(hs), hs, config, report)
+    handler.install()
     return handler
 
 
@@ -297,6 +313,61 @@ def test_next_run_takes_up_what_waits() -> None:
     here.release()
     assert sorted(here.entered) == ["$1", "$2", "$3"]
     assert table(here) == set()
+
+
+@pytest.mark.requirement("E4", "L4")
+@pytest.mark.parametrize("fails", ["migrate_deferral", "deferred"])
+def test_until_it_is_loaded_nothing_is_deferred(
+    fails: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "_PAGE", 2)
+    here = Here()
+    here.persist(deferral(here, 0.001, 1), range(4))
+    here.entered.clear()
+    here.release()
+    handler = unloaded(here, 0.001, 1)
+    # A page is read before the next one fails.
+    here.fails, here.failures, here.spares = fails, 1, int(fails == "deferred")
+    with pytest.raises(sqlite3.OperationalError):
+        done(handler.load())
+    assert here.failed == 1
+    assert here.persist(handler, range(4, 10)) == set()
+    handler._event_changed("$1")
+    here.release()
+    assert here.entered == []
+    assert table(here) == {"$1", "$2", "$3"}
+
+    done(handler.load())
+    assert here.persist(handler, range(10, 12)) == {"$10", "$11"}, "those of before go first"
+    here.pass_ms(1_000_000)
+    assert here.entered == ["$1"]
+    assert table(here) == {"$2", "$3", "$10", "$11"}
+
+
+@pytest.mark.requirement("E4", "L4")
+def test_without_limits_what_is_deferred_is_released() -> None:
+    here = Here()
+    here.persist(deferral(here, 0.001, 1), range(4))
+    here.entered.clear()
+    handler = unloaded(here, 0.001, 1, Mode.OFF)
+    done(handler.load())
+    here.release()
+    assert sorted(here.entered) == ["$1", "$2", "$3"]
+    assert table(here) == set()
+    assert here.hooks == 1, "of the first run"
+
+
+@pytest.mark.requirement("L4")
+def test_events_that_cannot_be_decided_on_are_delivered(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    here = Here()
+    handler = deferral(here, 0.001, 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(here, "now_ms", lambda: "late")
+        assert here.persist(handler, range(4)) == set()
+    assert "Could not decide on 4 sticky events, delivering them" in caplog.text
+    assert here.persist(handler, range(4, 6)) == {"$5"}
 
 
 @pytest.mark.requirement("L4", "S2")

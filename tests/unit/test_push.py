@@ -4,13 +4,13 @@ import random
 
 import pytest
 
-from synapse_sticky.handlers.push import (
+from synapse_sticky.backoff import Backoff
+from synapse_sticky.handlers.joins.push import (
     CONFIRM_PATIENCE_MS,
     GRACE_MS,
-    MOST_DOUBTS,
+    MOST_SUSPICIONS,
     PATIENT_ATTEMPTS,
-    WATCH_AFTER_NOTE_MS,
-    Backoff,
+    WATCH_AFTER_RECORD_MS,
     Push,
 )
 
@@ -25,7 +25,7 @@ def own(*positions: int) -> list[tuple[int, str, str]]:
 def push_of(*positions: int, window: int = 10) -> Push:
     """One for whose room the database had rows up to 100 when it was asked."""
     push = Push("there", "!room", position=0, watch_until_ms=NOW_MS + 3_600_000, backoff=BACKOFF)
-    push.look({"here": 100}, push.missed, NOW_MS)
+    push.refresh({"here": 100}, push.dirty_marks, NOW_MS)
     push.update(own(*positions), NOW_MS, window)
     return push
 
@@ -56,11 +56,11 @@ def test_after_the_watch_new_events_are_left_to_the_ordinary_queue() -> None:
     acknowledge_all(push, ["$3"])
     push.done("$3")
     over_ms = push.watch_until_ms
-    push.look({"here": 100}, push.missed, over_ms)
+    push.refresh({"here": 100}, push.dirty_marks, over_ms)
     push.update(own(200), over_ms, 10)
     assert not push.open, "else it would never end in a busy room"
     # Unless Synapse says that it skipped some on the way.
-    push.missed += 1
+    push.dirty_marks += 1
     push.update(own(200), over_ms, 10)
     assert push.choose(50, over_ms) == ["$200"]
 
@@ -71,24 +71,24 @@ def test_what_this_process_sees_late_is_pushed_however_late() -> None:
     acknowledge_all(push, push.choose(50, NOW_MS))
     push.done("$3")
     # The clock may be set back meanwhile.
-    push.noted(NOW_MS - 60_000)
+    push.catch_up_recorded(NOW_MS - 60_000)
     over_ms = push.watch_until_ms
     assert over_ms < NOW_MS
-    assert not push.is_outdated(over_ms - 1)
+    assert not push.is_dirty(over_ms - 1)
     # Persisted before the join, or at least before the watch was over.
-    assert push.is_outdated(over_ms)
-    push.look({"here": 90, "there": 200}, push.missed, over_ms)
-    assert not push.is_outdated(over_ms + 1)
+    assert push.is_dirty(over_ms)
+    push.refresh({"here": 90, "there": 200}, push.dirty_marks, over_ms)
+    assert not push.is_dirty(over_ms + 1)
     push.update(own(3, 90, 200, 201), over_ms + 60_000, 10)
     assert push.choose(50, over_ms + 60_000) == ["$90", "$200"]
 
 
 def test_what_is_missed_while_the_database_is_asked_is_asked_for_again() -> None:
     push = push_of(3)
-    missed = push.missed
+    dirty_marks = push.dirty_marks
     push.lower(2)
-    push.look({"here": 100}, missed, NOW_MS)
-    assert push.is_outdated(NOW_MS)
+    push.refresh({"here": 100}, dirty_marks, NOW_MS)
+    assert push.is_dirty(NOW_MS)
 
 
 @pytest.mark.requirement("P7")
@@ -130,7 +130,7 @@ def test_the_watch_ends_soon_after_the_ordinary_queue_got_through() -> None:
     push = push_of(3, 101)
     until_ms = push.watch_until_ms
     # Something of another room.
-    push.noted(NOW_MS)
+    push.catch_up_recorded(NOW_MS)
     assert push.choose(50, NOW_MS) == ["$3"]
     acknowledge_all(push, ["$3"])
     push.done("$3")
@@ -139,17 +139,17 @@ def test_the_watch_ends_soon_after_the_ordinary_queue_got_through() -> None:
     assert push.watch_until_ms == until_ms
     assert push.acknowledge("$101", NOW_MS)
     assert not push.acknowledge("$of-no-interest", NOW_MS)
-    push.noted(NOW_MS)
-    assert push.watch_until_ms == NOW_MS + WATCH_AFTER_NOTE_MS
-    push.noted(NOW_MS + 1)
-    assert push.watch_until_ms == NOW_MS + WATCH_AFTER_NOTE_MS
+    push.catch_up_recorded(NOW_MS)
+    assert push.watch_until_ms == NOW_MS + WATCH_AFTER_RECORD_MS
+    push.catch_up_recorded(NOW_MS + 1)
+    assert push.watch_until_ms == NOW_MS + WATCH_AFTER_RECORD_MS
     assert [sent.event_id for sent in push.unconfirmed()] == ["$101"]
 
 
 @pytest.mark.requirement("F3")
 def test_what_the_ordinary_queue_delivered_is_not_pushed() -> None:
     push = push_of(3, 4)
-    push.missed += 1
+    push.dirty_marks += 1
     push.update(own(3, 4, 101), NOW_MS, 10)
     acknowledge_all(push, ["$3", "$101"])
     assert push.choose(50, NOW_MS) == ["$4"]
@@ -222,15 +222,15 @@ def test_everything_goes_out_again_once_a_newcomer_has_pruned() -> None:
 def test_what_was_acknowledged_goes_out_again_if_the_newcomer_was_away() -> None:
     push = push_of(1, 2, 3)
     acknowledge_all(push, push.choose(2, NOW_MS))
-    push.has("$1", NOW_MS)
-    for again in range(MOST_DOUBTS):
-        push.doubt()
-        push.has("$2", NOW_MS)
+    push.confirm("$1", NOW_MS)
+    for again in range(MOST_SUSPICIONS):
+        push.suspect_loss()
+        push.confirm("$2", NOW_MS)
         assert [sent.event_id for sent in push.unconfirmed()] == []
         assert push.choose(1, NOW_MS) == ["$2"], again
         acknowledge_all(push, ["$2"])
-    push.doubt()
-    push.has("$2", NOW_MS)
+    push.suspect_loss()
+    push.confirm("$2", NOW_MS)
     assert push.choose(50, NOW_MS) == ["$3"], "not for ever"
 
 

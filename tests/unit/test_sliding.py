@@ -1,6 +1,7 @@
 """Pages of sliding sync, against a naive stream: each event once, whatever is lost on the way."""
 
 import asyncio
+import json
 from collections.abc import Collection, Set
 from typing import Any
 
@@ -8,34 +9,47 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from synapse_sticky.handlers.sliding import SlidingHandler, position_of_page, token_of_page
-from synapse_sticky.homeserver import Position, SlidingPage
+from synapse_sticky.handlers.sliding.handler import (
+    SlidingHandler,
+    SlidingPage,
+    position_of_page,
+    token_of_page,
+)
+from synapse_sticky.index import Position
 
 WRITERS = ("first", "second")
 
 
-class FakeStorage:
-    """The notes, and whether they can be taken."""
+class FakePages:
+    """What was stored, and whether that can be done."""
+
+    duty = "sliding"
+    migrations: tuple[tuple[str, ...], ...] = ()
 
     def __init__(self) -> None:
-        self.notes: dict[tuple[tuple[str, str, str], str], str] = {}
+        self.stored: dict[tuple[tuple[str, str, str], str], str] = {}
         self.fails = False
 
-    async def note_page(self, connection: tuple[str, str, str], token: str, older: str) -> None:
+    async def store(self, connection: tuple[str, str, str], token: str, older: str) -> None:
         if self.fails:
             raise OSError("no database")
-        self.notes[connection, token] = older
+        self.stored[connection, token] = older
 
-    async def page(self, connection: tuple[str, str, str], token: str) -> str | None:
-        return self.notes.get((connection, token))
+    async def read(self, connection: tuple[str, str, str], token: str) -> str | None:
+        return self.stored.get((connection, token))
 
 
-class FakeStream:
+class FakeSlidingSync:
     writers = WRITERS
 
 
 class FakeHomeserver:
-    stream = FakeStream()
+    async def transact_alone(self, what: str, function: object) -> None:
+        assert what == "migrate_sliding"
+
+
+def new_handler(pages: FakePages) -> SlidingHandler:
+    return SlidingHandler(FakeHomeserver(), FakeSlidingSync(), pages)  # type: ignore[arg-type]
 
 
 class Server:
@@ -122,9 +136,10 @@ actions = st.lists(
 )
 @given(actions=actions, fails=st.booleans())
 def test_each_event_once_in_order_and_none_lost(actions: list[Any], fails: bool) -> None:
-    server, storage = Server(), FakeStorage()
-    storage.fails = fails
-    handler = SlidingHandler(FakeHomeserver(), storage)  # type: ignore[arg-type]
+    server, pages = Server(), FakePages()
+    pages.fails = fails
+    handler = new_handler(pages)
+    asyncio.run(handler.load())
     seen: dict[str, list[int]] = {}
     token: Position | None = None
     newly: set[str] = set()
@@ -182,7 +197,35 @@ def test_each_event_once_in_order_and_none_lost(actions: list[Any], fails: bool)
         for room_id in server.joined
     }
     assert token is not None
-    assert position_of_page(token, WRITERS) is None, "nothing is left, so no note is asked for"
+    assert position_of_page(token, WRITERS) is None, "nothing is left to be read"
+
+
+@pytest.mark.requirement("D5")
+def test_before_the_table_is_there_everything_is_sent() -> None:
+    server, pages = Server(), FakePages()
+    server.send("!elsewhere", WRITERS[1])
+    for _ in range(6):
+        server.send("!a", WRITERS[0])
+    server.joined.add("!a")
+    asked = Position(1, {WRITERS[0]: 7})
+
+    def ask(handler: SlidingHandler, since: Position, newly: set[str]) -> tuple[list[int], bool]:
+        request = Request(server, since, newly, 4, server.now())
+        page = asyncio.run(handler.page(request))
+        ours = position_of_page(page.next_batch, WRITERS) is not None
+        return request.events, ours
+
+    starting, started = new_handler(pages), new_handler(pages)
+    asyncio.run(started.load())
+    assert ask(starting, asked, {"!a"}) == ([2, 3, 4, 5, 6, 7], False)
+    assert not pages.stored
+    assert ask(started, asked, {"!a"}) == ([2, 3, 4, 5], True)
+    # Who comes with a token from before a restart: what was left then is not known yet.
+    (page,) = (token for _, token in pages.stored)
+    stream_id, writers = json.loads(page)
+    token = Position(stream_id, dict(writers))
+    assert ask(started, token, set()) == ([6, 7], False)
+    assert ask(starting, token, set()) == ([2, 3, 4, 5], False)
 
 
 positions = st.builds(

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from synapse_sticky.adapter import MIGRATION_LOCK
-from synapse_sticky.handlers.push import WATCH_AFTER_NOTE_MS
+from synapse_sticky.handlers.joins.push import WATCH_AFTER_RECORD_MS
+from synapse_sticky.homeserver.process import MIGRATION_LOCK
 from tests.integration.rooms import (
     NO_LIMITS,
     deferred,
@@ -265,7 +265,7 @@ def test_a_sender_sees_a_join_long_before_the_events_in_front_of_it(
             wait_until_delivered(seen | send(1))
             assert not unseen & newcomer.events.keys()
             asked = looks()
-            set_clock_of(sender, deployment.folder, 1.5 * WATCH_AFTER_NOTE_MS / 1000)
+            set_clock_of(sender, deployment.folder, 1.5 * WATCH_AFTER_RECORD_MS / 1000)
             wait_until(lambda: looks() > asked, "the sender to look once more")
         wait_until_delivered(unseen)
     finally:
@@ -308,10 +308,10 @@ def test_all_make_the_tables_at_once(
         wait_until(lambda: deployment.query(waiting) == [(len(WORKERS) + 1,)], "all to wait", 180)
     deployment.wait_until_ready()
     wait_until(lambda: deployment.query(all_tables), "the tables to be made")
-    layouts = deployment.query("SELECT version FROM synapse_sticky_layout ORDER BY version")
-    assert layouts == [(1,), (2,), (3,), (4,)]
+    layouts = deployment.query("SELECT duty, version FROM synapse_sticky_layouts ORDER BY duty")
+    assert layouts == [("deferral", 1), ("joins", 1), ("parking", 1), ("sliding", 1)]
     tell(deployment, peer, newcomer, pace=range(2))
-    for what, times in (("to layout 1", 1), ("to layout 4", 1), ("Could not start", 0)):
+    for what, times in (("to layout 1", len(layouts)), ("Could not load", 0)):
         assert deployment.output().count(what) - said.count(what) == times, what
 
 
@@ -377,8 +377,9 @@ def test_a_rolling_restart_with_a_later_layout(lab: Lab, peer: Peer, newcomer: P
 
     try:
         tell(deployment, peer, newcomer, meanwhile=upgrade, pace=iter(began.get, None))
-        assert deployment.query("SELECT max(version) FROM synapse_sticky_layout") == [(5,)]
-        assert deployment.output().count("to layout 5") == 1
+        layout = "SELECT version FROM synapse_sticky_layouts WHERE duty = 'deferral'"
+        assert deployment.query(layout) == [(2,)]
+        assert deployment.output().count("the tables of deferral to layout 2") == 1
         # All goes on as before.
         enter(deployment, peer)
     finally:

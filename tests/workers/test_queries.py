@@ -32,7 +32,7 @@ _PREFIX = "synapse_sticky_"
 # What each process may do: transactions, and what runs in the background.
 _EVERYWHERE = {"migrate", "read_rows", "start", "follow_stream", "expire"}
 _OF_ITS_KIND = {
-    "main": {"note_page", "page", "newly_joined"},
+    "main": {"store_page", "read_page", "newly_joined"},
     "persister": {"deferred", "release", "drop_deferred"},
     "sender": {
         *("state_position", "newcomers", "left_behind", "memberships", "is_server_join"),
@@ -40,17 +40,17 @@ _OF_ITS_KIND = {
         *("read_joins", "nudge", "confirm"),
     },
     "receiver": {
-        *("waiting", "read_staged", "prune_staged", "is_joined"),
+        *("count_deferred", "read_staged", "prune_staged", "is_joined"),
         *("set_aside", "incomplete", "due_incomplete", "next_incomplete_ms"),
         *("stage_again", "postpone_incomplete", "look_at_incomplete_pdus"),
     },
-    "sync": {"note_page", "page", "newly_joined"},
+    "sync": {"store_page", "read_page", "newly_joined"},
     "background": {"merge_extremities"},
 }
 _HAS_DONE = {
     "persister": {"release"},
     "sender": {"memberships", "record_joins", "settle", "confirm"},
-    "receiver": {"waiting", "look_at_incomplete_pdus"},
+    "receiver": {"count_deferred", "look_at_incomplete_pdus"},
     "background": {"merge_extremities"},
 }
 """What each has done after the story of the test, at least."""
@@ -120,7 +120,7 @@ def test_each_process_does_its_own_work(lab: Lab, deployment: WorkerHomeserver, 
     def undone() -> dict[str, set[str]]:
         did = done(deployment)
         left = {name: _HAS_DONE.get(kind_of(name), set()) - did[name] for name in did}
-        left[SLIDING_SYNC] |= {"note_page", "page"} - did[SLIDING_SYNC]
+        left[SLIDING_SYNC] |= {"store_page", "read_page"} - did[SLIDING_SYNC]
         return {name: what for name, what in left.items() if what}
 
     wait_until(lambda: not undone(), "all to have done theirs", 120, undone)

@@ -8,7 +8,7 @@ from tests.lab.client import WITHOUT_TIMELINE
 from tests.lab.scene import Scene, enter
 from tests.lab.workers import MAIN, PERSISTERS, RECEIVERS, SENDERS, WORKERS
 
-EVERYWHERE = {"index", "delivery", "staging", "visibility"}
+EVERYWHERE = {"index", "delivery", "sliding", "visibility", "pruning", "parking"}
 DUTIES = {
     MAIN: {"sending"},
     **{key: {"deferral"} for key in PERSISTERS},

@@ -1,4 +1,4 @@
-//! What the index answers. Expired rows are left out exactly, dropped or not.
+//! The queries of the index. They leave out exactly the expired rows, dropped or not.
 
 use std::cmp::Reverse;
 use std::collections::binary_heap::PeekMut;
@@ -10,33 +10,34 @@ use super::range::{Bounds, Range};
 use super::{number_key, room_span, Found, Row, StickyIndex};
 use crate::rules;
 
-/// Rows of the stream that may be looked at for each room asked for, before looking into each room is the cheaper way: a row is a
-/// step along a tree and a look at its room, a room is a search by name and another for the place to start.
+/// How many rows of the stream a query may scan for each room that it asks for. Beyond that, a search in each room is
+/// cheaper. A row costs a step along a tree and a look at its room. A room costs a search by name and a search for the
+/// first row.
 const ROWS_PER_ROOM: usize = 4;
 
 fn affordable_rows(rooms: &impl Rooms) -> usize {
     rooms.len().saturating_mul(ROWS_PER_ROOM)
 }
 
-/// A set of rooms that can be looked into or gone through. Python's sets can do both without being copied first.
+/// A set of rooms. A query looks into it or iterates over it. Python's sets allow both without a copy.
 pub trait Rooms {
-    /// What can go wrong. [`Infallible`] for Rust's own sets.
+    /// The error of a lookup or an iteration. [`Infallible`] for Rust's own sets.
     type Error;
-    /// How many there are.
+    /// How many rooms the set has.
     fn len(&self) -> usize;
-    /// Whether there is none.
+    /// Whether the set has no room.
     fn is_empty(&self) -> bool {
         self.len() == 0
     }
-    /// Whether `room_id` is one of them.
+    /// Whether the set has `room_id`.
     ///
     /// # Errors
-    /// As the set has it.
+    /// The lookup failed.
     fn contains(&self, room_id: &str) -> Result<bool, Self::Error>;
-    /// Calls `visit` with each of them, once.
+    /// Calls `visit` with each room, once.
     ///
     /// # Errors
-    /// As the set has it.
+    /// The iteration failed.
     fn for_each(&self, visit: impl FnMut(&str)) -> Result<(), Self::Error>;
 }
 
@@ -60,11 +61,11 @@ impl<S: BuildHasher> Rooms for HashSet<&str, S> {
 /// Events by room.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RoomEvents<'a> {
-    /// The rooms in the order of the first event of each, with its events in theirs.
+    /// Each room with its events in stream order. The rooms are in the order of their first events.
     pub rooms: Vec<(&'a str, Vec<&'a str>)>,
-    /// How many events there are.
+    /// How many events all rooms have together.
     pub count: usize,
-    /// The stream ID of the last of them all.
+    /// The stream ID of the last of all these events.
     pub last_stream_id: Option<i64>,
 }
 
@@ -75,14 +76,14 @@ impl Row {
 }
 
 impl StickyIndex {
-    /// The events of these rooms in this range that are unexpired at `now_ms`, by ascending stream ID, `limit` of them at most
+    /// The events of these rooms in this range that are unexpired at `now_ms`, by ascending stream ID, at most `limit`
     /// (D1, D2, D4).
     ///
-    /// The cost follows the smaller of how many rooms are asked for and how many rows are in the range: with nothing new, the rooms
-    /// are not looked at.
+    /// The cost follows the number of rooms or the number of rows in the range, whichever is smaller. If the range has
+    /// no row, the query does not look into `rooms`.
     ///
     /// # Errors
-    /// As looking into `rooms` has it.
+    /// A look into `rooms` failed.
     pub fn events_in_rooms<R: Rooms>(
         &self,
         rooms: &R,
@@ -94,10 +95,10 @@ impl StickyIndex {
         Ok(rows.into_iter().map(|row| self.found(row)).collect())
     }
 
-    /// The same events, by room. Without a limit this is the cheaper way: the rooms need not be merged into one order.
+    /// The same events, by room. Without a limit this is cheaper, since it need not merge the rooms into one order.
     ///
     /// # Errors
-    /// As looking into `rooms` has it.
+    /// A look into `rooms` failed.
     pub fn events_by_room<R: Rooms>(
         &self,
         rooms: &R,
@@ -141,7 +142,7 @@ impl StickyIndex {
         if limit == Some(0) || rooms.is_empty() {
             return Ok(found);
         }
-        // With a limit, a long stream too may yield enough before it costs more than looking into each room.
+        // With a limit, even a long stream may yield enough before it costs more than a search in each room.
         if limit.is_some() || !self.is_better_by_room(rooms, &bounds) {
             let mut stream = self.stream(&bounds);
             for number in stream.by_ref().take(affordable_rows(rooms)) {
@@ -199,13 +200,13 @@ impl StickyIndex {
         found
     }
 
-    /// Is looking into each room cheaper than going through the stream?
+    /// Whether a search in each room is cheaper than a scan of the stream.
     fn is_better_by_room<R: Rooms>(&self, rooms: &R, bounds: &Bounds) -> bool {
         self.stream(bounds).nth(affordable_rows(rooms)).is_some()
     }
 
-    /// This server's own events of a room from `from_stream_id` (inclusive), unexpired at `now_ms`, by ascending stream ID, `limit`
-    /// of them at most: what a server that joins is sent (P3, P4, P5).
+    /// This server's own events of a room from `from_stream_id` (inclusive) that are unexpired at `now_ms`, by
+    /// ascending stream ID, at most `limit`. This server pushes them to a newcomer (P3, P4, P5).
     pub fn own_events(
         &self,
         room_id: &str,
@@ -226,55 +227,27 @@ impl StickyIndex {
             .map(|row| self.found(row))
     }
 
-    /// The servers whose users sent the events of a room that are unexpired at `now_ms`, sorted.
-    ///
-    /// Senders without a domain are nobody's. The cost follows the number of servers; only if a server's last event to expire was
-    /// removed before its time are the room's rows gone through, once, hence `&mut`.
-    pub fn servers_in_room(&mut self, room_id: &str, now_ms: i64) -> Vec<&str> {
-        let Some(room) = self.rooms.find(room_id) else {
-            return Vec::new();
-        };
-        let all_servers = (room, 0)..=(room, u32::MAX);
-        // If even a stale time is past, the true one is too.
-        if self
-            .tallies
-            .range(all_servers.clone())
-            .any(|(_, tally)| tally.stale && rules::is_unexpired(tally.latest_ms, now_ms))
-        {
-            self.freshen_tallies(room);
-        }
-        let mut servers: Vec<&str> = self
-            .tallies
-            .range(all_servers)
-            .filter(|(_, tally)| rules::is_unexpired(tally.latest_ms, now_ms))
-            .map(|((_, server), _)| self.servers.get(*server))
-            .filter(|server| !server.is_empty())
-            .collect();
-        servers.sort_unstable();
-        servers
-    }
-
-    /// An event, even one that has expired but is not dropped yet.
+    /// An event, even an expired one that the index has not dropped yet.
     #[must_use]
     pub fn get(&self, event_id: &str) -> Option<Found<'_>> {
         let number = self.number_of(event_id)?;
         Some(self.found(self.rows.get(number)))
     }
 
-    /// Whether the event is there, even one that has expired but is not dropped yet.
+    /// Whether the index has the event, even an expired one that it has not dropped yet.
     #[must_use]
     pub fn contains(&self, event_id: &str) -> bool {
         self.number_of(event_id).is_some()
     }
 
-    /// The rows of all rooms between the outermost bounds, in order.
+    /// The rows of all rooms between the outermost bounds, in stream order.
     fn stream(&self, bounds: &Bounds) -> impl Iterator<Item = u32> + '_ {
         self.by_stream
             .range(number_key(bounds.first, 0)..=number_key(bounds.last, u32::MAX))
             .map(|key| key[2])
     }
 
-    /// The rows of these rooms between the outermost bounds, in order: each room's own, merged.
+    /// The rows of these rooms between the outermost bounds, merged into stream order.
     fn merged(&self, rooms: &[u32], bounds: &Bounds) -> impl Iterator<Item = u32> + '_ {
         let mut rest = Vec::new();
         let mut heads = Vec::new();
@@ -287,7 +260,7 @@ impl StickyIndex {
                 rest.push(keys);
             }
         }
-        // Built in one go, which is linear; pushing one by one is not.
+        // To build the heap at once is linear; to push the heads one by one is not.
         let mut heads = BinaryHeap::from(heads);
         std::iter::from_fn(move || {
             let mut head = heads.peek_mut()?;
@@ -300,19 +273,6 @@ impl StickyIndex {
             }
             Some(number)
         })
-    }
-
-    fn freshen_tallies(&mut self, room: u32) {
-        for (_, tally) in self.tallies.range_mut((room, 0)..=(room, u32::MAX)) {
-            tally.latest_ms = i64::MIN;
-            tally.stale = false;
-        }
-        for [_, _, _, number] in self.by_room.range(room_span(room, i64::MIN, i64::MAX)) {
-            let row = self.rows.get(*number);
-            if let Some(tally) = self.tallies.get_mut(&(room, row.server)) {
-                tally.latest_ms = tally.latest_ms.max(row.expires_at_ms);
-            }
-        }
     }
 
     fn found<'a>(&'a self, row: &'a Row) -> Found<'a> {

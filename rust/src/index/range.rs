@@ -1,17 +1,18 @@
-//! A range of a stream that several writers write to, as Synapse's `MultiWriterStreamToken` gives its ends.
+//! A range of a stream that has several writers. Its ends are like Synapse's `MultiWriterStreamToken`.
 
 use std::collections::HashMap;
 
 use super::store::Interner;
 
-/// A position in the stream: one number for all writers, and higher ones for those that are known to be further.
+/// A position in the stream: one number for all writers, and higher numbers for the writers that are further ahead.
 ///
-/// A writer's own position below `stream_id` counts as `stream_id`. Valid tokens have none, and Synapse's SQL does the same.
+/// A writer's own position below `stream_id` counts as `stream_id`. A valid token has no such position, and Synapse's
+/// SQL treats it likewise.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Position {
     /// The position of every writer that is not in `writers`.
     pub stream_id: i64,
-    /// The positions of those writers that are ahead of it, by instance name.
+    /// The positions of the writers that are ahead of `stream_id`, by instance name.
     pub writers: HashMap<String, i64>,
 }
 
@@ -32,23 +33,23 @@ pub struct Range {
     pub up_to: Position,
 }
 
-/// A [`Range`] with the writers' names looked up: what a scan needs for each row.
+/// A [`Range`] with the writers' names resolved to numbers. A scan compares each row with it.
 #[derive(Debug)]
 pub(super) struct Bounds {
-    /// Below this no row of any writer is in the range (inclusive).
+    /// The lowest stream ID that a row in the range can have.
     pub(super) first: i64,
-    /// Above this no row of any writer is in the range (inclusive).
+    /// The highest stream ID that a row in the range can have.
     pub(super) last: i64,
     everyone: (i64, i64),
-    /// Few: the writers that either end names, and that have rows.
+    /// The writers that either end names and that have rows. They are few.
     writers: Vec<(u32, (i64, i64))>,
 }
 
 impl Bounds {
-    /// `None` if the range is empty, whatever the rows are.
+    /// `None` if no row can be in the range.
     pub(super) fn new(range: &Range, instances: &Interner) -> Option<Self> {
         let Range { after, up_to } = range;
-        // No row comes after the greatest number of all.
+        // No row comes after the greatest number.
         let first = after.stream_id.checked_add(1)?;
         let last = up_to
             .writers

@@ -1,15 +1,15 @@
-//! Where the index keeps its rows and names: compact, and growing a little at a time, so that no insertion pauses to move all.
+//! The memory of the index for its rows and names. It is compact and grows in small steps.
 //!
-//! No `HashMap` here: one with a million entries stops for tens of milliseconds when it doubles. A B-tree of short hashes grows
-//! node by node and is smaller.
+//! There is no `HashMap` here: one with a million entries pauses for tens of milliseconds when it doubles. A B-tree of
+//! short hashes grows node by node and is smaller.
 
 use std::collections::BTreeSet;
 use std::hash::{BuildHasher, RandomState};
 
-/// Slots per chunk. A new chunk is the largest thing ever allocated at once.
+/// Slots per chunk. A new chunk is the largest single allocation.
 const CHUNK: usize = 512;
 
-/// Values by `u32` number, in chunks that never move. A number is used again once it is free.
+/// Values by `u32` number, in chunks that never move. The slab reuses a number once it is free.
 #[derive(Debug)]
 pub(super) struct Slab<T> {
     chunks: Vec<Vec<Option<T>>>,
@@ -35,7 +35,7 @@ impl<T> Slab<T> {
         self.len >= u32::MAX as usize
     }
 
-    /// The caller has seen that the slab is not full.
+    /// The caller has checked that the slab is not full.
     pub(super) fn add(&mut self, value: T) -> u32 {
         self.len += 1;
         if let Some(number) = self.free.pop() {
@@ -72,7 +72,7 @@ impl<T> Slab<T> {
         self.len -= 1;
         self.free.push(number);
         if self.len == 0 {
-            // The flood is over: give its memory back.
+            // The flood is over: give the memory back.
             *self = Self::new();
         }
         value
@@ -84,10 +84,11 @@ impl<T> Slab<T> {
     }
 }
 
-/// The longest event ID that is kept in place: those of room version 3 and later have 44 bytes. What is left of a size of 48.
+/// The longest event ID that an [`EventId`] of 48 bytes holds in place. Event IDs of room version 3 and later have 44
+/// bytes.
 const SHORT: usize = 46;
 
-/// An event ID, kept in place if it is short: no piece of memory for each, and no other place to look at.
+/// An event ID. A short one is held in place: it needs no allocation and no pointer to follow.
 #[derive(Debug)]
 pub(super) enum EventId {
     Short { len: u8, bytes: [u8; SHORT] },
@@ -121,9 +122,10 @@ impl From<&str> for EventId {
     }
 }
 
-/// Numbers by name, where the names themselves are kept elsewhere: eight bytes an entry, a short hash and the number.
+/// Numbers by name. An entry has eight bytes: a short hash and the number. The names themselves are stored elsewhere.
 ///
-/// The hash is keyed at random, so nobody can choose names that collide; the few that do are told apart by looking at the name.
+/// The hash has a random key, so nobody can choose names that collide. A few collide by chance; a look at the name
+/// tells them apart.
 #[derive(Debug, Default)]
 pub(super) struct Names {
     hasher: RandomState,
@@ -131,7 +133,7 @@ pub(super) struct Names {
 }
 
 impl Names {
-    /// The number of `name`; `name_of` gives the name of a number.
+    /// The number of `name`. `name_of` gives the name of a number.
     pub(super) fn find<'a>(&self, name: &str, name_of: impl Fn(u32) -> &'a str) -> Option<u32> {
         let first = self.entry(name, 0);
         self.entries
@@ -161,8 +163,8 @@ struct Interned {
     uses: u32,
 }
 
-/// Names kept once, numbered, and forgotten when the last row that uses them goes: whatever names a sender makes up, there are
-/// never more than rows.
+/// Numbered names, each stored once. The interner forgets a name together with the last row that uses it. So it never
+/// has more names than the index has rows, whatever names a sender makes up.
 #[derive(Debug)]
 pub(super) struct Interner {
     names: Names,
@@ -185,7 +187,7 @@ impl Interner {
         &self.slots.get(number).name
     }
 
-    /// The number of `name`, now used by one more row.
+    /// The number of `name`, which one more row uses now.
     pub(super) fn acquire(&mut self, name: &str) -> u32 {
         if let Some(number) = self.find(name) {
             self.slots.get_mut(number).uses += 1;
@@ -199,7 +201,7 @@ impl Interner {
         number
     }
 
-    /// One row fewer uses it.
+    /// One row fewer uses the name of this number.
     pub(super) fn release(&mut self, number: u32) {
         let slot = self.slots.get_mut(number);
         slot.uses -= 1;

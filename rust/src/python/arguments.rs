@@ -1,146 +1,175 @@
-//! Python's arguments into this crate's types.
+//! The arguments of the Python functions, as types that PyO3 extracts.
 //!
-//! By hand rather than by PyO3: so that every refusal names the argument, so that a bool is not taken for an int, and so that an int
-//! too large for the crate is a `ValueError`.
+//! Each argument has a type of its own, which knows its name. PyO3 itself names a bad argument only in a note of the
+//! exception, and Python 3.10 has no notes. Besides, PyO3 takes a bool for an int.
 
 use std::collections::HashMap;
 
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedStr;
-use pyo3::types::{PyBool, PyDict, PyFloat, PyInt, PyMapping, PyString};
+use pyo3::types::{PyBool, PyFloat, PyInt, PyMapping, PyString, PyTuple};
 
-use super::Any;
 use crate::error::Error;
-use crate::rules::{Field, Value};
 
-/// What an argument is called in an error message. Only put together if there is one.
-pub(super) enum Argument {
-    Named(&'static str),
-    InRow(usize, &'static str),
-}
+/// Defines the type of each argument: `function -> value { Type = "name" }`. The function converts the Python object.
+macro_rules! arguments {
+    ($($convert:ident -> $value:ty { $($argument:ident = $name:literal,)* })*) => {$($(
+        pub(super) struct $argument(pub(super) $value);
 
-impl From<&'static str> for Argument {
-    fn from(name: &'static str) -> Self {
-        Self::Named(name)
-    }
-}
+        impl FromPyObject<'_, '_> for $argument {
+            type Error = Error;
 
-impl From<(usize, &'static str)> for Argument {
-    fn from((at, field): (usize, &'static str)) -> Self {
-        Self::InRow(at, field)
-    }
-}
-
-impl From<Argument> for String {
-    fn from(argument: Argument) -> Self {
-        match argument {
-            Argument::Named(name) => name.to_owned(),
-            Argument::InRow(at, field) => format!("rows[{at}]{field}"),
+            fn extract(object: Borrowed<'_, '_, PyAny>) -> Result<Self, Error> {
+                $convert(&object, $name).map(Self)
+            }
         }
+    )*)*};
+}
+
+arguments! {
+    integer -> i64 {
+        ExpiresAtMs = "expires_at_ms",
+        FromStreamId = "from_stream_id",
+        NowMs = "now_ms",
+        ReceivedTsMs = "received_ts_ms",
+        StreamId = "stream_id",
+        ToStreamId = "to_stream_id",
+    }
+    count -> usize {
+        BurstCount = "burst_count",
+        Capacity = "capacity",
+        MaxEvents = "max_events",
+        MaxFound = "limit",
+        MaxRows = "max_rows",
+    }
+    number -> f64 {
+        PerSecond = "per_second",
+    }
+    text -> PyBackedStr {
+        EventId = "event_id",
+        InstanceName = "instance_name",
+        LimitName = "limits' keys",
+        Origin = "origin",
+        RoomId = "room_id",
+        Sender = "sender",
+        Server = "server",
+        ServerName = "server_name",
+        UserId = "user_id",
+    }
+    writers -> HashMap<String, i64> {
+        FromPositions = "from_positions",
+        Positions = "positions",
+        ToPositions = "to_positions",
     }
 }
 
-pub(super) fn wrong_type(argument: impl Into<Argument>, expected: &'static str) -> Error {
-    let argument = argument.into().into();
-    Error::WrongType { argument, expected }
+fn is_int(object: &Bound<'_, PyAny>) -> bool {
+    object.is_instance_of::<PyInt>() && !object.is_instance_of::<PyBool>()
 }
 
-pub(super) fn bad_value(argument: impl Into<Argument>, expected: &'static str) -> Error {
-    let argument = argument.into().into();
-    Error::BadValue { argument, expected }
-}
-
-pub(super) fn text(object: &Any<'_>, argument: impl Into<Argument>) -> Result<PyBackedStr, Error> {
-    match object.cast::<PyString>() {
-        Ok(text) => PyBackedStr::try_from(text.clone())
-            // Half of a surrogate pair: Python's strings can hold it, UTF-8 and the database cannot.
-            .map_err(|_| bad_value(argument, "a str of valid Unicode")),
-        Err(_) => Err(wrong_type(argument, "a str")),
-    }
-}
-
-/// A Python int that is not a bool, or the nearest number that an `i64` can hold; `None` if it is no int.
-fn saturated(object: &Any<'_>) -> PyResult<Option<(i64, bool)>> {
-    if object.is_instance_of::<PyBool>() || !object.is_instance_of::<PyInt>() {
+/// The number of 64 bits that is nearest to a Python int; `None` if the object is not an int.
+pub(super) fn nearest(object: &Bound<'_, PyAny>) -> PyResult<Option<i64>> {
+    if !is_int(object) {
         return Ok(None);
     }
     Ok(Some(match object.extract() {
-        Ok(integer) => (integer, true),
-        Err(_) if object.lt(0)? => (i64::MIN, false),
-        Err(_) => (i64::MAX, false),
+        Ok(integer) => integer,
+        Err(_) if object.lt(0)? => i64::MIN,
+        Err(_) => i64::MAX,
     }))
 }
 
-pub(super) fn nearest(object: &Any<'_>, argument: impl Into<Argument>) -> PyResult<i64> {
-    match saturated(object)? {
-        Some((integer, _)) => Ok(integer),
-        None => Err(wrong_type(argument, "an int").into()),
-    }
-}
-
-pub(super) fn integer(object: &Any<'_>, argument: impl Into<Argument>) -> PyResult<i64> {
-    match saturated(object)? {
-        Some((integer, true)) => Ok(integer),
-        Some(_) => Err(bad_value(argument, "an int of at most 64 bits").into()),
-        None => Err(wrong_type(argument, "an int").into()),
-    }
-}
-
-pub(super) fn count(object: &Any<'_>, argument: &'static str) -> PyResult<usize> {
-    usize::try_from(integer(object, argument)?)
-        .map_err(|_| bad_value(argument, "an int, 0 or more").into())
-}
-
-pub(super) fn number(object: &Any<'_>, argument: &'static str) -> PyResult<f64> {
-    if object.is_instance_of::<PyBool>()
-        || !(object.is_instance_of::<PyInt>() || object.is_instance_of::<PyFloat>())
-    {
-        return Err(wrong_type(argument, "an int or a float").into());
+fn integer(object: &Bound<'_, PyAny>, name: &str) -> Result<i64, Error> {
+    if !is_int(object) {
+        return Err(Error::wrong_type(name, "an int"));
     }
     object
         .extract()
-        .map_err(|_| bad_value(argument, "a number that a float can hold").into())
+        .map_err(|_| Error::bad_value(name, "an int of at most 64 bits"))
 }
 
-/// Positions by writer, from a dict or from the immutable one that Synapse's tokens hold.
-pub(super) fn writers(object: &Any<'_>, argument: &'static str) -> PyResult<HashMap<String, i64>> {
-    const EXPECTED: &str = "a dict of str to int";
-    let mapping = object
-        .cast::<PyMapping>()
-        .map_err(|_| wrong_type(argument, EXPECTED))?;
+fn count(object: &Bound<'_, PyAny>, name: &str) -> Result<usize, Error> {
+    usize::try_from(integer(object, name)?).map_err(|_| Error::bad_value(name, "an int, 0 or more"))
+}
+
+fn number(object: &Bound<'_, PyAny>, name: &str) -> Result<f64, Error> {
+    if !is_int(object) && !object.is_instance_of::<PyFloat>() {
+        return Err(Error::wrong_type(name, "an int or a float"));
+    }
+    object
+        .extract()
+        .map_err(|_| Error::bad_value(name, "a number that a float can hold"))
+}
+
+pub(super) fn text(object: &Bound<'_, PyAny>, name: &str) -> Result<PyBackedStr, Error> {
+    if !object.is_instance_of::<PyString>() {
+        return Err(Error::wrong_type(name, "a str"));
+    }
+    // Python's strings can hold half of a surrogate pair. UTF-8 and the database cannot.
+    object
+        .extract()
+        .map_err(|_| Error::bad_value(name, "a str of valid Unicode"))
+}
+
+/// Converts positions by writer, from a dict or from the immutable mapping that Synapse's tokens hold.
+fn writers(object: &Bound<'_, PyAny>, name: &str) -> Result<HashMap<String, i64>, Error> {
+    let wrong_type = || Error::wrong_type(name, "a dict of str to int");
+    let mapping = object.cast::<PyMapping>().map_err(|_| wrong_type())?;
     let mut writers = HashMap::new();
-    if mapping.is_empty()? {
+    if mapping.is_empty().map_err(|_| wrong_type())? {
         return Ok(writers);
     }
-    for item in mapping.items()? {
-        let (name, position): (Any<'_>, Any<'_>) = item.extract()?;
-        writers.insert(
-            text(&name, argument)?.to_string(),
-            integer(&position, argument)?,
-        );
+    for item in mapping.items().map_err(|_| wrong_type())? {
+        let (writer, position): (Bound<'_, PyAny>, Bound<'_, PyAny>) =
+            item.extract().map_err(|_| wrong_type())?;
+        writers.insert(text(&writer, name)?.to_string(), integer(&position, name)?);
     }
     Ok(writers)
 }
 
-/// What [`crate::rules::sticky_duration_ms`] needs to know of a JSON value. An object may be any mapping: events may be frozen.
-pub(super) fn json_field(field: &Any<'_>) -> PyResult<Field> {
-    const KEY: &str = "duration_ms";
-    let duration_ms = if let Ok(object) = field.cast::<PyDict>() {
-        object.get_item(KEY)?
-    } else if let Ok(object) = field.cast::<PyMapping>() {
-        match object.contains(KEY)? {
-            true => Some(object.get_item(KEY)?),
-            false => None,
-        }
-    } else {
-        return Ok(Field::NotObject);
-    };
-    let duration_ms = match duration_ms {
-        None => None,
-        Some(value) => Some(match saturated(&value)? {
-            Some((integer, _)) => Value::Integer(integer),
-            None => Value::NotInteger,
-        }),
-    };
-    Ok(Field::Object { duration_ms })
+/// One tuple of an argument that is a list of tuples. Errors call it `rows[at]`.
+pub(super) struct Row<'py> {
+    tuple: Bound<'py, PyTuple>,
+    at: usize,
+}
+
+impl<'py> Row<'py> {
+    /// Reads all tuples of the argument called `name`. Each must have `len` fields, which `expected` describes.
+    ///
+    /// A database gives rows as tuples. Other sequences are more likely to be mistakes.
+    pub(super) fn read_all<T>(
+        rows: &Bound<'py, PyAny>,
+        name: &str,
+        len: usize,
+        expected: &'static str,
+        read: impl Fn(&Self) -> PyResult<T>,
+    ) -> PyResult<Vec<T>> {
+        let rows = rows
+            .try_iter()
+            .map_err(|_| Error::wrong_type(name, "a list of tuples"))?;
+        rows.enumerate()
+            .map(|(at, row)| match row?.cast_into::<PyTuple>() {
+                Ok(tuple) if tuple.len() == len => read(&Self { tuple, at }),
+                Ok(_) => Err(Error::bad_value(format!("rows[{at}]"), expected).into()),
+                Err(_) => Err(Error::wrong_type(format!("rows[{at}]"), expected).into()),
+            })
+            .collect()
+    }
+
+    /// The field of this number.
+    pub(super) fn field<T>(&self, number: usize) -> PyResult<T>
+    where
+        T: for<'a> FromPyObject<'a, 'py, Error = Error>,
+    {
+        let field = self.tuple.get_item(number)?;
+        let in_row = |argument| format!("rows[{}].{argument}", self.at);
+        let value = field.extract().map_err(|error| match error {
+            Error::WrongType { argument, expected } => {
+                Error::wrong_type(in_row(argument), expected)
+            }
+            Error::BadValue { argument, expected } => Error::bad_value(in_row(argument), expected),
+            Error::Full => error,
+        });
+        Ok(value?)
+    }
 }

@@ -3,7 +3,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
-/// A name that is kept in several places.
+/// A name that several collections share.
 pub(super) type Name = Arc<str>;
 
 enum Place<P> {
@@ -29,14 +29,14 @@ impl<P: Ord> Default for Schedule<P> {
 }
 
 impl<P: Copy + Ord> Schedule<P> {
-    /// The name is ready now, at this place in the order.
+    /// Makes the name ready, at this place in the order.
     pub(super) fn ready(&mut self, name: &Name, priority: P) {
         self.remove(name);
         self.places.insert(name.clone(), Place::Ready(priority));
         self.ready.insert((priority, name.clone()));
     }
 
-    /// The name is out of the order until then.
+    /// Takes the name out of the order until then.
     pub(super) fn sleep(&mut self, name: &Name, until_ms: i64) {
         self.remove(name);
         self.places.insert(name.clone(), Place::Asleep(until_ms));
@@ -51,7 +51,7 @@ impl<P: Copy + Ord> Schedule<P> {
         };
     }
 
-    /// Takes out those who have slept long enough, longest due first.
+    /// Takes out the names whose sleep is over, the one that is due longest first. The caller makes them ready.
     pub(super) fn wake(&mut self, now_ms: i64) -> Vec<Name> {
         let mut woken = Vec::new();
         while let Some((until_ms, _)) = self.asleep.first() {
@@ -66,12 +66,12 @@ impl<P: Copy + Ord> Schedule<P> {
         woken
     }
 
-    /// Who is next.
+    /// The next name in the order.
     pub(super) fn first(&self) -> Option<&Name> {
         self.ready.first().map(|(_, name)| name)
     }
 
-    /// How many are ready.
+    /// How many names are ready.
     pub(super) fn count_ready(&self) -> usize {
         self.ready.len()
     }
@@ -80,7 +80,7 @@ impl<P: Copy + Ord> Schedule<P> {
         matches!(self.places.get(name), Some(Place::Ready(_)))
     }
 
-    /// When the next one wakes.
+    /// When the next name wakes.
     pub(super) fn next_wake_ms(&self) -> Option<i64> {
         self.asleep.first().map(|(until_ms, _)| *until_ms)
     }

@@ -1,0 +1,271 @@
+//! `StickyIndex`.
+
+use std::cell::OnceCell;
+use std::collections::BTreeMap;
+
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyFrozenSet, PyList, PySet, PyString};
+
+use super::arguments::{
+    text, EventId, ExpiresAtMs, FromPositions, FromStreamId, InstanceName, MaxFound, MaxRows,
+    NowMs, Positions, RoomId, Row, Sender, ServerName, StreamId, ToPositions, ToStreamId,
+};
+use crate::error::Error;
+use crate::index::{NewRow, Position, Range, Rooms, StickyIndex};
+
+/// `(stream_id, room_id, event_id, sender, expires_at_ms)`
+type FoundTuple<'a> = (i64, &'a str, &'a str, &'a str, i64);
+
+#[pyclass(name = "StickyIndex", module = "synapse_sticky._core")]
+pub(super) struct PyStickyIndex(StickyIndex);
+
+#[pymethods]
+impl PyStickyIndex {
+    #[new]
+    fn new(server_name: ServerName) -> Result<Self, Error> {
+        if server_name.0.is_empty() {
+            return Err(Error::bad_value(
+                "server_name",
+                "the name of a server, not empty",
+            ));
+        }
+        Ok(Self(StickyIndex::new(&server_name.0)))
+    }
+
+    fn insert(&mut self, rows: OwnedRows) -> Result<(), Error> {
+        for row in &rows.0 {
+            self.0.insert(row.as_new())?;
+        }
+        Ok(())
+    }
+
+    fn remove(&mut self, event_id: EventId) -> bool {
+        self.0.remove(&event_id.0)
+    }
+
+    fn expire(&mut self, now_ms: NowMs, max_rows: MaxRows) -> usize {
+        self.0.expire(now_ms.0, max_rows.0)
+    }
+
+    fn advance(&mut self, instance_name: InstanceName, stream_id: StreamId) {
+        self.0.advance(&instance_name.0, stream_id.0);
+    }
+
+    fn positions(&self) -> BTreeMap<String, i64> {
+        self.0.positions().clone()
+    }
+
+    fn in_step(&self, positions: Positions) -> bool {
+        let positions = positions.0.iter().map(|(name, at)| (name.as_str(), *at));
+        self.0.in_step(positions)
+    }
+
+    #[allow(clippy::too_many_arguments)] // Two positions are two arguments each, as in Synapse's tokens.
+    fn events_in_rooms<'py>(
+        &self,
+        py: Python<'py>,
+        room_ids: PyRooms<'_, 'py>,
+        from_stream_id: FromStreamId,
+        from_positions: FromPositions,
+        to_stream_id: ToStreamId,
+        to_positions: ToPositions,
+        now_ms: NowMs,
+        limit: Option<MaxFound>,
+    ) -> PyResult<Bound<'py, PyList>> {
+        let range = range(from_stream_id, from_positions, to_stream_id, to_positions);
+        let limit = limit.map(|limit| limit.0);
+        let found = self.0.events_in_rooms(&room_ids, &range, now_ms.0, limit)?;
+        let tuples = found
+            .iter()
+            .map(|row| (row.stream_id, row.room_id, row.event_id));
+        PyList::new(py, tuples)
+    }
+
+    #[allow(clippy::too_many_arguments)] // As above.
+    fn events_by_room<'py>(
+        &self,
+        py: Python<'py>,
+        room_ids: PyRooms<'_, 'py>,
+        from_stream_id: FromStreamId,
+        from_positions: FromPositions,
+        to_stream_id: ToStreamId,
+        to_positions: ToPositions,
+        now_ms: NowMs,
+        limit: Option<MaxFound>,
+    ) -> PyResult<(Bound<'py, PyDict>, usize, Option<i64>)> {
+        let range = range(from_stream_id, from_positions, to_stream_id, to_positions);
+        let limit = limit.map(|limit| limit.0);
+        let found = self.0.events_by_room(&room_ids, &range, now_ms.0, limit)?;
+        let by_room = PyDict::new(py);
+        for (room_id, event_ids) in &found.rooms {
+            by_room.set_item(room_id, PyList::new(py, event_ids)?)?;
+        }
+        Ok((by_room, found.count, found.last_stream_id))
+    }
+
+    fn own_events(
+        &self,
+        room_id: RoomId,
+        from_stream_id: FromStreamId,
+        now_ms: NowMs,
+        limit: MaxFound,
+    ) -> Vec<(i64, &str, &str)> {
+        self.0
+            .own_events(&room_id.0, from_stream_id.0, now_ms.0, limit.0)
+            .map(|found| (found.stream_id, found.event_id, found.sender))
+            .collect()
+    }
+
+    fn server_count(&mut self, room_id: RoomId, now_ms: NowMs) -> usize {
+        self.0.server_count(&room_id.0, now_ms.0)
+    }
+
+    fn get(&self, event_id: EventId) -> Option<FoundTuple<'_>> {
+        let found = self.0.get(&event_id.0)?;
+        Some((
+            found.stream_id,
+            found.room_id,
+            found.event_id,
+            found.sender,
+            found.expires_at_ms,
+        ))
+    }
+
+    fn __len__(&self) -> usize {
+        self.0.len()
+    }
+
+    fn __contains__(&self, event_id: EventId) -> bool {
+        self.0.contains(&event_id.0)
+    }
+}
+
+fn range(
+    from_stream_id: FromStreamId,
+    from_positions: FromPositions,
+    to_stream_id: ToStreamId,
+    to_positions: ToPositions,
+) -> Range {
+    Range {
+        after: Position {
+            stream_id: from_stream_id.0,
+            writers: from_positions.0,
+        },
+        up_to: Position {
+            stream_id: to_stream_id.0,
+            writers: to_positions.0,
+        },
+    }
+}
+
+/// A row of `StickyIndex.insert`. Python owns the strings.
+struct OwnedRow {
+    stream_id: StreamId,
+    instance_name: InstanceName,
+    room_id: RoomId,
+    event_id: EventId,
+    sender: Sender,
+    expires_at_ms: ExpiresAtMs,
+}
+
+impl OwnedRow {
+    fn read(row: &Row<'_>) -> PyResult<Self> {
+        Ok(Self {
+            stream_id: row.field(0)?,
+            instance_name: row.field(1)?,
+            room_id: row.field(2)?,
+            event_id: row.field(3)?,
+            sender: row.field(4)?,
+            expires_at_ms: row.field(5)?,
+        })
+    }
+
+    fn as_new(&self) -> NewRow<'_> {
+        NewRow {
+            stream_id: self.stream_id.0,
+            instance_name: &self.instance_name.0,
+            room_id: &self.room_id.0,
+            event_id: &self.event_id.0,
+            sender: &self.sender.0,
+            expires_at_ms: self.expires_at_ms.0,
+        }
+    }
+}
+
+/// All rows of a call. PyO3 extracts all of them before the index inserts one, so a bad row leaves the index unchanged.
+struct OwnedRows(Vec<OwnedRow>);
+
+impl FromPyObject<'_, '_> for OwnedRows {
+    type Error = PyErr;
+
+    fn extract(rows: Borrowed<'_, '_, PyAny>) -> PyResult<Self> {
+        const EXPECTED: &str =
+            "a tuple (stream_id, instance_name, room_id, event_id, sender, expires_at_ms)";
+        Row::read_all(&rows, "rows", 6, EXPECTED, OwnedRow::read).map(Self)
+    }
+}
+
+/// A Python collection of room IDs.
+///
+/// A set is used as it is. Any other collection is copied into a set on the first look into it. A sync with nothing new
+/// does not look into it.
+struct PyRooms<'a, 'py> {
+    given: Borrowed<'a, 'py, PyAny>,
+    len: usize,
+    set: OnceCell<Bound<'py, PyAny>>,
+}
+
+const ROOM_IDS: &str = "a set, list or other collection of str";
+
+impl<'a, 'py> FromPyObject<'a, 'py> for PyRooms<'a, 'py> {
+    type Error = Error;
+
+    fn extract(given: Borrowed<'a, 'py, PyAny>) -> Result<Self, Error> {
+        // A string is a collection of strings of one letter, but nobody means it as one.
+        match given.len() {
+            Ok(len) if !given.is_instance_of::<PyString>() => Ok(Self {
+                given,
+                len,
+                set: OnceCell::new(),
+            }),
+            _ => Err(Error::wrong_type("room_ids", ROOM_IDS)),
+        }
+    }
+}
+
+impl<'py> PyRooms<'_, 'py> {
+    fn set(&self) -> Result<&Bound<'py, PyAny>, Error> {
+        let given = &self.given;
+        if given.is_instance_of::<PySet>() || given.is_instance_of::<PyFrozenSet>() {
+            return Ok(given);
+        }
+        if let Some(set) = self.set.get() {
+            return Ok(set);
+        }
+        let set = given
+            .py()
+            .get_type::<PyFrozenSet>()
+            .call1((given,))
+            .map_err(|_| Error::wrong_type("room_ids", ROOM_IDS))?;
+        Ok(self.set.get_or_init(|| set))
+    }
+}
+
+impl Rooms for PyRooms<'_, '_> {
+    type Error = PyErr;
+
+    fn len(&self) -> usize {
+        self.len
+    }
+
+    fn contains(&self, room_id: &str) -> PyResult<bool> {
+        self.set()?.contains(room_id)
+    }
+
+    fn for_each(&self, mut visit: impl FnMut(&str)) -> PyResult<()> {
+        for room_id in self.set()?.try_iter()? {
+            visit(&text(&room_id?, "room_ids' items")?);
+        }
+        Ok(())
+    }
+}

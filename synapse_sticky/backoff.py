@@ -1,0 +1,112 @@
+"""The one way to try again: one timer, one log line a step, bounded, whatever wakes it meanwhile.
+
+Nothing else in this project sets a timer for a retry. ``Backoff`` says how long a delay is;
+``Retrying`` runs a job, and runs it again after a failure.
+"""
+
+import logging
+import random
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
+
+import attr
+
+logger = logging.getLogger(__name__)
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class Backoff:
+    """A delay that doubles from ``min_ms`` to ``max_ms``, give or take a fifth.
+
+    ``spread`` is that fifth; 0 gives the delays themselves.
+    """
+
+    min_ms: int
+    max_ms: int
+    spread: float = 0.2
+
+    def after(self, failures: int) -> int:
+        """The delay in ms after this many failures or attempts (at least one)."""
+        delay_ms = min(self.min_ms << min(failures - 1, 40), self.max_ms)
+        return int(delay_ms * random.uniform(1 - self.spread, 1 + self.spread))
+
+
+class Clock(Protocol):
+    """What ``Retrying`` needs of the homeserver."""
+
+    def in_background(
+        self, what: str, function: Callable[..., Awaitable[None]], *args: Any
+    ) -> None: ...
+    def call_later(
+        self, delay_ms: int, what: str, function: Callable[..., Awaitable[None]], *args: Any
+    ) -> object: ...
+
+
+class Retrying:
+    """A job that is run whenever somebody wakes it, one run at a time.
+
+    A job that fails is run again after the backoff's delay. Until then nothing shortens the delay
+    and nothing adds a timer or a log line: a wake-up is only remembered.
+    """
+
+    def __init__(
+        self,
+        clock: Clock,
+        what: str,
+        problem: str,
+        job: Callable[[], Awaitable[None]],
+        backoff: Backoff,
+    ) -> None:
+        """
+        Args:
+            what: the job's name, for Synapse's metrics.
+            problem: the start of the log line of a failure, such as "Could not read who joined".
+            job: does all there is to do; it is run once more if it is woken while it runs.
+        """
+        self._clock = clock
+        self._what = what
+        self._problem = problem
+        self._job = job
+        self._backoff = backoff
+        self._woken = False
+        self._failures = 0
+        self.is_running = False
+        self._is_waiting = False
+
+    @property
+    def is_failing(self) -> bool:
+        """Did the last run fail?"""
+        return self._failures > 0
+
+    def wake(self) -> None:
+        """Runs the job now; after the present run if it runs, after the delay if it failed."""
+        self._woken = True
+        if not self.is_running and not self._is_waiting:
+            self.is_running = True
+            self._clock.in_background(self._what, self._run)
+
+    async def run(self) -> None:
+        """Does as ``wake``, and waits until the run has ended, well or not."""
+        self._woken = True
+        if not self.is_running and not self._is_waiting:
+            self.is_running = True
+            await self._run()
+
+    async def _run(self) -> None:
+        try:
+            while self._woken:
+                self._woken = False
+                await self._job()
+                self._failures = 0
+        except Exception:
+            self._failures += 1
+            delay_ms = self._backoff.after(self._failures)
+            logger.exception("%s, trying again in %d ms", self._problem, delay_ms)
+            self._is_waiting = True
+            self._clock.call_later(delay_ms, f"{self._what}_retry", self._end_of_delay)
+        finally:
+            self.is_running = False
+
+    async def _end_of_delay(self) -> None:
+        self._is_waiting = False
+        self.wake()

@@ -1,0 +1,194 @@
+"""Synapse's way into the sticky events stream, in a process that persists events."""
+
+import logging
+from collections.abc import Callable, Collection, Sequence
+from collections.abc import Set as AbstractSet
+from typing import Any
+
+from synapse.api.constants import StickyEvent
+from synapse.module_api import EventBase, LoggingTransaction
+from synapse.types import StreamKeyType
+
+from synapse_sticky._core import sticky_until_ms
+from synapse_sticky.handlers.deferral.handler import DeferTxn, NewStickyEvent
+from synapse_sticky.homeserver import Cursor, Homeserver
+from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, Method, attributes, table
+
+logger = logging.getLogger(__name__)
+
+_METADATA = "synapse.synapse_rust.events.EventInternalMetadata"
+
+SEAMS = (
+    Method(HOMESERVER, "get_notifier"),
+    Method("synapse.notifier.Notifier", "on_new_event", 2, ("rooms",), is_async=False),
+    Attribute("synapse.config.workers.WriterLocations", "events"),
+    *attributes("synapse.config.workers.WorkerConfig", "writers", "events_shard_config"),
+    Method("synapse.config._base.ShardedWorkerHandlingConfig", "should_handle", 2, is_async=False),
+    Method(STORE, "get_events", 1, is_async=True),
+    Method(STORE, "get_sticky_events_stream_token", is_async=False),
+    Method(STORE, "get_sticky_events_stream_id_generator", is_async=False),
+    Method(
+        "synapse.storage.util.id_generators.MultiWriterIdGenerator",
+        "get_next_mult_txn",
+        2,
+        is_async=False,
+    ),
+    Method(STORE, "insert_sticky_events_txn", 2, is_async=False, is_replaced=True),
+    Method(STORE, "un_soft_fail_sticky_events_txn", 2, is_async=False, is_replaced=True),
+    Method(_METADATA, "is_outlier"),
+    Method(_METADATA, "is_soft_failed"),
+    *attributes(_METADATA, "policy_server_spammy", "spam_checker_spammy", "stream_ordering"),
+    table(
+        "sticky_events",
+        *("stream_id", "instance_name", "room_id", "event_id", "sender", "expires_at"),
+        "event_stream_ordering",
+    ),
+    table("event_json", "event_id"),
+)
+
+_FIELD: str = StickyEvent.EVENT_FIELD_NAME
+_COLUMNS = "event_id, room_id, sender, expires_at, event_stream_ordering"
+
+
+class SynapseWriter:
+    """Implements ``handler.Writer``."""
+
+    def __init__(self, homeserver: Homeserver) -> None:
+        self._homeserver = homeserver
+        self._store = homeserver.store
+        self._notifier = homeserver.hs.get_notifier()
+        worker = homeserver.hs.config.worker
+        self._shards = worker.events_shard_config
+        self.writes = homeserver.instance_name in worker.writers.events
+
+    def handles(self, room_id: str) -> bool:
+        return self.writes and self._shards.should_handle(self._homeserver.instance_name, room_id)
+
+    def defer_by(self, defer_txn: DeferTxn) -> None:
+        def make_insert(original: Callable[..., None]) -> Callable[..., None]:
+            def insert_sticky_events_txn(
+                txn: LoggingTransaction, events: list[EventBase], *args: Any, **options: Any
+            ) -> None:
+                deferred = defer_txn(txn, self._deliverable(events))
+                now = [event for event in events if event.event_id not in deferred]
+                original(txn, now, *args, **options)
+
+            return insert_sticky_events_txn
+
+        def make_un_soft_fail(original: Callable[..., None]) -> Callable[..., None]:
+            def un_soft_fail_sticky_events_txn(
+                txn: LoggingTransaction,
+                sticky_event_ids: AbstractSet[str],
+                *args: Any,
+                **options: Any,
+            ) -> None:
+                # Synapse enters these events anew. Only then do they become deliverable.
+                original(txn, sticky_event_ids, *args, **options)
+                if sticky_event_ids:
+                    self._delete_txn(txn, defer_txn(txn, self._entered_txn(txn, sticky_event_ids)))
+
+            return un_soft_fail_sticky_events_txn
+
+        replace = self._homeserver.replace
+        replace(self._store, "insert_sticky_events_txn", make_insert)
+        replace(self._store, "un_soft_fail_sticky_events_txn", make_un_soft_fail)
+
+    def _deliverable(self, events: Sequence[EventBase]) -> list[NewStickyEvent]:
+        """The events that Synapse would enter into the stream and deliver from it."""
+        try:
+            now_ms = self._homeserver.now_ms()
+            found = (_deliverable(event, now_ms) for event in events)
+            return [event for event in found if event is not None]
+        except Exception:
+            logger.exception("Could not read %d events, deferring none of them", len(events))
+            return []
+
+    def _entered_txn(self, txn: Cursor, event_ids: AbstractSet[str]) -> list[NewStickyEvent]:
+        """The unexpired events of these in the stream, in its order."""
+        clause, args = self._homeserver.in_list("event_id", event_ids)
+        txn.execute(
+            f"SELECT {_COLUMNS} FROM sticky_events WHERE ? < expires_at AND {clause}"
+            " ORDER BY stream_id",
+            (self._homeserver.now_ms(), *args),
+        )
+        return [NewStickyEvent(*row) for row in txn.fetchall()]
+
+    def _delete_txn(self, txn: Cursor, event_ids: Collection[str]) -> None:
+        if event_ids:
+            clause, args = self._homeserver.in_list("event_id", event_ids)
+            txn.execute(f"DELETE FROM sticky_events WHERE {clause}", args)
+
+    def enter_txn(self, txn: Cursor, events: Sequence[NewStickyEvent]) -> None:
+        events = self._missing_txn(txn, events)
+        if not events:
+            return
+        ids = self._store.get_sticky_events_stream_id_generator()
+        stream_ids = ids.get_next_mult_txn(txn, len(events))
+        txn.execute_batch(
+            f"INSERT INTO sticky_events (stream_id, instance_name, {_COLUMNS})"
+            " VALUES (?, ?, ?, ?, ?, ?, ?)",
+            [
+                (
+                    stream_id,
+                    self._homeserver.instance_name,
+                    event.event_id,
+                    event.room_id,
+                    event.sender,
+                    event.expires_at_ms,
+                    event.event_stream_ordering,
+                )
+                for stream_id, event in zip(stream_ids, events, strict=True)
+            ],
+        )
+
+    def _missing_txn(self, txn: Cursor, events: Sequence[NewStickyEvent]) -> list[NewStickyEvent]:
+        """The events that are in the database and not in the stream."""
+        if not events:
+            return []
+        clause, args = self._homeserver.in_list("event_id", [event.event_id for event in events])
+        txn.execute(f"SELECT event_id FROM event_json WHERE {clause}", args)
+        there = {event_id for (event_id,) in txn.fetchall()}
+        # The table has no index by event ID.
+        orderings = [event.event_stream_ordering for event in events]
+        clause, args = self._homeserver.in_list("event_stream_ordering", orderings)
+        txn.execute(f"SELECT event_stream_ordering FROM sticky_events WHERE {clause}", args)
+        entered = {ordering for (ordering,) in txn.fetchall()}
+        return [
+            event
+            for event in events
+            if event.event_id in there and event.event_stream_ordering not in entered
+        ]
+
+    async def still_sticky(self, event_ids: Collection[str]) -> set[str]:
+        events = await self._store.get_events(event_ids)
+        return {
+            event_id
+            for event_id, event in events.items()
+            if event.sticky_duration() is not None and not event.internal_metadata.is_soft_failed()
+        }
+
+    def wake(self, room_ids: Collection[str]) -> None:
+        self._notifier.on_new_event(
+            StreamKeyType.STICKY_EVENTS,
+            self._store.get_sticky_events_stream_token(),
+            rooms=list(room_ids),
+        )
+
+
+def _deliverable(event: EventBase, now_ms: int) -> NewStickyEvent | None:
+    metadata = event.internal_metadata
+    expires_at_ms = sticky_until_ms(event.get(_FIELD), event.origin_server_ts, now_ms)
+    if (
+        expires_at_ms is None
+        or expires_at_ms <= now_ms
+        or event.rejected_reason is not None
+        or metadata.is_outlier()
+        or metadata.is_soft_failed()
+        or metadata.policy_server_spammy
+        or metadata.spam_checker_spammy
+        or metadata.stream_ordering is None
+    ):
+        return None
+    return NewStickyEvent(
+        event.event_id, event.room_id, event.sender, expires_at_ms, metadata.stream_ordering
+    )

@@ -1,0 +1,120 @@
+"""The deferred events, until they are released, redacted or expired."""
+
+from collections.abc import Callable, Collection, Sequence
+
+from synapse_sticky.handlers.deferral.handler import NewStickyEvent
+from synapse_sticky.homeserver import Cursor, Homeserver
+from synapse_sticky.homeserver.layout import Migrations
+
+_PAGE = 500
+
+_COLUMNS = "event_id, room_id, sender, expires_at_ms, event_stream_ordering"
+
+
+class DeferredTable:
+    """The deferred events of all processes, each with its sender's server."""
+
+    duty = "deferral"
+    migrations: Migrations = (
+        (
+            """
+            CREATE TABLE IF NOT EXISTS synapse_sticky_deferred (
+                event_id TEXT NOT NULL PRIMARY KEY,
+                room_id TEXT NOT NULL,
+                sender TEXT NOT NULL,
+                server TEXT NOT NULL,
+                expires_at_ms BIGINT NOT NULL,
+                event_stream_ordering BIGINT NOT NULL
+            )
+            """,
+            """
+            CREATE INDEX IF NOT EXISTS synapse_sticky_deferred_server
+                ON synapse_sticky_deferred (server)
+            """,
+        ),
+    )
+
+    def __init__(self, homeserver: Homeserver) -> None:
+        self._homeserver = homeserver
+
+    def insert_txn(self, txn: Cursor, events: Sequence[tuple[NewStickyEvent, str]]) -> None:
+        """Adds events with their senders' servers, in Synapse's own transaction. That may be tried
+        again."""
+        txn.execute_batch(
+            f"INSERT INTO synapse_sticky_deferred ({_COLUMNS}, server)"
+            " VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (event_id) DO NOTHING",
+            [
+                (
+                    event.event_id,
+                    event.room_id,
+                    event.sender,
+                    event.expires_at_ms,
+                    event.event_stream_ordering,
+                    server,
+                )
+                for event, server in events
+            ],
+        )
+
+    def count_txn(self, txn: Cursor, server: str) -> int:
+        """How many unexpired events of this server's users are deferred."""
+        txn.execute(
+            "SELECT COUNT(*) FROM synapse_sticky_deferred WHERE server = ? AND expires_at_ms > ?",
+            (server, self._homeserver.now_ms()),
+        )
+        row = txn.fetchone()
+        return int(row[0]) if row else 0
+
+    async def page(self, after_event_id: str) -> list[tuple[NewStickyEvent, str]]:
+        """A page of the events with their senders' servers, by event ID; empty at the end."""
+
+        def read_txn(txn: Cursor) -> list[tuple[NewStickyEvent, str]]:
+            txn.execute(
+                f"SELECT {_COLUMNS}, server FROM synapse_sticky_deferred"
+                " WHERE event_id > ? ORDER BY event_id LIMIT ?",
+                (after_event_id, _PAGE),
+            )
+            return [(NewStickyEvent(*row[:-1]), row[-1]) for row in txn.fetchall()]
+
+        return await self._homeserver.transact("deferred", read_txn)
+
+    async def release(
+        self,
+        event_ids: Sequence[str],
+        still_sticky: Collection[str],
+        enter_txn: Callable[[Cursor, Sequence[NewStickyEvent]], None],
+    ) -> list[str]:
+        """Deletes these events, and in the same transaction enters into the stream those that are
+        still sticky and unexpired.
+
+        Args:
+            event_ids: in the order of their release.
+            enter_txn: enters events into the stream, in the given order.
+
+        Returns:
+            The IDs of the rooms with a released event.
+        """
+
+        def write_txn(txn: Cursor) -> list[str]:
+            clause, args = self._homeserver.in_list("event_id", event_ids)
+            txn.execute(
+                f"SELECT {_COLUMNS} FROM synapse_sticky_deferred"
+                f" WHERE {clause} AND expires_at_ms > ?",
+                (*args, self._homeserver.now_ms()),
+            )
+            deferred = {row[0]: NewStickyEvent(*row) for row in txn.fetchall()}
+            txn.execute(f"DELETE FROM synapse_sticky_deferred WHERE {clause}", args)
+            released = [deferred[e] for e in event_ids if e in deferred and e in still_sticky]
+            enter_txn(txn, released)
+            return list({event.room_id: None for event in released})
+
+        return await self._homeserver.transact("release", write_txn)
+
+    async def drop(self, event_ids: Collection[str]) -> None:
+        """Deletes these events. They are not released."""
+
+        def write_txn(txn: Cursor) -> None:
+            clause, args = self._homeserver.in_list("event_id", event_ids)
+            txn.execute(f"DELETE FROM synapse_sticky_deferred WHERE {clause}", args)
+
+        await self._homeserver.transact("drop_deferred", write_txn)

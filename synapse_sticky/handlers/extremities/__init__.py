@@ -1,0 +1,1 @@
+"""Dummy events bring down the forward extremities that old sticky events leave (F2)."""

@@ -1,0 +1,114 @@
+"""Bringing down the forward extremities that old sticky events leave (F2).
+
+Synapse itself sends one dummy event to each of five rooms every five minutes. A flood leaves
+hundreds of extremities. Fails open: Synapse merges what this duty does not.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Collection
+from typing import Protocol
+
+from synapse_sticky.config import DummyEventsConfig
+from synapse_sticky.homeserver import Homeserver
+from synapse_sticky.index import IndexFollower
+
+logger = logging.getLogger(__name__)
+
+_ROUND_MS = 5_000
+_MINUTE_MS = 60_000
+_MAX_ROOMS = 1_000
+"""While so many rooms are dirty, this duty ignores others."""
+
+
+class Extremities(Protocol):
+    """The forward extremities of rooms.
+
+    merges: whether this process may merge them.
+    threshold: how many a room may have.
+    """
+
+    merges: bool
+    threshold: int
+
+    async def count(self, room_id: str) -> int:
+        """How many the room has."""
+
+    async def merge(self, room_id: str) -> bool:
+        """Sends a dummy event that refers to the latest ten, as some local user. Gives False if no
+        local user may send it."""
+
+
+class ExtremitiesHandler:
+    """Sends dummy events to rooms with new sticky events and too many forward extremities."""
+
+    def __init__(
+        self,
+        homeserver: Homeserver,
+        extremities: Extremities,
+        follower: IndexFollower,
+        config: DummyEventsConfig,
+    ) -> None:
+        self._homeserver = homeserver
+        self._extremities = extremities
+        self._follower = follower
+        self._per_round = max(1, config.per_minute * _ROUND_MS // _MINUTE_MS)
+        # In the order in which the rooms have their turn.
+        self._dirty: dict[str, None] = {}
+        self._is_scheduled = False
+
+    def install(self) -> None:
+        """Takes effect from the next sticky event of a room on."""
+        self._follower.on_new_events(self._add)
+
+    def _add(self, room_ids: Collection[str]) -> None:
+        for room_id in room_ids:
+            if len(self._dirty) < _MAX_ROOMS:
+                self._dirty[room_id] = None
+        self._schedule()
+
+    def _schedule(self) -> None:
+        if self._dirty and not self._is_scheduled:
+            self._is_scheduled = True
+            self._homeserver.call_later(_ROUND_MS, "merge_extremities", self._run_round)
+
+    async def _run_round(self) -> None:
+        rooms = deque(self._dirty)
+        self._dirty.clear()
+        left = self._per_round
+        try:
+            while rooms:
+                left -= await self._bring_down(rooms[0], left)
+                if left == 0:
+                    break
+                rooms.popleft()
+            # The room that used the round up comes last in the next one.
+            rooms.rotate(-1)
+            self._dirty = dict.fromkeys([*rooms, *self._dirty])
+        except Exception:
+            logger.exception("Could not merge forward extremities, leaving them to Synapse")
+        finally:
+            self._is_scheduled = False
+            self._schedule()
+
+    async def _bring_down(self, room_id: str, at_most: int) -> int:
+        """Sends at most so many dummy events, until the room has few enough extremities.
+
+        Returns:
+            How many it sent.
+        """
+        extremities = self._extremities
+        sent = 0
+        while sent < at_most and await extremities.count(room_id) > extremities.threshold:
+            if not await extremities.merge(room_id):
+                logger.info("Nobody here can send a dummy event to %s", room_id)
+                break
+            sent += 1
+        if sent:
+            logger.info(
+                "Sent %d dummy events to %s: it has %d forward extremities",
+                sent,
+                room_id,
+                await extremities.count(room_id),
+            )
+        return sent

@@ -1,0 +1,54 @@
+"""Merging a room's forward extremities with Synapse's dummy events."""
+
+from synapse.handlers.worker_lock import NEW_EVENT_DURING_PURGE_LOCK_NAME
+
+from synapse_sticky.homeserver import Homeserver
+from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Method, attributes
+
+SEAMS = (
+    *attributes(
+        "synapse.config.server.ServerConfig",
+        "cleanup_extremities_with_dummy_events",
+        "dummy_events_threshold",
+    ),
+    Method(STORE, "get_latest_event_ids_in_room", 1, is_async=True),
+    Method(HOMESERVER, "get_worker_locks_handler"),
+    Method(
+        "synapse.handlers.worker_lock.WorkerLocksHandler",
+        "acquire_read_write_lock",
+        2,
+        ("write",),
+        is_async=False,
+    ),
+    Method(HOMESERVER, "get_event_creation_handler"),
+    Method(
+        "synapse.handlers.message.EventCreationHandler",
+        "_send_dummy_event_for_room",
+        1,
+        is_async=True,
+    ),
+)
+
+
+class SynapseExtremities:
+    """Implements ``handler.Extremities``."""
+
+    def __init__(self, homeserver: Homeserver) -> None:
+        self._hs = homeserver.hs
+        self._store = homeserver.store
+        server = self._hs.config.server
+        # As where and whether Synapse itself sends dummy events.
+        self.merges = (
+            homeserver.api.should_run_background_tasks()
+            and server.cleanup_extremities_with_dummy_events
+        )
+        self.threshold = server.dummy_events_threshold
+
+    async def count(self, room_id: str) -> int:
+        return len(await self._store.get_latest_event_ids_in_room(room_id))
+
+    async def merge(self, room_id: str) -> bool:
+        async with self._hs.get_worker_locks_handler().acquire_read_write_lock(
+            NEW_EVENT_DURING_PURGE_LOCK_NAME, room_id, write=False
+        ):
+            return await self._hs.get_event_creation_handler()._send_dummy_event_for_room(room_id)

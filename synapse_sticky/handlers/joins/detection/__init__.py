@@ -1,0 +1,1 @@
+"""Which servers newly join which rooms."""

@@ -1,0 +1,317 @@
+"""A server that newly joins a room gets all own unexpired sticky events of it (P3, P7, F3).
+
+``detection`` reads newcomers from the state changes. Each is pushed to through Synapse's own
+backlog of sticky events, in portions that fit a newcomer's staging area; ``push`` does the
+bookkeeping. An event counts as delivered once the newcomer has acknowledged it by ID and
+``confirmation`` has found, if it is asked to, that the newcomer has it. What else Synapse's backlog
+has (events that a destination missed while it could not be reached) is sent in the same way.
+
+Fails open: if this cannot say what to send, Synapse's own selection does.
+"""
+
+import logging
+from collections.abc import Collection, Sequence
+
+from synapse_sticky._core import MAX_STICKY_DURATION_MS
+from synapse_sticky.backoff import Backoff
+from synapse_sticky.config import JoinsConfig
+from synapse_sticky.handlers.joins.confirmation import Confirmation
+from synapse_sticky.handlers.joins.destinations import Destinations
+from synapse_sticky.handlers.joins.detection.reader import JoinReader, ServerJoin, StateChanges
+from synapse_sticky.handlers.joins.federation import Batch, Federation, NotLoadedError
+from synapse_sticky.handlers.joins.push import Push
+from synapse_sticky.handlers.joins.tables import Newcomer, NewcomerTable
+from synapse_sticky.homeserver import Homeserver, Rooms
+from synapse_sticky.homeserver.layout import migrate
+from synapse_sticky.index import IndexFollower
+
+logger = logging.getLogger(__name__)
+
+_ALL = 2**31
+
+
+class JoinsHandler:
+    """Pushes own sticky events to newcomers, for the destinations that this process sends to."""
+
+    def __init__(
+        self,
+        homeserver: Homeserver,
+        rooms: Rooms,
+        follower: IndexFollower,
+        federation: Federation,
+        changes: StateChanges,
+        table: NewcomerTable,
+        config: JoinsConfig,
+    ) -> None:
+        self._homeserver = homeserver
+        self._rooms = rooms
+        self._follower = follower
+        self._index = follower.index
+        self._federation = federation
+        self._table = table
+        self._config = config
+        self._backoff = Backoff(config.retry_min_ms, config.retry_max_ms)
+        self._destinations = Destinations(homeserver, check=self._check, wake=self._wake)
+        self._reader = JoinReader(homeserver, changes, federation, table, self._joined)
+        self._confirmation = Confirmation(
+            homeserver,
+            federation,
+            self._destinations.is_current,
+            update=self._update,
+            on_progress=lambda push: federation.wake(push.destination),
+            on_end=self._confirmed,
+        )
+        self._is_loaded = False
+
+    def install(self) -> None:
+        """Takes effect once the newcomers of an earlier run are loaded."""
+        self._federation.serve_backlog_from(self.next_batch)
+        self._federation.on_acknowledged(self._acknowledged)
+        self._federation.on_skipped(self._skipped)
+        self._federation.on_catch_up_recorded(self._catch_up_recorded)
+        self._follower.on_new_events(self._new_events)
+        self._follower.stream.on_advance(self._reader.wake)
+
+    async def load(self) -> None:
+        """Takes up what an earlier run left, then follows the state changes.
+
+        Raises:
+            NewerLayoutError: a later version of the module made the tables.
+        """
+        await migrate(self._homeserver, self._table)
+        newcomers = await self._table.newcomers()
+        await self._reader.load()
+        for newcomer in newcomers:
+            if self._federation.handles(newcomer.destination):
+                self._add(
+                    newcomer.destination,
+                    newcomer.room_id,
+                    position=newcomer.position,
+                    watch_until_ms=newcomer.watch_until_ms,
+                )
+        self._is_loaded = True
+        self._reader.wake()
+        for destination in self._destinations.names():
+            # The index may have been filled before anybody listened.
+            for push in self._destinations.pushes_of(destination):
+                self._update(push)
+            self._destinations.schedule(destination)
+
+    # Newcomers
+
+    def _joined(
+        self, mine: Sequence[ServerJoin], joins: Sequence[ServerJoin], watch_until_ms: int
+    ) -> None:
+        for join in mine:
+            logger.info("%s has newly joined %s", join.destination, join.room_id)
+            self._add(join.destination, join.room_id, position=0, watch_until_ms=watch_until_ms)
+            self._federation.wake(join.destination)
+            self._destinations.schedule(join.destination)
+        for join in joins:
+            if join.destination == self._homeserver.server_name:
+                self._unblock(join.room_id)
+
+    def _unblock(self, room_id: str) -> None:
+        """This server is in the room again: what it could not send meanwhile is due."""
+        for destination in self._destinations.names():
+            for push in self._destinations.pushes_of(destination):
+                if push.room_id == room_id and push.is_blocked:
+                    push.is_blocked = False
+                    self._federation.wake(destination)
+
+    def _add(self, destination: str, room_id: str, *, position: int, watch_until_ms: int) -> None:
+        push = Push(
+            destination,
+            room_id,
+            position=position,
+            watch_until_ms=watch_until_ms,
+            backoff=self._backoff,
+        )
+        self._destinations.add(push)
+
+    # Sending
+
+    async def next_batch(self, destination: str, limit: int) -> Batch | None:
+        """The next own sticky events for the destination, at most ``limit``; None if there are
+        none for now. Synapse calls it whenever it is the backlog's turn.
+
+        Raises:
+            NotLoadedError: Synapse's own selection has to do.
+        """
+        if not self._is_loaded:
+            raise NotLoadedError
+        await self._adopt(destination)
+        state = self._destinations.get(destination)
+        if state is None:
+            return None
+        try:
+            for room_id, push in list(state.pushes.items()):
+                if push.idle(self._homeserver.now_ms()):
+                    continue
+                batch = await self._batch_of(push, limit)
+                if batch is not None:
+                    # The room goes to the end of the line.
+                    if state.pushes.get(room_id) is push:
+                        state.pushes[room_id] = state.pushes.pop(room_id)
+                    state.progressed()
+                    return batch
+            return None
+        finally:
+            self._destinations.schedule(destination)
+
+    async def _adopt(self, destination: str) -> None:
+        """Takes over what Synapse's backlog of the destination has."""
+        for room_id, position in await self._federation.backlog(destination):
+            state = self._destinations.get(destination)
+            push = state.pushes.get(room_id) if state else None
+            if push is None:
+                self._add(destination, room_id, position=position, watch_until_ms=0)
+            elif position < push.base:
+                push.lower(position)
+
+    async def _batch_of(self, push: Push, limit: int) -> Batch | None:
+        await self._refresh(push)
+        if not await self._federation.may_receive(push.room_id, push.destination):
+            if await self._rooms.is_in_room(push.room_id):
+                logger.info("%s may not get events of %s now", push.destination, push.room_id)
+                await self._end(push, still_watched=False)
+            elif not push.is_blocked:
+                # This server may come back while the events are sticky.
+                logger.info("%s is not in %s now", self._homeserver.server_name, push.room_id)
+                push.is_blocked = True
+            return None
+        push.is_blocked = False
+        self._update(push)
+        if not push.open and push.start_over():
+            logger.info("%s pruned events of %s, sending all again", push.destination, push.room_id)
+            self._update(push)
+        if not push.open:
+            await self._settle(push)
+            return None
+        await self._skip_erased(push)
+        event_ids = push.choose(limit, self._homeserver.now_ms())
+        if not event_ids:
+            return None
+        return Batch(push.room_id, push.base - 1, event_ids)
+
+    async def _refresh(self, push: Push) -> None:
+        """Asks the database, if the push is dirty, up to where there is something of the room:
+        this process may see it later than the join."""
+        now_ms, dirty_marks = self._homeserver.now_ms(), push.dirty_marks
+        if push.is_dirty(now_ms):
+            last_rows = await self._follower.stream.last_rows(push.room_id)
+            push.refresh(last_rows, dirty_marks, now_ms)
+
+    async def _skip_erased(self, push: Push) -> None:
+        own = self._own_events(push)
+        erased = await self._rooms.erased({sender for _, _, sender in own})
+        push.skip((position, event_id) for position, event_id, sender in own if sender in erased)
+
+    def _update(self, push: Push) -> None:
+        now_ms = self._homeserver.now_ms()
+        pushing = self._index.server_count(push.room_id, now_ms)
+        window = max(1, self._config.window // max(1, pushing))
+        push.update(self._own_events(push), now_ms, window)
+
+    def _own_events(self, push: Push) -> list[tuple[int, str, str]]:
+        now_ms = self._homeserver.now_ms()
+        return self._index.own_events(push.room_id, push.position, now_ms, _ALL)
+
+    async def _settle(self, push: Push) -> None:
+        """Nothing is due. The push ends unless there is something to watch for."""
+        now_ms = self._homeserver.now_ms()
+        if (
+            push.is_dirty(now_ms)
+            or not self._follower.in_step()
+            or not self._follower.has_taken_in(push.last_rows)
+        ):
+            return  # the index may yet bring something, or the database has to be asked again
+        watched = now_ms < push.watch_until_ms
+        if push.delivered:
+            logger.info(
+                "%s has the %d own sticky events of %s",
+                push.destination,
+                push.delivered,
+                push.room_id,
+            )
+        push.settle()
+        await self._end(push, still_watched=watched)
+
+    async def _end(self, push: Push, *, still_watched: bool) -> None:
+        if not self._destinations.is_current(push):
+            return  # the server has joined anew meanwhile
+        if not still_watched:
+            self._destinations.remove(push)
+        newcomer = Newcomer(
+            push.destination, push.room_id, push.position, push.recorded_watch_until_ms
+        )
+        await self._table.settle(
+            newcomer,
+            still_watched=still_watched,
+            clear_backlog_txn=self._federation.clear_backlog_txn,
+        )
+
+    # What happens meanwhile
+
+    async def _check(self, destination: str) -> int:
+        await self._end_expired(destination)
+        return await self._federation.retry_at_ms(destination)
+
+    async def _wake(self, destination: str) -> None:
+        self._federation.wake(destination)
+        # Synapse asks for no batch of a destination that cannot be reached. What is sent to it
+        # meanwhile is the ordinary queue's: if this did not ask, all of it would be due.
+        for push in self._destinations.pushes_of(destination):
+            await self._refresh(push)
+
+    async def _end_expired(self, destination: str) -> None:
+        """Ends pushes that nothing is left of: a destination that cannot be reached is never asked
+        for a batch."""
+        now_ms = self._homeserver.now_ms()
+        for push in self._destinations.pushes_of(destination):
+            if push.watch_until_ms < now_ms - MAX_STICKY_DURATION_MS:
+                await self._refresh(push)
+                self._update(push)
+                if not push.open:
+                    await self._settle(push)
+
+    def _skipped(self, destination: str) -> None:
+        """Synapse skipped events on the way to the destination, and recorded that in its backlog:
+        what was sent up to now need not have gone by the ordinary queue."""
+        for push in self._destinations.pushes_of(destination):
+            push.dirty_marks += 1
+            self._update(push)
+
+    def _catch_up_recorded(self, destination: str) -> None:
+        for push in self._destinations.pushes_of(destination):
+            push.catch_up_recorded(self._homeserver.now_ms())
+        self._destinations.schedule(destination)
+
+    def _new_events(self, rooms: Collection[str]) -> None:
+        for destination in self._destinations.names():
+            touched = [p for p in self._destinations.pushes_of(destination) if p.room_id in rooms]
+            for push in touched:
+                self._update(push)
+            if touched:
+                self._destinations.schedule(destination)
+
+    async def _acknowledged(self, destination: str, events: Sequence[tuple[str, str]]) -> None:
+        now_ms = self._homeserver.now_ms()
+        rooms = {room_id for room_id, _ in events}
+        for push in self._destinations.pushes_of(destination):
+            if push.room_id not in rooms:
+                continue
+            self._update(push)
+            for room_id, event_id in events:
+                if room_id != push.room_id or not push.acknowledge(event_id, now_ms):
+                    continue
+                if self._config.confirm:
+                    self._confirmation.begin(push)
+                else:
+                    push.done(event_id)
+        self._destinations.schedule(destination)
+
+    def _confirmed(self, push: Push) -> None:
+        if (state := self._destinations.get(push.destination)) is not None:
+            state.progressed()
+        self._destinations.schedule(push.destination)

@@ -1,0 +1,247 @@
+"""Sending to other servers: Synapse's per-destination queues and its backlog of sticky events."""
+
+import logging
+import urllib.parse
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from synapse.api.errors import FederationDeniedError, HttpResponseException, RequestSendFailed
+from synapse.api.urls import FEDERATION_V1_PREFIX
+from synapse.module_api.callbacks.federation import (
+    FederatedEventDeliveryMethod,
+    FederationEventDeliveryEvent,
+)
+from synapse.types import RoomID
+from synapse.util.retryutils import NotRetryingDestination
+
+from synapse_sticky.handlers.joins.confirmation import Possession
+from synapse_sticky.handlers.joins.federation import BacklogSource, NotLoadedError
+from synapse_sticky.homeserver import Cursor, Homeserver, Rooms
+from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, Method, attributes, table
+
+logger = logging.getLogger(__name__)
+
+_ASK_TIMEOUT_MS = 10_000
+
+_SENDER = "synapse.federation.sender"
+_QUEUE = f"{_SENDER}.per_destination_queue.PerDestinationQueue"
+_TRACKER = f"{_SENDER}.per_destination_queue.StickyEventBacklogTracker"
+_FEDERATION_CONFIG = "synapse.config.federation.FederationConfig"
+
+SEAMS = (
+    Method(HOMESERVER, "get_federation_sender"),
+    Method(HOMESERVER, "get_federation_http_client"),
+    Method(HOMESERVER, "should_send_federation", is_async=False),
+    Attribute("synapse.config.homeserver.HomeServerConfig", "federation"),
+    Attribute("synapse.config.workers.WorkerConfig", "federation_shard_config"),
+    Method("synapse.config._base.ShardedWorkerHandlingConfig", "should_handle", 2, is_async=False),
+    Method(
+        _FEDERATION_CONFIG,
+        "is_domain_allowed_according_to_federation_whitelist",
+        1,
+        is_async=False,
+    ),
+    Method(
+        "synapse.http.matrixfederationclient.MatrixFederationHttpClient",
+        "get_json",
+        1,
+        ("path", "timeout", "ignore_backoff"),
+        is_async=True,
+    ),
+    Method(f"{_SENDER}.FederationSender", "_get_per_destination_queue", 1, is_async=False),
+    Method(_QUEUE, "attempt_new_transaction", is_async=False),
+    Attribute(_QUEUE, "_sticky_event_backlog_tracker"),
+    Method(_TRACKER, "notify_potential_new_backlog", is_async=False),
+    Method(STORE, "get_destination_retry_timings", 1, is_async=True),
+    *attributes(
+        "synapse.storage.databases.main.transactions.DestinationRetryTimings",
+        *("retry_last_ts", "retry_interval"),
+    ),
+    Method(
+        STORE,
+        "get_backlogged_sticky_events_for_destination",
+        1,
+        ("limit",),
+        is_async=True,
+        is_replaced=True,
+    ),
+    Method(
+        STORE,
+        "mark_backlogged_sticky_events_after_catchup_transaction",
+        1,
+        (
+            "old_last_successfully_sent_stream_ordering",
+            "new_last_successfully_sent_stream_ordering",
+            "event_stream_orderings_sent_in_transaction",
+        ),
+        is_async=True,
+        is_replaced=True,
+    ),
+    Method(
+        STORE, "set_destination_last_successful_stream_ordering", 2, is_async=True, is_replaced=True
+    ),
+    Method(STORE, "get_partial_state_servers_at_join", 1, is_async=True),
+    table(
+        "destination_rooms_sticky_events_backlog",
+        *("destination", "room_id", "sticky_events_stream_position"),
+    ),
+)
+
+
+class SynapseFederation:
+    """Implements ``federation.Federation``."""
+
+    def __init__(self, homeserver: Homeserver, rooms: Rooms) -> None:
+        self._homeserver = homeserver
+        self._rooms = rooms
+        self._store = homeserver.store
+        hs = homeserver.hs
+        config = hs.config
+        self.sends = hs.should_send_federation()
+        self._shards = config.worker.federation_shard_config
+        self._is_whitelisted = config.federation.is_domain_allowed_according_to_federation_whitelist
+        self._client: Any = hs.get_federation_http_client()
+
+    def handles(self, destination: str) -> bool:
+        return (
+            self.sends
+            and destination != self._homeserver.server_name
+            and self._shards.should_handle(self._homeserver.instance_name, destination)
+            and self._is_whitelisted(destination)
+        )
+
+    def wake(self, destination: str) -> None:
+        sender: Any = self._homeserver.hs.get_federation_sender()
+        queue = sender._get_per_destination_queue(destination)
+        if queue is not None:
+            queue._sticky_event_backlog_tracker.notify_potential_new_backlog()
+            queue.attempt_new_transaction()
+
+    async def retry_at_ms(self, destination: str) -> int:
+        timings = await self._store.get_destination_retry_timings(destination)
+        return timings.retry_last_ts + timings.retry_interval if timings else 0
+
+    async def has_event(self, destination: str, event_id: str) -> Possession:
+        if await self.retry_at_ms(destination) > self._homeserver.now_ms():
+            return Possession.UNREACHABLE
+        path = f"{FEDERATION_V1_PREFIX}/event/{urllib.parse.quote(event_id, safe='')}"
+        try:
+            # Asking in vain must not back the destination off: nothing else would go there either.
+            answer = await self._client.get_json(
+                destination, path=path, timeout=_ASK_TIMEOUT_MS, ignore_backoff=True
+            )
+        except HttpResponseException as e:
+            if e.code == 404:
+                return Possession.LACKS
+            # 429 and 5xx pass with time; any other answer is the newcomer's last word.
+            temporary = e.code == 429 or e.code >= 500
+            return Possession.UNREACHABLE if temporary else Possession.REFUSES
+        except (RequestSendFailed, NotRetryingDestination, FederationDeniedError):
+            return Possession.UNREACHABLE
+        except Exception:
+            # Whatever the answer was, it was none.
+            logger.exception("Could not ask %s for %s", destination, event_id)
+            return Possession.UNREACHABLE
+        pdus = answer.get("pdus") if isinstance(answer, dict) else None
+        return Possession.HAS if isinstance(pdus, list) and pdus else Possession.LACKS
+
+    def on_acknowledged(
+        self, callback: Callable[[str, Sequence[tuple[str, str]]], Awaitable[None]]
+    ) -> None:
+        async def delivered(delivery: FederationEventDeliveryEvent) -> None:
+            if delivery.method is not FederatedEventDeliveryMethod.SEND:
+                return
+            try:
+                await callback(
+                    delivery.server_name, [(e.room_id, e.event_id) for e in delivery.events]
+                )
+            except Exception:
+                # Else Synapse would take the transaction for failed. The events are resent.
+                logger.exception("Could not take in what %s acknowledged", delivery.server_name)
+
+        self._homeserver.api.register_federation_callbacks(
+            on_event_delivered_over_federation=delivered
+        )
+
+    def on_skipped(self, callback: Callable[[str], None]) -> None:
+        self._after("mark_backlogged_sticky_events_after_catchup_transaction", callback)
+
+    def on_catch_up_recorded(self, callback: Callable[[str], None]) -> None:
+        self._after("set_destination_last_successful_stream_ordering", callback)
+
+    def _after(self, name: str, callback: Callable[[str], None]) -> None:
+        def make(original: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
+            async def do(destination: str, *args: Any, **options: Any) -> None:
+                await original(destination, *args, **options)
+                try:
+                    callback(destination)
+                except Exception:
+                    # Else Synapse would take the transaction for failed.
+                    logger.exception("Could not go on with the newcomer %s", destination)
+
+            return do
+
+        self._homeserver.replace(self._store, name, make)
+
+    def serve_backlog_from(self, source: BacklogSource) -> None:
+        def make(original: Callable[..., Any]) -> Callable[..., Any]:
+            async def select(
+                destination: str, *args: Any, limit: int = 50, **options: Any
+            ) -> tuple[Any, Any, Any] | None:
+                try:
+                    batch = await source(destination, limit)
+                except NotLoadedError:
+                    return await original(destination, *args, limit=limit, **options)
+                except Exception:
+                    logger.exception(
+                        "No batch of sticky events for %s, leaving it to Synapse", destination
+                    )
+                    return await original(destination, *args, limit=limit, **options)
+                if batch is None:
+                    return None
+                return RoomID.from_string(batch.room_id), batch.position, batch.event_ids
+
+            return select
+
+        name = "get_backlogged_sticky_events_for_destination"
+        self._homeserver.replace(self._store, name, make)
+
+    # Synapse's own backlog
+
+    async def backlog(self, destination: str) -> list[tuple[str, int]]:
+        def read_txn(txn: Cursor) -> list[tuple[str, int]]:
+            txn.execute(
+                "SELECT room_id, sticky_events_stream_position"
+                " FROM destination_rooms_sticky_events_backlog WHERE destination = ?",
+                (destination,),
+            )
+            return [(room_id, position) for room_id, position in txn.fetchall()]
+
+        return await self._homeserver.transact("backlog", read_txn)
+
+    def add_backlog_txn(self, txn: Cursor, destination: str, room_id: str) -> None:
+        txn.execute(
+            "INSERT INTO destination_rooms_sticky_events_backlog"
+            " (destination, room_id, sticky_events_stream_position) VALUES (?, ?, 0)"
+            " ON CONFLICT (destination, room_id) DO UPDATE SET sticky_events_stream_position = 0",
+            (destination, room_id),
+        )
+
+    def clear_backlog_txn(self, txn: Cursor, destination: str, room_id: str) -> None:
+        txn.execute(
+            "DELETE FROM destination_rooms_sticky_events_backlog"
+            " WHERE destination = ? AND room_id = ?",
+            (destination, room_id),
+        )
+
+    async def may_receive(self, room_id: str, destination: str) -> bool:
+        if not self._is_whitelisted(destination):
+            return False
+        if not await self._rooms.has_member_of(room_id, self._homeserver.server_name):
+            return False
+        if not await self._rooms.has_member_of(room_id, destination):
+            # While the room's state is partial, those whom /send_join named count as joined.
+            servers = await self._store.get_partial_state_servers_at_join(room_id)
+            if servers is None or destination not in servers:
+                return False
+        return await self._rooms.acl_allows(room_id, destination)

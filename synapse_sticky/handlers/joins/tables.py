@@ -1,0 +1,169 @@
+"""The tables of newcomers, and of how far each process has read the state changes."""
+
+from collections.abc import Callable, Sequence
+
+import attr
+
+from synapse_sticky.homeserver import Cursor, Homeserver
+from synapse_sticky.homeserver.layout import Migrations
+
+_FORGET_INSTANCE_AFTER_MS = 2 * 3600 * 1000
+"""Joins of an hour ago are of no interest any more."""
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class Newcomer:
+    """A server that newly joined a room, until it is certain to have what it needs.
+
+    position: the lowest position of the sticky events stream that it may lack.
+    watch_until_ms: until then own events that are sent meanwhile are watched for, too.
+    """
+
+    destination: str
+    room_id: str
+    position: int
+    watch_until_ms: int
+
+
+class NewcomerTable:
+    """Newcomers (P3), and positions in the state changes. Every method is one transaction."""
+
+    duty = "joins"
+    migrations: Migrations = (
+        (
+            """
+            CREATE TABLE IF NOT EXISTS synapse_sticky_newcomers (
+                destination TEXT NOT NULL,
+                room_id TEXT NOT NULL,
+                position BIGINT NOT NULL,
+                watch_until_ms BIGINT NOT NULL,
+                PRIMARY KEY (destination, room_id)
+            )
+            """,
+            """
+            CREATE TABLE IF NOT EXISTS synapse_sticky_state_positions (
+                instance_name TEXT NOT NULL PRIMARY KEY,
+                position BIGINT NOT NULL,
+                updated_ts_ms BIGINT NOT NULL
+            )
+            """,
+        ),
+    )
+
+    def __init__(self, homeserver: Homeserver) -> None:
+        self._homeserver = homeserver
+
+    async def state_position(self, now_position: int) -> int:
+        """Up to where this process has read the state changes.
+
+        It is where the slowest of all processes was: destinations may have moved to it from any of
+        them. The first of all starts at ``now_position``.
+        """
+        instance_name = self._homeserver.instance_name
+
+        def read_txn(txn: Cursor) -> int:
+            now_ms = self._homeserver.now_ms()
+            txn.execute(
+                "DELETE FROM synapse_sticky_state_positions"
+                " WHERE updated_ts_ms < ? AND instance_name != ?",
+                (now_ms - _FORGET_INSTANCE_AFTER_MS, instance_name),
+            )
+            txn.execute("SELECT instance_name, position FROM synapse_sticky_state_positions")
+            known: dict[str, int] = dict(txn.fetchall())
+            start = min(known.values(), default=now_position)
+            self._write_position_txn(txn, min(start, now_position))
+            return min(start, now_position)
+
+        return await self._homeserver.transact("state_position", read_txn)
+
+    def _write_position_txn(self, txn: Cursor, position: int) -> None:
+        txn.execute(
+            "INSERT INTO synapse_sticky_state_positions"
+            " (instance_name, position, updated_ts_ms) VALUES (?, ?, ?)"
+            " ON CONFLICT (instance_name) DO UPDATE"
+            " SET position = EXCLUDED.position, updated_ts_ms = EXCLUDED.updated_ts_ms",
+            (self._homeserver.instance_name, position, self._homeserver.now_ms()),
+        )
+
+    async def record_joins(
+        self,
+        position: int,
+        joins: Sequence[tuple[str, str]],
+        watch_until_ms: int,
+        add_backlog_txn: Callable[[Cursor, str, str], None],
+    ) -> None:
+        """Stores newcomers and up to where the state changes have been read, as one.
+
+        A newcomer lacks everything. It is in Synapse's own backlog as well, so that Synapse goes on
+        by itself if the module is taken out.
+
+        Args:
+            joins: ``(destination, room_id)`` of each.
+            add_backlog_txn: enters a destination and room into that backlog, from its start.
+        """
+
+        def write_txn(txn: Cursor) -> None:
+            for destination, room_id in joins:
+                txn.execute(
+                    "INSERT INTO synapse_sticky_newcomers"
+                    " (destination, room_id, position, watch_until_ms) VALUES (?, ?, 0, ?)"
+                    " ON CONFLICT (destination, room_id)"
+                    " DO UPDATE SET position = 0, watch_until_ms = EXCLUDED.watch_until_ms",
+                    (destination, room_id, watch_until_ms),
+                )
+                add_backlog_txn(txn, destination, room_id)
+            self._write_position_txn(txn, position)
+
+        await self._homeserver.transact("record_joins", write_txn)
+
+    async def newcomers(self) -> list[Newcomer]:
+        """All newcomers, of every process; a position is never past what is still to be sent."""
+
+        def read_txn(txn: Cursor) -> list[Newcomer]:
+            txn.execute(
+                "SELECT destination, room_id, position, watch_until_ms"
+                " FROM synapse_sticky_newcomers"
+            )
+            return [Newcomer(*row) for row in txn.fetchall()]
+
+        return await self._homeserver.transact("newcomers", read_txn)
+
+    async def settle(
+        self,
+        newcomer: Newcomer,
+        *,
+        still_watched: bool,
+        clear_backlog_txn: Callable[[Cursor, str, str], None],
+    ) -> None:
+        """The newcomer lacks nothing of the room before its position, and nothing is due.
+
+        One that is still watched stays a newcomer. One with another ``watch_until_ms`` has joined
+        anew meanwhile and is left alone.
+
+        Args:
+            clear_backlog_txn: removes a destination and room from Synapse's own backlog.
+        """
+
+        def write_txn(txn: Cursor) -> None:
+            key = (newcomer.destination, newcomer.room_id, newcomer.watch_until_ms)
+            if still_watched:
+                txn.execute(
+                    "UPDATE synapse_sticky_newcomers SET position = ?"
+                    " WHERE destination = ? AND room_id = ? AND watch_until_ms = ?",
+                    (newcomer.position, *key),
+                )
+            else:
+                txn.execute(
+                    "DELETE FROM synapse_sticky_newcomers"
+                    " WHERE destination = ? AND room_id = ? AND watch_until_ms = ?",
+                    key,
+                )
+            txn.execute(
+                "SELECT 1 FROM synapse_sticky_newcomers"
+                " WHERE destination = ? AND room_id = ? AND watch_until_ms != ?",
+                key,
+            )
+            if txn.fetchone() is None:
+                clear_backlog_txn(txn, newcomer.destination, newcomer.room_id)
+
+        await self._homeserver.transact("settle", write_txn)

@@ -1,0 +1,222 @@
+"""Whether a transaction of another server is accepted at all (L1, L2, L6).
+
+In mode ``reject`` a transaction past a limit is refused whole, before Synapse touches it. In both
+modes a transaction is refused while its server has too many events deferred or staged. Only the
+origin is proven here. So an event is charged to the origin, and to its sender if that is a user of
+the origin. The limit of a room (``per_room``) does not apply here, because refusals cannot share it
+fairly; it applies when events are persisted and released.
+
+Fails open: a transaction that cannot be checked is accepted.
+"""
+
+import hashlib
+import json
+import secrets
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Protocol
+
+import attr
+
+from synapse_sticky._core import sticky_until_ms
+from synapse_sticky.config import FederationConfig, Mode
+from synapse_sticky.homeserver import Cursor, Homeserver
+from synapse_sticky.homeserver.layout import HasLayout, NewerLayoutError, migrate
+from synapse_sticky.limits import LimitReport, Refusal, federation_limiter
+
+_MAX_ID_LENGTH = 255
+_MAX_ORIGINS = 10_000
+_RETRY_MIN_MS = 1_000
+_RETRY_MAX_MS = 60_000
+
+_Claim = tuple[str | None, str | None]
+"""The room ID and the sender of a PDU, as far as they can be believed."""
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class ReceivedPdu:
+    """A PDU with the sticky field. All values are claims of the origin, and of any type."""
+
+    room_id: object
+    sender: object
+    sticky_field: object
+    origin_server_ts: object
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class Transaction:
+    """A ``/send`` transaction with at least one PDU that has the sticky field.
+
+    origin: the server that sent it; proven, by the request's signature.
+    pdus: those of its PDUs that have the sticky field.
+    received: the same PDUs as they were received.
+    """
+
+    origin: str
+    transaction_id: str
+    pdus: Sequence[ReceivedPdu]
+    received: Sequence[Mapping[str, object]]
+
+    def fingerprint(self) -> bytes:
+        """A digest of the PDUs."""
+        try:
+            dumped = json.dumps(self.received, sort_keys=True).encode()
+        except RecursionError:
+            # They are nested almost too deeply to be parsed. They are charged each time.
+            dumped = secrets.token_bytes(32)
+        return hashlib.sha256(dumped).digest()
+
+
+Check = Callable[[Transaction], Awaitable[Refusal | None]]
+
+
+class Receipt(Protocol):
+    """Transactions of other servers, in a process that receives them."""
+
+    def check_transactions(self, check: Check) -> None:
+        """From now on asks ``check`` before Synapse touches a transaction that has sticky PDUs.
+
+        A refused transaction leaves no trace. If ``check`` fails, Synapse gets the transaction.
+        """
+
+    async def is_answered(self, origin: str, transaction_id: str) -> bool:
+        """Has Synapse answered this transaction before? Then it repeats its answer."""
+
+    def count_staged_txn(self, txn: Cursor, origin: str, at_most: int) -> int:
+        """How many PDUs of the origin with the sticky field are staged.
+
+        A number up to ``at_most`` may be too large. It only says that there are not more.
+        """
+
+
+class DeferredEvents(HasLayout, Protocol):
+    """The table of deferred events."""
+
+    def count_txn(self, txn: Cursor, server: str) -> int:
+        """How many unexpired events of this server's users are deferred."""
+
+
+class ReceiptHandler:
+    """Decides which transactions are refused."""
+
+    def __init__(
+        self,
+        homeserver: Homeserver,
+        receipt: Receipt,
+        deferred: DeferredEvents,
+        config: FederationConfig,
+        report: LimitReport,
+    ) -> None:
+        self._homeserver = homeserver
+        self._receipt = receipt
+        self._deferred = deferred
+        self._config = config
+        self._report = report
+        self._is_exempt = config.exempts()
+        self._limiter = federation_limiter(config)
+        self._has_table = False
+        # What each origin was charged for last: its transaction may fail and come again.
+        self._charged: OrderedDict[str, tuple[str, bytes]] = OrderedDict()
+
+    def install(self) -> None:
+        """Takes effect from the next transaction on."""
+        self._receipt.check_transactions(self.check)
+
+    async def check(self, transaction: Transaction) -> Refusal | None:
+        """The refusal of the transaction, or None to accept it.
+
+        PDUs that are not sticky, or not any more, are not charged.
+        """
+        origin = transaction.origin
+        if self._is_exempt(origin):
+            return None
+        claims = [_claim(pdu, origin) for pdu in transaction.pdus if self._is_unexpired(pdu)]
+        if not claims:
+            return None
+        if await self._receipt.is_answered(origin, transaction.transaction_id):
+            return None
+        refusal = await self._too_many(origin) or self._past_a_limit(transaction, claims)
+        if refusal is not None:
+            self._report.refused(
+                refusal.limit, origin, _where(claims), refusal.retry_after_ms, len(claims)
+            )
+        return refusal
+
+    async def _too_many(self, origin: str) -> Refusal | None:
+        most = self._config.max_deferred_per_server
+        count = await self._count(origin)
+        if count < most:
+            return None
+        limits = (self._config.per_server, self._config.per_server_in_room)
+        per_second = min((limit.per_second for limit in limits if limit), default=1.0)
+        retry_after_ms = round((count - most + 1) * 1000 / per_second)
+        return Refusal(
+            "max_deferred_per_server", min(max(retry_after_ms, _RETRY_MIN_MS), _RETRY_MAX_MS)
+        )
+
+    async def _count(self, origin: str) -> int:
+        """How many events of the origin are deferred or staged; exact from the most that there may
+        be."""
+        await self._ensure_table()
+        most = self._config.max_deferred_per_server
+
+        def count_txn(txn: Cursor) -> int:
+            deferred = self._deferred.count_txn(txn, origin)
+            if deferred >= most:
+                return deferred
+            at_most = most - 1 - deferred
+            return deferred + self._receipt.count_staged_txn(txn, origin, at_most)
+
+        return await self._homeserver.transact("count_deferred", count_txn)
+
+    async def _ensure_table(self) -> None:
+        # At the first start of all, this process may be faster than those that defer events.
+        if self._has_table:
+            return
+        try:
+            await migrate(self._homeserver, self._deferred)
+        except NewerLayoutError:
+            pass  # so the table is there
+        self._has_table = True
+
+    def _past_a_limit(self, transaction: Transaction, claims: list[_Claim]) -> Refusal | None:
+        if self._config.mode is not Mode.REJECT:
+            return None
+        origin = transaction.origin
+        # The ID alone would not do: the origin may put other PDUs under it.
+        receipt = (transaction.transaction_id, transaction.fingerprint())
+        if self._charged.get(origin) == receipt:
+            return None
+        refused = self._limiter.admit_transaction(origin, claims, self._homeserver.now_ms())
+        if refused is not None:
+            return Refusal(*refused)
+        self._charged[origin] = receipt
+        self._charged.move_to_end(origin)
+        if len(self._charged) > _MAX_ORIGINS:
+            self._charged.popitem(last=False)
+        return None
+
+    def _is_unexpired(self, pdu: ReceivedPdu) -> bool:
+        now_ms = self._homeserver.now_ms()
+        until_ms = sticky_until_ms(pdu.sticky_field, pdu.origin_server_ts, now_ms)
+        return until_ms is not None and now_ms < until_ms
+
+
+def _claim(pdu: ReceivedPdu, origin: str) -> _Claim:
+    room_id, sender = pdu.room_id, pdu.sender
+    if not isinstance(room_id, str) or not _is_id(room_id):
+        return None, None
+    if not isinstance(sender, str) or not _is_id(sender):
+        return room_id, None
+    return room_id, sender if sender.partition(":")[2] == origin else None
+
+
+def _is_id(name: str) -> bool:
+    # No ID is longer, and none has half a character in it. So made-up ones cost no memory.
+    return len(name) <= _MAX_ID_LENGTH and name.isprintable()
+
+
+def _where(claims: list[_Claim]) -> str:
+    rooms = sorted({room_id for room_id, _ in claims if room_id is not None})
+    more = f" and {len(rooms) - 1} more rooms" if len(rooms) > 1 else ""
+    return f"in {rooms[0]}{more}" if rooms else ""

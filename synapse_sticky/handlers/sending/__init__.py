@@ -1,0 +1,1 @@
+"""How local users send sticky events: the limit (E1), and the parameter (S3)."""

@@ -1,0 +1,65 @@
+"""How fast local users may send sticky events (E1).
+
+Fails open: an event that cannot be checked is sent.
+"""
+
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+import attr
+
+from synapse_sticky.config import LocalConfig
+from synapse_sticky.homeserver import Homeserver
+from synapse_sticky.limits import LimitReport, Refusal, local_limiter
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class LocalSend:
+    """A local user's request to send a sticky event, now or with a delay.
+
+    is_exempt: whether Synapse's own limits do not apply to the user either: a server admin, an
+        application service or user with an exemption.
+    is_repeated: whether the very same request was carried out before. Then Synapse repeats its
+        answer.
+    """
+
+    user_id: str
+    is_exempt: Callable[[], Awaitable[bool]]
+    is_repeated: Callable[[], Awaitable[bool]]
+
+
+Check = Callable[[LocalSend], Awaitable[Refusal | None]]
+
+
+class Sending(Protocol):
+    """The events that this server's users send, in a process that serves clients."""
+
+    def limit_sticky(self, check: Check) -> None:
+        """From now on asks ``check`` before a sticky event is sent, or a delayed one scheduled; not
+        again when that is due. If ``check`` fails, the event is sent."""
+
+
+class SendingHandler:
+    """Limits what each local user sends. Events that are not sticky stay as they are."""
+
+    def __init__(
+        self, homeserver: Homeserver, sending: Sending, config: LocalConfig, report: LimitReport
+    ) -> None:
+        self._homeserver = homeserver
+        self._sending = sending
+        self._limiter = local_limiter(config)
+        self._report = report
+
+    def install(self) -> None:
+        """Takes effect from the next event on."""
+        self._sending.limit_sticky(self.check)
+
+    async def check(self, request: LocalSend) -> Refusal | None:
+        """The refusal of the request; or None to accept it, which charges the user."""
+        refused = self._limiter.admit_user(request.user_id, self._homeserver.now_ms())
+        # Asked last, as both may read the database.
+        if refused is None or await request.is_exempt() or await request.is_repeated():
+            return None
+        refusal = Refusal(*refused)
+        self._report.refused_user(refusal.limit, request.user_id, refusal.retry_after_ms)
+        return refusal

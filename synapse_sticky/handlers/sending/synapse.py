@@ -1,0 +1,251 @@
+"""Events that this server's users send: Synapse's two servlets, and what these call."""
+
+import copy
+import functools
+import logging
+import re
+from collections.abc import Callable
+from typing import Any
+
+from synapse.api.constants import EventTypes, StickyEvent
+from synapse.module_api import Requester
+from synapse.module_api.errors import Codes, SynapseError
+from synapse.rest.client.room import RoomSendEventRestServlet, RoomStateEventRestServlet
+
+from synapse_sticky.handlers.sending.handler import Check, LocalSend
+from synapse_sticky.homeserver import Cursor, Homeserver
+from synapse_sticky.homeserver.process import replace_shared
+from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, Method, attributes, table
+
+logger = logging.getLogger(__name__)
+
+_EVENTS = "synapse.handlers.message.EventCreationHandler"
+_DELAYED = "synapse.handlers.delayed_events.DelayedEventsHandler"
+_SEND_SERVLET = "synapse.rest.client.room.RoomSendEventRestServlet"
+_STATE_SERVLET = "synapse.rest.client.room.RoomStateEventRestServlet"
+
+SEAMS = (
+    # The limit
+    Method(HOMESERVER, "get_event_creation_handler"),
+    Method(
+        _EVENTS,
+        "create_and_send_nonmember_event",
+        2,
+        ("ratelimit", "txn_id", "delay_id"),
+        is_async=True,
+        is_replaced=True,
+    ),
+    Method(_EVENTS, "get_event_id_from_transaction", 3, is_async=True),
+    Method(HOMESERVER, "get_delayed_events_handler"),
+    Method(
+        _DELAYED,
+        "add",
+        1,
+        (
+            *("room_id", "event_type", "state_key", "origin_server_ts", "content", "delay"),
+            "sticky_duration_ms",
+        ),
+        is_async=True,
+        is_replaced=True,
+    ),
+    Method(HOMESERVER, "get_auth"),
+    Method("synapse.api.auth.base.BaseAuth", "is_server_admin", 1, is_async=True),
+    Method(STORE, "get_app_service_by_user_id", 1, is_async=False),
+    Method(STORE, "get_app_service_by_id", 1, is_async=False),
+    Method("synapse.appservice.ApplicationService", "is_rate_limited", is_async=False),
+    table("ratelimit_override", "user_id", "messages_per_second"),
+    # The parameter
+    Method(_SEND_SERVLET, "_do", 5, is_async=True, is_replaced=True),
+    Attribute(_SEND_SERVLET, "event_creation_handler"),
+    Method(_STATE_SERVLET, "on_PUT", 3, ("state_key",), is_async=True, is_replaced=True),
+    *attributes(_STATE_SERVLET, "event_creation_handler", "delayed_events_handler"),
+    Method(_EVENTS, "deduplicate_state_event", 2, is_async=True, is_replaced=True),
+)
+
+# What the servlets, whose classes all homeservers of a process share, do for one of them.
+_CHECKS_PARAMETER = "_synapse_sticky_checks_parameter"
+_ACCEPTS_STICKY_STATE = "_synapse_sticky_accepts_sticky_state"
+
+_PARAMETER = StickyEvent.QUERY_PARAM_NAME
+_MAX_DURATION_MS = 2**53 - 1  # the largest integer that an event can hold
+
+
+class SynapseSending:
+    """Implements ``handler.Sending``, in a process that serves clients."""
+
+    def __init__(self, homeserver: Homeserver) -> None:
+        self._homeserver = homeserver
+        self._store = homeserver.store
+        self._auth = homeserver.hs.get_auth()
+        self._events: Any = homeserver.hs.get_event_creation_handler()
+        self._delayed_events: Any = homeserver.hs.get_delayed_events_handler()
+
+    def check_parameter(self) -> None:
+        """From now on PUT /send refuses each value of the parameter that it cannot use, with an
+        error that names the parameter (S3)."""
+        self._homeserver.enter(self._events, _CHECKS_PARAMETER, True)
+        # Synapse makes the servlets when it begins to listen, later than the module.
+        replace_shared(RoomSendEventRestServlet, "_do", _checking_parameter)
+
+    def accept_sticky_state(self) -> None:
+        """From now on PUT /state has the parameter as well (S3)."""
+        self._homeserver.enter(self._events, _ACCEPTS_STICKY_STATE, True)
+        replace_shared(RoomStateEventRestServlet, "on_PUT", _accepting_sticky_state)
+        self._homeserver.replace(self._events, "deduplicate_state_event", _but_for_sticky)
+
+    def limit_sticky(self, check: Check) -> None:
+        def make_send(original: Callable[..., Any]) -> Callable[..., Any]:
+            async def create_and_send_nonmember_event(
+                requester: Requester, event_dict: dict[str, Any], *args: Any, **options: Any
+            ) -> Any:
+                # A delayed event that is due was accepted when it was scheduled.
+                if (
+                    StickyEvent.EVENT_FIELD_NAME in event_dict
+                    and options.get("ratelimit", True)
+                    and options.get("delay_id") is None
+                ):
+                    room_id, txn_id = event_dict["room_id"], options.get("txn_id")
+                    await self._raise_if_refused(check, requester, room_id, txn_id)
+                return await original(requester, event_dict, *args, **options)
+
+            return create_and_send_nonmember_event
+
+        def make_add(original: Callable[..., Any]) -> Callable[..., Any]:
+            async def add(requester: Requester, *args: Any, **options: Any) -> Any:
+                if options.get("sticky_duration_ms") is not None:
+                    await self._raise_if_refused(check, requester, options["room_id"], None)
+                return await original(requester, *args, **options)
+
+            return add
+
+        replace = self._homeserver.replace
+        replace(self._events, "create_and_send_nonmember_event", make_send)
+        replace(self._delayed_events, "add", make_add)
+
+    async def _raise_if_refused(
+        self, check: Check, requester: Requester, room_id: str, txn_id: str | None
+    ) -> None:
+        request = LocalSend(
+            requester.user.to_string(),
+            functools.partial(self._is_exempt, requester),
+            functools.partial(self._is_repeated, requester, room_id, txn_id),
+        )
+        try:
+            refusal = await check(request)
+        except Exception:
+            logger.exception("Could not check a sticky event of %s, sending it", request.user_id)
+            return
+        if refusal is not None:
+            raise refusal.error()
+
+    async def _is_exempt(self, requester: Requester) -> bool:
+        user_id = requester.user.to_string()
+        if self._store.get_app_service_by_user_id(user_id) is not None:
+            return True  # Synapse never limits an application service's own user
+        if requester.app_service_id is not None:
+            service = self._store.get_app_service_by_id(requester.app_service_id)
+            if service is not None and not service.is_rate_limited():
+                return True
+        if await self._homeserver.transact("is_unlimited", _is_unlimited_txn, user_id):
+            return True
+        # Not `api.is_user_admin`: with delegated authentication, the access token says who is.
+        return await self._auth.is_server_admin(requester)
+
+    async def _is_repeated(self, requester: Requester, room_id: str, txn_id: str | None) -> bool:
+        if txn_id is None:
+            return False
+        sent = await self._events.get_event_id_from_transaction(requester, txn_id, room_id)
+        return sent is not None
+
+
+def _is_unlimited_txn(txn: Cursor, user_id: str) -> bool:
+    txn.execute("SELECT messages_per_second FROM ratelimit_override WHERE user_id = ?", (user_id,))
+    override = txn.fetchone()
+    return override is not None and not override[0]
+
+
+def _checking_parameter(original: Callable[..., Any]) -> Callable[..., Any]:
+    async def _do(servlet: Any, request: Any, *args: Any, **options: Any) -> Any:
+        if getattr(servlet.event_creation_handler, _CHECKS_PARAMETER, False):
+            sticky_duration_ms(request)
+        return await original(servlet, request, *args, **options)
+
+    return _do
+
+
+def _accepting_sticky_state(original: Callable[..., Any]) -> Callable[..., Any]:
+    async def on_PUT(  # noqa: N802  # as Synapse calls it
+        servlet: Any, request: Any, room_id: str, event_type: str, *args: Any, **options: Any
+    ) -> Any:
+        accepts = getattr(servlet.event_creation_handler, _ACCEPTS_STICKY_STATE, False)
+        duration_ms = sticky_duration_ms(request) if accepts else None
+        if duration_ms is not None:
+            if event_type == EventTypes.Member:
+                raise _invalid(f"is not possible for {event_type}")
+            # The servlet itself serves other requests meanwhile.
+            servlet = copy.copy(servlet)
+            servlet.event_creation_handler = _StickyEvents(
+                servlet.event_creation_handler, duration_ms
+            )
+            servlet.delayed_events_handler = _StickyDelayedEvents(
+                servlet.delayed_events_handler, duration_ms
+            )
+        return await original(servlet, request, room_id, event_type, *args, **options)
+
+    return on_PUT
+
+
+def _but_for_sticky(original: Callable[..., Any]) -> Callable[..., Any]:
+    async def deduplicate_state_event(event: Any, *args: Any, **options: Any) -> Any:
+        # The same state once more is sticky for longer, so it is no duplicate.
+        if event.sticky_duration() is not None:
+            return None
+        return await original(event, *args, **options)
+
+    return deduplicate_state_event
+
+
+def sticky_duration_ms(request: Any) -> int | None:
+    """The value of the request's parameter for stickiness in ms, None without one (S3).
+
+    Raises:
+        SynapseError: 400 ``M_INVALID_PARAM``; the value is not an integer that an event can hold.
+    """
+    values = request.args.get(_PARAMETER.encode("ascii"))
+    if not values:
+        return None
+    if not re.fullmatch(rb"[0-9]{1,16}", values[0]) or int(values[0]) > _MAX_DURATION_MS:
+        raise _invalid(f"must be an integer from 0 to {_MAX_DURATION_MS}, in ms")
+    return int(values[0])
+
+
+def _invalid(problem: str) -> SynapseError:
+    return SynapseError(400, f"Query parameter {_PARAMETER} {problem}", Codes.INVALID_PARAM)
+
+
+class _StickyEvents:
+    """Creates events that are sticky."""
+
+    def __init__(self, events: Any, duration_ms: int) -> None:
+        self._events = events
+        self._field = {"duration_ms": duration_ms}
+
+    async def create_and_send_nonmember_event(
+        self, requester: Requester, event_dict: dict[str, Any], *args: Any, **options: Any
+    ) -> Any:
+        event_dict = {**event_dict, StickyEvent.EVENT_FIELD_NAME: self._field}
+        return await self._events.create_and_send_nonmember_event(
+            requester, event_dict, *args, **options
+        )
+
+
+class _StickyDelayedEvents:
+    """Schedules events that will be sticky."""
+
+    def __init__(self, delayed_events: Any, duration_ms: int) -> None:
+        self._delayed_events = delayed_events
+        self._duration_ms = duration_ms
+
+    async def add(self, requester: Requester, *args: Any, **options: Any) -> Any:
+        options["sticky_duration_ms"] = self._duration_ms
+        return await self._delayed_events.add(requester, *args, **options)

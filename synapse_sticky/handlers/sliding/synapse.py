@@ -1,0 +1,334 @@
+"""The section of sticky events in sliding sync."""
+
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Set as AbstractSet
+from typing import Any
+
+import attr
+from synapse import visibility
+from synapse.api.constants import EventTypes, Membership, StickyEvent
+from synapse.types import RoomStreamToken, UnresolvedMultiWriterStreamToken
+from synapse.types.handlers.sliding_sync import RoomSyncConfig, SlidingSyncResult
+from synapse.types.rest.client import SlidingSyncStickyEventsToken
+
+from synapse_sticky.handlers.sliding.handler import SlidingPage, SlidingRequest
+from synapse_sticky.homeserver import Cursor, Homeserver
+from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, Method, attributes, table
+from synapse_sticky.index import Position
+from synapse_sticky.index.synapse import position_of, token_of
+
+_SLIDING_SYNC = "synapse.handlers.sliding_sync"
+_EXTENSIONS = f"{_SLIDING_SYNC}.extensions.SlidingSyncExtensionHandler"
+_TYPES = "synapse.types.handlers.sliding_sync"
+_TOKEN = "synapse.types.rest.client.SlidingSyncStickyEventsToken"  # noqa: S105  # a class
+_REQUEST = "synapse.types.rest.client.SlidingSyncBody.Extensions.StickyEventsExtension"
+
+SEAMS = (
+    Method(HOMESERVER, "get_sliding_sync_handler"),
+    Attribute(f"{_SLIDING_SYNC}.SlidingSyncHandler", "extensions"),
+    Method(
+        _EXTENSIONS,
+        "get_sticky_events_extension_response",
+        0,
+        (
+            *("sync_config", "sticky_events_request", "all_interested_room_ids"),
+            *("to_token", "from_token"),
+        ),
+        is_async=True,
+        is_replaced=True,
+    ),
+    *attributes(_REQUEST, "enabled", "limit", "since"),
+    *attributes(
+        f"{_TYPES}.SlidingSyncConfig",
+        *("user", "requester", "conn_id", "lists", "room_subscriptions"),
+    ),
+    Attribute(f"{_TYPES}.SlidingSyncResult.Extensions", "StickyEventsExtension"),
+    *attributes(
+        f"{_TYPES}.SlidingSyncResult.Extensions.StickyEventsExtension",
+        *("room_id_to_sticky_events", "next_batch"),
+    ),
+    Method(f"{_TYPES}.RoomSyncConfig", "from_room_config", 1),
+    Method(f"{_TYPES}.RoomSyncConfig", "must_await_full_state", 1),
+    Method(_TOKEN, "from_stream_token", 2, is_async=True),
+    Method(_TOKEN, "to_stream_token", 1, is_async=True),
+    Attribute(_TOKEN, "_unresolved_stream_token"),
+    *attributes(
+        "synapse.types.UnresolvedMultiWriterStreamToken", "stream", "instance_id_to_stream_pos"
+    ),
+    Attribute("synapse.types.SlidingSyncStreamToken", "stream_token"),
+    *attributes(
+        "synapse.types.StreamToken", "room_key", "sticky_events_key", "un_partial_stated_rooms_key"
+    ),
+    Method("synapse.types.RoomStreamToken", "get_stream_pos_for_instance", 1),
+    Attribute("synapse.types.RoomStreamToken", "stream"),
+    Attribute("synapse.config.workers.WorkerConfig", "writers"),
+    Attribute("synapse.config.workers.WriterLocations", "events"),
+    Method(HOMESERVER, "get_storage_controllers"),
+    Method(
+        "synapse.visibility",
+        "filter_and_transform_events_for_client",
+        3,
+        ("always_include_ids",),
+        is_async=True,
+    ),
+    Attribute("synapse.events.utils.FilteredEvent", "event"),
+    Method(STORE, "get_rooms_for_user", 1, is_async=True),
+    Method(STORE, "get_events_as_list", 1, is_async=True),
+    Method(STORE, "get_sticky_events_stream_token", is_async=False),
+    Method(
+        STORE,
+        "get_sticky_events_in_rooms",
+        1,
+        ("from_token", "to_token", "now", "limit"),
+        is_async=True,
+    ),
+    Method(STORE, "get_sliding_sync_membership_changes", 3, is_async=True),
+    Method(STORE, "get_un_partial_stated_rooms_between", 3, is_async=True),
+    Method(STORE, "find_first_stream_ordering_after_ts", 1, is_async=True),
+    table(
+        "current_state_delta_stream",
+        *("room_id", "instance_name", "stream_id", "type", "state_key"),
+        *("event_id", "prev_event_id"),
+    ),
+    table("room_memberships", "event_id", "membership"),
+)
+
+_ONLY_WRITER = 0
+_HOUR_MS = StickyEvent.MAX_DURATION.as_millis()
+_Section = SlidingSyncResult.Extensions.StickyEventsExtension
+
+
+class _DueSection(_Section):
+    """A section that goes out at once, even if it is empty."""
+
+    def __bool__(self) -> bool:
+        return True
+
+
+class SynapseSliding:
+    """Implements ``handler.SlidingSync``: puts a pager in the place of Synapse's own section."""
+
+    def __init__(self, homeserver: Homeserver) -> None:
+        self._homeserver = homeserver
+        self._store = homeserver.store
+        self._storage = homeserver.hs.get_storage_controllers()
+        self.writers: Sequence[str] = homeserver.hs.config.worker.writers.events
+
+    def page(self, pager: Callable[[SlidingRequest], Awaitable[SlidingPage]]) -> None:
+        def make(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+            async def get_sticky_events_extension_response(
+                sync_config: Any,
+                sticky_events_request: Any,
+                all_interested_room_ids: set[str],
+                to_token: Any,
+                from_token: Any,
+                **options: Any,
+            ) -> Any:
+                if not sticky_events_request.enabled:
+                    return None
+                user_id: str = sync_config.user.to_string()
+                rooms = all_interested_room_ids & await self._store.get_rooms_for_user(user_id)
+                since = None
+                if sticky_events_request.since:
+                    since = await self._read_token(sticky_events_request.since)
+                now = position_of(self._store.get_sticky_events_stream_token())
+                if since is not None and not since.is_before_or_at(now):
+                    # From the future, or this process is behind: Synapse knows what to do.
+                    section = await original(
+                        sync_config=sync_config,
+                        sticky_events_request=sticky_events_request,
+                        all_interested_room_ids=rooms,
+                        to_token=to_token,
+                        from_token=from_token,
+                        **options,
+                    )
+                else:
+                    response = _Response(
+                        self, sync_config, sticky_events_request, rooms, since, to_token, from_token
+                    )
+                    section = await response.filled(await pager(response))
+                return await self._of_joined(user_id, section)
+
+            return get_sticky_events_extension_response
+
+        extensions = self._homeserver.hs.get_sliding_sync_handler().extensions
+        self._homeserver.replace(extensions, "get_sticky_events_extension_response", make)
+
+    async def _of_joined(self, user_id: str, section: Any) -> Any:
+        """The section without rooms that the user has left meanwhile (D8)."""
+        if not section or not section.room_id_to_sticky_events:
+            return section
+        joined = await self._store.get_rooms_for_user(user_id)
+        rooms = {
+            room_id: events
+            for room_id, events in section.room_id_to_sticky_events.items()
+            if room_id in joined
+        }
+        return attr.evolve(section, room_id_to_sticky_events=rooms)
+
+    # Synapse has no numbers for writers on SQLite, where there is only one.
+
+    async def _read_token(self, token: Any) -> Position:
+        unresolved = token._unresolved_stream_token
+        ahead = unresolved.instance_id_to_stream_pos
+        if self._homeserver.is_postgres or set(ahead) != {_ONLY_WRITER}:
+            return position_of(await token.to_stream_token(self._store))
+        return Position(unresolved.stream, {self.writers[0]: ahead[_ONLY_WRITER]})
+
+    async def write_token(self, position: Position) -> SlidingSyncStickyEventsToken:
+        """Synapse's ``next_batch``."""
+        token = token_of(position)
+        if self._homeserver.is_postgres or not token.instance_map:
+            return await SlidingSyncStickyEventsToken.from_stream_token(self._store, token)
+        (ahead,) = token.instance_map.values()
+        return SlidingSyncStickyEventsToken(
+            unresolved_stream_token=UnresolvedMultiWriterStreamToken(
+                stream=token.stream, instance_id_to_stream_pos={_ONLY_WRITER: ahead}
+            )
+        )
+
+    async def newly_joined(
+        self, user_id: str, room_ids: AbstractSet[str], after: RoomStreamToken, up_to: Any
+    ) -> set[str]:
+        """The rooms that the user was not in at ``after``."""
+        changes = await self._store.get_sliding_sync_membership_changes(user_id, after, up_to)
+        changed = room_ids & changes.keys()
+        if not changed:
+            return set()
+        clause, args = self._homeserver.in_list("d.room_id", changed)
+
+        # Synapse counts some changes of a profile among them. The state changes know better.
+        def read_txn(txn: Cursor) -> set[str]:
+            txn.execute(
+                f"""
+                SELECT d.room_id, d.instance_name, d.stream_id
+                FROM current_state_delta_stream AS d
+                INNER JOIN room_memberships AS m ON m.event_id = d.event_id
+                LEFT JOIN room_memberships AS before ON before.event_id = d.prev_event_id
+                WHERE d.type = ? AND d.state_key = ? AND ? < d.stream_id
+                    AND m.membership = ? AND COALESCE(before.membership, ?) != ? AND {clause}
+                """,
+                (
+                    *(EventTypes.Member, user_id, after.stream),
+                    *(Membership.JOIN, Membership.LEAVE, Membership.JOIN, *args),
+                ),
+            )
+            return {
+                room_id
+                for room_id, writer, stream_id in txn.fetchall()
+                if after.get_stream_pos_for_instance(writer)
+                < stream_id
+                <= up_to.get_stream_pos_for_instance(writer)
+            }
+
+        return await self._homeserver.transact("newly_joined", read_txn)
+
+    async def position_an_hour_ago(self) -> RoomStreamToken:
+        """Whatever is sticky now came in after this position."""
+        first = await self._store.find_first_stream_ordering_after_ts(
+            self._homeserver.now_ms() - _HOUR_MS
+        )
+        return RoomStreamToken(stream=max(first - 1, 0))
+
+    async def no_longer_partial(
+        self, sync_config: Any, room_ids: AbstractSet[str], after: Any, up_to: Any
+    ) -> set[str]:
+        """The rooms that were kept from the client until their state was whole."""
+        first, last = after.un_partial_stated_rooms_key, up_to.un_partial_stated_rooms_key
+        if first == last or not room_ids:
+            return set()
+        asked_for = [
+            *(sync_config.lists or {}).values(),
+            *(sync_config.room_subscriptions or {}).values(),
+        ]
+        is_mine = self._homeserver.api.is_mine
+        if not any(
+            RoomSyncConfig.from_room_config(part).must_await_full_state(is_mine)
+            for part in asked_for
+        ):
+            return set()
+        return await self._store.get_un_partial_stated_rooms_between(first, last, room_ids)
+
+    async def visible(self, user_id: str, event_ids: Collection[str]) -> list[Any]:
+        """These events as the user may see them, history visibility aside (C1): not those of users
+        whom they ignore (D6), nor what was redacted meanwhile (S5)."""
+        events = await self._store.get_events_as_list(event_ids)
+        sticky = [event for event in events if event.sticky_duration() is not None]
+        return await visibility.filter_and_transform_events_for_client(
+            self._storage, user_id, sticky, always_include_ids=frozenset(event_ids)
+        )
+
+
+class _Response:
+    """Implements ``handler.SlidingRequest``, and gathers the response to it."""
+
+    def __init__(
+        self,
+        sliding: SynapseSliding,
+        sync_config: Any,
+        request: Any,
+        room_ids: AbstractSet[str],
+        since: Position | None,
+        to_token: Any,
+        from_token: Any,
+    ) -> None:
+        self._sliding = sliding
+        self._store = sliding._store
+        self._sync_config = sync_config
+        self._user_id: str = sync_config.user.to_string()
+        self._to_token = to_token
+        self._from_token = from_token.stream_token if from_token else None
+        self._now_ms = sliding._homeserver.now_ms()
+        self._parts: list[tuple[int, dict[str, list[str]]]] = []
+        device_id: str = sync_config.requester.device_id or ""
+        self.connection = (self._user_id, device_id, sync_config.conn_id or "")
+        self.room_ids = room_ids
+        self.limit: int = min(request.limit, StickyEvent.MAX_EVENTS_IN_SYNC)
+        self.since = since
+        self.up_to = position_of(to_token.sticky_events_key)
+
+    async def newly_joined_rooms(self) -> AbstractSet[str]:
+        up_to = self._to_token.room_key
+        if self._from_token is None:
+            # A new connection that goes on from an old position.
+            after = await self._sliding.position_an_hour_ago()
+            return await self._sliding.newly_joined(self._user_id, self.room_ids, after, up_to)
+        after = self._from_token.room_key
+        joined = await self._sliding.newly_joined(self._user_id, self.room_ids, after, up_to)
+        return joined | await self._sliding.no_longer_partial(
+            self._sync_config, self.room_ids, self._from_token, self._to_token
+        )
+
+    async def read(
+        self, room_ids: Collection[str], after: Position, up_to: Position, limit: int | None
+    ) -> tuple[int, Position]:
+        reached, by_room = await self._store.get_sticky_events_in_rooms(
+            room_ids,
+            from_token=token_of(after),
+            to_token=token_of(up_to),
+            now=self._now_ms,
+            limit=limit,
+        )
+        if by_room:
+            self._parts.append((after.stream_id, by_room))
+        return sum(map(len, by_room.values())), position_of(reached)
+
+    async def filled(self, page: SlidingPage) -> Any:
+        """Synapse's own response object."""
+        by_room: dict[str, list[str]] = {}
+        for _, part in sorted(self._parts, key=lambda part: part[0]):
+            for room_id, event_ids in part.items():
+                by_room.setdefault(room_id, []).extend(event_ids)
+        rooms = {}
+        if by_room:
+            event_ids = [event_id for ids in by_room.values() for event_id in ids]
+            visible = {
+                shown.event.event_id: shown
+                for shown in await self._sliding.visible(self._user_id, event_ids)
+            }
+            for room_id, ids in by_room.items():
+                if shown := [visible[event_id] for event_id in ids if event_id in visible]:
+                    rooms[room_id] = shown
+        next_batch = await self._sliding.write_token(page.next_batch)
+        section = _DueSection if page.is_due else _Section
+        return section(room_id_to_sticky_events=rooms, next_batch=next_batch)

@@ -1,0 +1,276 @@
+"""Acknowledged sticky events that cannot be persisted yet are parked, and tried again (L3).
+
+Synapse drops an acknowledged PDU if the event persister or the database fails, or if its
+prev_events cannot be fetched, as the servers that have them cannot be reached. It also drops one
+that comes while this server joins the room, or has it in the memory of the joining process only,
+which a crash loses. Such a PDU is parked: it is put into a table, and staged again from time to
+time by whichever process comes to it, until it is persisted or expires, also after a restart.
+
+PDUs whose prev_events are there are all tried at once, but only once. Of the others, one is tried
+at a time for each origin and room: a server that does not answer when it is asked for prev_events
+keeps the room's other PDUs waiting, and some PDUs fail whatever is done. The oldest is tried first,
+as PDUs are a chain more often than not. If that does not help, the others take turns, the newest
+first, since Synapse fetches on its way those before it.
+
+Fails open: a PDU that cannot be parked is dropped, as Synapse drops it.
+"""
+
+import logging
+from collections import OrderedDict, deque
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from typing import Protocol
+
+import attr
+
+from synapse_sticky.backoff import Backoff
+from synapse_sticky.handlers.staging.pruning import StagedPdu
+from synapse_sticky.handlers.staging.tables import Parked, ParkedPdu, ParkedTable
+from synapse_sticky.homeserver import Cancellable, Cursor, Homeserver, Rooms
+from synapse_sticky.homeserver.layout import migrate
+
+logger = logging.getLogger(__name__)
+
+_BACKOFF = Backoff(1_000, 60_000, spread=0)
+_ATTEMPTS = 12
+"""About seven minutes, and how long each takes. The room's other PDUs wait meanwhile, so it is not
+to be for ever."""
+
+_CHECK_AFTER_MS = 1_000
+"""After an attempt: by then it has gone well, or the other server does not answer."""
+
+_TURN_MS = 60_000
+"""How long the oldest is tried, and then another one."""
+
+_MOST_TRIED = 10_000
+_MOST_IN_MEMORY = 500
+
+_POLL_MS = 60_000
+"""Another process may have parked PDUs, and be gone."""
+
+_AFTER_FAILURE_MS = 10_000
+"""When one origin's PDUs of a room are tried again, if something is wrong with them."""
+
+
+class Staging(Protocol):
+    """The staging area, and what becomes of the PDUs in it."""
+
+    receives: bool
+    """Whether other servers' transactions can reach this process."""
+
+    def begin_on_staged_pdus(self) -> None:
+        """Processes at once what an earlier run left in the area, in a process that receives
+        transactions. Synapse itself waits for the next transaction of anybody."""
+
+    async def process(self, room_id: str) -> None:
+        """Begins with what is staged for the room, unless that is under way."""
+
+    def is_joining(self, room_id: str) -> bool:
+        """Does this process join the room now, so that it does not process the room's PDUs?"""
+
+    def stage_txn(self, txn: Cursor, room_id: str, pdus: Sequence[ParkedPdu]) -> None:
+        """Stages PDUs of the room, in this order, behind those that are there; none if the room is
+        gone."""
+
+    async def persisted(self, event_ids: Collection[str]) -> set[str]:
+        """Those of the events that are here, and in full."""
+
+    def park_by(
+        self,
+        park: Callable[[ParkedPdu, StagedPdu, str], Awaitable[None]],
+        retry_after_ms: Callable[[StagedPdu, int], int | None],
+    ) -> None:
+        """From now on deals with sticky PDUs that cannot be persisted.
+
+        Args:
+            park: takes each that Synapse drops, or has in memory only while it joins the room, and
+                why. None that can never be persisted, and none that is larger than a PDU may be.
+            retry_after_ms: is asked, with the number of failures, in how many ms a PDU is
+                processed again after the database or the event persister failed; None for not at
+                all.
+        """
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class _ToPark:
+    pdu: ParkedPdu
+    staged: StagedPdu
+    why: str
+
+
+class ParkingHandler:
+    """Parks sticky PDUs that cannot be persisted yet, and has them processed again."""
+
+    def __init__(
+        self, homeserver: Homeserver, rooms: Rooms, staging: Staging, table: ParkedTable
+    ) -> None:
+        self._homeserver = homeserver
+        self._rooms = rooms
+        self._staging = staging
+        self._table = table
+        self._is_loaded = False
+        # What is to be parked once the table is there.
+        self._to_park: deque[_ToPark] = deque()
+        self._timer: Cancellable | None = None
+        self._timer_due_ms = 0
+        self._is_trying = False
+        # What this process tried when its prev_events were there.
+        self._tried: OrderedDict[tuple[str, str], None] = OrderedDict()
+
+    def install(self) -> None:
+        """Takes effect from the next PDU on."""
+        self._staging.park_by(self.park, self.retry_after_ms)
+
+    async def load(self) -> None:
+        """Has what was acknowledged before a restart processed without waiting for others.
+
+        Raises:
+            NewerLayoutError: a later version of the module made the table.
+        """
+        await migrate(self._homeserver, self._table)
+        self._is_loaded = True
+        while self._to_park:
+            to_park = self._to_park[0]
+            await self._park_in_table(to_park)
+            self._to_park.popleft()
+        self._staging.begin_on_staged_pdus()
+        if self._staging.receives:
+            self._try_within(0)
+
+    def _is_unexpired(self, staged: StagedPdu) -> bool:
+        return staged.until_ms() > self._homeserver.now_ms()
+
+    def retry_after_ms(self, staged: StagedPdu, failures: int) -> int | None:
+        """In how many ms the PDU is processed again; None for not any more."""
+        if failures >= _ATTEMPTS or not self._is_unexpired(staged):
+            return None
+        return _BACKOFF.after(failures)
+
+    # Parking
+
+    async def park(self, pdu: ParkedPdu, staged: StagedPdu, why: str) -> None:
+        """Parks a PDU that Synapse is about to drop, or has in memory only."""
+        to_park = _ToPark(pdu, staged, why)
+        if self._is_loaded:
+            await self._park_in_table(to_park)
+        elif len(self._to_park) < _MOST_IN_MEMORY:
+            # The table is being made. Nobody waits for it.
+            self._to_park.append(to_park)
+        else:
+            logger.warning("There is no table yet, not parking the sticky PDU %s", pdu.event_id)
+
+    async def _park_in_table(self, to_park: _ToPark) -> None:
+        pdu, staged = to_park.pdu, to_park.staged
+        failures = 0
+        while self._is_unexpired(staged):
+            due_ms = self._homeserver.now_ms() + _BACKOFF.min_ms
+            try:
+                if await self._table.park(pdu, staged.until_ms(), due_ms):
+                    logger.info("Parked the sticky PDU %s: %s", pdu.event_id, to_park.why)
+                else:
+                    logger.warning(
+                        "Too many sticky PDUs of %s are parked, not parking %s: %s",
+                        *(pdu.origin, pdu.event_id, to_park.why),
+                    )
+            except Exception:
+                failures += 1
+                if failures == _ATTEMPTS:
+                    raise
+                logger.exception("Could not park the sticky PDU %s yet", pdu.event_id)
+                await self._homeserver.sleep_ms(_BACKOFF.after(failures))
+            else:
+                self._try_within(_BACKOFF.min_ms)
+                return
+
+    # Trying again
+
+    def _try_within(self, delay_ms: int) -> None:
+        """Tries the parked PDUs that are due, at the latest after this time."""
+        at_ms = self._homeserver.now_ms() + delay_ms
+        if self._timer is not None and self._timer.active():
+            if self._timer_due_ms <= at_ms:
+                return
+            self._timer.cancel()
+        self._timer_due_ms = at_ms
+        self._timer = self._homeserver.call_later(delay_ms, "try_parked_pdus", self._try_due)
+
+    async def _try_due(self) -> None:
+        if self._is_trying:
+            self._try_within(_CHECK_AFTER_MS)
+            return
+        self._is_trying = True
+        delay_ms = _BACKOFF.min_ms
+        try:
+            for origin, room_id in await self._table.due():
+                try:
+                    await self._try_room(origin, room_id)
+                except Exception:
+                    # The PDUs of other origins and rooms do not wait for these.
+                    logger.exception("Could not stage PDUs of %s for %s again", origin, room_id)
+                    await self._table.postpone(origin, room_id, _AFTER_FAILURE_MS)
+            next_ms = await self._table.next_due_ms()
+            wait_ms = _POLL_MS if next_ms is None else next_ms - self._homeserver.now_ms()
+            delay_ms = min(max(wait_ms, _CHECK_AFTER_MS), _POLL_MS)
+        except Exception:
+            logger.exception("Could not stage parked PDUs, trying again in %d ms", delay_ms)
+        finally:
+            self._is_trying = False
+            self._try_within(delay_ms)
+
+    async def _try_room(self, origin: str, room_id: str) -> None:
+        now_ms = self._homeserver.now_ms()
+        parked = await self._table.of_room(origin, room_id)
+        if self._staging.is_joining(room_id) or not await self._rooms.is_in_room(room_id):
+            # Until the room is joined Synapse would drop all, or have them in memory only.
+            await self._table.stage_again(
+                *(origin, room_id, []),
+                ended=[pdu.event_id for pdu in parked if pdu.until_ms <= now_ms],
+                due={pdu.event_id: _next_ms(pdu, now_ms) for pdu in parked},
+                stage_txn=self._staging.stage_txn,
+            )
+            return
+        prevs = {prev for pdu in parked for prev in pdu.prev_event_ids}
+        there = await self._staging.persisted({*prevs, *(pdu.event_id for pdu in parked)})
+        ended = [pdu for pdu in parked if pdu.event_id in there or pdu.until_ms <= now_ms]
+        left = [pdu for pdu in parked if pdu not in ended]
+        staged = self._complete(origin, left, there)
+        due = {pdu.event_id: _next_ms(pdu, now_ms) for pdu in staged}
+        others = [pdu for pdu in left if pdu not in staged]
+        if others:
+            oldest = others[0]
+            again_ms = oldest.due_ms
+            if oldest.due_ms <= now_ms:
+                turn = (now_ms - oldest.received_ts_ms) // _TURN_MS
+                staged.append(others[-1 - turn // 2 % len(others)] if turn % 2 else oldest)
+                due[oldest.event_id] = _next_ms(oldest, now_ms)
+                again_ms = now_ms + _CHECK_AFTER_MS
+            due.update((pdu.event_id, again_ms) for pdu in others[1:])
+        await self._table.stage_again(
+            origin,
+            room_id,
+            [pdu.event_id for pdu in staged],
+            ended=[pdu.event_id for pdu in ended],
+            due=due,
+            stage_txn=self._staging.stage_txn,
+        )
+        if staged:
+            await self._staging.process(room_id)
+
+    def _complete(self, origin: str, parked: Sequence[Parked], there: set[str]) -> list[Parked]:
+        """Those whose prev_events are there, or come before them among these; none a second time,
+        as nothing says then that it goes well."""
+        there = set(there)
+        complete = []
+        for pdu in parked:
+            key = (origin, pdu.event_id)
+            if key not in self._tried and there.issuperset(pdu.prev_event_ids):
+                complete.append(pdu)
+                there.add(pdu.event_id)
+                self._tried[key] = None
+        while len(self._tried) > _MOST_TRIED:
+            self._tried.popitem(last=False)
+        return complete
+
+
+def _next_ms(pdu: Parked, now_ms: int) -> int:
+    waited_ms = now_ms - pdu.received_ts_ms
+    return now_ms + min(max(waited_ms // 2, _BACKOFF.min_ms), _BACKOFF.max_ms)

@@ -1,0 +1,230 @@
+"""The table of parked PDUs."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+
+import attr
+
+from synapse_sticky.homeserver import Cursor, Homeserver
+from synapse_sticky.homeserver.layout import Migrations
+
+_COLUMNS = "origin, event_id, room_id, event_json, internal_metadata, prev_event_ids"
+
+# What strangers can make us keep. A PDU has at most 64 kB, 196 kB once its JSON is escaped.
+_MOST_OF_SERVER = 500
+_MOST = 5_000
+
+_ROOMS_AT_ONCE = 50
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class ParkedPdu:
+    """An acknowledged PDU that cannot be persisted yet, as it is stored."""
+
+    origin: str
+    event_id: str
+    room_id: str
+    event_json: str
+    internal_metadata: str
+    prev_event_ids: tuple[str, ...]
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class Parked:
+    """What decides when a parked PDU is tried: it expires at ``until_ms``, and is due at
+    ``due_ms``."""
+
+    event_id: str
+    prev_event_ids: tuple[str, ...]
+    received_ts_ms: int
+    until_ms: int
+    due_ms: int
+
+
+StageTxn = Callable[[Cursor, str, Sequence[ParkedPdu]], None]
+"""``(cursor, room_id, pdus)``: puts PDUs of the room into Synapse's staging area."""
+
+
+class ParkedTable:
+    """Parked PDUs (L3). Every method is one transaction.
+
+    Version 0.1.0 of this module named the table; its processes may work on it beside this one.
+    """
+
+    duty = "parking"
+    migrations: Migrations = (
+        (
+            """
+            CREATE TABLE IF NOT EXISTS synapse_sticky_incomplete (
+                origin TEXT NOT NULL,
+                event_id TEXT NOT NULL,
+                room_id TEXT NOT NULL,
+                event_json TEXT NOT NULL,
+                internal_metadata TEXT NOT NULL,
+                prev_event_ids TEXT NOT NULL,
+                received_ts_ms BIGINT NOT NULL,
+                until_ms BIGINT NOT NULL,
+                due_ms BIGINT NOT NULL,
+                PRIMARY KEY (origin, event_id)
+            )
+            """,
+            """
+            CREATE INDEX IF NOT EXISTS synapse_sticky_incomplete_due
+                ON synapse_sticky_incomplete (due_ms)
+            """,
+            """
+            CREATE INDEX IF NOT EXISTS synapse_sticky_incomplete_room
+                ON synapse_sticky_incomplete (origin, room_id, received_ts_ms)
+            """,
+        ),
+    )
+
+    def __init__(self, homeserver: Homeserver) -> None:
+        self._homeserver = homeserver
+
+    async def park(self, pdu: ParkedPdu, until_ms: int, due_ms: int) -> bool:
+        """Parks a PDU until it expires; False if too many PDUs are parked.
+
+        Where all places are taken, the server with the most parked PDUs loses its last one.
+
+        Args:
+            until_ms: when it expires.
+            due_ms: when it is tried again first.
+        """
+
+        def write_txn(txn: Cursor) -> bool:
+            key = (pdu.origin, pdu.event_id)
+            where = "synapse_sticky_incomplete WHERE origin = ? AND event_id = ?"
+            txn.execute(f"SELECT 1 FROM {where}", key)
+            if txn.fetchone() is not None:
+                return True
+            txn.execute(
+                "SELECT origin, COUNT(*) FROM synapse_sticky_incomplete"
+                " GROUP BY origin ORDER BY COUNT(*) DESC, origin"
+            )
+            counts: dict[str, int] = dict(txn.fetchall())
+            own = counts.get(pdu.origin, 0)
+            if own >= _MOST_OF_SERVER:
+                return False
+            if sum(counts.values()) >= _MOST:
+                most, count = next(iter(counts.items()))
+                if count <= own + 1:
+                    return False
+                txn.execute(
+                    "SELECT origin, event_id FROM synapse_sticky_incomplete WHERE origin = ?"
+                    " ORDER BY received_ts_ms DESC LIMIT 1",
+                    (most,),
+                )
+                txn.execute(f"DELETE FROM {where}", txn.fetchone())
+            txn.execute(
+                "INSERT INTO synapse_sticky_incomplete"
+                f" ({_COLUMNS}, received_ts_ms, until_ms, due_ms)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (origin, event_id) DO NOTHING",
+                (
+                    *(*key, pdu.room_id, pdu.event_json, pdu.internal_metadata),
+                    *(json.dumps(pdu.prev_event_ids), self._homeserver.now_ms(), until_ms, due_ms),
+                ),
+            )
+            return True
+
+        return await self._homeserver.transact("park", write_txn)
+
+    async def due(self) -> list[tuple[str, str]]:
+        """The origins and rooms that have PDUs to be tried now: ``(origin, room_id)``, at most 50,
+        the longest overdue first."""
+
+        def read_txn(txn: Cursor) -> list[tuple[str, str]]:
+            txn.execute(
+                "SELECT origin, room_id FROM synapse_sticky_incomplete WHERE due_ms <= ?"
+                " GROUP BY origin, room_id ORDER BY MIN(due_ms) LIMIT ?",
+                (self._homeserver.now_ms(), _ROOMS_AT_ONCE),
+            )
+            return [(origin, room_id) for origin, room_id in txn.fetchall()]
+
+        return await self._homeserver.transact("due_parked", read_txn)
+
+    async def postpone(self, origin: str, room_id: str, by_ms: int) -> None:
+        """Puts all PDUs of the origin for the room off by this time, and deletes expired ones."""
+
+        def write_txn(txn: Cursor) -> None:
+            where = "WHERE origin = ? AND room_id = ?"
+            now_ms = self._homeserver.now_ms()
+            txn.execute(
+                f"DELETE FROM synapse_sticky_incomplete {where} AND until_ms <= ?",
+                (origin, room_id, now_ms),
+            )
+            txn.execute(
+                f"UPDATE synapse_sticky_incomplete SET due_ms = ? {where}",
+                (now_ms + by_ms, origin, room_id),
+            )
+
+        await self._homeserver.transact("postpone_parked", write_txn)
+
+    async def next_due_ms(self) -> int | None:
+        """When the next parked PDU is to be tried; None if none is parked."""
+
+        def read_txn(txn: Cursor) -> int | None:
+            txn.execute("SELECT MIN(due_ms) FROM synapse_sticky_incomplete")
+            row = txn.fetchone()
+            return row[0] if row else None
+
+        return await self._homeserver.transact("next_parked_ms", read_txn)
+
+    async def of_room(self, origin: str, room_id: str) -> list[Parked]:
+        """The parked PDUs of the origin for the room, those received first in front."""
+
+        def read_txn(txn: Cursor) -> list[Parked]:
+            txn.execute(
+                "SELECT event_id, prev_event_ids, received_ts_ms, until_ms, due_ms"
+                " FROM synapse_sticky_incomplete WHERE origin = ? AND room_id = ?"
+                " ORDER BY received_ts_ms, event_id",
+                (origin, room_id),
+            )
+            return [
+                Parked(event_id, tuple(json.loads(prev_event_ids)), *times)
+                for event_id, prev_event_ids, *times in txn.fetchall()
+            ]
+
+        return await self._homeserver.transact("parked", read_txn)
+
+    async def stage_again(
+        self,
+        origin: str,
+        room_id: str,
+        event_ids: Sequence[str],
+        *,
+        ended: Sequence[str],
+        due: Mapping[str, int],
+        stage_txn: StageTxn,
+    ) -> None:
+        """Stages these PDUs again, in this order. They stay parked, in case they fail again.
+
+        Args:
+            ended: the IDs of those that are persisted or expired; they are deleted.
+            due: when PDUs are tried next, in ms since the epoch by event ID.
+            stage_txn: puts PDUs of the room into Synapse's staging area.
+        """
+
+        def write_txn(txn: Cursor) -> None:
+            txn.execute_batch(
+                "DELETE FROM synapse_sticky_incomplete WHERE origin = ? AND event_id = ?",
+                [(origin, event_id) for event_id in ended],
+            )
+            txn.execute_batch(
+                "UPDATE synapse_sticky_incomplete SET due_ms = ? WHERE origin = ? AND event_id = ?",
+                [(due_ms, origin, event_id) for event_id, due_ms in due.items()],
+            )
+            pdus = []
+            for event_id in event_ids:
+                txn.execute(
+                    f"SELECT {_COLUMNS} FROM synapse_sticky_incomplete"
+                    " WHERE origin = ? AND event_id = ?",
+                    (origin, event_id),
+                )
+                if (row := txn.fetchone()) is not None:
+                    of, event, room, event_json, metadata, prevs = row
+                    prev_event_ids = tuple(json.loads(prevs))
+                    pdus.append(ParkedPdu(of, event, room, event_json, metadata, prev_event_ids))
+            stage_txn(txn, room_id, pdus)
+
+        await self._homeserver.transact("stage_again", write_txn)

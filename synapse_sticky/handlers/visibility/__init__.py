@@ -1,0 +1,1 @@
+"""Joined users and servers see unexpired sticky events, whatever the history visibility (C1)."""

@@ -1,0 +1,201 @@
+"""What other servers and local users may see: Synapse's two filters in front of what goes out."""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from synapse import visibility
+from synapse.api.constants import StickyEvent
+from twisted.internet.defer import CancelledError
+
+from synapse_sticky.handlers.visibility.handler import Allowed, HiddenEvent
+from synapse_sticky.homeserver import Homeserver
+from synapse_sticky.homeserver.everywhere import replace_everywhere
+from synapse_sticky.homeserver.seams import STORE, Attribute, Method, attributes
+
+if TYPE_CHECKING:
+    from synapse.events import EventBase
+    from synapse.events.utils import FilteredEvent
+
+logger = logging.getLogger(__name__)
+
+_METADATA = "synapse.synapse_rust.events.EventInternalMetadata"
+
+SEAMS = (
+    Method(
+        "synapse.visibility",
+        "filter_and_transform_events_for_client",
+        5,
+        is_async=True,
+        is_replaced=True,
+    ),
+    Method(
+        "synapse.visibility",
+        "filter_events_for_server",
+        4,
+        ("redact", "filter_out_erased_senders", "filter_out_remote_partial_state_events"),
+        is_async=True,
+        is_replaced=True,
+    ),
+    Attribute("synapse.storage.controllers.StorageControllers", "main"),
+    Attribute("synapse.events.utils.FilteredEvent", "event"),
+    Method(_METADATA, "is_outlier"),
+    *attributes(_METADATA, "policy_server_spammy", "spam_checker_spammy"),
+    Method(STORE, "is_partial_state_room", 1, is_async=True),
+)
+
+_PLAIN = ("synapse.handlers.admin", "synapse.push.mailer")
+"""What exports a user's data for administrators, and what writes mails. If Synapse could not send
+mails for want of a library, and could later: a mail would say what its reader's client says."""
+
+# What the filters, which all homeservers of a process share, ask of one of them.
+_TO_USERS = "_synapse_sticky_allowed_to_users"
+_TO_SERVERS = "_synapse_sticky_allowed_to_servers"
+
+_FAILED = "Could not decide which sticky events %s may see, adding none"
+
+
+class SynapseVisibility:
+    """Implements ``handler.Visibility``."""
+
+    def __init__(self, homeserver: Homeserver) -> None:
+        self._homeserver = homeserver
+        self._store = homeserver.store
+
+    def allow(self, *, servers: Allowed | None, users: Allowed | None) -> None:
+        makes: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {}
+        if users is not None:
+            makes["filter_and_transform_events_for_client"] = _with_allowed_to_users
+        if servers is not None:
+            makes["filter_events_for_server"] = _with_allowed_to_servers
+        replace_everywhere(visibility, makes, plain=_PLAIN)
+        if users is not None:
+            self._homeserver.enter(self._store, _TO_USERS, users)
+        if servers is not None:
+
+            async def of_certain(server: str, hidden: Sequence["EventBase"]) -> set[str]:
+                certain = [event for event in hidden if not await self._is_uncertain(event)]
+                return await servers(server, [_in_our_words(event) for event in certain])
+
+            self._homeserver.enter(self._store, _TO_SERVERS, of_certain)
+
+    async def _is_uncertain(self, event: "EventBase") -> bool:
+        """Is it not known for sure who is joined, and the event not this server's own?"""
+        if event.sender.partition(":")[2] == self._homeserver.server_name:
+            return False
+        return bool(await self._store.is_partial_state_room(event.room_id))
+
+
+def _in_our_words(event: "EventBase") -> HiddenEvent:
+    return HiddenEvent(
+        event_id=event.event_id,
+        room_id=event.room_id,
+        sender=event.sender,
+        sticky_field=event.get(StickyEvent.EVENT_FIELD_NAME),
+        origin_server_ts=event.origin_server_ts,
+    )
+
+
+def _with_allowed_to_users(original: Callable[..., Any]) -> Callable[..., Any]:
+    # The timelines of /sync and sliding sync are filtered here, too, and then have sticky events
+    # from before a join. That is what C1 says; and both leave out of their sections what is in the
+    # timeline that has come out of the filter (D3). That a user peeks, or had left by a position in
+    # the past, changes nothing: who is joined at this moment may see these events.
+    async def filter_and_transform_events_for_client(
+        storage: Any,
+        user_id: str,
+        events: list["EventBase"],
+        is_peeking: bool = False,
+        always_include_ids: frozenset[str] = frozenset(),
+        *args: Any,
+        **options: Any,
+    ) -> list["FilteredEvent"]:
+        visible: list[FilteredEvent] = await original(
+            storage, user_id, events, is_peeking, always_include_ids, *args, **options
+        )
+        allowed_to: Allowed | None = getattr(storage.main, _TO_USERS, None)
+        if allowed_to is None or len(visible) == len(events):
+            return visible
+        hidden = _hidden_from_user(events, visible, always_include_ids)
+        if not hidden:
+            return visible
+        try:
+            allowed = await allowed_to(user_id, [_in_our_words(event) for event in hidden])
+            if allowed:
+                always_include_ids |= allowed
+                visible = await original(
+                    storage, user_id, events, is_peeking, always_include_ids, *args, **options
+                )
+        except CancelledError:
+            raise
+        except Exception:
+            logger.exception(_FAILED, user_id)
+        return visible
+
+    return filter_and_transform_events_for_client
+
+
+def _hidden_from_user(
+    events: Sequence["EventBase"],
+    visible: Sequence["FilteredEvent"],
+    always_include_ids: frozenset[str],
+) -> list["EventBase"]:
+    """The sticky events that are filtered out, without outliers, which Synapse cannot include."""
+    shown = {filtered.event.event_id for filtered in visible}
+    return [
+        event
+        for event in events
+        if event.event_id not in shown
+        and event.event_id not in always_include_ids
+        and event.sticky_duration() is not None
+        and not event.internal_metadata.is_outlier()
+    ]
+
+
+def _with_allowed_to_servers(original: Callable[..., Any]) -> Callable[..., Any]:
+    async def filter_events_for_server(
+        storage: Any,
+        target_server_name: str,
+        local_server_name: str,
+        events: Sequence["EventBase"],
+        *args: Any,
+        **options: Any,
+    ) -> list["EventBase"]:
+        visible: list[EventBase] = await original(
+            storage, target_server_name, local_server_name, events, *args, **options
+        )
+        allowed_to = getattr(storage.main, _TO_SERVERS, None)
+        if allowed_to is None:
+            return visible
+        hidden = _hidden_from_server(events, visible)
+        if not hidden:
+            return visible
+        try:
+            allowed = await allowed_to(target_server_name, hidden)
+        except CancelledError:
+            raise
+        except Exception:
+            logger.exception(_FAILED, target_server_name)
+            return visible
+        by_id = {event.event_id: event for event in visible}
+        by_id.update((e.event_id, e) for e in hidden if e.event_id in allowed)
+        return [by_id[e.event_id] for e in events if e.event_id in by_id]
+
+    return filter_events_for_server
+
+
+def _hidden_from_server(
+    events: Sequence["EventBase"], visible: Sequence["EventBase"]
+) -> list["EventBase"]:
+    """The sticky events that are filtered out, or shown without what makes them so."""
+    # An event that is visible comes back as the very same object, a redacted one as a copy.
+    by_id = {event.event_id: event for event in visible}
+    return [
+        event
+        for event in events
+        if by_id.get(event.event_id) is not event
+        and event.sticky_duration() is not None
+        and event.rejected_reason is None
+        and not event.internal_metadata.policy_server_spammy
+        and not event.internal_metadata.spam_checker_spammy
+    ]

@@ -1,0 +1,69 @@
+"""The layout of a duty's own tables in Synapse's database, and its migrations.
+
+Each duty's tables have a version of their own (table ``synapse_sticky_layouts``), so that a duty
+can be on while another is off. Version 0.1.0 of this module had one version for all tables (table
+``synapse_sticky_layout``); its tables are version 1 of each duty's layout, and are taken over as
+they are. That older table is left alone, so that a process of 0.1.0 works on the same tables.
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import Protocol
+
+from synapse_sticky.homeserver.process import Cursor, Homeserver
+
+logger = logging.getLogger(__name__)
+
+Migrations = Sequence[Sequence[str]]
+"""The SQL statements of each version of a layout.
+
+Entries are only ever added, each statement can be run on what is there already (``IF NOT
+EXISTS``), and a process of the version before works on with the tables of the next until it is
+restarted.
+"""
+
+
+class NewerLayoutError(Exception):
+    """A later version of the module made the tables."""
+
+
+class HasLayout(Protocol):
+    """A duty's tables."""
+
+    duty: str
+    migrations: Migrations
+
+
+async def migrate(homeserver: Homeserver, tables: HasLayout) -> None:
+    """Brings a duty's tables to this version's layout; any number of processes may try at once.
+
+    Raises:
+        NewerLayoutError: a later version of the module has been here. Nothing was changed.
+    """
+    duty, migrations = tables.duty, tables.migrations
+
+    def migrate_txn(txn: Cursor) -> None:
+        txn.execute(
+            "CREATE TABLE IF NOT EXISTS synapse_sticky_layouts"
+            " (duty TEXT NOT NULL PRIMARY KEY, version BIGINT NOT NULL)"
+        )
+        txn.execute("SELECT version FROM synapse_sticky_layouts WHERE duty = ?", (duty,))
+        row = txn.fetchone()
+        version: int = row[0] if row else 0
+        if version > len(migrations):
+            raise NewerLayoutError(
+                f"The tables of {duty} have layout {version}, this version of synapse-sticky knows"
+                f" {len(migrations)}. Install the later version again."
+            )
+        for number, statements in enumerate(migrations[version:], start=version + 1):
+            logger.info("Migrating the tables of %s to layout %d", duty, number)
+            for statement in statements:
+                txn.execute(statement)
+        if version < len(migrations):
+            txn.execute(
+                "INSERT INTO synapse_sticky_layouts (duty, version) VALUES (?, ?)"
+                " ON CONFLICT (duty) DO UPDATE SET version = EXCLUDED.version",
+                (duty, len(migrations)),
+            )
+
+    await homeserver.transact_alone(f"migrate_{duty}", migrate_txn)

@@ -1,0 +1,223 @@
+"""The running homeserver process: clock, background work, transactions, and what it serves."""
+
+import functools
+import logging
+import weakref
+from collections.abc import Awaitable, Callable, Collection
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from synapse.module_api import ModuleApi
+from synapse.module_api.errors import ConfigError
+from synapse.storage.database import make_in_list_sql_clause
+from synapse.storage.engines import PostgresEngine
+
+from synapse_sticky.homeserver.seams import HOMESERVER, Attribute, Method, attributes
+from synapse_sticky.homeserver.signal import Signal
+
+if TYPE_CHECKING:
+    from synapse.server import HomeServer
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+SEAMS = (
+    Attribute("synapse.module_api.ModuleApi", "_hs"),
+    *attributes(HOMESERVER, "config", "get_datastores", "get_clock"),
+    Method(
+        HOMESERVER, "register_sync_shutdown_handler", 0, ("phase", "eventType", "shutdown_func")
+    ),
+    Attribute("synapse.storage.databases.Databases", "main"),
+    Attribute("synapse.storage._base.SQLBaseStore", "database_engine"),
+    *attributes("synapse.config.homeserver.HomeServerConfig", "experimental", "worker", "server"),
+    Attribute("synapse.config.experimental.ExperimentalConfig", "msc4354_enabled"),
+    *attributes("synapse.config.workers.WorkerConfig", "worker_app", "worker_listeners"),
+    Attribute("synapse.config.server.ServerConfig", "listeners"),
+    *attributes("synapse.config.server.HttpListenerConfig", "resources"),
+    Attribute("synapse.config.server.HttpResourceConfig", "names"),
+)
+
+MIGRATION_LOCK = 0x5354_4943_4B59
+"""Any number that no other user of the database's advisory locks takes ("STICKY")."""
+
+
+class Cursor(Protocol):
+    """A database cursor with ``?`` placeholders, whatever the database.
+
+    It is used in a database thread, by functions whose names end in ``_txn``.
+    """
+
+    def execute(self, sql: str, parameters: Any = ..., /) -> None: ...
+    def execute_batch(self, sql: str, args: Any, /) -> None: ...
+    def fetchone(self) -> tuple[Any, ...] | None: ...
+    def fetchall(self) -> list[tuple[Any, ...]]: ...
+
+    def call_after(self, callback: Callable[..., object], /, *args: Any) -> None:
+        """Calls back in the reactor's thread once the transaction is through: as often as this
+        was asked for, earlier attempts of the same transaction included."""
+
+    @property
+    def rowcount(self) -> int: ...
+
+
+class Cancellable(Protocol):
+    """A call that is due later."""
+
+    def cancel(self) -> None: ...
+    def active(self) -> bool: ...
+
+
+class Homeserver:
+    """This process of the homeserver.
+
+    ``hs`` is Synapse's own object, for files named ``synapse.py`` only; ``store`` is its main data
+    store.
+
+    Raises:
+        ConfigError: the running Synapse lacks what the module stands on.
+    """
+
+    def __init__(self, api: ModuleApi) -> None:
+        self.api = api
+        self.hs: HomeServer = api._hs
+        _require_sticky_events(self.hs)
+        self.store: Any = self.hs.get_datastores().main
+        self.server_name = api.server_name
+        self.instance_name = api.worker_name or "master"
+        self.is_postgres = isinstance(self.store.database_engine, PostgresEngine)
+        self._undo: list[Callable[[], None]] = []
+        # The reactor knows this function, and lets it go at the homeserver's `shutdown()` only.
+        self.hs.register_sync_shutdown_handler(
+            phase="before",
+            eventType="shutdown",
+            shutdown_func=functools.partial(_close, weakref.ref(self)),
+        )
+
+    def now_ms(self) -> int:
+        """The time in ms since the epoch."""
+        return self.api.get_current_time_msec()
+
+    def in_background(
+        self, what: str, function: Callable[..., Awaitable[None]], *args: Any
+    ) -> None:
+        """Runs the coroutine function by itself; an exception ends up in the log."""
+        self.api.run_as_background_process(f"synapse_sticky_{what}", function, *args)
+
+    def call_later(
+        self, delay_ms: int, what: str, function: Callable[..., Awaitable[None]], *args: Any
+    ) -> Cancellable:
+        """The same, after a delay."""
+        return self.api.delayed_background_call(
+            delay_ms, function, *args, desc=f"synapse_sticky_{what}"
+        )
+
+    def new_signal(self) -> Signal:
+        """A signal that nobody waits for yet."""
+        return Signal(self.hs.get_clock())
+
+    async def sleep_ms(self, delay_ms: int) -> None:
+        """Waits. Nobody may be kept waiting by that: no lock is held, no room's queue stands."""
+        await self.api.sleep(delay_ms / 1000)
+
+    async def transact(self, what: str, function: Callable[..., T], *args: Any) -> T:
+        """Runs ``function(cursor, *args)`` in one transaction; retried if the database asks."""
+        return await self.api.run_db_interaction(f"synapse_sticky_{what}", function, *args)
+
+    async def transact_alone(self, what: str, function: Callable[[Cursor], T]) -> T:
+        """The same, in one process at a time; each sees what those before it have done."""
+
+        def run_txn(txn: Cursor) -> T:
+            # SQLite has one writer at a time anyway.
+            if self.is_postgres:
+                # By default a transaction sees what was there before it waited for the lock.
+                txn.execute("SET TRANSACTION ISOLATION LEVEL READ COMMITTED")
+                txn.execute("SELECT pg_advisory_xact_lock(?)", (MIGRATION_LOCK,))
+            return function(txn)
+
+        return await self.transact(what, run_txn)
+
+    def in_list(self, column: str, values: Collection[object]) -> tuple[str, list[Any]]:
+        """The SQL for "the column is one of these", and its arguments."""
+        return make_in_list_sql_clause(self.store.database_engine, column, values)
+
+    def serves(self, resource: str) -> bool:
+        """Does this process listen for the resource, ``client`` or ``federation``?"""
+        config = self.hs.config
+        is_worker = config.worker.worker_app is not None
+        listeners = config.worker.worker_listeners if is_worker else config.server.listeners
+        return any(
+            resource in served.names
+            for listener in listeners
+            if (options := getattr(listener, "http_options", None)) is not None
+            for served in options.resources
+        )
+
+    def replace(
+        self, owner: object, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]
+    ) -> None:
+        """Puts ``make(original)`` in the place of an object's method, until ``shutdown()``.
+
+        The replacement keeps the name and the signature. ``owner`` belongs to this homeserver
+        alone; what all homeservers of a process share is not for this.
+        """
+        original = getattr(owner, name)
+        replacement = functools.wraps(original)(make(original))
+        setattr(owner, name, replacement)
+
+        def put_back() -> None:
+            # Another module may have put its own function in front of this one.
+            if vars(owner).get(name) is replacement:
+                delattr(owner, name)
+
+        self._undo.append(put_back)
+
+    def enter(self, owner: object, name: str, entry: object) -> None:
+        """Notes on an object of this homeserver what a function that all homeservers of the process
+        share is to do for it, until ``shutdown()``."""
+        setattr(owner, name, entry)
+        self._undo.append(functools.partial(delattr, owner, name))
+
+    def close(self) -> None:
+        """Takes out whatever was put in. Synapse goes on without the module."""
+        while self._undo:
+            self._undo.pop()()
+
+
+def _close(homeserver: "weakref.ref[Homeserver]") -> None:
+    if (there := homeserver()) is not None:
+        there.close()
+
+
+def replace_shared(
+    owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> None:
+    """Puts ``make(original)`` in the place of a function of a module or class that all homeservers
+    of the process share; once a process. ``make``'s function must find what it does by an entry on
+    an object of the homeserver (``Homeserver.enter``), and hold no homeserver itself."""
+    original = getattr(owner, name)
+    if getattr(original, "is_of_synapse_sticky", False):
+        return
+    replacement: Any = functools.wraps(original)(make(original))
+    replacement.is_of_synapse_sticky = True
+    setattr(owner, name, replacement)
+
+
+def _require_sticky_events(hs: "HomeServer") -> None:
+    enabled = getattr(hs.config.experimental, "msc4354_enabled", None)
+    if enabled is None or not hasattr(
+        hs.get_datastores().main, "get_backlogged_sticky_events_for_destination"
+    ):
+        raise ConfigError(
+            "synapse-sticky needs Synapse 1.163 or later, this is"
+            f" {version('matrix-synapse')}. "
+            "Upgrade Synapse, or take the module out of `modules:`."
+        )
+    if not enabled:
+        raise ConfigError(
+            "synapse-sticky needs Synapse's own sticky events. Add to homeserver.yaml:\n"
+            "experimental_features:\n"
+            "  msc4354_enabled: true\n"
+            "and restart Synapse, or take the module out of `modules:`.",
+            path=("experimental_features", "msc4354_enabled"),
+        )

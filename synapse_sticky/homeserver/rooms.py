@@ -1,0 +1,75 @@
+"""Who is in a room now, and who may get its events: membership, ACLs, erasure."""
+
+from collections.abc import Collection
+from typing import Any
+
+from synapse.api.constants import EventTypes, Membership
+from synapse.util.stringutils import parse_server_name
+
+from synapse_sticky.homeserver.process import Cursor, Homeserver
+from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, Method, table
+
+_STATE = "synapse.storage.controllers.state.StateStorageController"
+
+SEAMS = (
+    Method(HOMESERVER, "get_storage_controllers"),
+    Attribute("synapse.storage.controllers.StorageControllers", "state"),
+    Method(STORE, "is_host_joined", 2, is_async=True),
+    Method(STORE, "get_rooms_for_user", 1, is_async=True),
+    Method(STORE, "are_users_erased", 1, is_async=True),
+    Method(_STATE, "get_server_acl_for_room", 1, is_async=True),
+    Attribute("synapse.synapse_rust.acl.ServerAclEvaluator", "server_matches_acl_event"),
+    table("current_state_events", "room_id", "type", "state_key", "membership"),
+)
+
+
+class Rooms:
+    """Membership as this homeserver knows it now."""
+
+    def __init__(self, homeserver: Homeserver) -> None:
+        self._homeserver = homeserver
+        self._store = homeserver.store
+        self._state: Any = homeserver.hs.get_storage_controllers().state
+
+    async def is_joined(self, room_id: str, server: str) -> bool:
+        """Is the server in the room, and not denied by the room's ACL?"""
+        return await self.has_member_of(room_id, server) and await self.acl_allows(room_id, server)
+
+    async def is_in_room(self, room_id: str) -> bool:
+        """Is this server in the room, by what the database says at this moment?"""
+        return await self._has_member_now(room_id, self._homeserver.server_name)
+
+    async def is_user_joined(self, room_id: str, user_id: str) -> bool:
+        """Is this local user joined to the room?"""
+        return room_id in await self._store.get_rooms_for_user(user_id)
+
+    async def has_member_of(self, room_id: str, server: str) -> bool:
+        """Is any user of the server joined to the room?"""
+        if "%" in server or "_" in server:  # no valid server name; Synapse would raise
+            return False
+        # Synapse's cached answer may be from before: a worker is told of a change only after the
+        # change itself, and a newcomer that is taken for gone gets nothing any more.
+        return await self._store.is_host_joined(room_id, server) or await self._has_member_now(
+            room_id, server
+        )
+
+    async def _has_member_now(self, room_id: str, server: str) -> bool:
+        def read_txn(txn: Cursor) -> bool:
+            txn.execute(
+                "SELECT 1 FROM current_state_events WHERE room_id = ? AND type = ?"
+                " AND membership = ? AND state_key LIKE ? LIMIT 1",
+                (room_id, EventTypes.Member, Membership.JOIN, f"%:{server}"),
+            )
+            return txn.fetchone() is not None
+
+        return await self._homeserver.transact("is_joined", read_txn)
+
+    async def acl_allows(self, room_id: str, server: str) -> bool:
+        """Does the room's ACL, if there is one, allow the server?"""
+        acl = await self._state.get_server_acl_for_room(room_id)
+        return acl is None or acl.server_matches_acl_event(parse_server_name(server)[0])
+
+    async def erased(self, user_ids: Collection[str]) -> set[str]:
+        """Those of the users who asked for the erasure of their data (P6)."""
+        erased = await self._store.are_users_erased(user_ids)
+        return {user_id for user_id in user_ids if erased.get(user_id)}

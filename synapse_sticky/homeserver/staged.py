@@ -1,0 +1,31 @@
+"""The PDUs that an earlier run left in the inbound staging area."""
+
+from typing import Any
+
+from synapse.util.duration import Duration
+
+from synapse_sticky.homeserver.process import Homeserver
+from synapse_sticky.homeserver.seams import HOMESERVER, Attribute, Method
+
+_SERVER = "synapse.federation.federation_server.FederationServer"
+
+SEAMS = (
+    Method(HOMESERVER, "get_federation_server"),
+    Attribute(_SERVER, "_started_handling_of_staged_events"),
+    Method(_SERVER, "_handle_old_staged_events"),
+    Method("synapse.util.clock.Clock", "looping_call", 2),
+)
+
+
+def begin_on_staged_pdus(homeserver: Homeserver) -> None:
+    """Has Synapse process what an earlier run left, if it has not begun.
+
+    Synapse itself begins with the next transaction of anybody. This process must receive them.
+    """
+    server: Any = homeserver.hs.get_federation_server()
+    if not server._started_handling_of_staged_events:
+        server._started_handling_of_staged_events = True
+        server._handle_old_staged_events()
+        homeserver.hs.get_clock().looping_call(
+            server._handle_old_staged_events, Duration(minutes=1)
+        )

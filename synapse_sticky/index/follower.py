@@ -1,0 +1,245 @@
+"""Keeps the Rust index in step with Synapse's sticky events stream, and says up to where.
+
+The index is a view, never the truth: the follower fills it from the database when the process
+starts, and follows the stream from there. Whoever asks more of it than it has taken in must ask
+the database.
+"""
+
+import itertools
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Protocol
+
+import attr
+
+from synapse_sticky._core import StickyIndex
+from synapse_sticky.backoff import Backoff, Retrying
+from synapse_sticky.homeserver import Homeserver
+from synapse_sticky.index.position import Position
+
+logger = logging.getLogger(__name__)
+
+_PAGE = 500
+_EXPIRE_EVERY_MS = 10_000
+_BACKOFF = Backoff(1_000, 60_000)
+_CATCH_UP_MS = 1_000
+
+RoomsListener = Callable[[Collection[str]], None]
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class StickyRow:
+    """One row of the sticky events stream.
+
+    deliverable: False while the event is soft-failed, and for good once it is redacted or gone.
+    """
+
+    stream_id: int
+    instance_name: str
+    room_id: str
+    event_id: str
+    sender: str
+    expires_at_ms: int
+    deliverable: bool
+
+
+class Stream(Protocol):
+    """Synapse's sticky events stream, as this process sees it."""
+
+    writers: Sequence[str]
+    """The instances that write to it."""
+
+    def positions(self) -> dict[str, int]:
+        """Up to where each writer's rows are visible here, by instance name."""
+
+    async def rows(self, *, after: int, up_to: int, limit: int) -> list[StickyRow]:
+        """Unexpired rows with ``after < stream_id <= up_to``, ascending, at most ``limit``."""
+
+    async def rows_of(self, event_ids: Collection[str]) -> list[StickyRow]:
+        """The present rows of these events; an event without a row is left out."""
+
+    async def last_rows(self, room_id: str) -> dict[str, int]:
+        """The last stream ID that each writer has given to an unexpired row of the room's own
+        events, by instance name: as the database has it, which this process may see later."""
+
+    def on_advance(self, callback: Callable[[], None]) -> None:
+        """Calls back whenever any of Synapse's streams may have advanced."""
+
+    def on_event_changed(self, callback: Callable[[str], None]) -> None:
+        """Calls back with an event ID: redacted, purged or changed in its metadata."""
+
+    def on_room_purged(self, callback: Callable[[str], None]) -> None:
+        """Calls back with a room ID whose events may be gone."""
+
+
+class IndexFollower:
+    """The index of this process, and what keeps it true.
+
+    A failing database only makes the index lag: the follower tries again, and ``in_step`` says so
+    meanwhile.
+    """
+
+    def __init__(self, homeserver: Homeserver, stream: Stream) -> None:
+        self._hs = homeserver
+        self.stream = stream
+        self.index = StickyIndex(homeserver.server_name)
+        self._listeners: list[RoomsListener] = []
+        self._changed: set[str] = set()
+        self._purged: set[str] = set()
+        self._rechecking: set[str] = set()
+        self._progress = homeserver.new_signal()
+        self._following = Retrying(
+            homeserver,
+            "follow_stream",
+            "Could not read the sticky events stream",
+            self._follow,
+            _BACKOFF,
+        )
+
+    def start(self) -> None:
+        """Begins to fill the index and to follow the stream."""
+        self.stream.on_advance(self._poke)
+        self.stream.on_event_changed(self._event_changed)
+        self.stream.on_room_purged(self._room_purged)
+        self._hs.call_later(_EXPIRE_EVERY_MS, "expire", self._expire)
+        self._poke()
+
+    def on_new_events(self, listener: RoomsListener) -> None:
+        """Calls back with the IDs of rooms that have new deliverable sticky events."""
+        self._listeners.append(listener)
+
+    def in_step(self) -> bool:
+        """Does the index hold all that is visible to this process right now?"""
+        return self._is_true_up_to(self.stream.positions())
+
+    def has_taken_in(self, last_rows: Mapping[str, int]) -> bool:
+        """Has the index taken in the rows of each writer up to this stream ID?"""
+        positions = self.index.positions()
+        # One that writes no more: its rows were read together with those of the others.
+        highest = max(positions.values(), default=0)
+        return all(at <= positions.get(writer, highest) for writer, at in last_rows.items())
+
+    def holds(self, up_to: Position) -> bool:
+        """Does the index hold all there is up to this position, and nothing that changed since?"""
+        writers = self.stream.writers
+        positions = {writer: up_to.of(writer) for writer in writers}
+        others = {writer: at for writer, at in up_to.writers.items() if writer not in writers}
+        return self._is_true_up_to(positions) and (not others or self.has_taken_in(others))
+
+    async def catch_up(self) -> None:
+        """Waits for what is being read, a moment at most; not while the database fails."""
+        self._poke()
+        following = self._following
+        if following.is_running and not following.is_failing and self.index.positions():
+            await self._progress.wait(_CATCH_UP_MS)
+
+    def _is_true_up_to(self, positions: Mapping[str, int]) -> bool:
+        return not self._changed and not self._rechecking and self.index.in_step(positions)
+
+    async def rows_of(self, event_ids: Collection[str]) -> dict[str, StickyRow]:
+        """The deliverable rows of these events by event ID, from the database if need be."""
+        if self.in_step():
+            positions = {e: self.index.get(e) for e in event_ids}
+            return {
+                e: StickyRow(row[0], "", row[1], row[2], row[3], row[4], True)
+                for e, row in positions.items()
+                if row is not None
+            }
+        return {r.event_id: r for r in await self.stream.rows_of(event_ids) if r.deliverable}
+
+    def _poke(self) -> None:
+        # A tick of any stream comes here: one that brings nothing new starts nothing.
+        if (
+            self._following.is_running
+            or self._changed
+            or not self.index.in_step(self.stream.positions())
+        ):
+            self._following.wake()
+
+    def _event_changed(self, event_id: str) -> None:
+        # While a page is being read, any event may be in it in its state of before.
+        if self._following.is_running or event_id in self.index:
+            self._changed.add(event_id)
+            self._poke()
+
+    def _room_purged(self, room_id: str) -> None:
+        # Rare: whatever of the room is known gets looked up anew; once more after a page that is
+        # being read, as that may have been read before.
+        self._look_up_anew(room_id)
+        if self._following.is_running:
+            self._purged.add(room_id)
+        self._poke()
+
+    def _look_up_anew(self, room_id: str) -> None:
+        up_to = max(self.stream.positions().values(), default=0)
+        for _, _, event_id in self.index.events_in_rooms([room_id], 0, {}, up_to, {}, 0, None):
+            self._changed.add(event_id)
+
+    async def _follow(self) -> None:
+        try:
+            await self._take_in()
+            for room_id in self._purged:
+                self._look_up_anew(room_id)
+            self._purged.clear()
+            await self._recheck()
+        finally:
+            self._progress.fire()
+
+    async def _take_in(self) -> None:
+        positions = self.stream.positions()
+        if self.index.in_step(positions):
+            return
+        # From the slowest writer's position: rows of the others that are read again are known.
+        known = self.index.positions()
+        after = min((known.get(writer, 0) for writer in positions), default=0)
+        up_to = max(positions.values(), default=0)
+        loading = not known
+        while True:
+            rows = await self.stream.rows(after=after, up_to=up_to, limit=_PAGE)
+            self._insert(rows)
+            if len(rows) < _PAGE:
+                break
+            after = rows[-1].stream_id
+            if loading:
+                logger.info("Loading the sticky events index: %d so far", len(self.index))
+        for writer, position in positions.items():
+            self.index.advance(writer, position)
+        if loading:
+            logger.info("The sticky events index is filled: %d unexpired events", len(self.index))
+
+    def _insert(self, rows: Collection[StickyRow]) -> None:
+        for row in rows:
+            if not row.deliverable:
+                self.index.remove(row.event_id)
+        deliverable = [r for r in rows if r.deliverable]
+        if not deliverable:
+            return
+        self.index.insert(
+            [
+                (r.stream_id, r.instance_name, r.room_id, r.event_id, r.sender, r.expires_at_ms)
+                for r in deliverable
+            ]
+        )
+        rooms = {r.room_id for r in deliverable}
+        for listener in self._listeners:
+            listener(rooms)
+
+    async def _recheck(self) -> None:
+        while self._changed:
+            # What changes while it is read has to be read once more.
+            self._rechecking = set(itertools.islice(self._changed, _PAGE))
+            self._changed -= self._rechecking
+            try:
+                rows = {r.event_id: r for r in await self.stream.rows_of(self._rechecking)}
+            except Exception:
+                self._changed |= self._rechecking
+                raise
+            for event_id in self._rechecking:
+                if (row := rows.get(event_id)) is None or not row.deliverable:
+                    self.index.remove(event_id)
+            self._rechecking = set()
+
+    async def _expire(self) -> None:
+        more = self.index.expire(self._hs.now_ms(), _PAGE) == _PAGE
+        # In small steps, so that a mass expiry does not hold the reactor up.
+        self._hs.call_later(10 if more else _EXPIRE_EVERY_MS, "expire", self._expire)

@@ -1,0 +1,207 @@
+"""The sticky events stream: Synapse's table, its positions and what changes an event later."""
+
+import logging
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+from immutabledict import immutabledict
+from synapse.replication.tcp.streams._base import StickyEventsStream
+from synapse.types import MultiWriterStreamToken
+from synapse.util.json import json_decoder
+
+from synapse_sticky.homeserver import Cursor, Homeserver
+from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, Method, attributes, table
+from synapse_sticky.index.follower import StickyRow
+from synapse_sticky.index.position import Position
+
+logger = logging.getLogger(__name__)
+
+SEAMS = (
+    Method(HOMESERVER, "get_notifier"),
+    Method("synapse.notifier.Notifier", "add_replication_callback", 1),
+    Attribute("synapse.config.workers.WriterLocations", "events"),
+    Attribute("synapse.config.workers.WorkerConfig", "writers"),
+    Method(STORE, "get_sticky_events_stream_token", is_async=False),
+    Method(STORE, "get_events", 1, ("allow_rejected",), is_async=True),
+    Method(STORE, "_invalidate_local_get_event_cache", 1, is_async=False, is_replaced=True),
+    Method(STORE, "_invalidate_local_get_event_cache_room_id", 1, is_async=False, is_replaced=True),
+    Method(STORE, "_invalidate_caches_for_event", 8, is_async=False, is_replaced=True),
+    Method(STORE, "process_replication_rows", 4, is_async=False, is_replaced=True),
+    Method("synapse.types.MultiWriterStreamToken", "get_stream_pos_for_instance", 1),
+    *attributes("synapse.types.MultiWriterStreamToken", "stream", "instance_map"),
+    table(
+        "sticky_events",
+        *("stream_id", "instance_name", "room_id", "event_id", "sender", "expires_at"),
+    ),
+    table("event_json", "event_id", "internal_metadata"),
+    table("redactions", "redacts"),
+    table("room_ban_redactions", "room_id", "user_id"),
+)
+
+_COLUMNS = """
+    SELECT se.stream_id, se.instance_name, se.room_id, se.event_id, se.sender, se.expires_at,
+        ej.internal_metadata,
+        EXISTS (SELECT 1 FROM redactions AS r WHERE r.redacts = se.event_id) OR EXISTS (
+            SELECT 1 FROM room_ban_redactions AS b
+            WHERE b.room_id = se.room_id AND b.user_id = se.sender
+        )
+    FROM sticky_events AS se
+    INNER JOIN event_json AS ej ON ej.event_id = se.event_id
+"""
+
+
+class SynapseStickyStream:
+    """Implements ``index.Stream``."""
+
+    def __init__(self, homeserver: Homeserver) -> None:
+        self._homeserver = homeserver
+        self._store = homeserver.store
+        self._notifier = homeserver.hs.get_notifier()
+        self._own_senders = f"%:{homeserver.server_name}"
+        self.writers: Sequence[str] = homeserver.hs.config.worker.writers.events
+        self._listeners: dict[str, list[Callable[[str], None]]] = {}
+        self._persisted_event: str | None = None
+        self._takes_new_rows = False
+
+    def positions(self) -> dict[str, int]:
+        token = self._store.get_sticky_events_stream_token()
+        return {writer: token.get_stream_pos_for_instance(writer) for writer in self.writers}
+
+    async def rows(self, *, after: int, up_to: int, limit: int) -> list[StickyRow]:
+        return await self._rows(
+            "WHERE ? < se.stream_id AND se.stream_id <= ? AND ? < se.expires_at "
+            "ORDER BY se.stream_id LIMIT ?",
+            (after, up_to, self._homeserver.now_ms(), limit),
+        )
+
+    async def rows_of(self, event_ids: Collection[str]) -> list[StickyRow]:
+        clause, args = self._homeserver.in_list("se.event_id", event_ids)
+        return await self._rows(f"WHERE {clause}", args)
+
+    async def last_rows(self, room_id: str) -> dict[str, int]:
+        def read_txn(txn: Cursor) -> dict[str, int]:
+            txn.execute(
+                "SELECT instance_name, MAX(stream_id) FROM sticky_events"
+                " WHERE room_id = ? AND ? < expires_at AND sender LIKE ? GROUP BY instance_name",
+                (room_id, self._homeserver.now_ms(), self._own_senders),
+            )
+            return dict(txn.fetchall())
+
+        return await self._homeserver.transact("last_rows", read_txn)
+
+    async def _rows(self, where: str, args: Sequence[Any]) -> list[StickyRow]:
+        def read_txn(txn: Cursor) -> list[tuple[Any, ...]]:
+            txn.execute(_COLUMNS + where, args)
+            return txn.fetchall()
+
+        found = await self._homeserver.transact("read_rows", read_txn)
+
+        # A redaction counts only where Synapse itself applies it: it may be invalid.
+        still_sticky = set()
+        if disputed := [row[3] for row in found if row[7]]:
+            events = await self._store.get_events(disputed, allow_rejected=False)
+            still_sticky = {
+                event_id for event_id, event in events.items() if event.sticky_duration()
+            }
+        return [
+            StickyRow(
+                stream_id=stream_id,
+                instance_name=instance_name,
+                room_id=room_id,
+                event_id=event_id,
+                sender=sender,
+                expires_at_ms=expires_at_ms,
+                deliverable=not json_decoder.decode(metadata).get("soft_failed", False)
+                and (not disputed_row or event_id in still_sticky),
+            )
+            for (
+                stream_id,
+                instance_name,
+                room_id,
+                event_id,
+                sender,
+                expires_at_ms,
+                metadata,
+                disputed_row,
+            ) in found
+        ]
+
+    def on_advance(self, callback: Callable[[], None]) -> None:
+        self._notifier.add_replication_callback(callback)
+
+    def on_event_changed(self, callback: Callable[[str], None]) -> None:
+        # Synapse drops an event from its cache in every process whenever a redaction, a purge or
+        # a change of soft-failure makes the cached copy untrue: that is what is needed here too.
+        # It does so for each new event as well, and for each new row of the stream, which is read
+        # anyway; and that would be a query for each.
+        def changed(event_id: str) -> None:
+            if event_id != self._persisted_event and not self._takes_new_rows:
+                callback(event_id)
+
+        if "_invalidate_local_get_event_cache" not in self._listeners:
+            self._homeserver.replace(self._store, "process_replication_rows", self._noting_new_rows)
+            self._homeserver.replace(
+                self._store, "_invalidate_caches_for_event", self._noting_persisted_event
+            )
+        self._after("_invalidate_local_get_event_cache", changed)
+
+    def _noting_new_rows(self, original: Callable[..., None]) -> Callable[..., None]:
+        def process_replication_rows(stream_name: str, *args: Any, **options: Any) -> None:
+            self._takes_new_rows = stream_name == StickyEventsStream.NAME
+            try:
+                original(stream_name, *args, **options)
+            finally:
+                self._takes_new_rows = False
+
+        return process_replication_rows
+
+    def _noting_persisted_event(self, original: Callable[..., None]) -> Callable[..., None]:
+        def invalidate_caches_for_event(
+            stream_ordering: int, event_id: str, *args: Any, **options: Any
+        ) -> None:
+            self._persisted_event = event_id
+            try:
+                original(stream_ordering, event_id, *args, **options)
+            finally:
+                self._persisted_event = None
+
+        return invalidate_caches_for_event
+
+    def on_room_purged(self, callback: Callable[[str], None]) -> None:
+        self._after("_invalidate_local_get_event_cache_room_id", callback)
+
+    def _after(self, name: str, callback: Callable[[str], None]) -> None:
+        """Calls back with what the store's method of this name was called with."""
+        listeners = self._listeners.setdefault(name, [])
+        listeners.append(callback)
+        if len(listeners) == 1:
+            self._homeserver.replace(self._store, name, lambda original: _then(original, listeners))
+
+
+def _then(
+    original: Callable[..., None], listeners: Sequence[Callable[[str], None]]
+) -> Callable[..., None]:
+    def invalidate(changed: Any, *args: Any, **options: Any) -> None:
+        original(changed, *args, **options)
+        # What an event says that it redacts is anything at all; and what comes after this must
+        # come, whatever fails here.
+        if not isinstance(changed, str) or "\0" in changed:
+            return
+        for listener in listeners:
+            try:
+                listener(changed)
+            except Exception:
+                logger.exception("Could not note that %r changed", changed)
+
+    return invalidate
+
+
+def token_of(position: Position) -> MultiWriterStreamToken:
+    """The position as Synapse's token."""
+    ahead = {w: at for w, at in position.writers.items() if at > position.stream_id}
+    return MultiWriterStreamToken(stream=position.stream_id, instance_map=immutabledict(ahead))
+
+
+def position_of(token: MultiWriterStreamToken) -> Position:
+    """Synapse's token in this project's words."""
+    return Position(token.stream, token.instance_map)

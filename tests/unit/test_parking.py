@@ -1,0 +1,289 @@
+"""Parked PDUs: which are tried again, and how many there may be (L3, L6)."""
+
+import asyncio
+import sqlite3
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import pytest
+
+from synapse_sticky.handlers.staging import tables
+from synapse_sticky.handlers.staging.parking import ParkingHandler
+from synapse_sticky.handlers.staging.pruning import StagedPdu
+from synapse_sticky.handlers.staging.tables import Parked, ParkedPdu, ParkedTable
+from synapse_sticky.homeserver.layout import migrate
+
+T = TypeVar("T")
+ROOM = "!room:test"
+
+
+class _Cursor(sqlite3.Cursor):
+    execute_batch = sqlite3.Cursor.executemany
+
+
+class _Staging:
+    def __init__(self) -> None:
+        self.staged: list[str] = []
+        self.fails_for = ""
+        self.there: set[str] = set()
+        self.joining = False
+
+    def is_joining(self, room_id: str) -> bool:
+        return self.joining
+
+    async def persisted(self, event_ids: set[str]) -> set[str]:
+        if self.fails_for in event_ids:
+            raise ValueError(self.fails_for)
+        return self.there
+
+    async def process(self, room_id: str) -> None: ...
+
+    def stage_txn(self, txn: object, room_id: str, pdus: list[ParkedPdu]) -> None:
+        assert room_id == ROOM
+        self.staged += [pdu.event_id for pdu in pdus]
+
+
+class _Homeserver:
+    """A database of its own, and a clock that stands still until it is set."""
+
+    def __init__(self) -> None:
+        self.now = 0
+        self.in_room = True
+        self.staging = _Staging()
+        self._connection = sqlite3.connect(":memory:")
+
+    def now_ms(self) -> int:
+        return self.now
+
+    async def is_in_room(self, room_id: str) -> bool:
+        return self.in_room
+
+    def call_later(self, *args: object) -> None: ...
+
+    async def transact(self, what: str, function: Callable[..., T], *args: Any) -> T:
+        with self._connection:
+            return function(self._connection.cursor(_Cursor), *args)
+
+    transact_alone = transact
+
+
+@pytest.fixture
+def homeserver() -> Any:
+    return _Homeserver()
+
+
+@pytest.fixture
+def table(homeserver: Any) -> ParkedTable:
+    made = ParkedTable(homeserver)
+    asyncio.run(migrate(homeserver, made))
+    return made
+
+
+def handler_of(homeserver: Any, table: ParkedTable) -> ParkingHandler:
+    return ParkingHandler(homeserver, homeserver, homeserver.staging, table)
+
+
+def park(table: ParkedTable, origin: str, *event_ids: str, due_ms: int = 0) -> list[bool]:
+    async def all_of_them() -> list[bool]:
+        return [
+            await table.park(
+                ParkedPdu(origin, event_id, ROOM, "{}", "{}", ("$before",)), 3_600_000, due_ms
+            )
+            for event_id in event_ids
+        ]
+
+    return asyncio.run(all_of_them())
+
+
+def parked(table: ParkedTable, origin: str) -> list[str]:
+    return [pdu.event_id for pdu in asyncio.run(table.of_room(origin, ROOM))]
+
+
+def of_table(event_id: str, *prev_event_ids: str) -> Parked:
+    return Parked(event_id, prev_event_ids, 0, 1, 0)
+
+
+@pytest.mark.requirement("L3", "F1")
+def test_a_chain_is_complete_as_a_whole(homeserver: Any, table: ParkedTable) -> None:
+    chain = [of_table("$b", "$a"), of_table("$c", "$b"), of_table("$e", "$d"), of_table("$f", "$e")]
+
+    def complete(pdus: list[Parked], there: set[str]) -> list[Parked]:
+        return handler_of(homeserver, table)._complete("a.test", pdus, there)
+
+    assert complete(chain, {"$a"}) == chain[:2]
+    assert complete(chain, {"$a", "$d"}) == chain
+    assert complete(chain, set()) == []
+    assert complete([of_table("$x", "$a", "$z")], {"$a"}) == []
+
+
+@pytest.mark.requirement("L3", "E4")
+def test_what_is_staged_again_stays_parked_until_it_has_ended(
+    homeserver: Any, table: ParkedTable
+) -> None:
+    stage_txn = homeserver.staging.stage_txn
+    assert park(table, "a.test", "$1", "$2") == [True, True]
+    assert asyncio.run(table.due()) == [("a.test", ROOM)]
+    asyncio.run(
+        table.stage_again(
+            "a.test", ROOM, ["$2", "$1"], ended=[], due={"$1": 50, "$2": 60}, stage_txn=stage_txn
+        )
+    )
+    assert homeserver.staging.staged == ["$2", "$1"]
+    assert parked(table, "a.test") == ["$1", "$2"]
+    assert asyncio.run(table.due()) == []
+    assert asyncio.run(table.next_due_ms()) == 50
+    # It failed again, or was sent again: neither is a new one.
+    assert park(table, "a.test", "$1", due_ms=7) == [True]
+    assert asyncio.run(table.next_due_ms()) == 50
+    asyncio.run(
+        table.stage_again("a.test", ROOM, [], ended=["$1", "$2"], due={}, stage_txn=stage_txn)
+    )
+    assert asyncio.run(table.next_due_ms()) is None
+
+
+@pytest.mark.requirement("L3", "L6")
+def test_what_fails_is_tried_one_by_one(homeserver: Any, table: ParkedTable) -> None:
+    """All at once when their prev_events are there; and not again, as some may fail for ever."""
+    handler = handler_of(homeserver, table)
+    homeserver.staging.there = {"$before"}
+    park(table, "a.test", "$1", "$2", "$3")
+    asyncio.run(handler._try_due())
+    assert homeserver.staging.staged == ["$1", "$2", "$3"]
+    tried = try_for(homeserver, table, handler, 60)
+    assert {len(at_once) for at_once in tried} == {0, 1}
+    # As long as it is the oldest's turn, and the others' in theirs.
+    assert {event_id for (event_id,) in filter(None, tried)} == {"$1", "$2", "$3"}
+
+
+@pytest.mark.requirement("L3", "F1")
+def test_others_have_their_turn(homeserver: Any, table: ParkedTable) -> None:
+    """What the oldest lacks may be nowhere; Synapse takes it all the same on the newest's way."""
+    handler = handler_of(homeserver, table)
+    park(table, "a.test", "$1", "$2", "$3")
+    tried = [at_once for at_once in try_for(homeserver, table, handler, 60) if at_once]
+    assert all(len(at_once) == 1 for at_once in tried)
+    order = [event_id for (event_id,) in tried]
+    others = [event_id for event_id in order if event_id != "$1"]
+    assert order[0] == "$1"
+    assert others[0] == "$3"
+    assert "$2" in others
+    assert len(others) < 2 * order.count("$1")
+
+
+def try_for(
+    homeserver: Any, table: ParkedTable, handler: ParkingHandler, times: int
+) -> list[list[str]]:
+    """Tries whenever something is due. Gives what was staged each time."""
+    found = []
+    for _ in range(times):
+        next_ms = asyncio.run(table.next_due_ms())
+        assert next_ms is not None
+        homeserver.now = next_ms
+        homeserver.staging.staged.clear()
+        asyncio.run(handler._try_due())
+        found.append([*homeserver.staging.staged])
+    return found
+
+
+@pytest.mark.requirement("L3", "P7")
+def test_nothing_is_staged_for_a_room_that_is_being_joined(
+    homeserver: Any, table: ParkedTable
+) -> None:
+    handler = handler_of(homeserver, table)
+    homeserver.staging.there = {"$before"}
+    homeserver.staging.joining = True
+    park(table, "a.test", "$1")
+    asyncio.run(handler._try_due())
+    assert homeserver.staging.staged == []
+    homeserver.now, homeserver.staging.joining = 1_000, False
+    asyncio.run(handler._try_due())
+    assert homeserver.staging.staged == ["$1"]
+
+
+@pytest.mark.requirement("L3")
+def test_no_server_has_more_than_its_share(
+    homeserver: Any, table: ParkedTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "_MOST_OF_SERVER", 3)
+    assert park(table, "evil.test", "$1", "$2", "$3", "$4") == [True, True, True, False]
+    assert park(table, "evil.test", "$1") == [True]
+    assert park(table, "good.test", "$1") == [True]
+    assert parked(table, "evil.test") == ["$1", "$2", "$3"]
+
+
+@pytest.mark.requirement("L3", "L6")
+def test_many_servers_cannot_shut_others_out(
+    homeserver: Any, table: ParkedTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "_MOST", 6)
+    for homeserver.now, event_id in enumerate(["$1", "$2", "$3"]):
+        park(table, "evil.test", event_id)
+        park(table, "worse.test", event_id)
+    assert park(table, "good.test", "$good") == [True]
+    assert parked(table, "good.test") == ["$good"]
+    # The last of the one with the most gave way; who has as many as any gets no more.
+    assert parked(table, "evil.test") == ["$1", "$2"]
+    assert park(table, "worse.test", "$4") == [False]
+    assert parked(table, "worse.test") == ["$1", "$2", "$3"]
+
+
+@pytest.mark.requirement("L3", "L6")
+def test_pdus_of_one_server_do_not_delay_those_of_another(
+    homeserver: Any, table: ParkedTable
+) -> None:
+    handler = handler_of(homeserver, table)
+    park(table, "evil.test", "$evil", due_ms=-1)
+    park(table, "good.test", "$good")
+    homeserver.staging.fails_for = "$evil"
+    asyncio.run(handler._try_due())
+    assert homeserver.staging.staged == ["$good"]
+    # It is due again some time later, and deleted once it has expired.
+    assert [origin for origin, _ in asyncio.run(table.due())] == []
+    homeserver.now = 20_000
+    assert asyncio.run(table.due()) == [("good.test", ROOM), ("evil.test", ROOM)]
+    homeserver.now = 3_600_000
+    asyncio.run(handler._try_due())
+    assert asyncio.run(table.next_due_ms()) is None
+
+
+@pytest.mark.requirement("L3", "L6")
+def test_what_comes_for_a_room_that_was_left_is_tried_once_it_is_joined(
+    homeserver: Any, table: ParkedTable
+) -> None:
+    handler = handler_of(homeserver, table)
+    homeserver.in_room = False
+    park(table, "a.test", "$1")
+    asyncio.run(handler._try_due())
+    assert homeserver.staging.staged == []
+    homeserver.now, homeserver.in_room = 1_000, True
+    asyncio.run(handler._try_due())
+    assert homeserver.staging.staged == ["$1"]
+    # Left once more, for good.
+    homeserver.now, homeserver.in_room = 3_600_000, False
+    asyncio.run(handler._try_due())
+    assert asyncio.run(table.next_due_ms()) is None
+
+
+@pytest.mark.requirement("L3", "E4")
+def test_what_comes_before_the_table_is_there_is_parked_then(
+    homeserver: Any, table: ParkedTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody waits for the table, and what is in memory until then is bounded."""
+    handler = handler_of(homeserver, table)
+    homeserver.staging.receives = False
+    homeserver.staging.begin_on_staged_pdus = lambda: None
+    monkeypatch.setattr("synapse_sticky.handlers.staging.parking._MOST_IN_MEMORY", 2)
+
+    async def park_three() -> None:
+        for event_id in ("$1", "$2", "$3"):
+            staged = StagedPdu(event_id, {"duration_ms": 60_000}, 0, 0)
+            pdu = ParkedPdu("a.test", event_id, ROOM, "{}", "{}", ("$before",))
+            await handler.park(pdu, staged, "a reason")
+
+    asyncio.run(park_three())
+    assert parked(table, "a.test") == []
+    asyncio.run(handler.load())
+    assert parked(table, "a.test") == ["$1", "$2"]
+    # Loaded once more, as after a failure: nothing is there twice.
+    asyncio.run(handler.load())
+    assert parked(table, "a.test") == ["$1", "$2"]

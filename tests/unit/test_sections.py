@@ -1,0 +1,112 @@
+"""Sliding sync's section as it goes out: for who is joined at that moment (D8)."""
+
+import asyncio
+from collections.abc import Collection, Set
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from synapse import visibility
+from synapse.api.room_versions import RoomVersions
+from synapse.events import EventBase, make_event_from_dict
+from synapse.events.utils import FilteredEvent
+from synapse.types import MultiWriterStreamToken, UserID
+
+from synapse_sticky.handlers.sliding.handler import SlidingPage, SlidingRequest
+from synapse_sticky.handlers.sliding.synapse import SynapseSliding
+from synapse_sticky.index import Position
+
+
+class FakeStore:
+    """One with an event in each of two rooms."""
+
+    def __init__(self) -> None:
+        self.joined = {"!a", "!b"}
+        self.events = {room_id: _event(room_id) for room_id in ("!a", "!b", "!c")}
+        self.asked_for: set[str] = set()
+
+    async def get_rooms_for_user(self, user_id: str) -> frozenset[str]:
+        assert user_id == "@me:here"
+        return frozenset(self.joined)
+
+    def get_sticky_events_stream_token(self) -> MultiWriterStreamToken:
+        return MultiWriterStreamToken(stream=5)
+
+    async def get_sticky_events_in_rooms(
+        self, room_ids: Collection[str], **options: Any
+    ) -> tuple[MultiWriterStreamToken, dict[str, list[str]]]:
+        self.asked_for = set(room_ids)
+        return options["to_token"], {r: [self.events[r].event_id] for r in sorted(room_ids)}
+
+    async def get_events_as_list(self, event_ids: Collection[str]) -> list[EventBase]:
+        return [event for event in self.events.values() if event.event_id in event_ids]
+
+
+def _event(room_id: str) -> EventBase:
+    fields = {
+        "type": "m.test",
+        "room_id": room_id,
+        "sender": "@you:here",
+        "content": {},
+        "auth_events": [],
+        "prev_events": [],
+        "hashes": {},
+        "signatures": {},
+        "origin_server_ts": 1,
+        "depth": 1,
+        "msc4354_sticky": {"duration_ms": 60_000},
+    }
+    return make_event_from_dict(fields, RoomVersions.V11)
+
+
+@pytest.mark.requirement("D8")
+def test_a_room_that_is_left_while_the_response_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, extensions = FakeStore(), SimpleNamespace(get_sticky_events_extension_response=None)
+
+    async def everything(
+        storage: object, user_id: str, events: list[EventBase], *, always_include_ids: Set[str]
+    ) -> list[FilteredEvent]:
+        assert {e.event_id for e in events} == always_include_ids
+        return [FilteredEvent(event=event, membership="leave") for event in events]
+
+    monkeypatch.setattr(visibility, "filter_and_transform_events_for_client", everything)
+    homeserver: Any = SimpleNamespace(
+        store=store,
+        hs=SimpleNamespace(
+            get_storage_controllers=lambda: None,
+            get_sliding_sync_handler=lambda: SimpleNamespace(extensions=extensions),
+            config=SimpleNamespace(worker=SimpleNamespace(writers=SimpleNamespace(events=["w"]))),
+        ),
+        is_postgres=True,
+        now_ms=lambda: 0,
+        replace=lambda owner, name, make: setattr(owner, name, make(getattr(owner, name))),
+    )
+
+    async def pager(request: SlidingRequest) -> SlidingPage:
+        count, reached = await request.read(request.room_ids, Position(0), request.up_to, 10)
+        assert count == 2
+        store.joined.remove("!a")
+        return SlidingPage(reached, is_due=True)
+
+    SynapseSliding(homeserver).page(pager)
+    section = asyncio.run(
+        extensions.get_sticky_events_extension_response(
+            sync_config=SimpleNamespace(
+                user=UserID.from_string("@me:here"),
+                requester=SimpleNamespace(device_id="DEVICE"),
+                conn_id=None,
+            ),
+            sticky_events_request=SimpleNamespace(enabled=True, since=None, limit=100),
+            all_interested_room_ids={"!a", "!b", "!c"},
+            to_token=SimpleNamespace(sticky_events_key=MultiWriterStreamToken(stream=5)),
+            from_token=None,
+        )
+    )
+    assert store.asked_for == {"!a", "!b"}
+    assert section, "it is due"
+    shown = {
+        room_id: [filtered.event for filtered in events]
+        for room_id, events in section.room_id_to_sticky_events.items()
+    }
+    assert shown == {"!b": [store.events["!b"]]}
+    assert section.next_batch.serialise() == "sticky_5"

@@ -36,7 +36,7 @@ MOMENTS = ["before", "inside", "after"]
 _BEFORE, _AFTER = (pytest.param(moment, marks=pytest.mark.slow) for moment in ("before", "after"))
 WHILE_IT_RUNS = ["persist", "release", "record_joins", "backlog", "settle"]
 WHILE_IT_RUNS += ["store_page", "read_page", "drop_deferred"]
-AT_THE_START = ["migrate", "deferred", "newcomers", "state_position"]
+AT_THE_START = ["migrate_deferral", "migrate_joins", "deferred", "newcomers", "state_position"]
 KILLED = [
     *(("persist", moment) for moment in MOMENTS),
     *(("release", moment) for moment in MOMENTS),
@@ -105,7 +105,7 @@ def test_the_start_fails(
 @pytest.mark.requirement("E4", "L3", "F1")
 @pytest.mark.parametrize("kind", ["kill", "error"])
 @pytest.mark.parametrize("moment", ["inside", "after"])
-@pytest.mark.parametrize("transaction", ["set_aside", "stage_again"])
+@pytest.mark.parametrize("transaction", ["park", "stage_again"])
 def test_while_events_before_cannot_be_fetched(
     faulty: Homeserver, peer: Peer, transaction: str, moment: str, kind: str
 ) -> None:

@@ -76,7 +76,7 @@ def test_other_events_are_pruned_as_ever(servers: Servers) -> None:
     assert c.log_has("Pruning")
 
 
-def set_aside(server: Homeserver) -> set[str]:
+def parked(server: Homeserver) -> set[str]:
     return {
         event_id for (event_id,) in server.query("SELECT event_id FROM synapse_sticky_incomplete")
     }
@@ -104,7 +104,7 @@ def test_events_before_cannot_be_fetched_for_now(
     scene = enter(server, peer)
     peer.override = lambda method, path: (502, {}) if "/get_missing_events/" in path else None
     withheld_id, *sent = send_on_top_of_what_is_withheld(scene, 5)
-    wait_until(lambda: set_aside(server) == set(sent), "all to be set aside")
+    wait_until(lambda: parked(server) == set(sent), "all to be parked")
     assert not any(has_event(server, event_id) for event_id in (withheld_id, *sent))
     # The others of the room need not wait.
     scene.wait_for_sections(scene.alice.send_sticky(scene.room_id))
@@ -120,7 +120,7 @@ def test_events_before_cannot_be_fetched_for_now(
         lambda: all({withheld_id, *sent} <= set(section) for section in scene.sections()),
         "all to be taken in",
     )
-    wait_until(lambda: not set_aside(server), "nothing to be left")
+    wait_until(lambda: not parked(server), "nothing to be left")
 
 
 def begin_to_join(user: Client, room_id: str, resident: Homeserver) -> Callable[[], None]:
@@ -151,7 +151,7 @@ def test_while_the_room_is_being_joined(servers: Servers, peer: Peer, killed: bo
     wait_until_gone(scene.alice, scene.room_id, bob)
     finish = begin_to_join(bob, scene.room_id, resident)
     kept = Scene(server, peer, scene.alice, scene.eve, scene.room).sticky()
-    wait_until(lambda: kept in set_aside(server), "it to be kept")
+    wait_until(lambda: kept in parked(server), "it to be parked")
     # Receiving processes do not know of the join.
     assert server.log_has("Queuing PDU" if server.receivers == 1 else "Ignoring PDU")
     if killed:
@@ -163,7 +163,7 @@ def test_while_the_room_is_being_joined(servers: Servers, peer: Peer, killed: bo
         server.wait_until_ready()
         bob.join(scene.room_id, resident.name)
     wait_until(lambda: kept in entered(server, scene.room_id), "it to be taken in")
-    wait_until(lambda: not set_aside(server), "nothing to be left")
+    wait_until(lambda: not parked(server), "nothing to be left")
 
 
 @pytest.mark.requirement("L3", "L6")
@@ -176,8 +176,8 @@ def test_what_is_too_large_is_not_kept(servers: Servers, peer: Peer) -> None:
     too_large, pdu = peer.sticky(scene.room, scene.eve, content={"body": "x" * 70_000})
     assert scene.send(pdu) == {too_large: {}}
     kept = scene.sticky()
-    wait_until(lambda: kept in set_aside(server), "the other to be set aside")
-    assert set_aside(server) == {kept}
+    wait_until(lambda: kept in parked(server), "the other to be parked")
+    assert parked(server) == {kept}
 
 
 @pytest.mark.one_process
@@ -206,7 +206,7 @@ def test_while_another_user_joins_by_another_server(servers: Servers, peer: Peer
         peer.advance(scene.room, event_id)
     finish = begin_to_join(dora, scene.room_id, resident)
     kept = Scene(server, peer, scene.alice, scene.eve, scene.room).sticky()
-    wait_until(lambda: kept in set_aside(server), "it to be kept")
+    wait_until(lambda: kept in parked(server), "it to be parked")
     assert server.log_has("Queuing PDU")
     server.kill()
     release_joins(resident.folder)
@@ -214,16 +214,16 @@ def test_while_another_user_joins_by_another_server(servers: Servers, peer: Peer
     server.start()
     server.wait_until_ready()
     wait_until(lambda: kept in entered(server, scene.room_id), "it to be taken in")
-    wait_until(lambda: not set_aside(server), "nothing to be left")
+    wait_until(lambda: not parked(server), "nothing to be left")
 
 
 @pytest.mark.requirement("L3")
-def test_expired_while_set_aside(servers: Servers, peer: Peer) -> None:
+def test_expired_while_parked(servers: Servers, peer: Peer) -> None:
     (server,) = servers({})
     scene = enter(server, peer)
     peer.override = lambda method, path: (502, {}) if "/get_missing_events/" in path else None
     withhold(scene)
     event_id = scene.sticky(duration_ms=3_000)
-    wait_until(lambda: set_aside(server) == {event_id}, "it to be set aside")
-    wait_until(lambda: not set_aside(server), "it to expire")
+    wait_until(lambda: parked(server) == {event_id}, "it to be parked")
+    wait_until(lambda: not parked(server), "it to expire")
     assert not has_event(server, event_id)

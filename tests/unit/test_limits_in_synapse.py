@@ -78,14 +78,18 @@ def make_homeserver(folder: Path) -> SynapseHomeServer:
     reactor: Any = Reactor()  # type: ignore[no-untyped-call]
     hs = SynapseHomeServer("here", config=config, reactor=reactor)
     hs.setup()
+    run_synchronously(hs)
+    return hs
+
+
+def run_synchronously(hs: SynapseHomeServer) -> None:
+    """Has the homeserver's transactions run in this thread, and at once."""
     store: Any = hs.get_datastores().main
     store.USE_DEDICATED_DB_THREADS_FOR_EVENT_FETCHING = False
     pool = store.db_pool._db_pool
-    # In this thread, and at once.
     pool.runWithConnection = lambda *args, **options: execute(
         pool._runWithConnection, *args, **options
     )
-    return hs
 
 
 @pytest.fixture(scope="module")

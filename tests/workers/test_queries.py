@@ -30,27 +30,33 @@ _SYNAPSES_OWN = "get_sticky_events_in_rooms"
 
 _PREFIX = "synapse_sticky_"
 # What each process may do: transactions, and what runs in the background.
-_EVERYWHERE = {"migrate", "read_rows", "start", "follow_stream", "expire"}
+_PARKING = {
+    *("park", "parked", "due_parked", "next_parked_ms", "stage_again", "postpone_parked"),
+    "try_parked_pdus",
+}
+_SLIDING = {"store_page", "read_page", "newly_joined"}
+_EVERYWHERE = {
+    *("read_rows", "load", "follow_stream", "expire", "migrate_sliding", "migrate_parking"),
+}
 _OF_ITS_KIND = {
-    "main": {"store_page", "read_page", "newly_joined"},
-    "persister": {"deferred", "release", "drop_deferred"},
+    "main": _SLIDING,
+    "persister": {"migrate_deferral", "deferred", "release", "drop_deferred"},
     "sender": {
         *("state_position", "newcomers", "left_behind", "memberships", "is_server_join"),
         *("record_joins", "last_rows", "backlog", "settle", "is_joined"),
-        *("read_joins", "nudge", "confirm"),
+        *("migrate_joins", "read_joins", "check_destination", "confirm"),
     },
     "receiver": {
-        *("count_deferred", "read_staged", "prune_staged", "is_joined"),
-        *("set_aside", "incomplete", "due_incomplete", "next_incomplete_ms"),
-        *("stage_again", "postpone_incomplete", "look_at_incomplete_pdus"),
+        *("migrate_deferral", "count_deferred", "read_staged", "prune_staged", "is_joined"),
+        *_PARKING,
     },
-    "sync": {"store_page", "read_page", "newly_joined"},
+    "sync": _SLIDING,
     "background": {"merge_extremities"},
 }
 _HAS_DONE = {
     "persister": {"release"},
     "sender": {"memberships", "record_joins", "settle", "confirm"},
-    "receiver": {"count_deferred", "look_at_incomplete_pdus"},
+    "receiver": {"count_deferred", "try_parked_pdus"},
     "background": {"merge_extremities"},
 }
 """What each has done after the story of the test, at least."""

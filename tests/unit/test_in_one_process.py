@@ -1,0 +1,124 @@
+"""Several homeservers in one process, and the end of one: nothing is stacked or stays (H1)."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+from synapse.app.homeserver import SynapseHomeServer
+from synapse.config.homeserver import HomeServerConfig
+
+from synapse_sticky import StickyEventsModule
+from synapse_sticky.homeserver import Homeserver
+from synapse_sticky.homeserver.seams import Method, resolve
+from synapse_sticky.seam_table import SEAMS
+from tests.unit.test_limits_in_synapse import Reactor, done, run_synchronously
+
+REPLACED = [
+    seam
+    for seam in dict.fromkeys(s for seams in SEAMS.values() for s in seams)
+    if isinstance(seam, Method) and seam.is_replaced
+]
+
+
+class EndingReactor(Reactor):
+    """One that a homeserver can take its triggers from."""
+
+    def removeSystemEventTrigger(self, trigger_id: object) -> None:  # noqa: N802
+        self.triggers.clear()
+
+
+def make_homeserver(folder: Path, name: str) -> SynapseHomeServer:
+    config = HomeServerConfig()
+    resources = [{"names": ["client", "federation"]}]
+    config.parse_config_dict(
+        {
+            "server_name": name,
+            "database": {"name": "sqlite3", "args": {"database": str(folder / f"{name}.db")}},
+            "listeners": [{"port": 0, "type": "http", "tls": False, "resources": resources}],
+            "signing_key": "ed25519 1 " + "A" * 43,
+            "macaroon_secret_key": "macaroon",
+            "media_store_path": str(folder / "media"),
+            "report_stats": False,
+            "trusted_key_servers": [],
+            "experimental_features": {"msc4354_enabled": True},
+        },
+        "",
+        "",
+    )
+    reactor: Any = EndingReactor()  # type: ignore[no-untyped-call]
+    hs = SynapseHomeServer(name, config=config, reactor=reactor)
+    hs.setup()
+    run_synchronously(hs)
+    return hs
+
+
+def load_module(hs: SynapseHomeServer) -> None:
+    StickyEventsModule(StickyEventsModule.parse_config({"state_events": True}), hs.get_module_api())
+
+
+def replaced_on(hs: Any) -> dict[str, Any]:
+    """What of this homeserver's own objects was replaced, by name."""
+    owners = (
+        *(hs.get_datastores().main, hs.get_federation_server(), hs.get_event_creation_handler()),
+        *(
+            hs.get_federation_event_handler(),
+            hs.get_sync_handler(),
+            hs.get_delayed_events_handler(),
+        ),
+        hs.get_sliding_sync_handler().extensions,
+    )
+    names = {seam.name for seam in REPLACED}
+    return {name: vars(o)[name] for o in owners for name in names & vars(o).keys()}
+
+
+@pytest.mark.requirement("H1")
+def test_each_has_its_own_and_none_is_stacked(tmp_path: Path) -> None:
+    # Not the functions themselves: one that somebody holds is not replaced.
+    originals = {seam: id(getattr_static(seam)) for seam in REPLACED}
+    servers = [make_homeserver(tmp_path, name) for name in ("one", "two")]
+    for hs in servers:
+        load_module(hs)
+    now = {seam: getattr_static(seam) for seam in REPLACED}
+    shared = {seam: now[seam] for seam in REPLACED if id(now[seam]) != originals[seam]}
+    for function in shared.values():
+        # One wrapper a process: what it wraps is Synapse's own.
+        assert not hasattr(function.__wrapped__, "__wrapped__")
+    found = [replaced_on(hs) for hs in servers]
+    assert found[0].keys() == found[1].keys()
+    assert len(found[0]) + len(shared) >= len(REPLACED) - 1
+    for name, function in found[0].items():
+        assert function is not found[1][name]
+        assert function.__name__ == name
+        assert inspect.signature(function) == inspect.signature(function.__wrapped__)
+
+
+def getattr_static(seam: Method) -> Any:
+    return inspect.getattr_static(resolve(seam.owner), seam.name)
+
+
+@pytest.mark.requirement("H1")
+def test_after_its_shutdown_it_is_let_go_and_the_other_goes_on(tmp_path: Path) -> None:
+    going, staying = (make_homeserver(tmp_path, name) for name in ("going", "staying"))
+    for hs in (going, staying):
+        load_module(hs)
+    before = replaced_on(staying)
+    assert replaced_on(going)
+    done(going.shutdown())
+    assert replaced_on(going) == {}
+    assert entries_on(going) == set()
+    assert replaced_on(staying) == before
+    assert entries_on(staying)
+    # What the process shares knows neither of them.
+    for seam in REPLACED:
+        for cell in getattr(getattr_static(seam), "__closure__", None) or ():
+            assert not isinstance(cell.cell_contents, Homeserver | SynapseHomeServer)
+    # No timer of the module's is left either: Synapse cancels those that it knows of.
+    reactor: Any = going.get_reactor()
+    assert not reactor.getDelayedCalls()
+
+
+def entries_on(hs: Any) -> set[str]:
+    """What functions that all homeservers share find on this one's objects."""
+    owners = (hs.get_datastores().main, hs.get_event_creation_handler())
+    return {name for o in owners for name in vars(o) if name.startswith("_synapse_sticky_")}

@@ -1,20 +1,29 @@
-"""The module's configuration: what can be set, within which bounds, and the errors that say so.
+"""The module's configuration: what can be set, and within which bounds.
 
 The classes below are the only description of the options: their fields carry the checks, and the
 field's name is the option's name (durations are called ``..._ms`` here and go without it in
 homeserver.yaml).
 """
 
-import difflib
-import re
-import reprlib
 from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any
 
 import attr
 from matrix_common.regex import glob_to_regex
-from synapse.module_api.errors import ConfigError
+
+from synapse_sticky.options import (
+    HOUR_MS,
+    boolean,
+    duration,
+    error,
+    integer,
+    number,
+    option,
+    parse_section,
+    section,
+    server_globs,
+)
 
 DUTIES = (
     *("index", "delivery", "sliding", "visibility", "joins", "pruning", "parking", "receipt"),
@@ -22,85 +31,41 @@ DUTIES = (
 )
 """What the module does, by the names that folders, log lines and tables of the docs share."""
 
-_UNITS_MS = {
-    "": 1,
-    "s": 1_000,
-    "m": 60_000,
-    "h": 3_600_000,
-    "d": 86_400_000,
-}
-_DURATION = re.compile(r"([0-9]{1,15})([smhd]?)", re.ASCII)
-_HOUR_MS = 3_600_000
 
-Check = Callable[[object], Any]
-"""Takes the value as it is in the file; gives the value to use or raises ValueError with what is
-allowed."""
+class Strict(Enum):
+    """Which misfits between this module and the running Synapse stop the start (H5)."""
+
+    NO = "false"
+    """None: the duty concerned is off."""
+    ACCESS = "access"
+    """Those of the duties that decide who gets the sticky sections, delivery and sliding."""
+    ALL = "true"
 
 
-def _option(default: Any, check: Check) -> Any:
-    return attr.ib(default=default, metadata={"check": check})
+def _strict(value: object) -> Strict:
+    if value is True:
+        return Strict.ALL
+    if value is False:
+        return Strict.NO
+    if value == "access":
+        return Strict.ACCESS
+    raise ValueError("true, false or 'access'")
 
 
-def _section(default: Any, *, nullable: bool = False) -> Any:
-    return attr.ib(default=default, metadata={"section": default, "nullable": nullable})
+def _duties(value: object) -> tuple[str, ...]:
+    if isinstance(value, list | tuple) and all(name in DUTIES for name in value):
+        return tuple(value)
+    raise ValueError(f"a list of duties: {', '.join(DUTIES)}")
 
 
-def _boolean(value: object) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError("true or false")
-    return value
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class DutyConfig:
+    """A duty without options of its own.
 
+    enabled: whether it is done at all.
+    """
 
-def _integer(at_least: int, at_most: int) -> Check:
-    def check(value: object) -> int:
-        # A bool is an int in Python, but not in a configuration.
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(f"a whole number from {at_least} to {at_most}")
-        if not at_least <= value <= at_most:
-            raise ValueError(f"a whole number from {at_least} to {at_most}")
-        return value
-
-    return check
-
-
-def _number(at_least: float, at_most: float) -> Check:
-    def check(value: object) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"a number from {at_least:g} to {at_most:g}")
-        if not at_least <= value <= at_most:
-            raise ValueError(f"a number from {at_least:g} to {at_most:g}")
-        return float(value)
-
-    return check
-
-
-def _server_globs(value: object) -> tuple[str, ...]:
-    allowed = "a list of server names, in which * and ? stand for any characters or one"
-    if not isinstance(value, list | tuple):
-        raise ValueError(allowed)
-    for glob in value:
-        if not isinstance(glob, str) or not glob:
-            raise ValueError(allowed)
-    return tuple(value)
-
-
-def _duration(at_least_ms: int, at_most_ms: int) -> Check:
-    allowed = (
-        f"a duration from {at_least_ms} to {at_most_ms} ms, as a whole number of milliseconds "
-        "or a string such as '30s', '5m' or '1h'"
-    )
-
-    def check(value: object) -> int:
-        duration_ms: int | None = None
-        if isinstance(value, int) and not isinstance(value, bool):
-            duration_ms = value
-        elif isinstance(value, str) and (match := _DURATION.fullmatch(value)):
-            duration_ms = int(match[1]) * _UNITS_MS[match[2]]
-        if duration_ms is None or not at_least_ms <= duration_ms <= at_most_ms:
-            raise ValueError(allowed)
-        return duration_ms
-
-    return check
+    enabled: bool = option(True, boolean)
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
@@ -115,11 +80,11 @@ class JoinsConfig:
     confirm: whether to ask the newcomer if it has what it acknowledged.
     """
 
-    enabled: bool = _option(True, _boolean)
-    window: int = _option(48, _integer(1, 99))
-    retry_min_ms: int = _option(500, _duration(10, _HOUR_MS))
-    retry_max_ms: int = _option(300_000, _duration(10, _HOUR_MS))
-    confirm: bool = _option(True, _boolean)
+    enabled: bool = option(True, boolean)
+    window: int = option(48, integer(1, 99))
+    retry_min_ms: int = option(500, duration(10, HOUR_MS))
+    retry_max_ms: int = option(300_000, duration(10, HOUR_MS))
+    confirm: bool = option(True, boolean)
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
@@ -129,19 +94,21 @@ class StagingConfig:
     keep_sticky: whether acknowledged sticky events are kept when Synapse prunes it.
     """
 
-    keep_sticky: bool = _option(True, _boolean)
+    keep_sticky: bool = option(True, boolean)
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
 class VisibilityConfig:
     """Who may see sticky events whatever the history visibility (C1).
 
+    enabled: whether anybody may.
     servers: whether servers that are joined to the room may.
     users: whether local users who are joined to the room may, also those from before their join.
     """
 
-    servers: bool = _option(True, _boolean)
-    users: bool = _option(True, _boolean)
+    enabled: bool = option(True, boolean)
+    servers: bool = option(True, boolean)
+    users: bool = option(True, boolean)
 
 
 class Mode(Enum):
@@ -167,8 +134,8 @@ class LimitConfig:
     """A bucket that holds burst_count events and refills at per_second, as in the rest of
     homeserver.yaml."""
 
-    per_second: float = _option(attr.NOTHING, _number(0.001, 1_000_000))
-    burst_count: int = _option(attr.NOTHING, _integer(1, 1_000_000))
+    per_second: float = option(attr.NOTHING, number(0.001, 1_000_000))
+    burst_count: int = option(attr.NOTHING, integer(1, 1_000_000))
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
@@ -185,13 +152,13 @@ class FederationConfig:
     exempt_servers: servers that nothing of this applies to, as globs.
     """
 
-    mode: Mode = _option(Mode.DEFER, _mode)
-    per_server: LimitConfig | None = _section(LimitConfig(50.0, 2_000), nullable=True)
-    per_server_in_room: LimitConfig | None = _section(LimitConfig(20.0, 1_000), nullable=True)
-    per_sender: LimitConfig | None = _section(LimitConfig(2.0, 60), nullable=True)
-    per_room: LimitConfig | None = _section(LimitConfig(50.0, 2_000), nullable=True)
-    max_deferred_per_server: int = _option(5_000, _integer(1, 1_000_000))
-    exempt_servers: tuple[str, ...] = _option((), _server_globs)
+    mode: Mode = option(Mode.DEFER, _mode)
+    per_server: LimitConfig | None = section(LimitConfig(50.0, 2_000), nullable=True)
+    per_server_in_room: LimitConfig | None = section(LimitConfig(20.0, 1_000), nullable=True)
+    per_sender: LimitConfig | None = section(LimitConfig(2.0, 60), nullable=True)
+    per_room: LimitConfig | None = section(LimitConfig(50.0, 2_000), nullable=True)
+    max_deferred_per_server: int = option(5_000, integer(1, 1_000_000))
+    exempt_servers: tuple[str, ...] = option((), server_globs)
 
     def exempts(self) -> Callable[[str], bool]:
         """A function that tells whether a server is exempt."""
@@ -206,35 +173,62 @@ class LocalConfig:
     per_user: one user, all rooms; None for no limit.
     """
 
-    per_user: LimitConfig | None = _section(LimitConfig(2.0, 60), nullable=True)
+    per_user: LimitConfig | None = section(LimitConfig(2.0, 60), nullable=True)
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
-class DummyEventsConfig:
+class ExtremitiesConfig:
     """Bringing down forward extremities that old sticky events leave (F2).
 
     enabled: whether this is done faster than Synapse does it.
     per_minute: how many dummy events may be sent at most, to all rooms together, 12 to 6000.
     """
 
-    enabled: bool = _option(True, _boolean)
-    per_minute: int = _option(60, _integer(12, 6_000))
+    enabled: bool = option(True, boolean)
+    per_minute: int = option(60, integer(12, 6_000))
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
 class StickyConfig:
     """The whole configuration. See the classes of the sections.
 
+    strict: which misfits stop the start.
+    native: duties that are left to Synapse, as it has them itself.
     state_events: whether state events can be sent as sticky as well (S3). MSC4354 has dropped that.
     """
 
-    joins: JoinsConfig = _section(JoinsConfig())
-    staging: StagingConfig = _section(StagingConfig())
-    visibility: VisibilityConfig = _section(VisibilityConfig())
-    federation: FederationConfig = _section(FederationConfig())
-    local: LocalConfig = _section(LocalConfig())
-    dummy_events: DummyEventsConfig = _section(DummyEventsConfig())
-    state_events: bool = _option(False, _boolean)
+    strict: Strict = option(Strict.NO, _strict)
+    native: tuple[str, ...] = option((), _duties)
+    index: DutyConfig = section(DutyConfig())
+    delivery: DutyConfig = section(DutyConfig())
+    sliding: DutyConfig = section(DutyConfig())
+    visibility: VisibilityConfig = section(VisibilityConfig())
+    joins: JoinsConfig = section(JoinsConfig())
+    pruning: DutyConfig = section(DutyConfig())
+    parking: DutyConfig = section(DutyConfig())
+    staging: StagingConfig = section(StagingConfig())
+    receipt: DutyConfig = section(DutyConfig())
+    deferral: DutyConfig = section(DutyConfig())
+    federation: FederationConfig = section(FederationConfig())
+    sending: DutyConfig = section(DutyConfig())
+    local: LocalConfig = section(LocalConfig())
+    extremities: ExtremitiesConfig = section(ExtremitiesConfig())
+    state_events: bool = option(False, boolean)
+
+    def is_on(self, duty: str) -> bool:
+        """Is the duty of this name to be done?"""
+        section: DutyConfig = getattr(self, duty)
+        if duty in ("pruning", "parking") and not self.staging.keep_sticky:
+            return False
+        if duty == "visibility" and not (self.visibility.servers or self.visibility.users):
+            return False
+        if duty == "receipt" and self.federation.mode is Mode.OFF:
+            return False
+        return section.enabled
+
+
+_OLD_NAMES = {"dummy_events": "extremities"}
+"""Sections by the names that they had once; both names are accepted."""
 
 
 def parse(config: object) -> StickyConfig:
@@ -243,10 +237,12 @@ def parse(config: object) -> StickyConfig:
     Raises:
         ConfigError: an option is unknown or has a wrong value; names it and says what is allowed.
     """
-    parsed: StickyConfig = _parse_section(StickyConfig(), {} if config is None else config, ())
+    if isinstance(config, Mapping):
+        config = _renamed(config)
+    parsed: StickyConfig = parse_section(StickyConfig(), {} if config is None else config, ())
     joins = parsed.joins
     if joins.retry_max_ms < joins.retry_min_ms:
-        raise _error(
+        raise error(
             ("joins", "retry_max"),
             f"must not be less than joins.retry_min: {joins.retry_max_ms} ms is less than "
             f"{joins.retry_min_ms} ms",
@@ -254,43 +250,11 @@ def parse(config: object) -> StickyConfig:
     return parsed
 
 
-def _parse_section(default: Any, values: object, path: tuple[str, ...]) -> Any:
-    """The section with what is set in ``values``; what is not stays as it is by default."""
-    if not isinstance(values, Mapping):
-        raise _error(path, f"must be a mapping of options, not {_shown(values)}")
-    fields = {field.name.removesuffix("_ms"): field for field in attr.fields(type(default))}
-    parsed: dict[str, Any] = {}
-    for key, value in values.items():
-        field = fields.get(key) if isinstance(key, str) else None
-        if field is None:
-            raise _error((*path, str(key)), _unknown(str(key), list(fields)))
-        if section := field.metadata.get("section"):
-            if value is None and field.metadata["nullable"]:
-                parsed[field.name] = None
-            else:
-                parsed[field.name] = _parse_section(section, value, (*path, key))
-            continue
-        try:
-            parsed[field.name] = field.metadata["check"](value)
-        except ValueError as e:
-            raise _error((*path, key), f"must be {e}, not {_shown(value)}") from None
-    return attr.evolve(default, **parsed)
-
-
-def _unknown(key: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(key, known, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"is no option; {hint}there are: {', '.join(known)}"
-
-
-def _shown(value: object) -> str:
-    try:
-        return reprlib.repr(value)
-    except ValueError:  # Python does not print numbers of thousands of digits
-        return "a number of very many digits"
-
-
-def _error(path: tuple[str, ...], problem: str) -> ConfigError:
-    name = ".".join(path) or "config"
-    # Synapse puts the module's own path in front.
-    return ConfigError(f"{name} {problem}", path=path)
+def _renamed(config: Mapping[Any, Any]) -> dict[Any, Any]:
+    renamed = dict(config)
+    for old, new in _OLD_NAMES.items():
+        if old in renamed:
+            if new in renamed:
+                raise error((old,), f"is the old name of {new}, which is set as well")
+            renamed[new] = renamed.pop(old)
+    return renamed

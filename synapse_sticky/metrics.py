@@ -20,3 +20,15 @@ EXPIRED = Counter(
 DEFERRED_NOW = Gauge(
     "synapse_sticky_deferred_waiting", "Sticky events that this process defers at the moment"
 )
+DUTY = Gauge(
+    "synapse_sticky_duty",
+    "1 for the state of each duty in this process: on, off, unfit (this Synapse does not fit) or"
+    " native (Synapse does it itself)",
+    ["duty", "state"],
+)
+
+
+def set_duty(duty: str, state: str) -> None:
+    """Says what state the duty is in; it was in none or another before."""
+    for other in ("on", "off", "unfit", "native"):
+        DUTY.labels(duty, other).set(other == state)

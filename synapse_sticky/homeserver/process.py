@@ -31,7 +31,6 @@ SEAMS = (
     Attribute("synapse.storage.databases.Databases", "main"),
     Attribute("synapse.storage._base.SQLBaseStore", "database_engine"),
     *attributes("synapse.config.homeserver.HomeServerConfig", "experimental", "worker", "server"),
-    Attribute("synapse.config.experimental.ExperimentalConfig", "msc4354_enabled"),
     *attributes("synapse.config.workers.WorkerConfig", "worker_app", "worker_listeners"),
     Attribute("synapse.config.server.ServerConfig", "listeners"),
     *attributes("synapse.config.server.HttpListenerConfig", "resources"),
@@ -81,7 +80,7 @@ class Homeserver:
     def __init__(self, api: ModuleApi) -> None:
         self.api = api
         self.hs: HomeServer = api._hs
-        _require_sticky_events(self.hs)
+        require_sticky_events(self.hs)
         self.store: Any = self.hs.get_datastores().main
         self.server_name = api.server_name
         self.instance_name = api.worker_name or "master"
@@ -178,10 +177,18 @@ class Homeserver:
         setattr(owner, name, entry)
         self._undo.append(functools.partial(delattr, owner, name))
 
+    def mark(self) -> int:
+        """For ``undo_to``: how much was put in up to now."""
+        return len(self._undo)
+
+    def undo_to(self, mark: int) -> None:
+        """Takes out what was put in since the mark, in reverse."""
+        while len(self._undo) > mark:
+            self._undo.pop()()
+
     def close(self) -> None:
         """Takes out whatever was put in. Synapse goes on without the module."""
-        while self._undo:
-            self._undo.pop()()
+        self.undo_to(0)
 
 
 def _close(homeserver: "weakref.ref[Homeserver]") -> None:
@@ -203,11 +210,15 @@ def replace_shared(
     setattr(owner, name, replacement)
 
 
-def _require_sticky_events(hs: "HomeServer") -> None:
-    enabled = getattr(hs.config.experimental, "msc4354_enabled", None)
-    if enabled is None or not hasattr(
-        hs.get_datastores().main, "get_backlogged_sticky_events_for_destination"
-    ):
+def require_sticky_events(hs: "HomeServer") -> None:
+    """Synapse's own part of MSC4354 must be there, and on.
+
+    Raises:
+        ConfigError: it is not; the message says what to do.
+    """
+    # A Synapse that has sticky events and no such option has them as a stable feature.
+    enabled = getattr(hs.config.experimental, "msc4354_enabled", True)
+    if not hasattr(hs.get_datastores().main, "get_backlogged_sticky_events_for_destination"):
         raise ConfigError(
             "synapse-sticky needs Synapse 1.163 or later, this is"
             f" {version('matrix-synapse')}. "

@@ -88,6 +88,7 @@ class IndexFollower:
         self._purged: set[str] = set()
         self._rechecking: set[str] = set()
         self._progress = homeserver.new_signal()
+        self._is_started = False
         self._following = Retrying(
             homeserver,
             "follow_stream",
@@ -97,7 +98,8 @@ class IndexFollower:
         )
 
     def start(self) -> None:
-        """Begins to fill the index and to follow the stream."""
+        """Begins to fill the index and to follow the stream. Until then the database answers."""
+        self._is_started = True
         self.stream.on_advance(self._poke)
         self.stream.on_event_changed(self._event_changed)
         self.stream.on_room_purged(self._room_purged)
@@ -128,13 +130,16 @@ class IndexFollower:
 
     async def catch_up(self) -> None:
         """Waits for what is being read, a moment at most; not while the database fails."""
+        if not self._is_started:
+            return
         self._poke()
         following = self._following
         if following.is_running and not following.is_failing and self.index.positions():
             await self._progress.wait(_CATCH_UP_MS)
 
     def _is_true_up_to(self, positions: Mapping[str, int]) -> bool:
-        return not self._changed and not self._rechecking and self.index.in_step(positions)
+        is_clean = self._is_started and not self._changed and not self._rechecking
+        return is_clean and self.index.in_step(positions)
 
     async def rows_of(self, event_ids: Collection[str]) -> dict[str, StickyRow]:
         """The deliverable rows of these events by event ID, from the database if need be."""

@@ -114,7 +114,10 @@ def test_duties_can_be_switched_off(servers: Servers) -> None:
     }
     (server,) = servers({"config": off})
     # Delivery falls back to Synapse's own by itself.
-    assert server.log_has("synapse-sticky runs in master: index, delivery, sliding\n")
+    assert server.log_has(
+        "synapse-sticky runs in master: index, delivery, sliding, deferral, sending;"
+        " off: visibility, joins, pruning, parking, receipt, extremities\n"
+    )
 
 
 @pytest.mark.requirement("F3", "P7")

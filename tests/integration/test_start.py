@@ -3,8 +3,10 @@
 from typing import Any
 
 import pytest
+import requests
 
-from tests.lab import Lab
+from tests.conftest import Servers
+from tests.lab import Lab, Peer, wait_until
 from tests.lab.homeserver import StartError
 
 pytestmark = pytest.mark.one_process
@@ -45,7 +47,72 @@ def test_older_synapse(lab: Lab) -> None:
     assert "Upgrade Synapse, or take the module out of `modules:`." in said
 
 
-def test_synapse_with_another_signature(lab: Lab) -> None:
-    said = start_error(lab, module_name="tests.lab.variants.InChangedSynapse")
+CHANGED = "tests.lab.variants.InChangedSynapse"
+MISFIT = ".insert_sticky_events_txn takes (self, txn): too many positional arguments"
+
+
+@pytest.mark.requirement("H5")
+def test_a_synapse_with_another_signature_is_without_that_duty_only(
+    lab: Lab, servers: Servers, peer: Peer
+) -> None:
+    """It starts, says once what is off and what that means, and the other duties go on."""
+    (server,) = servers({"module_name": CHANGED, "metrics": True})
+    said = server.log_path.read_text()
+    assert said.count("deferral is off, as this Synapse does not fit: ") == 1
+    assert MISFIT in said
+    assert "Without it a flood of another server delays the sticky events of all others." in said
+    assert server.log_has(
+        "synapse-sticky runs in master: index, delivery, sliding, visibility, joins, pruning,"
+        " parking, receipt, sending, extremities; unfit: deferral\n"
+    )
+    metrics = requests.get(f"http://127.0.0.1:{server.metrics_port}/metrics", timeout=10).text
+    assert 'synapse_sticky_duty{duty="deferral",state="unfit"} 1.0' in metrics
+    assert 'synapse_sticky_duty{duty="joins",state="on"} 1.0' in metrics
+    # Users talk, and the duty of joins does its work.
+    alice = server.user()
+    room_id = alice.create_room()
+    alice.send(room_id)
+    peer.join(server, room_id, peer.user("eve"))
+    wait_until(lambda: server.log_has("has newly joined"), "the newcomer to be noticed")
+
+
+@pytest.mark.requirement("H5")
+def test_one_more_optional_argument_changes_nothing(servers: Servers) -> None:
+    (server,) = servers({"module_name": "tests.lab.variants.InExtendedSynapse"})
+    assert server.log_has("receipt, deferral, sending, extremities\n")
+    alice = server.user()
+    room_id = alice.create_room()
+    event_id = alice.send_sticky(room_id)
+    assert set(alice.collect_sticky(room_id, {event_id})) == {event_id}
+
+
+@pytest.mark.requirement("H5")
+def test_strict_stops_the_start(lab: Lab) -> None:
+    said = start_error(lab, module_name=CHANGED, config={"strict": True})
     assert "synapse-sticky does not fit Synapse 1." in said
-    assert ".insert_sticky_events_txn takes (self, txn): too many positional arguments" in said
+    assert "deferral would be off" in said
+    assert MISFIT in said
+
+
+@pytest.mark.requirement("H5")
+def test_strict_about_access_does_not_mind_limits(servers: Servers) -> None:
+    (server,) = servers({"module_name": CHANGED, "config": {"strict": "access"}})
+    assert server.log_has("; unfit: deferral\n")
+
+
+@pytest.mark.requirement("H5", "H6")
+def test_duties_that_are_left_to_synapse_or_lack_another(servers: Servers) -> None:
+    config = {"native": ["joins"], "index": {"enabled": False}}
+    (server,) = servers({"config": config})
+    assert server.log_has("extremities is off, as it needs index")
+    assert server.log_has(
+        "synapse-sticky runs in master: delivery, sliding, visibility, pruning, parking, receipt,"
+        " deferral, sending; off: index, extremities; native: joins\n"
+    )
+    # The database answers in place of the index.
+    alice, bob = server.user(), server.user()
+    room_id = alice.create_room()
+    event_ids = {alice.send_sticky(room_id) for _ in range(3)}
+    assert set(alice.collect_sticky(room_id, event_ids)) == event_ids
+    bob.join(room_id)
+    assert set(bob.collect_sticky(room_id, event_ids)) == event_ids

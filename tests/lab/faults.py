@@ -19,7 +19,8 @@ import attr
 from synapse.module_api import ModuleApi
 from synapse.replication.tcp.streams._base import StickyEventsStream
 
-import synapse_sticky.module
+import synapse_sticky.handlers.deferral.synapse
+import synapse_sticky.wiring
 from synapse_sticky import StickyEventsModule
 from synapse_sticky.config import StickyConfig
 from synapse_sticky.handlers.deferral.handler import NewStickyEvent
@@ -226,7 +227,7 @@ class FaultyWriter(SynapseWriter):
 
 class FaultyModule(StickyEventsModule):
     def __init__(self, config: StickyConfig, api: ModuleApi) -> None:
-        setattr(synapse_sticky.module, "Homeserver", FaultyHomeserver)  # noqa: B010
-        setattr(synapse_sticky.module, "SynapseWriter", FaultyWriter)  # noqa: B010
+        setattr(synapse_sticky.wiring, "Homeserver", FaultyHomeserver)  # noqa: B010
+        setattr(synapse_sticky.handlers.deferral.synapse, "SynapseWriter", FaultyWriter)  # noqa: B010
         _install_clock()
         super().__init__(config, api)

@@ -18,7 +18,7 @@ class ProbedModule(StickyEventsModule):
 
     def __init__(self, config: StickyConfig, api: ModuleApi) -> None:
         super().__init__(config, api)
-        api.register_web_resource(PROBE_PATH, _Probe(self._follower))
+        api.register_web_resource(PROBE_PATH, _Probe(self._wiring._follower))
 
 
 class _Probe(Resource):

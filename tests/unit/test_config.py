@@ -12,11 +12,13 @@ from synapse.module_api.errors import ConfigError
 
 from synapse_sticky import StickyEventsModule
 from synapse_sticky.config import (
+    DUTIES,
     FederationConfig,
     JoinsConfig,
     LimitConfig,
     Mode,
     StickyConfig,
+    Strict,
     parse,
 )
 
@@ -164,7 +166,7 @@ def test_exemptions() -> None:
             "joins.windwo is no option; did you mean 'window'? there are: enabled, window, ",
         ),
         ({"joins": {"retry_min_ms": 30}}, ("joins", "retry_min_ms"), "is no option; did you mean"),
-        ({1: {}}, ("1",), "1 is no option; there are: joins, staging, visibility"),
+        ({1: {}}, ("1",), "1 is no option; there are: strict, native, index, delivery"),
         ({"joins": None}, ("joins",), "joins must be a mapping of options, not None"),
         ({"joins": []}, ("joins",), "joins must be a mapping of options, not []"),
         (["joins"], (), "config must be a mapping of options, not ['joins']"),
@@ -235,3 +237,47 @@ def test_any_value_is_taken_or_refused_clearly(config: object) -> None:
         parsed = parse(config)
         assert 1 <= parsed.joins.window <= 99
         assert 10 <= parsed.joins.retry_min_ms <= parsed.joins.retry_max_ms <= 3_600_000
+
+
+@pytest.mark.requirement("H6")
+@pytest.mark.parametrize("duty", DUTIES)
+def test_each_duty_can_be_switched_off(duty: str) -> None:
+    assert parse({}).is_on(duty)
+    config = parse({duty: {"enabled": False}})
+    assert [name for name in DUTIES if not config.is_on(name)] == [duty]
+
+
+@pytest.mark.requirement("H6")
+def test_old_options_say_the_same() -> None:
+    config = parse({"staging": {"keep_sticky": False}, "dummy_events": {"per_minute": 12}})
+    assert [name for name in DUTIES if not config.is_on(name)] == ["pruning", "parking"]
+    assert config == parse({"staging": {"keep_sticky": False}, "extremities": {"per_minute": 12}})
+    assert not parse({"dummy_events": {"enabled": False}}).is_on("extremities")
+    with pytest.raises(ConfigError) as error:
+        parse({"dummy_events": {}, "extremities": {}})
+    assert "dummy_events is the old name of extremities, which is set as well" in error.value.msg
+
+
+@pytest.mark.requirement("H5")
+@pytest.mark.parametrize(
+    ("value", "expected"), [(False, Strict.NO), (True, Strict.ALL), ("access", Strict.ACCESS)]
+)
+def test_strict(value: object, expected: Strict) -> None:
+    assert parse({"strict": value}).strict is expected
+
+
+@pytest.mark.requirement("H5")
+@pytest.mark.parametrize("value", ["true", 1, None, [], "acces"])
+def test_wrong_strict(value: object) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse({"strict": value})
+    assert "strict must be true, false or 'access', not" in error.value.msg
+
+
+@pytest.mark.requirement("H5")
+def test_native() -> None:
+    assert parse({"native": ["joins", "sliding"]}).native == ("joins", "sliding")
+    for value in ("joins", ["join"], [1], None):
+        with pytest.raises(ConfigError) as error:
+            parse({"native": value})
+        assert "native must be a list of duties: index, delivery, " in error.value.msg

@@ -2,23 +2,22 @@
 
 import inspect
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from synapse.app.homeserver import SynapseHomeServer
 from synapse.config.homeserver import HomeServerConfig
+from synapse.module_api.errors import ConfigError
 
 from synapse_sticky import StickyEventsModule
+from synapse_sticky.duties import all_seams
 from synapse_sticky.homeserver import Homeserver
+from synapse_sticky.homeserver.process import require_sticky_events
 from synapse_sticky.homeserver.seams import Method, resolve
-from synapse_sticky.seam_table import SEAMS
 from tests.unit.test_limits_in_synapse import Reactor, done, run_synchronously
 
-REPLACED = [
-    seam
-    for seam in dict.fromkeys(s for seams in SEAMS.values() for s in seams)
-    if isinstance(seam, Method) and seam.is_replaced
-]
+REPLACED = [seam for seam in all_seams() if isinstance(seam, Method) and seam.is_replaced]
 
 
 class EndingReactor(Reactor):
@@ -122,3 +121,20 @@ def entries_on(hs: Any) -> set[str]:
     """What functions that all homeservers share find on this one's objects."""
     owners = (hs.get_datastores().main, hs.get_event_creation_handler())
     return {name for o in owners for name in vars(o) if name.startswith("_synapse_sticky_")}
+
+
+@pytest.mark.requirement("H5")
+def test_a_synapse_in_which_the_feature_is_stable_is_not_too_old() -> None:
+    """It has the parts, and no option for them any more."""
+    store = SimpleNamespace(get_backlogged_sticky_events_for_destination=None)
+    hs: Any = SimpleNamespace(
+        config=SimpleNamespace(experimental=SimpleNamespace()),
+        get_datastores=lambda: SimpleNamespace(main=store),
+    )
+    require_sticky_events(hs)
+    hs.config.experimental.msc4354_enabled = False
+    with pytest.raises(ConfigError, match="msc4354_enabled: true"):
+        require_sticky_events(hs)
+    del store.get_backlogged_sticky_events_for_destination
+    with pytest.raises(ConfigError, match="needs Synapse 1.163 or later"):
+        require_sticky_events(hs)

@@ -19,6 +19,7 @@ from synapse.module_api.callbacks.federation import FederationEventDeliveryEvent
 from synapse.module_api.errors import ConfigError
 from twisted.internet.defer import Deferred
 
+from synapse_sticky.duties import all_seams as declared
 from synapse_sticky.homeserver.seams import (
     Attribute,
     Method,
@@ -27,7 +28,6 @@ from synapse_sticky.homeserver.seams import (
     Table,
     misfits,
 )
-from synapse_sticky.seam_table import SEAMS
 from tests.unit.test_boundaries import PACKAGE, ROOT, SYNAPSE_ALLOWED, may_touch_synapse, sources
 
 MOST_SEAMS = 203
@@ -119,11 +119,6 @@ _BUILTIN = (
     *(str, bytes, int, float, list, dict, set, frozenset, tuple, type, Exception, object),
     *(logging.Logger, inspect.Signature, OrderedDict, Counter, sqlite3),
 )
-
-
-def declared() -> list[Seam]:
-    """Every seam that is declared."""
-    return list({seam: None for seams in SEAMS.values() for seam in seams})
 
 
 def sources_of_synapse() -> list[str]:

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Collection
 from typing import Protocol
 
-from synapse_sticky.config import DummyEventsConfig
+from synapse_sticky.config import ExtremitiesConfig
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.index import IndexFollower
 
@@ -47,7 +47,7 @@ class ExtremitiesHandler:
         homeserver: Homeserver,
         extremities: Extremities,
         follower: IndexFollower,
-        config: DummyEventsConfig,
+        config: ExtremitiesConfig,
     ) -> None:
         self._homeserver = homeserver
         self._extremities = extremities

@@ -1,0 +1,142 @@
+"""How options are declared, checked and refused: by name, with what is allowed."""
+
+import difflib
+import re
+import reprlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import attr
+from synapse.module_api.errors import ConfigError
+
+_UNITS_MS = {
+    "": 1,
+    "s": 1_000,
+    "m": 60_000,
+    "h": 3_600_000,
+    "d": 86_400_000,
+}
+_DURATION = re.compile(r"([0-9]{1,15})([smhd]?)", re.ASCII)
+HOUR_MS = 3_600_000
+
+Check = Callable[[object], Any]
+"""Takes the value as it is in the file; gives the value to use or raises ValueError with what is
+allowed."""
+
+
+def option(default: Any, check: Check) -> Any:
+    """A field for an option with this default."""
+    return attr.ib(default=default, metadata={"check": check})
+
+
+def section(default: Any, *, nullable: bool = False) -> Any:
+    """A field for a section of options; ``nullable`` if null is allowed in its place."""
+    return attr.ib(default=default, metadata={"section": default, "nullable": nullable})
+
+
+def boolean(value: object) -> bool:
+    """True or false."""
+    if not isinstance(value, bool):
+        raise ValueError("true or false")
+    return value
+
+
+def integer(at_least: int, at_most: int) -> Check:
+    """A whole number within bounds."""
+
+    def check(value: object) -> int:
+        # A bool is an int in Python, but not in a configuration.
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"a whole number from {at_least} to {at_most}")
+        if not at_least <= value <= at_most:
+            raise ValueError(f"a whole number from {at_least} to {at_most}")
+        return value
+
+    return check
+
+
+def number(at_least: float, at_most: float) -> Check:
+    """A number within bounds."""
+
+    def check(value: object) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"a number from {at_least:g} to {at_most:g}")
+        if not at_least <= value <= at_most:
+            raise ValueError(f"a number from {at_least:g} to {at_most:g}")
+        return float(value)
+
+    return check
+
+
+def server_globs(value: object) -> tuple[str, ...]:
+    """Server names with wildcards."""
+    allowed = "a list of server names, in which * and ? stand for any characters or one"
+    if not isinstance(value, list | tuple):
+        raise ValueError(allowed)
+    for glob in value:
+        if not isinstance(glob, str) or not glob:
+            raise ValueError(allowed)
+    return tuple(value)
+
+
+def duration(at_least_ms: int, at_most_ms: int) -> Check:
+    """A duration in ms, within bounds."""
+    allowed = (
+        f"a duration from {at_least_ms} to {at_most_ms} ms, as a whole number of milliseconds "
+        "or a string such as '30s', '5m' or '1h'"
+    )
+
+    def check(value: object) -> int:
+        duration_ms: int | None = None
+        if isinstance(value, int) and not isinstance(value, bool):
+            duration_ms = value
+        elif isinstance(value, str) and (match := _DURATION.fullmatch(value)):
+            duration_ms = int(match[1]) * _UNITS_MS[match[2]]
+        if duration_ms is None or not at_least_ms <= duration_ms <= at_most_ms:
+            raise ValueError(allowed)
+        return duration_ms
+
+    return check
+
+
+def parse_section(default: Any, values: object, path: tuple[str, ...]) -> Any:
+    """The section with what is set in ``values``; what is not stays as it is by default."""
+    if not isinstance(values, Mapping):
+        raise error(path, f"must be a mapping of options, not {_shown(values)}")
+    fields = {field.name.removesuffix("_ms"): field for field in attr.fields(type(default))}
+    parsed: dict[str, Any] = {}
+    for key, value in values.items():
+        field = fields.get(key) if isinstance(key, str) else None
+        if field is None:
+            raise error((*path, str(key)), _unknown(str(key), list(fields)))
+        if section := field.metadata.get("section"):
+            if value is None and field.metadata["nullable"]:
+                parsed[field.name] = None
+            else:
+                parsed[field.name] = parse_section(section, value, (*path, key))
+            continue
+        try:
+            parsed[field.name] = field.metadata["check"](value)
+        except ValueError as e:
+            raise error((*path, key), f"must be {e}, not {_shown(value)}") from None
+    return attr.evolve(default, **parsed)
+
+
+def _unknown(key: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"is no option; {hint}there are: {', '.join(known)}"
+
+
+def _shown(value: object) -> str:
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python does not print numbers of thousands of digits
+        return "a number of very many digits"
+
+
+def error(path: tuple[str, ...], problem: str) -> ConfigError:
+    """The error that names an option and says what is wrong with it."""
+    name = ".".join(path) or "config"
+    # Synapse puts the module's own path in front.
+    return ConfigError(f"{name} {problem}", path=path)

@@ -1,0 +1,291 @@
+"""Which duty runs in which process, and what becomes of one that this Synapse does not fit."""
+
+import logging
+from collections.abc import Awaitable, Callable
+from functools import partial
+
+from synapse.module_api import ModuleApi
+
+from synapse_sticky import metrics
+from synapse_sticky.backoff import Backoff, Retrying
+from synapse_sticky.config import StickyConfig, Strict
+from synapse_sticky.duties import DUTIES, Duty, State, shared_misfits
+from synapse_sticky.handlers.deferral.handler import DeferralHandler
+from synapse_sticky.handlers.deferral.tables import DeferredTable
+from synapse_sticky.handlers.delivery.handler import DeliveryHandler
+from synapse_sticky.handlers.extremities.handler import ExtremitiesHandler
+from synapse_sticky.handlers.joins.handler import JoinsHandler
+from synapse_sticky.handlers.joins.tables import NewcomerTable
+from synapse_sticky.handlers.receipt.handler import ReceiptHandler
+from synapse_sticky.handlers.sending.handler import SendingHandler
+from synapse_sticky.handlers.sliding.handler import SlidingHandler
+from synapse_sticky.handlers.sliding.tables import PageTable
+from synapse_sticky.handlers.staging.parking import ParkingHandler
+from synapse_sticky.handlers.staging.pruning import PruningHandler
+from synapse_sticky.handlers.staging.tables import ParkedTable
+from synapse_sticky.handlers.visibility.handler import VisibilityHandler
+from synapse_sticky.homeserver import Homeserver, Rooms
+from synapse_sticky.homeserver.layout import NewerLayoutError
+from synapse_sticky.homeserver.seams import SeamMismatchError
+from synapse_sticky.index import IndexFollower
+from synapse_sticky.limits import LimitReport
+
+logger = logging.getLogger(__name__)
+
+_LOAD_BACKOFF = Backoff(5_000, 30_000, spread=0)
+
+Load = Callable[[], Awaitable[None]]
+
+# Files named ``synapse.py`` are imported where they are used: one that the running Synapse does not
+# fit is nobody else's business.
+
+
+class Wiring:
+    """The duties of this process.
+
+    Raises:
+        ConfigError: see ``StickyEventsModule``.
+    """
+
+    def __init__(self, config: StickyConfig, api: ModuleApi) -> None:
+        self._config = config
+        self.states: dict[str, State] = {}
+        # Duties with tables of their own are loaded once these are there. Until then Synapse does
+        # as it does without the module.
+        self._loads: dict[str, Load] = {}
+        self._misfits: list[str] = []
+        self._made_follower: IndexFollower | None = None
+        if problems := shared_misfits():
+            self._all_unfit(problems)
+            return
+        self._homeserver = Homeserver(api)
+        self._rooms = Rooms(self._homeserver)
+        self._report = LimitReport(self._homeserver.now_ms)
+        self._deferred = DeferredTable(self._homeserver)
+        for duty in DUTIES.values():
+            self._begin(duty)
+        self._raise_if_strict()
+        self._tell()
+        if self._loads:
+            self._homeserver.in_background("load", self._load_all)
+
+    def _all_unfit(self, problems: list[str]) -> None:
+        self._misfits += problems
+        if self._config.strict is not Strict.NO:
+            raise SeamMismatchError(problems)
+        logger.error("synapse-sticky is off, as this Synapse does not fit: %s", "; ".join(problems))
+        for name in DUTIES:
+            metrics.set_duty(name, State.UNFIT.value)
+
+    def _begin(self, duty: Duty) -> None:
+        """Installs the duty in this process, or says why not."""
+        if duty.name in self._config.native or duty.is_native():
+            self._set(duty, State.NATIVE)
+            return
+        missing = [name for name in duty.needs if self.states.get(name) is not State.ON]
+        if missing and self._config.is_on(duty.name):
+            logger.warning("%s is off, as it needs %s", duty.name, ", ".join(missing))
+        if missing or not self._config.is_on(duty.name):
+            self._set(duty, State.OFF)
+            return
+        problems = duty.misfits()
+        is_here = False
+        if not problems:
+            mark = self._homeserver.mark()
+            try:
+                is_here = self._install(duty.name)
+            except Exception as e:
+                self._homeserver.undo_to(mark)
+                self._loads.pop(duty.name, None)
+                logger.debug("Could not install %s", duty.name, exc_info=True)
+                problems = [f"{type(e).__name__}: {e}"]
+        if problems:
+            self._misfits += problems
+            logger.error(
+                "%s is off, as this Synapse does not fit: %s. Without it %s.",
+                duty.name,
+                "; ".join(problems),
+                duty.without,
+            )
+            self._set(duty, State.UNFIT)
+        elif is_here:
+            self._set(duty, State.ON)
+
+    def _set(self, duty: Duty, state: State) -> None:
+        self.states[duty.name] = state
+        metrics.set_duty(duty.name, state.value)
+
+    def _raise_if_strict(self) -> None:
+        strict = self._config.strict
+        unfit = {name for name, state in self.states.items() if state is State.UNFIT}
+        if strict is Strict.ACCESS:
+            unfit &= {"delivery", "sliding"}
+        if strict is not Strict.NO and unfit:
+            self._homeserver.close()
+            raise SeamMismatchError([f"{', '.join(sorted(unfit))} would be off", *self._misfits])
+
+    def _tell(self) -> None:
+        parts = []
+        for state in State:
+            if names := [name for name in DUTIES if self.states.get(name) is state]:
+                of_state = "" if state is State.ON else f"{state.value}: "
+                parts.append(of_state + ", ".join(names))
+        logger.info(
+            "synapse-sticky runs in %s: %s", self._homeserver.instance_name, "; ".join(parts)
+        )
+
+    # Each says whether the duty is this process's.
+
+    def _install(self, duty: str) -> bool:
+        install: Callable[[], bool] = getattr(self, f"_install_{duty}")
+        return install()
+
+    def _install_index(self) -> bool:
+        self._follower.start()
+        return True
+
+    @property
+    def _follower(self) -> IndexFollower:
+        """The index of this process; nobody fills it while the duty of that name is not on."""
+        if self._made_follower is None:
+            from synapse_sticky.index.synapse import SynapseStickyStream
+
+            stream = SynapseStickyStream(self._homeserver)
+            self._made_follower = IndexFollower(self._homeserver, stream)
+        return self._made_follower
+
+    def _install_delivery(self) -> bool:
+        from synapse_sticky.handlers.delivery.synapse import SynapseDelivery
+
+        delivery = SynapseDelivery(self._homeserver)
+        DeliveryHandler(self._homeserver, self._follower, delivery).install()
+        return True
+
+    def _install_sliding(self) -> bool:
+        from synapse_sticky.handlers.sliding.synapse import SynapseSliding
+
+        homeserver = self._homeserver
+        sliding = SlidingHandler(homeserver, SynapseSliding(homeserver), PageTable(homeserver))
+        sliding.install()
+        self._loads["sliding"] = sliding.load
+        return True
+
+    def _install_visibility(self) -> bool:
+        from synapse_sticky.handlers.visibility.synapse import SynapseVisibility
+
+        visibility = SynapseVisibility(self._homeserver)
+        VisibilityHandler(
+            self._homeserver, self._rooms, self._follower, visibility, self._config.visibility
+        ).install()
+        return True
+
+    def _install_joins(self) -> bool:
+        from synapse_sticky.handlers.joins.detection.synapse import SynapseStateChanges
+        from synapse_sticky.handlers.joins.synapse import SynapseFederation
+
+        homeserver = self._homeserver
+        federation = SynapseFederation(homeserver, self._rooms)
+        if not federation.sends:
+            return False
+        joins = JoinsHandler(
+            homeserver,
+            self._rooms,
+            self._follower,
+            federation,
+            SynapseStateChanges(homeserver),
+            NewcomerTable(homeserver),
+            self._config.joins,
+        )
+        joins.install()
+        self._loads["joins"] = joins.load
+        return True
+
+    def _install_pruning(self) -> bool:
+        from synapse_sticky.handlers.staging.synapse import SynapseStaging
+
+        PruningHandler(self._homeserver, SynapseStaging(self._homeserver)).install()
+        return True
+
+    def _install_parking(self) -> bool:
+        from synapse_sticky.handlers.staging.synapse import SynapseStaging
+
+        homeserver = self._homeserver
+        parking = ParkingHandler(
+            homeserver, self._rooms, SynapseStaging(homeserver), ParkedTable(homeserver)
+        )
+        parking.install()
+        self._loads["parking"] = parking.load
+        return True
+
+    def _install_receipt(self) -> bool:
+        from synapse_sticky.handlers.receipt.synapse import SynapseReceipt
+
+        homeserver, config = self._homeserver, self._config.federation
+        if not homeserver.serves("federation"):
+            return False
+        receipt = SynapseReceipt(homeserver)
+        ReceiptHandler(homeserver, receipt, self._deferred, config, self._report).install()
+        return True
+
+    def _install_deferral(self) -> bool:
+        from synapse_sticky.handlers.deferral.synapse import SynapseWriter
+
+        homeserver, config = self._homeserver, self._config.federation
+        writer = SynapseWriter(homeserver)
+        if not writer.writes:
+            return False
+        deferral = DeferralHandler(
+            homeserver, writer, self._deferred, self._follower.stream, config, self._report
+        )
+        # In mode `off`, too: events may be deferred from when there were limits.
+        deferral.install()
+        self._loads["deferral"] = deferral.load
+        return True
+
+    def _install_sending(self) -> bool:
+        from synapse_sticky.handlers.sending.synapse import SynapseSending
+
+        homeserver, config = self._homeserver, self._config
+        if not homeserver.serves("client"):
+            return False
+        sending = SynapseSending(homeserver)
+        sending.check_parameter()
+        if config.state_events:
+            sending.accept_sticky_state()
+        if config.local.per_user is not None:
+            SendingHandler(homeserver, sending, config.local, self._report).install()
+        return True
+
+    def _install_extremities(self) -> bool:
+        from synapse_sticky.handlers.extremities.synapse import SynapseExtremities
+
+        extremities = SynapseExtremities(self._homeserver)
+        if not extremities.merges:
+            return False
+        config = self._config.extremities
+        ExtremitiesHandler(self._homeserver, extremities, self._follower, config).install()
+        return True
+
+    # Loading
+
+    async def _load_all(self) -> None:
+        """Loads each duty; one that cannot be loaded is tried again by itself until it can.
+
+        Parking comes last: the PDUs that it has processed at once are under the limits then.
+        """
+        for duty in sorted(self._loads, key=lambda duty: duty == "parking"):
+            await Retrying(
+                self._homeserver,
+                f"load_{duty}",
+                f"Could not load {duty}, which is off until then",
+                partial(self._load, duty, self._loads[duty]),
+                _LOAD_BACKOFF,
+            ).run()
+
+    async def _load(self, duty: str, load: Load) -> None:
+        try:
+            await load()
+        except NewerLayoutError as e:
+            # Trying again does not help.
+            logger.error("%s is off: %s", duty, e)
+            self._set(DUTIES[duty], State.OFF)

@@ -136,5 +136,5 @@ def test_a_synapse_in_which_the_feature_is_stable_is_not_too_old() -> None:
     with pytest.raises(ConfigError, match="msc4354_enabled: true"):
         require_sticky_events(hs)
     del store.get_backlogged_sticky_events_for_destination
-    with pytest.raises(ConfigError, match="needs Synapse 1.163 or later"):
+    with pytest.raises(ConfigError, match=r"needs Synapse 1\.163 or later"):
         require_sticky_events(hs)

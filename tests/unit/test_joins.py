@@ -10,6 +10,8 @@ from twisted.internet import defer
 
 from synapse_sticky._core import StickyIndex
 from synapse_sticky.config import JoinsConfig
+from synapse_sticky.handlers.joins.detection.reader import ServerJoin
+from synapse_sticky.handlers.joins.federation import NotLoadedError
 from synapse_sticky.handlers.joins.handler import JoinsHandler
 from synapse_sticky.handlers.joins.push import GRACE_MS
 from synapse_sticky.handlers.joins.tables import Newcomer, NewcomerTable
@@ -52,6 +54,9 @@ class Here:
         self.callbacks: dict[str, Callable[..., Any]] = {}
         self.clock_ms = NOW_MS
         self.meanwhile: Callable[[], None] = lambda: None
+        self.before_newcomers: Callable[[], None] = lambda: None
+        self.calls: list[str] = []
+        self.stream_position = 1
 
     def now_ms(self) -> int:
         return self.clock_ms
@@ -60,7 +65,18 @@ class Here:
         self.timers = [Timer(delay_ms, function, args)]
         return self.timers[0]
 
+    def in_background(self, what: str, function: Any, *args: Any) -> None:
+        done(function(*args))
+
+    async def server_joins(self, **page: int) -> tuple[int, list[ServerJoin]]:
+        self.calls.append("server_joins")
+        return page["up_to"], []
+
+    async def record_joins(self, *page: Any) -> None: ...
+
     async def newcomers(self) -> list[Newcomer]:
+        self.calls.append("newcomers")
+        self.before_newcomers()
         # Everything up to 10 has been delivered.
         return [Newcomer("there", "!room", 10, self.watch_until_ms)]
 
@@ -74,7 +90,8 @@ class Here:
 
     def state_position(self, *now: Any) -> Any:
         """Of the stream, and of the table, where it is waited for."""
-        return defer.succeed(1) if now else 1
+        self.calls += ["state_position"] if now else []
+        return defer.succeed(1) if now else self.stream_position
 
     def positions(self) -> dict[str, int]:
         return {"here": 10}
@@ -113,15 +130,55 @@ class Here:
         raise AttributeError(name)
 
 
-def start(here: Here) -> None:
+def install(here: Here) -> JoinsHandler:
     hs: Any = here
     handler = JoinsHandler(hs, hs, hs, hs, hs, hs, JoinsConfig())
     handler.install()
+    return handler
+
+
+def start(here: Here) -> None:
+    done(install(here).load())
+
+
+@pytest.mark.requirement("P3", "E4")
+def test_no_join_falls_between_the_position_and_the_newcomers() -> None:
+    here = Here(NOW_MS + HOUR_MS, [])
+    here.stream_position = 2
+    # The stream advances while the newcomers are read.
+    handler = install(here)
+    here.before_newcomers = here.callbacks["on_advance"]
     done(handler.load())
+    # Another process may store a join and go on at any time: the position is from before that.
+    assert here.calls == ["state_position", "newcomers", "server_joins"]
+
+
+@pytest.mark.requirement("E4")
+def test_a_load_that_failed_starts_nothing_and_can_be_repeated() -> None:
+    here = Here(NOW_MS + HOUR_MS, [12])
+    here.stream_position = 2
+
+    def fail() -> None:
+        raise OSError("the connection is lost")
+
+    here.before_newcomers = fail
+    handler = install(here)
+    with pytest.raises(OSError, match="lost"):
+        done(handler.load())
+    here.callbacks["on_advance"]()
+    assert "server_joins" not in here.calls
+    assert here.timers == []
+    with pytest.raises(NotLoadedError):
+        done(here.callbacks["serve_backlog_from"]("there", 50))
+    here.before_newcomers = lambda: None
+    done(handler.load())
+    assert here.calls.count("server_joins") == 1
+    assert done(here.callbacks["serve_backlog_from"]("there", 50)).event_ids == ["$12"]
+    assert done(here.callbacks["serve_backlog_from"]("there", 50)) is None
 
 
 @pytest.mark.requirement("P7", "E4")
-def test_event_of_before_a_restart_is_looked_at_at_once() -> None:
+def test_event_of_before_a_restart_is_checked_at_once() -> None:
     here = Here(NOW_MS + HOUR_MS, [12])
     start(here)
     (timer,) = here.timers
@@ -131,7 +188,7 @@ def test_event_of_before_a_restart_is_looked_at_at_once() -> None:
 
 
 @pytest.mark.requirement("E4")
-def test_restored_push_without_events_is_looked_at_soon() -> None:
+def test_restored_push_without_events_is_checked_soon() -> None:
     here = Here(NOW_MS + HOUR_MS, [])
     start(here)
     assert here.timers[0].delay_ms <= 1_001
@@ -154,7 +211,7 @@ def test_no_push_ends_before_the_index_has_what_the_database_has() -> None:
     (timer,) = here.timers
     done(timer.function(*timer.args))
     assert here.settled == []
-    assert here.woken == ["there"], "and looks on"
+    assert here.woken == ["there"], "and goes on checking"
 
 
 @pytest.mark.requirement("P3", "E2")
@@ -167,7 +224,7 @@ def test_before_a_batch_the_database_is_asked() -> None:
 
 
 @pytest.mark.requirement("P3", "E2")
-def test_what_synapse_skips_is_looked_for_before_a_push_ends() -> None:
+def test_what_synapse_skips_is_asked_for_before_a_push_ends() -> None:
     here = Here(NOW_MS, [])
     start(here)
     catch_up = functools.partial(here.callbacks["on_skipped"], "there")
@@ -210,7 +267,7 @@ def test_a_newcomer_that_cannot_be_reached_is_left_to_the_ordinary_queue() -> No
 
 
 @pytest.mark.requirement("P3")
-def test_traffic_does_not_put_off_what_is_to_be_looked_at_again() -> None:
+def test_traffic_does_not_put_off_the_next_check() -> None:
     here = Here(NOW_MS + HOUR_MS, [])
     here.in_database = 11
     start(here)
@@ -221,7 +278,7 @@ def test_traffic_does_not_put_off_what_is_to_be_looked_at_again() -> None:
     done(here.callbacks["on_acknowledged"]("there", [("!elsewhere", "$any")]))
     here.callbacks["on_catch_up_recorded"]("there")
     assert here.timers[0].delay_ms == 101
-    # Less and less often, until something gets on.
+    # Less and less often, until there is progress.
     here.clock_ms += 101
     done(here.timers[0].function("there"))
     assert here.timers[0].delay_ms == 2_000

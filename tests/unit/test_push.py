@@ -83,7 +83,7 @@ def test_what_this_process_sees_late_is_pushed_however_late() -> None:
     assert push.choose(50, over_ms + 60_000) == ["$90", "$200"]
 
 
-def test_what_is_missed_while_the_database_is_asked_is_asked_for_again() -> None:
+def test_a_push_that_gets_dirty_while_the_database_is_asked_stays_dirty() -> None:
     push = push_of(3)
     dirty_marks = push.dirty_marks
     push.lower(2)

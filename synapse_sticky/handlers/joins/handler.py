@@ -79,9 +79,9 @@ class JoinsHandler:
             NewerLayoutError: a later version of the module made the tables.
         """
         await migrate(self._homeserver, self._table)
-        newcomers = await self._table.newcomers()
-        await self._reader.load()
-        for newcomer in newcomers:
+        # In this order: a join that another process stores in between is found twice, not never.
+        position = await self._reader.stored_position()
+        for newcomer in await self._table.newcomers():
             if self._federation.handles(newcomer.destination):
                 self._add(
                     newcomer.destination,
@@ -90,7 +90,7 @@ class JoinsHandler:
                     watch_until_ms=newcomer.watch_until_ms,
                 )
         self._is_loaded = True
-        self._reader.wake()
+        self._reader.start(position)
         for destination in self._destinations.names():
             # The index may have been filled before anybody listened.
             for push in self._destinations.pushes_of(destination):

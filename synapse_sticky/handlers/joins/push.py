@@ -134,7 +134,7 @@ class Push:
         ascending, from ``position`` on. What is no longer among them has expired or is gone."""
         self.window = window
         self._fresh = []
-        outdated = self.is_dirty(now_ms)
+        is_dirty = self.is_dirty(now_ms)
         present = set()
         for stream_id, event_id, _ in own:
             present.add(event_id)
@@ -143,7 +143,7 @@ class Push:
             sent = self._sent.get(event_id)
             if sent is not None:
                 sent.stream_id = stream_id
-            elif outdated or stream_id <= self._due_up_to:
+            elif is_dirty or stream_id <= self._due_up_to:
                 self._fresh.append((stream_id, event_id))
             elif now_ms < self.watch_until_ms:
                 # After the watch the ordinary queue is relied upon, else a push would never end

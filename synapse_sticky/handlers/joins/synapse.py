@@ -7,12 +7,11 @@ from typing import Any
 
 from synapse.api.errors import FederationDeniedError, HttpResponseException, RequestSendFailed
 from synapse.api.urls import FEDERATION_V1_PREFIX
+from synapse.module_api import RoomID
 from synapse.module_api.callbacks.federation import (
     FederatedEventDeliveryMethod,
     FederationEventDeliveryEvent,
 )
-from synapse.types import RoomID
-from synapse.util.retryutils import NotRetryingDestination
 
 from synapse_sticky.handlers.joins.confirmation import Possession
 from synapse_sticky.handlers.joins.federation import BacklogSource, NotLoadedError
@@ -136,7 +135,7 @@ class SynapseFederation:
             # 429 and 5xx pass with time; any other answer is the newcomer's last word.
             temporary = e.code == 429 or e.code >= 500
             return Possession.UNREACHABLE if temporary else Possession.REFUSES
-        except (RequestSendFailed, NotRetryingDestination, FederationDeniedError):
+        except (RequestSendFailed, FederationDeniedError):
             return Possession.UNREACHABLE
         except Exception:
             # Whatever the answer was, it was none.

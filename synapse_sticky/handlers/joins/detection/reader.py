@@ -79,9 +79,14 @@ class JoinReader:
             homeserver, "read_joins", "Could not read who joined", self._read, _BACKOFF
         )
 
-    async def load(self) -> None:
-        """Finds out where to begin."""
-        self._position = await self._table.state_position(self._changes.state_position())
+    async def stored_position(self) -> int:
+        """Where to begin: where an earlier run got to, or the slowest of all processes."""
+        return await self._table.state_position(self._changes.state_position())
+
+    def start(self, position: int) -> None:
+        """Reads from the position on. Until this is called, a wake-up does nothing."""
+        self._position = position
+        self.wake()
 
     def wake(self) -> None:
         """Reads on if there is something to read; any number may call this at any time."""

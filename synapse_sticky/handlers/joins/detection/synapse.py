@@ -22,7 +22,10 @@ SEAMS = (
         "synapse.storage.databases.main.state_deltas.StateDelta",
         *("stream_id", "room_id", "event_type", "state_key", "event_id", "prev_event_id"),
     ),
-    table("current_state_events", "room_id", "type", "state_key", "membership", "event_id"),
+    table(
+        "current_state_events",
+        *("room_id", "type", "state_key", "membership", "event_id", "event_stream_ordering"),
+    ),
     table(
         "current_state_delta_stream",
         *("stream_id", "room_id", "type", "state_key", "event_id", "prev_event_id"),

@@ -70,15 +70,40 @@ def _ids(node: ast.FunctionDef) -> list[str]:
 
 
 def record(variant: str, synapse: str, outcomes: dict[str, str]) -> None:
-    """Notes a whole run: the outcomes by ``file::name[parameters]``."""
+    """Records a run: the outcomes by ``file::name[parameters]``.
+
+    A run of some tests adds to what was recorded with the same Synapse, and replaces the outcomes
+    of these tests. A test that has changed since and was not run stays recorded as it was.
+    """
+    # Synapse puts the branch and commit of the folder that it runs in behind its version.
+    synapse = synapse.split(maxsplit=1)[0]
     results = _read()
+    before = results.get(variant)
+    if before is None or before["synapse"] != synapse:
+        before = {"tests": {}, "outcomes": {}}
+    now = tests()
+    were_run = {_test_of(name) for name in outcomes}
+    untold = set(_UNTOLD.get(variant, ()))
+    digests = {
+        # This variant is not asked about some requirements.
+        name: digest if name in were_run or untold & {*ids} else before["tests"].get(name)
+        for name, (ids, digest) in now.items()
+    }
+    others = {
+        name: outcome
+        for name, outcome in before["outcomes"].items()
+        if _test_of(name) not in were_run and _test_of(name) in now
+    }
     results[variant] = {
-        # Synapse puts the branch and commit of the folder that it runs in behind its version.
-        "synapse": synapse.split(maxsplit=1)[0],
-        "tests": {name: digest for name, (_, digest) in tests().items()},
-        "outcomes": dict(sorted(outcomes.items())),
+        "synapse": synapse,
+        "tests": {name: digest for name, digest in digests.items() if digest is not None},
+        "outcomes": dict(sorted({**others, **outcomes}.items())),
     }
     _RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+
+
+def _test_of(name: str) -> str:
+    return name.split("[", maxsplit=1)[0]
 
 
 def _read() -> dict[str, Any]:

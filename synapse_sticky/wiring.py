@@ -33,6 +33,7 @@ from synapse_sticky.limits import LimitReport
 logger = logging.getLogger(__name__)
 
 _LOAD_BACKOFF = Backoff(5_000, 30_000, spread=0)
+_PATIENCE_MS = 60_000
 
 Load = Callable[[], Awaitable[None]]
 
@@ -62,6 +63,8 @@ class Wiring:
         self._rooms = Rooms(self._homeserver)
         self._report = LimitReport(self._homeserver.now_ms)
         self._deferred = DeferredTable(self._homeserver)
+        self._ended: set[str] = set()
+        self._deferral_ended = self._homeserver.new_signal()
         for duty in DUTIES.values():
             self._begin(duty)
         self._raise_if_strict()
@@ -271,9 +274,12 @@ class Wiring:
     async def _load_all(self) -> None:
         """Loads each duty; one that cannot be loaded is tried again by itself until it can.
 
-        Parking comes last: the PDUs that it has processed at once are under the limits then.
+        Parking comes last, and waits a while for deferral: the PDUs that it has processed at once
+        are under the limits then.
         """
         for duty in sorted(self._loads, key=lambda duty: duty == "parking"):
+            if duty == "parking" and "deferral" in self._loads.keys() - self._ended:
+                await self._deferral_ended.wait(_PATIENCE_MS)
             await Retrying(
                 self._homeserver,
                 f"load_{duty}",
@@ -289,3 +295,6 @@ class Wiring:
             # Trying again does not help.
             logger.error("%s is off: %s", duty, e)
             self._set(DUTIES[duty], State.OFF)
+        self._ended.add(duty)
+        if duty == "deferral":
+            self._deferral_ended.fire()

@@ -87,8 +87,10 @@ class Homeserver:
         self.is_postgres = isinstance(self.store.database_engine, PostgresEngine)
         self._undo: list[Callable[[], None]] = []
         # The reactor knows this function, and lets it go at the homeserver's `shutdown()` only.
+        # When the process ends, Synapse processes events until its own handlers of the phase
+        # before have come to their end: the duties are done until then.
         self.hs.register_sync_shutdown_handler(
-            phase="before",
+            phase="after",
             eventType="shutdown",
             shutdown_func=functools.partial(_close, weakref.ref(self)),
         )
@@ -161,21 +163,28 @@ class Homeserver:
         alone; what all homeservers of a process share is not for this.
         """
         original = getattr(owner, name)
-        replacement = functools.wraps(original)(make(original))
-        setattr(owner, name, replacement)
-
-        def put_back() -> None:
-            # Another module may have put its own function in front of this one.
-            if vars(owner).get(name) is replacement:
-                delattr(owner, name)
-
-        self._undo.append(put_back)
+        self._put(owner, name, functools.wraps(original)(make(original)))
 
     def enter(self, owner: object, name: str, entry: object) -> None:
         """Notes on an object of this homeserver what a function that all homeservers of the process
         share is to do for it, until ``shutdown()``."""
-        setattr(owner, name, entry)
-        self._undo.append(functools.partial(delattr, owner, name))
+        self._put(owner, name, entry)
+
+    def _put(self, owner: object, name: str, value: object) -> None:
+        had_own = name in vars(owner)
+        before = vars(owner).get(name)
+        setattr(owner, name, value)
+
+        def put_back() -> None:
+            # Another module may have put its own in front of this one since, or before.
+            if vars(owner).get(name) is not value:
+                return
+            if had_own:
+                setattr(owner, name, before)
+            else:
+                delattr(owner, name)
+
+        self._undo.append(put_back)
 
     def mark(self) -> int:
         """For ``undo_to``: how much was put in up to now."""

@@ -25,8 +25,11 @@ from synapse_sticky.handlers.receipt import synapse as receipt
 from synapse_sticky.handlers.receipt.handler import ReceiptHandler
 from synapse_sticky.handlers.sending import synapse as sending
 from synapse_sticky.handlers.sliding.handler import position_of_page
-from synapse_sticky.handlers.staging import synapse as staging
-from synapse_sticky.handlers.staging.pruning import PruningHandler, StagedPdu
+from synapse_sticky.handlers.staging.pruning import (
+    PruningHandler,
+    StagedPdu,
+    prev_event_ids_of,
+)
 from synapse_sticky.index import Position
 from synapse_sticky.limits import LimitReport, Refusal
 
@@ -151,7 +154,7 @@ def test_staged_pdu(pdu: Any, received_ms: int) -> None:
     staged = StagedPdu("$event", pdu.get(FIELD), pdu.get("origin_server_ts"), received_ms)
     assert PruningHandler(homeserver, area).is_exempt(staged) in (True, False)
     for v1_format in (True, False):
-        assert all(isinstance(p, str) for p in staging._prev_event_ids(pdu, v1_format))
+        assert all(isinstance(p, str) for p in prev_event_ids_of(pdu, v1_format))
 
 
 @attr.s(auto_attribs=True)

@@ -59,7 +59,7 @@ def installed(
 ) -> Installed:
     visibility = Installed()
     homeserver: Any = SimpleNamespace(server_name="here", now_ms=lambda: NOW_MS)
-    config = VisibilityConfig(servers, users)
+    config = VisibilityConfig(servers=servers, users=users)
     handler = VisibilityHandler(homeserver, rooms, follower, visibility, config)  # type: ignore[arg-type]
     handler.install()
     return visibility

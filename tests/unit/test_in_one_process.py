@@ -17,6 +17,8 @@ from synapse_sticky.homeserver.process import require_sticky_events
 from synapse_sticky.homeserver.seams import Method, resolve
 from tests.unit.test_limits_in_synapse import Reactor, done, run_synchronously
 
+pytestmark = pytest.mark.usefixtures("restored")
+
 REPLACED = [seam for seam in all_seams() if isinstance(seam, Method) and seam.is_replaced]
 
 
@@ -121,6 +123,37 @@ def entries_on(hs: Any) -> set[str]:
     """What functions that all homeservers share find on this one's objects."""
     owners = (hs.get_datastores().main, hs.get_event_creation_handler())
     return {name for o in owners for name in vars(o) if name.startswith("_synapse_sticky_")}
+
+
+@pytest.mark.requirement("E4", "L3")
+def test_while_the_process_ends_the_duties_are_done(tmp_path: Path) -> None:
+    """Synapse processes events until its own handlers of the phase before have ended."""
+    hs = make_homeserver(tmp_path, "ending")
+    load_module(hs)
+    before = replaced_on(hs)
+    reactor: Any = hs.get_reactor()
+    for function, args, options in reactor.triggers["before"]["shutdown"]:
+        function(*args, **options)
+    assert replaced_on(hs) == before
+    for function, args, options in reactor.triggers["after"]["shutdown"]:
+        function(*args, **options)
+    assert replaced_on(hs) == {}
+
+
+@pytest.mark.requirement("H1")
+def test_what_another_module_put_there_before_stays(tmp_path: Path) -> None:
+    hs = make_homeserver(tmp_path, "shared")
+    store: Any = hs.get_datastores().main
+    original = store.prune_staged_events_in_room
+
+    async def of_another(*args: Any, **options: Any) -> Any:
+        return await original(*args, **options)
+
+    store.prune_staged_events_in_room = of_another
+    load_module(hs)
+    assert store.prune_staged_events_in_room is not of_another
+    done(hs.shutdown())
+    assert store.prune_staged_events_in_room is of_another
 
 
 @pytest.mark.requirement("H5")

@@ -6,7 +6,7 @@ import importlib
 import inspect
 import sys
 import weakref
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -51,17 +51,6 @@ class ThisHomeserver(Homeserver):
     def storage(self) -> Any:
         """What the filters are called with."""
         return SimpleNamespace(main=self.store)
-
-
-@pytest.fixture
-def restored() -> Iterator[None]:
-    """Puts Synapse's filters back afterwards."""
-    yield
-    for module in list(sys.modules.values()):
-        for name in (FOR_USERS, FOR_SERVERS):
-            function: Any = vars(module).get(name) if isinstance(module, ModuleType) else None
-            if getattr(function, "is_of_synapse_sticky", False):
-                setattr(module, name, inspect.unwrap(function))
 
 
 async def nothing(who: str, events: Sequence[HiddenEvent]) -> set[str]:

@@ -43,6 +43,7 @@ SEAMS = (
         *("stream_id", "instance_name", "room_id", "event_id", "sender", "expires_at"),
         "event_stream_ordering",
     ),
+    Attribute("synapse.storage.engines._base.BaseDatabaseEngine", "module"),
     table("event_json", "event_id"),
 )
 
@@ -69,7 +70,7 @@ class SynapseWriter:
             def insert_sticky_events_txn(
                 txn: LoggingTransaction, events: list[EventBase], *args: Any, **options: Any
             ) -> None:
-                deferred = defer_txn(txn, self._deliverable(events))
+                deferred = self._defer_txn(defer_txn, txn, self._deliverable(events))
                 now = [event for event in events if event.event_id not in deferred]
                 original(txn, now, *args, **options)
 
@@ -85,13 +86,25 @@ class SynapseWriter:
                 # Synapse enters these events anew. Only then do they become deliverable.
                 original(txn, sticky_event_ids, *args, **options)
                 if sticky_event_ids:
-                    self._delete_txn(txn, defer_txn(txn, self._entered_txn(txn, sticky_event_ids)))
+                    entered = self._entered_txn(txn, sticky_event_ids)
+                    self._delete_txn(txn, self._defer_txn(defer_txn, txn, entered))
 
             return un_soft_fail_sticky_events_txn
 
         replace = self._homeserver.replace
         replace(self._store, "insert_sticky_events_txn", make_insert)
         replace(self._store, "un_soft_fail_sticky_events_txn", make_un_soft_fail)
+
+    def _defer_txn(
+        self, defer_txn: DeferTxn, txn: Cursor, events: Sequence[NewStickyEvent]
+    ) -> Collection[str]:
+        try:
+            return defer_txn(txn, events)
+        except self._store.database_engine.module.Error:
+            raise  # the transaction is no good any more, and Synapse may try it again
+        except Exception:
+            logger.exception("Could not defer any of %d sticky events", len(events))
+            return ()
 
     def _deliverable(self, events: Sequence[EventBase]) -> list[NewStickyEvent]:
         """The events that Synapse would enter into the stream and deliver from it."""

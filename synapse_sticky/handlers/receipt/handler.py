@@ -11,6 +11,7 @@ Fails open: a transaction that cannot be checked is accepted.
 
 import hashlib
 import json
+import logging
 import secrets
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -23,6 +24,8 @@ from synapse_sticky.config import FederationConfig, Mode
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.layout import HasLayout, NewerLayoutError, migrate
 from synapse_sticky.limits import LimitReport, Refusal, federation_limiter
+
+logger = logging.getLogger(__name__)
 
 _MAX_ID_LENGTH = 255
 _MAX_ORIGINS = 10_000
@@ -114,7 +117,7 @@ class ReceiptHandler:
         self._report = report
         self._is_exempt = config.exempts()
         self._limiter = federation_limiter(config)
-        self._has_table = False
+        self._has_table: bool | None = None
         # What each origin was charged for last: its transaction may fail and come again.
         self._charged: OrderedDict[str, tuple[str, bytes]] = OrderedDict()
 
@@ -157,11 +160,11 @@ class ReceiptHandler:
     async def _count(self, origin: str) -> int:
         """How many events of the origin are deferred or staged; exact from the most that there may
         be."""
-        await self._ensure_table()
+        counts_deferred = await self._has_deferred_table()
         most = self._config.max_deferred_per_server
 
         def count_txn(txn: Cursor) -> int:
-            deferred = self._deferred.count_txn(txn, origin)
+            deferred = self._deferred.count_txn(txn, origin) if counts_deferred else 0
             if deferred >= most:
                 return deferred
             at_most = most - 1 - deferred
@@ -169,15 +172,17 @@ class ReceiptHandler:
 
         return await self._homeserver.transact("count_deferred", count_txn)
 
-    async def _ensure_table(self) -> None:
+    async def _has_deferred_table(self) -> bool:
+        """Is the table of deferred events there, in a layout that this version knows?"""
         # At the first start of all, this process may be faster than those that defer events.
-        if self._has_table:
-            return
-        try:
-            await migrate(self._homeserver, self._deferred)
-        except NewerLayoutError:
-            pass  # so the table is there
-        self._has_table = True
+        if self._has_table is None:
+            try:
+                await migrate(self._homeserver, self._deferred)
+                self._has_table = True
+            except NewerLayoutError as e:
+                logger.error("receipt counts staged events only, not deferred ones: %s", e)
+                self._has_table = False
+        return self._has_table
 
     def _past_a_limit(self, transaction: Transaction, claims: list[_Claim]) -> Refusal | None:
         if self._config.mode is not Mode.REJECT:

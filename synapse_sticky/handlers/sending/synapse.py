@@ -13,9 +13,9 @@ from synapse.module_api.errors import Codes, SynapseError
 from synapse.rest.client.room import RoomSendEventRestServlet, RoomStateEventRestServlet
 
 from synapse_sticky.handlers.sending.handler import Check, LocalSend
-from synapse_sticky.homeserver import Cursor, Homeserver
+from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.homeserver.process import replace_shared
-from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, Method, attributes, table
+from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, Method, attributes
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,8 @@ SEAMS = (
     Method(STORE, "get_app_service_by_user_id", 1, is_async=False),
     Method(STORE, "get_app_service_by_id", 1, is_async=False),
     Method("synapse.appservice.ApplicationService", "is_rate_limited", is_async=False),
-    table("ratelimit_override", "user_id", "messages_per_second"),
+    Method(STORE, "get_ratelimit_for_user", 1, is_async=True),
+    Attribute("synapse.storage.databases.main.room.RatelimitOverride", "messages_per_second"),
     # The parameter
     Method(_SEND_SERVLET, "_do", 5, is_async=True, is_replaced=True),
     Attribute(_SEND_SERVLET, "event_creation_handler"),
@@ -146,7 +147,8 @@ class SynapseSending:
             service = self._store.get_app_service_by_id(requester.app_service_id)
             if service is not None and not service.is_rate_limited():
                 return True
-        if await self._homeserver.transact("is_unlimited", _is_unlimited_txn, user_id):
+        override = await self._store.get_ratelimit_for_user(user_id)
+        if override is not None and not override.messages_per_second:
             return True
         # Not `api.is_user_admin`: with delegated authentication, the access token says who is.
         return await self._auth.is_server_admin(requester)
@@ -156,12 +158,6 @@ class SynapseSending:
             return False
         sent = await self._events.get_event_id_from_transaction(requester, txn_id, room_id)
         return sent is not None
-
-
-def _is_unlimited_txn(txn: Cursor, user_id: str) -> bool:
-    txn.execute("SELECT messages_per_second FROM ratelimit_override WHERE user_id = ?", (user_id,))
-    override = txn.fetchone()
-    return override is not None and not override[0]
 
 
 def _checking_parameter(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -26,7 +26,7 @@ from synapse_sticky.backoff import Backoff
 from synapse_sticky.handlers.staging.pruning import StagedPdu
 from synapse_sticky.handlers.staging.tables import Parked, ParkedPdu, ParkedTable
 from synapse_sticky.homeserver import Cancellable, Cursor, Homeserver, Rooms
-from synapse_sticky.homeserver.layout import migrate
+from synapse_sticky.homeserver.layout import NewerLayoutError, migrate
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +108,7 @@ class ParkingHandler:
         self._staging = staging
         self._table = table
         self._is_loaded = False
+        self._is_off = False
         # What is to be parked once the table is there.
         self._to_park: deque[_ToPark] = deque()
         self._timer: Cancellable | None = None
@@ -126,7 +127,14 @@ class ParkingHandler:
         Raises:
             NewerLayoutError: a later version of the module made the table.
         """
-        await migrate(self._homeserver, self._table)
+        try:
+            await migrate(self._homeserver, self._table)
+        except NewerLayoutError:
+            self._is_off = True
+            for to_park in self._to_park:
+                logger.warning("Not parking the sticky PDU %s", to_park.pdu.event_id)
+            self._to_park.clear()
+            raise
         self._is_loaded = True
         while self._to_park:
             to_park = self._to_park[0]
@@ -152,11 +160,11 @@ class ParkingHandler:
         to_park = _ToPark(pdu, staged, why)
         if self._is_loaded:
             await self._park_in_table(to_park)
-        elif len(self._to_park) < _MOST_IN_MEMORY:
+        elif not self._is_off and len(self._to_park) < _MOST_IN_MEMORY:
             # The table is being made. Nobody waits for it.
             self._to_park.append(to_park)
         else:
-            logger.warning("There is no table yet, not parking the sticky PDU %s", pdu.event_id)
+            logger.warning("There is no table, not parking the sticky PDU %s", pdu.event_id)
 
     async def _park_in_table(self, to_park: _ToPark) -> None:
         pdu, staged = to_park.pdu, to_park.staged

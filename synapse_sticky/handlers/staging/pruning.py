@@ -6,7 +6,7 @@ pruned this time.
 """
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import attr
 
@@ -54,3 +54,13 @@ class PruningHandler:
     def is_exempt(self, staged: StagedPdu) -> bool:
         """Is the staged PDU sticky (S1), and unexpired (S2) by when it was received?"""
         return staged.until_ms() > self._homeserver.now_ms()
+
+
+def prev_event_ids_of(content: Any, v1_format: bool) -> tuple[str, ...]:
+    """The prev_events of a PDU as it was received; v1_format: is its room of version 1 or 2?"""
+    prev_events = content.get("prev_events")
+    if not isinstance(prev_events, list):
+        return ()
+    if v1_format:
+        prev_events = [p[0] for p in prev_events if isinstance(p, list) and p]
+    return tuple(p for p in prev_events if isinstance(p, str))

@@ -16,7 +16,7 @@ from synapse.module_api import EventBase
 from synapse.storage.databases.main.event_federation import pdus_pruned_from_federation_queue
 from synapse.util.json import json_decoder, json_encoder
 
-from synapse_sticky.handlers.staging.pruning import StagedPdu
+from synapse_sticky.handlers.staging.pruning import StagedPdu, prev_event_ids_of
 from synapse_sticky.handlers.staging.tables import ParkedPdu
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, Method, table
@@ -51,6 +51,7 @@ _FIELD: str = StickyEvent.EVENT_FIELD_NAME
 _PRUNE_FROM = 100
 """How many PDUs may be staged for a room before Synapse prunes."""
 
+_DELETED_AT_ONCE = 1_000
 _ROOMS_REMEMBERED = 64
 _MAX_PREV_EVENTS = 20
 _MAX_AUTH_EVENTS = 10
@@ -107,10 +108,14 @@ class SynapseStaging:
         logger.info("Pruning %d staged PDUs of %s", len(to_delete), room_id)
 
         def delete_txn(txn: Cursor) -> None:
-            txn.execute_batch(
-                "DELETE FROM federation_inbound_events_staging WHERE room_id = ? AND event_id = ?",
-                [(room_id, event_id) for event_id in to_delete],
-            )
+            # No index helps with the IDs: each statement reads all of the room's staged PDUs.
+            ids = list(to_delete)
+            for at in range(0, len(ids), _DELETED_AT_ONCE):
+                clause, args = self._homeserver.in_list("event_id", ids[at : at + _DELETED_AT_ONCE])
+                txn.execute(
+                    f"DELETE FROM federation_inbound_events_staging WHERE room_id = ? AND {clause}",
+                    (room_id, *args),
+                )
 
         await self._homeserver.transact("prune_staged", delete_txn)
         labels = {SERVER_NAME_LABEL: self._homeserver.server_name}
@@ -154,7 +159,7 @@ class SynapseStaging:
             field, sent_ms = content.get(_FIELD), content.get("origin_server_ts")
             now_known[event_id] = _Staged(
                 is_exempt(StagedPdu(event_id, field, sent_ms, received_ts_ms)),
-                _prev_event_ids(content, v1_format),
+                prev_event_ids_of(content, v1_format),
             )
         self._known[room_id] = now_known
         self._known.move_to_end(room_id)
@@ -339,12 +344,3 @@ def _to_park(origin: str, pdu: EventBase) -> ParkedPdu:
         json_encoder.encode(pdu.internal_metadata.get_dict()),
         tuple(pdu.prev_event_ids()),
     )
-
-
-def _prev_event_ids(content: Any, v1_format: bool) -> tuple[str, ...]:
-    prev_events = content.get("prev_events")
-    if not isinstance(prev_events, list):
-        return ()
-    if v1_format:
-        prev_events = [p[0] for p in prev_events if isinstance(p, list) and p]
-    return tuple(p for p in prev_events if isinstance(p, str))

@@ -121,16 +121,21 @@ def _with_allowed_to_users(original: Callable[..., Any]) -> Callable[..., Any]:
             return visible
         try:
             allowed = await allowed_to(user_id, [_in_our_words(event) for event in hidden])
-            if allowed:
-                always_include_ids |= allowed
-                visible = await original(
-                    storage, user_id, events, is_peeking, always_include_ids, *args, **options
-                )
+            found = [event for event in hidden if event.event_id in allowed]
+            if not found:
+                return visible
+            # Only these are filtered once more: by whom the user ignores, and in what form they
+            # come.
+            more = await original(
+                storage, user_id, found, is_peeking, always_include_ids | allowed, *args, **options
+            )
         except CancelledError:
             raise
         except Exception:
             logger.exception(_FAILED, user_id)
-        return visible
+            return visible
+        shown = {filtered.event.event_id: filtered for filtered in (*visible, *more)}
+        return [shown[event.event_id] for event in events if event.event_id in shown]
 
     return filter_and_transform_events_for_client
 

@@ -1,0 +1,34 @@
+"""Fixtures of tests that load the module, or parts of it, into this very process."""
+
+import gc
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from synapse import visibility
+from synapse.rest.client.room import RoomSendEventRestServlet, RoomStateEventRestServlet
+
+_SHARED = (
+    (visibility, "filter_and_transform_events_for_client"),
+    (visibility, "filter_events_for_server"),
+    (RoomSendEventRestServlet, "_do"),
+    (RoomStateEventRestServlet, "on_PUT"),
+)
+
+
+@pytest.fixture
+def restored() -> Iterator[None]:
+    """Puts back afterwards what all homeservers of the process share."""
+    yield
+    for owner, name in _SHARED:
+        replacement: Any = getattr(owner, name)
+        original = inspect.unwrap(replacement)
+        if original is replacement:
+            continue
+        setattr(owner, name, original)
+        # Modules' globals, and the copies of them that attrs makes for the methods that it writes.
+        for holder in gc.get_referrers(replacement):
+            if isinstance(holder, dict) and holder.keys() >= {"__name__", "__builtins__"}:
+                found = [key for key, value in holder.items() if value is replacement]
+                holder.update(dict.fromkeys(found, original))

@@ -46,7 +46,7 @@ def test_joined_users_see_them_from_before_their_join(
     assert len(ids) == len(set(ids))
 
 
-@pytest.mark.requirement("C1", "S2")
+@pytest.mark.requirement("C1")
 def test_expired_ones_from_before_their_join_are_hidden(target: Target) -> None:
     alice, bob = target.user(), target.user()
     room_id = alice.create_room("joined")
@@ -73,7 +73,7 @@ def test_expired_ones_from_before_their_join_are_hidden(target: Target) -> None:
     assert not {*expiring, expiring_reply} & event_ids_in(sections)
 
 
-@pytest.mark.requirement("C1", "P6")
+@pytest.mark.requirement("C1")
 def test_those_of_an_erased_user_are_hidden_from_who_joins_later(target: Target) -> None:
     alice, eve, bob = target.user(), target.user(), target.user()
     room_id = alice.create_room("joined")

@@ -1,7 +1,6 @@
 """The one way to try again: one timer, one log line a step, bounded, whatever wakes it meanwhile.
 
-Nothing else in this project sets a timer for a retry. ``Backoff`` says how long a delay is;
-``Retrying`` runs a job, and runs it again after a failure.
+``Backoff`` says how long a delay is. ``Retrying`` runs a job, and runs it again after a failure.
 """
 
 import logging

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import pytest
+from synapse.api.room_versions import RoomVersions
+from synapse.events import make_event_from_dict, relation_from_event
 
-from synapse_sticky.handlers.staging import tables
+from synapse_sticky.handlers.staging import synapse, tables
 from synapse_sticky.handlers.staging.parking import ParkingHandler
 from synapse_sticky.handlers.staging.pruning import StagedPdu
 from synapse_sticky.handlers.staging.tables import Parked, ParkedPdu, ParkedTable
@@ -287,3 +289,40 @@ def test_what_comes_before_the_table_is_there_is_parked_then(
     # Loaded once more, as after a failure: nothing is there twice.
     asyncio.run(handler.load())
     assert parked(table, "a.test") == ["$1", "$2"]
+
+
+@pytest.mark.requirement("L3")
+@pytest.mark.parametrize(
+    "relation",
+    [
+        {"rel_type": "a\0"},
+        {"event_id": "a\0"},
+        {"rel_type": 1, "event_id": "a\0"},
+        {"rel_type": "m.thread", "event_id": "$e", "key": "a\0"},
+        {"rel_type": "m.thread", "event_id": "$e"},
+        {"rel_type": "m.thread", "event_id": "a\0"},
+        {"rel_type": "a\0", "event_id": "$e"},
+        {"rel_type": "m.annotation", "event_id": "$e", "key": "a\0"},
+        {"rel_type": "m.annotation", "event_id": "a\0", "key": "a"},
+        {"rel_type": "m.annotation", "event_id": "a\0", "key": 1},
+        {"m.in_reply_to": {"event_id": "a\0"}},
+        "a\0",
+    ],
+)
+def test_only_what_synapse_stores_of_a_relation_can_be_impossible(relation: object) -> None:
+    content: dict[str, Any] = {
+        "type": "m.test",
+        "room_id": ROOM,
+        "sender": "@user:test",
+        "origin_server_ts": 1,
+        "content": {"m.relates_to": relation},
+        "depth": 1,
+        "hashes": {},
+        "signatures": {},
+        "prev_events": ["$before"],
+        "auth_events": ["$create"],
+    }
+    pdu = make_event_from_dict(content, RoomVersions.V10)
+    stored = relation_from_event(pdu)
+    texts = [stored.parent_id, stored.rel_type, stored.aggregation_key] if stored else []
+    assert synapse._is_possible(pdu) == all("\0" not in text for text in texts if text)

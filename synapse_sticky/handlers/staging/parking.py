@@ -42,7 +42,10 @@ _TURN_MS = 60_000
 """How long the oldest is tried, and then another one."""
 
 _MOST_TRIED = 10_000
+"""Twice as many as may be parked in all. One that is no longer remembered is only tried again."""
+
 _MOST_IN_MEMORY = 500
+"""Until the table is there: as many as may be parked of one server, about 100 MB at the worst."""
 
 _POLL_MS = 60_000
 """Another process may have parked PDUs, and be gone."""

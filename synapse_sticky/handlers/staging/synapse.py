@@ -2,7 +2,7 @@
 
 import logging
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import attr
@@ -51,11 +51,10 @@ _FIELD: str = StickyEvent.EVENT_FIELD_NAME
 _PRUNE_FROM = 100
 """How many PDUs may be staged for a room before Synapse prunes."""
 
-_DELETED_AT_ONCE = 1_000
-_ROOMS_REMEMBERED = 64
-_MAX_PREV_EVENTS = 20
-_MAX_AUTH_EVENTS = 10
-_OF_RELATION = ("event_id", "rel_type", "key")
+_DELETED_AT_ONCE = 1_000  # a database takes only so many parameters in a statement
+_ROOMS_REMEMBERED = 64  # rooms that have so many PDUs staged at once are few
+_MAX_PREV_EVENTS = 20  # Synapse refuses a PDU with more
+_MAX_AUTH_EVENTS = 10  # likewise
 
 Park = Callable[[ParkedPdu, StagedPdu, str], Awaitable[None]]
 RetryAfter = Callable[[StagedPdu, int], int | None]
@@ -325,12 +324,16 @@ def _is_possible(pdu: EventBase) -> bool:
 def _texts(pdu: EventBase) -> Iterator[str]:
     """What of the PDU goes into columns of its own."""
     labels = pdu.content.get(EventContentFields.LABELS)
-    relation = pdu.content.get("m.relates_to")
-    for field in (
-        *(pdu.type, pdu.get("state_key"), pdu.redacts),
-        *((relation.get(key) for key in _OF_RELATION) if isinstance(relation, Mapping) else ()),
-        *(labels if isinstance(labels, list | tuple) else ()),
-    ):
+    listed = labels if isinstance(labels, list | tuple) else ()
+    related: tuple[str, ...] = ()
+    match pdu.content.get("m.relates_to"):
+        case {"rel_type": "m.annotation", "event_id": str(parent_id), "key": str(key)}:
+            related = (parent_id, key)
+        case {"rel_type": str(rel_type), "event_id": str(parent_id)}:
+            related = (parent_id, rel_type)
+        case _:
+            pass  # Synapse stores no other relation, whatever is in it
+    for field in (pdu.type, pdu.get("state_key"), pdu.redacts, *related, *listed):
         if isinstance(field, str):
             yield field
 

@@ -15,6 +15,7 @@ _MOST_OF_SERVER = 500
 _MOST = 5_000
 
 _ROOMS_AT_ONCE = 50
+"""The others' turn comes a second later, once these are no longer due."""
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)

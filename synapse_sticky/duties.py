@@ -54,8 +54,9 @@ class Duty:
         for file in self.files:
             try:
                 problems.update(dict.fromkeys(misfits(seams_of(file, self.name))))
-            except ImportError as e:
-                problems[str(e)] = None
+            except Exception as e:
+                # A file reads what it imports: a constant that is gone is an AttributeError.
+                problems[f"{file} cannot be loaded: {e}"] = None
         return list(problems)
 
     def is_native(self) -> bool:

@@ -26,7 +26,7 @@ class StickyEventsModule:
         try:
             # Here, so that a name that Synapse no longer has does not keep the homeserver down.
             from synapse_sticky.wiring import Wiring
-        except ImportError as e:
+        except Exception as e:
             if config.strict is not Strict.NO:
                 raise ConfigError(f"synapse-sticky does not fit this Synapse: {e}") from e
             logger.exception("synapse-sticky is off: this Synapse lacks what every duty needs")

@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 
 from synapse.module_api import ModuleApi
+from synapse.module_api.errors import ConfigError
 
 from synapse_sticky import metrics
 from synapse_sticky.backoff import Backoff, Retrying
@@ -24,7 +25,7 @@ from synapse_sticky.handlers.staging.parking import ParkingHandler
 from synapse_sticky.handlers.staging.pruning import PruningHandler
 from synapse_sticky.handlers.staging.tables import ParkedTable
 from synapse_sticky.handlers.visibility.handler import VisibilityHandler
-from synapse_sticky.homeserver import Homeserver, Rooms
+from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.homeserver.layout import NewerLayoutError
 from synapse_sticky.homeserver.seams import SeamMismatchError
 from synapse_sticky.index import IndexFollower
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 _LOAD_BACKOFF = Backoff(5_000, 30_000, spread=0)
 _PATIENCE_MS = 60_000
+_LOADED = "_synapse_sticky_is_loaded"
 
 Load = Callable[[], Awaitable[None]]
 
@@ -60,8 +62,10 @@ class Wiring:
             self._all_unfit(problems)
             return
         self._homeserver = Homeserver(api)
-        self._rooms = Rooms(self._homeserver)
         self._report = LimitReport(self._homeserver.now_ms)
+        if hasattr(self._homeserver.store, _LOADED):
+            raise ConfigError("synapse_sticky.StickyEventsModule is listed twice in `modules:`")
+        self._homeserver.enter(self._homeserver.store, _LOADED, True)
         self._deferred = DeferredTable(self._homeserver)
         self._ended: set[str] = set()
         self._deferral_ended = self._homeserver.new_signal()
@@ -100,6 +104,9 @@ class Wiring:
             except Exception as e:
                 self._homeserver.undo_to(mark)
                 self._loads.pop(duty.name, None)
+                if duty.name == "index":
+                    # What others use is another one, which has the database answer.
+                    self._made_follower = None
                 logger.debug("Could not install %s", duty.name, exc_info=True)
                 problems = [f"{type(e).__name__}: {e}"]
         if problems:
@@ -175,24 +182,28 @@ class Wiring:
 
     def _install_visibility(self) -> bool:
         from synapse_sticky.handlers.visibility.synapse import SynapseVisibility
+        from synapse_sticky.homeserver.rooms import Rooms
 
-        visibility = SynapseVisibility(self._homeserver)
+        homeserver, config = self._homeserver, self._config.visibility
+        visibility = SynapseVisibility(homeserver)
         VisibilityHandler(
-            self._homeserver, self._rooms, self._follower, visibility, self._config.visibility
+            homeserver, Rooms(homeserver), self._follower, visibility, config
         ).install()
         return True
 
     def _install_joins(self) -> bool:
         from synapse_sticky.handlers.joins.detection.synapse import SynapseStateChanges
         from synapse_sticky.handlers.joins.synapse import SynapseFederation
+        from synapse_sticky.homeserver.rooms import Rooms
 
         homeserver = self._homeserver
-        federation = SynapseFederation(homeserver, self._rooms)
+        rooms = Rooms(homeserver)
+        federation = SynapseFederation(homeserver, rooms)
         if not federation.sends:
             return False
         joins = JoinsHandler(
             homeserver,
-            self._rooms,
+            rooms,
             self._follower,
             federation,
             SynapseStateChanges(homeserver),
@@ -211,11 +222,11 @@ class Wiring:
 
     def _install_parking(self) -> bool:
         from synapse_sticky.handlers.staging.synapse import SynapseStaging
+        from synapse_sticky.homeserver.rooms import Rooms
 
         homeserver = self._homeserver
-        parking = ParkingHandler(
-            homeserver, self._rooms, SynapseStaging(homeserver), ParkedTable(homeserver)
-        )
+        staging, table = SynapseStaging(homeserver), ParkedTable(homeserver)
+        parking = ParkingHandler(homeserver, Rooms(homeserver), staging, table)
         parking.install()
         self._loads["parking"] = parking.load
         return True
@@ -289,12 +300,14 @@ class Wiring:
             ).run()
 
     async def _load(self, duty: str, load: Load) -> None:
+        # The configuration may say `on`; the metric says what is.
+        self._set(DUTIES[duty], State.OFF)
         try:
             await load()
+            self._set(DUTIES[duty], State.ON)
         except NewerLayoutError as e:
             # Trying again does not help.
             logger.error("%s is off: %s", duty, e)
-            self._set(DUTIES[duty], State.OFF)
         self._ended.add(duty)
         if duty == "deferral":
             self._deferral_ended.fire()

@@ -43,12 +43,15 @@ class Method(Seam):
     keywords: the names of those that are passed by name.
     is_async: whether the result has to be awaited; None if that does not matter.
     is_replaced: whether the module puts a function of its own in its place.
+    names: of the first arguments, where the module's function has them and Synapse's own callers
+        may use them: the same, in the same order.
     """
 
     positional: int = 0
     keywords: tuple[str, ...] = ()
     is_async: bool | None = None
     is_replaced: bool = False
+    names: tuple[str, ...] = ()
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
@@ -138,16 +141,28 @@ def _problem_of_method(owner: Any, seam: Method) -> str | None:
     function = getattr(function, "__func__", function)
     if not callable(function):
         return "is not a function"
-    signature = inspect.signature(function)
+    if problem := _problem_of_call(function, seam, takes_self=takes_self):
+        return problem
+    if seam.is_async is not None and found is function:
+        is_async = inspect.iscoroutinefunction(inspect.unwrap(function))
+        if is_async != seam.is_async:
+            return "is a coroutine function" if is_async else "is no coroutine function"
+    return None
+
+
+def _problem_of_call(function: Any, seam: Method, *, takes_self: bool) -> str | None:
+    try:
+        signature = inspect.signature(function)
+    except ValueError as e:
+        return f"cannot be looked into: {e}"
     arguments = [None] * (seam.positional + takes_self)
     try:
         signature.bind(*arguments, **dict.fromkeys(seam.keywords))
     except TypeError as e:
         return f"takes {signature}: {e}"
-    if seam.is_async is not None and found is function:
-        is_async = inspect.iscoroutinefunction(inspect.unwrap(function))
-        if is_async != seam.is_async:
-            return "is a coroutine function" if is_async else "is no coroutine function"
+    names = [name for name in signature.parameters if name != "self"]
+    if tuple(names[: len(seam.names)]) != seam.names:
+        return f"takes {signature}, and not first {', '.join(seam.names)}"
     return None
 
 

@@ -99,11 +99,11 @@ class IndexFollower:
 
     def start(self) -> None:
         """Begins to fill the index and to follow the stream. Until then the database answers."""
-        self._is_started = True
         self.stream.on_advance(self._poke)
         self.stream.on_event_changed(self._event_changed)
         self.stream.on_room_purged(self._room_purged)
         self._hs.call_later(_EXPIRE_EVERY_MS, "expire", self._expire)
+        self._is_started = True
         self._poke()
 
     def on_new_events(self, listener: RoomsListener) -> None:

@@ -1,6 +1,8 @@
 """Several homeservers in one process, and the end of one: nothing is stacked or stays (H1)."""
 
 import inspect
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +17,7 @@ from synapse_sticky.duties import all_seams
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.homeserver.process import require_sticky_events
 from synapse_sticky.homeserver.seams import Method, resolve
+from synapse_sticky.index.synapse import SynapseStickyStream
 from tests.unit.test_limits_in_synapse import Reactor, done, run_synchronously
 
 pytestmark = pytest.mark.usefixtures("restored")
@@ -154,6 +157,63 @@ def test_what_another_module_put_there_before_stays(tmp_path: Path) -> None:
     assert store.prune_staged_events_in_room is not of_another
     done(hs.shutdown())
     assert store.prune_staged_events_in_room is of_another
+
+
+@pytest.mark.requirement("H2")
+def test_listed_twice_it_stops_the_start(tmp_path: Path) -> None:
+    hs = make_homeserver(tmp_path, "twice")
+    load_module(hs)
+    with pytest.raises(ConfigError, match="listed twice"):
+        load_module(hs)
+
+
+@pytest.mark.requirement("H5", "S5")
+def test_an_index_that_is_half_installed_is_not_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    hs = make_homeserver(tmp_path, "half")
+
+    def fails(stream: Any, callback: Any) -> None:
+        raise AttributeError("no such hook")
+
+    monkeypatch.setattr(SynapseStickyStream, "on_room_purged", fails)
+    api = hs.get_module_api()
+    module = StickyEventsModule(StickyEventsModule.parse_config({}), api)
+    states = {name: state.value for name, state in module._wiring.states.items()}
+    assert states["index"] == "unfit"
+    assert states["joins"] == states["extremities"] == "off"
+    assert states["delivery"] == states["visibility"] == states["deferral"] == "on"
+    assert caplog.text.count("index is off, as this Synapse does not fit: ") == 1
+    hs.get_notifier().notify_replication()
+    assert not module._wiring._follower.in_step()
+
+
+@pytest.mark.requirement("H5")
+@pytest.mark.parametrize(
+    ("owner", "name", "off"),
+    [
+        ("synapse.api.constants.StickyEvent", "EVENT_FIELD_NAME", "receipt"),
+        ("synapse.util.stringutils", "parse_server_name", "joins"),
+        ("synapse.types", "StreamKeyType", "deferral"),
+    ],
+)
+def test_a_name_that_is_gone_is_one_dutys_misfit(owner: str, name: str, off: str) -> None:
+    """In a process of its own: what is imported once stays imported."""
+    script = f"""
+import importlib
+from synapse.app import homeserver
+from synapse_sticky.index.synapse import SynapseStickyStream
+from synapse_sticky.homeserver.seams import resolve
+delattr(resolve({owner!r}), {name!r})
+from synapse_sticky.duties import DUTIES, shared_misfits
+assert shared_misfits() == []
+print(*(duty.name for duty in DUTIES.values() if duty.misfits()))
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    unfit = run.stdout.split()
+    assert off in unfit
+    assert "index" not in unfit
+    assert "delivery" not in unfit
 
 
 @pytest.mark.requirement("H5")

@@ -11,6 +11,7 @@ Fails open: if this cannot say what to send, Synapse's own selection does.
 
 import logging
 from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
 
 from synapse_sticky._core import MAX_STICKY_DURATION_MS
 from synapse_sticky.backoff import Backoff
@@ -21,9 +22,12 @@ from synapse_sticky.handlers.joins.detection.reader import JoinReader, ServerJoi
 from synapse_sticky.handlers.joins.federation import Batch, Federation, NotLoadedError
 from synapse_sticky.handlers.joins.push import Push
 from synapse_sticky.handlers.joins.tables import Newcomer, NewcomerTable
-from synapse_sticky.homeserver import Homeserver, Rooms
+from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.homeserver.layout import migrate
 from synapse_sticky.index import IndexFollower
+
+if TYPE_CHECKING:
+    from synapse_sticky.homeserver.rooms import Rooms
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +40,7 @@ class JoinsHandler:
     def __init__(
         self,
         homeserver: Homeserver,
-        rooms: Rooms,
+        rooms: "Rooms",
         follower: IndexFollower,
         federation: Federation,
         changes: StateChanges,

@@ -3,7 +3,7 @@
 import logging
 import urllib.parse
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from synapse.api.errors import FederationDeniedError, HttpResponseException, RequestSendFailed
 from synapse.api.urls import FEDERATION_V1_PREFIX
@@ -15,8 +15,11 @@ from synapse.module_api.callbacks.federation import (
 
 from synapse_sticky.handlers.joins.confirmation import Possession
 from synapse_sticky.handlers.joins.federation import BacklogSource, NotLoadedError
-from synapse_sticky.homeserver import Cursor, Homeserver, Rooms
+from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, Method, attributes, table
+
+if TYPE_CHECKING:
+    from synapse_sticky.homeserver.rooms import Rooms
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +93,7 @@ SEAMS = (
 class SynapseFederation:
     """Implements ``federation.Federation``."""
 
-    def __init__(self, homeserver: Homeserver, rooms: Rooms) -> None:
+    def __init__(self, homeserver: Homeserver, rooms: "Rooms") -> None:
         self._homeserver = homeserver
         self._rooms = rooms
         self._store = homeserver.store

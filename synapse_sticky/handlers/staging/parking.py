@@ -18,15 +18,18 @@ Fails open: a PDU that cannot be parked is dropped, as Synapse drops it.
 import logging
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Collection, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import attr
 
 from synapse_sticky.backoff import Backoff
 from synapse_sticky.handlers.staging.pruning import StagedPdu
 from synapse_sticky.handlers.staging.tables import Parked, ParkedPdu, ParkedTable
-from synapse_sticky.homeserver import Cancellable, Cursor, Homeserver, Rooms
+from synapse_sticky.homeserver import Cancellable, Cursor, Homeserver
 from synapse_sticky.homeserver.layout import NewerLayoutError, migrate
+
+if TYPE_CHECKING:
+    from synapse_sticky.homeserver.rooms import Rooms
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +107,7 @@ class ParkingHandler:
     """Parks sticky PDUs that cannot be persisted yet, and has them processed again."""
 
     def __init__(
-        self, homeserver: Homeserver, rooms: Rooms, staging: Staging, table: ParkedTable
+        self, homeserver: Homeserver, rooms: "Rooms", staging: Staging, table: ParkedTable
     ) -> None:
         self._homeserver = homeserver
         self._rooms = rooms

@@ -5,14 +5,17 @@ rules hold, neither widened nor narrowed (D8).
 """
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import attr
 
 from synapse_sticky._core import sticky_until_ms
 from synapse_sticky.config import VisibilityConfig
-from synapse_sticky.homeserver import Homeserver, Rooms
+from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.index import IndexFollower
+
+if TYPE_CHECKING:
+    from synapse_sticky.homeserver.rooms import Rooms
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
@@ -55,7 +58,7 @@ class VisibilityHandler:
     def __init__(
         self,
         homeserver: Homeserver,
-        rooms: Rooms,
+        rooms: "Rooms",
         follower: IndexFollower,
         visibility: Visibility,
         config: VisibilityConfig,

@@ -28,6 +28,7 @@ SEAMS = (
         5,
         is_async=True,
         is_replaced=True,
+        names=("storage", "user_id", "events", "is_peeking", "always_include_ids"),
     ),
     Method(
         "synapse.visibility",
@@ -36,6 +37,7 @@ SEAMS = (
         ("redact", "filter_out_erased_senders", "filter_out_remote_partial_state_events"),
         is_async=True,
         is_replaced=True,
+        names=("storage", "target_server_name", "local_server_name", "events"),
     ),
     Attribute("synapse.storage.controllers.StorageControllers", "main"),
     Attribute("synapse.events.utils.FilteredEvent", "event"),

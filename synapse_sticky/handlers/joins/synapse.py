@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _ASK_TIMEOUT_MS = 10_000
+_CAUGHT_UP_TO = "new_last_successfully_sent_stream_ordering"
 
 _SENDER = "synapse.federation.sender"
 _QUEUE = f"{_SENDER}.per_destination_queue.PerDestinationQueue"
@@ -166,14 +167,30 @@ class SynapseFederation:
         )
 
     def on_skipped(self, callback: Callable[[str], None]) -> None:
-        self._after("mark_backlogged_sticky_events_after_catchup_transaction", callback)
+        def include_the_last(options: dict[str, Any]) -> None:
+            # Synapse asks for the events before the one that it caught up to. That one is skipped,
+            # too, where Synapse sent later events of the room in its place. Events that Synapse did
+            # send are left out in any case.
+            if isinstance(options.get(_CAUGHT_UP_TO), int):
+                options[_CAUGHT_UP_TO] += 1
+
+        name = "mark_backlogged_sticky_events_after_catchup_transaction"
+        self._after(name, callback, include_the_last)
 
     def on_catch_up_recorded(self, callback: Callable[[str], None]) -> None:
         self._after("set_destination_last_successful_stream_ordering", callback)
 
-    def _after(self, name: str, callback: Callable[[str], None]) -> None:
+    def _after(
+        self,
+        name: str,
+        callback: Callable[[str], None],
+        change: Callable[[dict[str, Any]], None] = lambda options: None,
+    ) -> None:
+        """Calls back after the store's method of this name, whose options ``change`` may change."""
+
         def make(original: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
             async def do(destination: str, *args: Any, **options: Any) -> None:
+                change(options)
                 await original(destination, *args, **options)
                 try:
                     callback(destination)

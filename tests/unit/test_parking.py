@@ -12,7 +12,7 @@ from synapse.events import make_event_from_dict, relation_from_event
 from synapse_sticky.handlers.staging import synapse, tables
 from synapse_sticky.handlers.staging.parking import ParkingHandler
 from synapse_sticky.handlers.staging.pruning import StagedPdu
-from synapse_sticky.handlers.staging.tables import Parked, ParkedPdu, ParkedTable
+from synapse_sticky.handlers.staging.tables import ParkedPdu, ParkedTable, ScheduledPdu
 from synapse_sticky.homeserver.layout import migrate
 
 T = TypeVar("T")
@@ -101,15 +101,15 @@ def parked(table: ParkedTable, origin: str) -> list[str]:
     return [pdu.event_id for pdu in asyncio.run(table.of_room(origin, ROOM))]
 
 
-def of_table(event_id: str, *prev_event_ids: str) -> Parked:
-    return Parked(event_id, prev_event_ids, 0, 1, 0)
+def of_table(event_id: str, *prev_event_ids: str) -> ScheduledPdu:
+    return ScheduledPdu(event_id, prev_event_ids, 0, 1, 0)
 
 
 @pytest.mark.requirement("L3", "F1")
 def test_a_chain_is_complete_as_a_whole(homeserver: Any, table: ParkedTable) -> None:
     chain = [of_table("$b", "$a"), of_table("$c", "$b"), of_table("$e", "$d"), of_table("$f", "$e")]
 
-    def complete(pdus: list[Parked], there: set[str]) -> list[Parked]:
+    def complete(pdus: list[ScheduledPdu], there: set[str]) -> list[ScheduledPdu]:
         return handler_of(homeserver, table)._complete("a.test", pdus, there)
 
     assert complete(chain, {"$a"}) == chain[:2]

@@ -25,7 +25,7 @@ def own(*positions: int) -> list[tuple[int, str, str]]:
 def push_of(*positions: int, window: int = 10) -> Push:
     """One for whose room the database had rows up to 100 when it was asked."""
     push = Push("there", "!room", position=0, watch_until_ms=NOW_MS + 3_600_000, backoff=BACKOFF)
-    push.refresh({"here": 100}, push.dirty_marks, NOW_MS)
+    push.take_in_last_rows({"here": 100}, push.dirty_marks, NOW_MS)
     push.update(own(*positions), NOW_MS, window)
     return push
 
@@ -42,7 +42,7 @@ def test_oldest_first_and_no_more_than_the_window() -> None:
     assert push.choose(50, NOW_MS) == []
     acknowledge_all(push, ["$3", "$5"])
     assert push.choose(50, NOW_MS) == [], "acknowledged is not yet out of the staging area"
-    push.done("$3")
+    push.mark_delivered("$3")
     assert push.choose(50, NOW_MS) == ["$7"]
 
 
@@ -54,11 +54,11 @@ def test_after_the_watch_new_events_are_left_to_the_ordinary_queue() -> None:
     push = push_of(3, window=10)
     assert push.choose(50, NOW_MS) == ["$3"]
     acknowledge_all(push, ["$3"])
-    push.done("$3")
+    push.mark_delivered("$3")
     over_ms = push.watch_until_ms
-    push.refresh({"here": 100}, push.dirty_marks, over_ms)
+    push.take_in_last_rows({"here": 100}, push.dirty_marks, over_ms)
     push.update(own(200), over_ms, 10)
-    assert not push.open, "else it would never end in a busy room"
+    assert not push.is_open, "else it would never end in a busy room"
     # Unless Synapse says that it skipped some on the way.
     push.dirty_marks += 1
     push.update(own(200), over_ms, 10)
@@ -69,7 +69,7 @@ def test_after_the_watch_new_events_are_left_to_the_ordinary_queue() -> None:
 def test_what_this_process_sees_late_is_pushed_however_late() -> None:
     push = push_of(3)
     acknowledge_all(push, push.choose(50, NOW_MS))
-    push.done("$3")
+    push.mark_delivered("$3")
     # The clock may be set back meanwhile.
     push.catch_up_recorded(NOW_MS - 60_000)
     over_ms = push.watch_until_ms
@@ -77,7 +77,7 @@ def test_what_this_process_sees_late_is_pushed_however_late() -> None:
     assert not push.is_dirty(over_ms - 1)
     # Persisted before the join, or at least before the watch was over.
     assert push.is_dirty(over_ms)
-    push.refresh({"here": 90, "there": 200}, push.dirty_marks, over_ms)
+    push.take_in_last_rows({"here": 90, "there": 200}, push.dirty_marks, over_ms)
     assert not push.is_dirty(over_ms + 1)
     push.update(own(3, 90, 200, 201), over_ms + 60_000, 10)
     assert push.choose(50, over_ms + 60_000) == ["$90", "$200"]
@@ -86,8 +86,8 @@ def test_what_this_process_sees_late_is_pushed_however_late() -> None:
 def test_a_push_that_gets_dirty_while_the_database_is_asked_stays_dirty() -> None:
     push = push_of(3)
     dirty_marks = push.dirty_marks
-    push.lower(2)
-    push.refresh({"here": 100}, dirty_marks, NOW_MS)
+    push.reopen_from(2)
+    push.take_in_last_rows({"here": 100}, dirty_marks, NOW_MS)
     assert push.is_dirty(NOW_MS)
 
 
@@ -119,7 +119,7 @@ def test_events_that_never_get_through_do_not_block_the_others() -> None:
 @pytest.mark.requirement("F3")
 def test_events_sent_after_the_join_are_left_to_the_ordinary_queue_first() -> None:
     push = push_of(101)
-    assert push.open
+    assert push.is_open
     assert push.choose(50, NOW_MS + GRACE_MS - 1) == []
     assert push.next_due_ms(NOW_MS) == NOW_MS + GRACE_MS
     assert push.choose(50, NOW_MS + GRACE_MS) == ["$101"]
@@ -133,7 +133,7 @@ def test_the_watch_ends_soon_after_the_ordinary_queue_got_through() -> None:
     push.catch_up_recorded(NOW_MS)
     assert push.choose(50, NOW_MS) == ["$3"]
     acknowledge_all(push, ["$3"])
-    push.done("$3")
+    push.mark_delivered("$3")
     assert not push.acknowledge("$3", NOW_MS)
     # After a restart Synapse goes on where its ordinary queue got to: so far that is nowhere.
     assert push.watch_until_ms == until_ms
@@ -164,33 +164,33 @@ def test_expired_and_redacted_events_are_forgotten() -> None:
     assert push.position == 3
     assert push.choose(50, NOW_MS) == ["$3"]
     push.update([], NOW_MS, 10)
-    assert not push.open
+    assert not push.is_open
 
 
 def test_position_follows_what_is_done() -> None:
     push = push_of(3, 5, 7)
     acknowledge_all(push, push.choose(50, NOW_MS))
-    push.done("$5")
+    push.mark_delivered("$5")
     push.update(own(3, 5, 7), NOW_MS, 10)
-    assert (push.base, push.position) == (0, 3)
-    push.done("$3")
+    assert (push.backlog_position, push.position) == (0, 3)
+    push.mark_delivered("$3")
     push.update(own(3, 5, 7), NOW_MS, 10)
     assert push.position == 7
-    push.done("$7")
+    push.mark_delivered("$7")
     push.update(own(7), NOW_MS, 10)
     assert push.position == 8
-    assert not push.open
+    assert not push.is_open
     push.settle()
-    assert push.base == 8
+    assert push.backlog_position == 8
 
 
 def test_a_lower_backlog_starts_over_from_there() -> None:
     push = push_of(3)
     acknowledge_all(push, push.choose(50, NOW_MS))
-    push.done("$3")
+    push.mark_delivered("$3")
     push.update(own(3), NOW_MS, 10)
     push.settle()
-    push.lower(2)
+    push.reopen_from(2)
     push.update(own(2, 3), NOW_MS, 10)
     assert push.choose(50, NOW_MS) == ["$2", "$3"]
 
@@ -200,18 +200,18 @@ def test_everything_goes_out_again_once_a_newcomer_has_pruned() -> None:
     push = push_of(1, 2, 101)
     acknowledge_all(push, push.choose(50, NOW_MS + GRACE_MS))
     oldest = push.unconfirmed()[0]
-    assert not push.overtaken(oldest)
-    push.done("$2")
-    assert push.overtaken(oldest)
-    push.lost(oldest, NOW_MS)
+    assert not push.is_overtaken(oldest)
+    push.mark_delivered("$2")
+    assert push.is_overtaken(oldest)
+    push.mark_lost(oldest, NOW_MS)
     assert [sent.event_id for sent in push.unconfirmed()] == ["$101"]
-    push.done("$101")
+    push.mark_delivered("$101")
     later_ms = NOW_MS + 2 * CONFIRM_PATIENCE_MS
     assert push.choose(50, later_ms) == ["$1"]
     acknowledge_all(push, ["$1"])
-    push.done("$1")
+    push.mark_delivered("$1")
     push.update(own(1, 2, 101), later_ms, 10)
-    assert not push.open
+    assert not push.is_open
     assert push.start_over()
     push.update(own(1, 2, 101), later_ms, 10)
     assert push.choose(50, later_ms) == ["$1", "$2", "$101"]
@@ -249,7 +249,7 @@ def test_whatever_happens_all_is_delivered_and_the_window_kept() -> None:
         push = push_of(*(position for position, _, _ in events), window=chance.randint(1, 9))
         now_ms, delivered = NOW_MS, set()
         for _ in range(5_000):
-            if not push.open:
+            if not push.is_open:
                 break
             push.update(events, now_ms, push.window)
             chosen = push.choose(50, now_ms)
@@ -260,8 +260,8 @@ def test_whatever_happens_all_is_delivered_and_the_window_kept() -> None:
             for sent in push.unconfirmed():
                 if chance.random() < 0.7:
                     delivered.add(sent.event_id)
-                    push.done(sent.event_id)
+                    push.mark_delivered(sent.event_id)
                 elif chance.random() < 0.5:
-                    push.lost(sent, now_ms)
+                    push.mark_lost(sent, now_ms)
             now_ms += chance.randint(1, 2_000)
         assert delivered == {event_id for _, event_id, _ in events}, seed

@@ -60,14 +60,14 @@ class Confirmation:
 
     def begin(self, push: Push) -> None:
         """Asks in the background, unless that is under way for this push."""
-        if not push.confirming:
-            push.confirming = True
+        if not push.is_confirming:
+            push.is_confirming = True
             self._homeserver.in_background("confirm", self._confirm, push)
 
     async def _confirm(self, push: Push) -> None:
         delay_ms = _MIN_MS
         try:
-            # The newcomer has not processed yet what it acknowledged this moment.
+            # A newcomer acknowledges an event before it processes it.
             await self._homeserver.sleep_ms(delay_ms)
             while self._is_current(push) and (waiting := push.unconfirmed()):
                 if await self._confirm_one(push, waiting):
@@ -79,11 +79,11 @@ class Confirmation:
                 delay_ms = min(delay_ms * 2, _MAX_MS)
                 self._update(push)
         finally:
-            push.confirming = False
+            push.is_confirming = False
             self._on_end(push)
 
     async def _confirm_one(self, push: Push, waiting: list[Sent]) -> bool:
-        """Asks for the oldest of these events; is anything decided?"""
+        """Asks for the oldest of these events. Is it clear now whether the newcomer has it?"""
         if push.is_blocked:
             return False  # the newcomer tells nothing to a server that is not in the room
         oldest, newest = waiting[0], waiting[-1]
@@ -105,11 +105,11 @@ class Confirmation:
         ):
             push.confirm(newest.event_id, self._homeserver.now_ms())
         # A newcomer processes staged events in order: if it has a later one, it pruned this one.
-        # Once is not enough, as events that arrived together have no order.
-        oldest.overtaken_count += push.overtaken(oldest)
+        # One such answer is no proof: events that arrived together are processed in any order.
+        oldest.overtaken_count += push.is_overtaken(oldest)
         now_ms = self._homeserver.now_ms()
         waited_ms = now_ms - (oldest.acknowledged_ms or now_ms)
         if oldest.overtaken_count >= 2 or waited_ms > CONFIRM_PATIENCE_MS:
-            push.lost(oldest, now_ms)
+            push.mark_lost(oldest, now_ms)
             return True
         return False

@@ -16,19 +16,19 @@ class Destination:
     """What one destination is pushed.
 
     pushes: by room ID; the rooms take turns in this order.
-    check_ms: how long after the next check the one after that is due: longer each time, until
-        there is progress.
+    check_interval_ms: how long after a check the next one is due. It doubles with each check, and
+        is reset by progress.
     next_check_ms: when the next check of a push that has nothing to send is due.
     """
 
     pushes: dict[str, Push] = attr.Factory(dict)
     timer: Cancellable | None = None
-    check_ms: int = _CHECK_MIN_MS
+    check_interval_ms: int = _CHECK_MIN_MS
     next_check_ms: int = 0
 
     def progressed(self) -> None:
         """There may be something to do now: the next check is due soon."""
-        self.check_ms = _CHECK_MIN_MS
+        self.check_interval_ms = _CHECK_MIN_MS
         self.next_check_ms = 0
 
     def cancel_timer(self) -> None:
@@ -90,22 +90,22 @@ class Destinations:
         return state is not None and state.pushes.get(push.room_id) is push
 
     def schedule(self, destination: str) -> None:
-        """Sets the destination's timer to when something is due, a watch ends, or a push that is
-        not settled is to be checked again."""
+        """Sets the destination's timer. It fires when an event is due, when the watch of a settled
+        push ends, or when a push that is not settled is to be checked again."""
         state = self._destinations.get(destination)
         if state is None:
             return
         now_ms = self._homeserver.now_ms()
         times = [p.next_due_ms(now_ms) for p in state.pushes.values()]
         times += [
-            max(p.watch_until_ms if p.settled else 0, state.next_check_ms)
+            max(p.watch_until_ms if p.is_settled else 0, state.next_check_ms)
             for p in state.pushes.values()
-            if not p.open
+            if not p.is_open
         ]
         due_ms = min((t for t in times if t is not None), default=now_ms + _CHECK_MAX_MS)
-        self._check_in(max(due_ms - now_ms, 0) + 1, destination, state)
+        self._set_timer(max(due_ms - now_ms, 0) + 1, destination, state)
 
-    def _check_in(self, delay_ms: int, destination: str, state: Destination) -> None:
+    def _set_timer(self, delay_ms: int, destination: str, state: Destination) -> None:
         state.cancel_timer()
         state.timer = self._homeserver.call_later(
             delay_ms, "check_destination", self._check_now, destination
@@ -115,15 +115,15 @@ class Destinations:
         state = self._destinations.get(destination)
         if state is None:
             return
-        # If Synapse does not ask for a batch (it is sending, or backed off), it is checked later.
-        delay_ms = state.check_ms
+        # Synapse may ask for no batch now, as it is sending or backed off: another check follows.
+        delay_ms = state.check_interval_ms
         try:
             retry_at_ms = await self._check(destination)
             delay_ms = max(delay_ms, retry_at_ms - self._homeserver.now_ms())
         finally:
             if self._destinations.get(destination) is state:
-                state.check_ms = min(state.check_ms * 2, _CHECK_MAX_MS)
+                state.check_interval_ms = min(state.check_interval_ms * 2, _CHECK_MAX_MS)
                 state.next_check_ms = self._homeserver.now_ms() + delay_ms
-                self._check_in(delay_ms, destination, state)
+                self._set_timer(delay_ms, destination, state)
         if destination in self._destinations:
             await self._wake(destination)

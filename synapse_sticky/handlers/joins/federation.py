@@ -6,7 +6,7 @@ from typing import Protocol
 import attr
 
 from synapse_sticky.handlers.joins.confirmation import Asking
-from synapse_sticky.handlers.joins.detection.reader import Destinations
+from synapse_sticky.handlers.joins.detection.reader import HandledDestinations
 from synapse_sticky.homeserver import Cursor
 
 
@@ -32,7 +32,7 @@ class NotLoadedError(Exception):
     """The newcomers of an earlier run are not loaded yet."""
 
 
-class Federation(Destinations, Asking, Protocol):
+class Federation(HandledDestinations, Asking, Protocol):
     """Sending to other servers, in a process that does so."""
 
     def wake(self, destination: str) -> None:
@@ -58,12 +58,12 @@ class Federation(Destinations, Asking, Protocol):
         event ID and without error in its answer to ``/send`` (P7)."""
 
     def on_skipped(self, callback: Callable[[str], None]) -> None:
-        """Calls back with a destination to which Synapse, in catch-up, skipped events; sticky ones
-        among them are in its backlog by then."""
+        """Calls back with a destination once Synapse, in catch-up, has skipped events to it. The
+        sticky ones among them are in its backlog by then."""
 
     def on_catch_up_recorded(self, callback: Callable[[str], None]) -> None:
-        """Calls back with a destination once Synapse has recorded up to where its ordinary queue
-        got to it, and whenever that is further: Synapse goes on from there after a restart."""
+        """Calls back with a destination each time that Synapse has recorded how far its ordinary
+        queue got with it. After a restart Synapse goes on from there."""
 
     def serve_backlog_from(self, source: BacklogSource) -> None:
         """From now on the backlog of sticky events of every destination comes from ``source``.

@@ -2,9 +2,10 @@
 
 ``detection`` reads newcomers from the state changes. Each is pushed to through Synapse's own
 backlog of sticky events, in portions that fit a newcomer's staging area; ``push`` does the
-bookkeeping. An event counts as delivered once the newcomer has acknowledged it by ID and
-``confirmation`` has found, if it is asked to, that the newcomer has it. What else Synapse's backlog
-has (events that a destination missed while it could not be reached) is sent in the same way.
+bookkeeping. An event counts as delivered once the newcomer has acknowledged it by ID. Where
+``joins.confirm`` is on, ``confirmation`` must also have found that the newcomer has it. Synapse's
+backlog also has events that a destination missed while it could not be reached. They are pushed in
+the same way.
 
 Fails open: if this cannot say what to send, Synapse's own selection does.
 """
@@ -63,7 +64,7 @@ class JoinsHandler:
             self._destinations.is_current,
             update=self._update,
             on_progress=lambda push: federation.wake(push.destination),
-            on_end=self._confirmed,
+            on_end=self._asking_ended,
         )
         self._is_loaded = False
 
@@ -150,7 +151,7 @@ class JoinsHandler:
             return None
         try:
             for room_id, push in list(state.pushes.items()):
-                if push.idle(self._homeserver.now_ms()):
+                if push.is_idle(self._homeserver.now_ms()):
                     continue
                 batch = await self._batch_of(push, limit)
                 if batch is not None:
@@ -170,11 +171,11 @@ class JoinsHandler:
             push = state.pushes.get(room_id) if state else None
             if push is None:
                 self._add(destination, room_id, position=position, watch_until_ms=0)
-            elif position < push.base:
-                push.lower(position)
+            elif position < push.backlog_position:
+                push.reopen_from(position)
 
     async def _batch_of(self, push: Push, limit: int) -> Batch | None:
-        await self._refresh(push)
+        await self._ask_if_dirty(push)
         if not await self._federation.may_receive(push.room_id, push.destination):
             if await self._rooms.is_in_room(push.room_id):
                 logger.info("%s may not get events of %s now", push.destination, push.room_id)
@@ -186,25 +187,25 @@ class JoinsHandler:
             return None
         push.is_blocked = False
         self._update(push)
-        if not push.open and push.start_over():
+        if not push.is_open and push.start_over():
             logger.info("%s pruned events of %s, sending all again", push.destination, push.room_id)
             self._update(push)
-        if not push.open:
+        if not push.is_open:
             await self._settle(push)
             return None
         await self._skip_erased(push)
         event_ids = push.choose(limit, self._homeserver.now_ms())
         if not event_ids:
             return None
-        return Batch(push.room_id, push.base - 1, event_ids)
+        return Batch(push.room_id, push.backlog_position - 1, event_ids)
 
-    async def _refresh(self, push: Push) -> None:
-        """Asks the database, if the push is dirty, up to where there is something of the room:
-        this process may see it later than the join."""
+    async def _ask_if_dirty(self, push: Push) -> None:
+        """Asks the database for the room's last rows if the push is dirty. This process may see the
+        join before it sees rows that are older than the join."""
         now_ms, dirty_marks = self._homeserver.now_ms(), push.dirty_marks
         if push.is_dirty(now_ms):
             last_rows = await self._follower.stream.last_rows(push.room_id)
-            push.refresh(last_rows, dirty_marks, now_ms)
+            push.take_in_last_rows(last_rows, dirty_marks, now_ms)
 
     async def _skip_erased(self, push: Push) -> None:
         own = self._own_events(push)
@@ -231,11 +232,11 @@ class JoinsHandler:
         ):
             return  # the index may yet bring something, or the database has to be asked again
         watched = now_ms < push.watch_until_ms
-        if push.delivered:
+        if push.delivered_count:
             logger.info(
                 "%s has the %d own sticky events of %s",
                 push.destination,
-                push.delivered,
+                push.delivered_count,
                 push.room_id,
             )
         push.settle()
@@ -247,7 +248,7 @@ class JoinsHandler:
         if not still_watched:
             self._destinations.remove(push)
         newcomer = Newcomer(
-            push.destination, push.room_id, push.position, push.recorded_watch_until_ms
+            push.destination, push.room_id, push.position, push.stored_watch_until_ms
         )
         await self._table.settle(
             newcomer,
@@ -263,25 +264,25 @@ class JoinsHandler:
 
     async def _wake(self, destination: str) -> None:
         self._federation.wake(destination)
-        # Synapse asks for no batch of a destination that cannot be reached. What is sent to it
-        # meanwhile is the ordinary queue's: if this did not ask, all of it would be due.
+        # While a destination cannot be reached, Synapse asks for no batch. New events are left to
+        # the ordinary queue meanwhile, but not while the push is dirty: then they would all be due.
         for push in self._destinations.pushes_of(destination):
-            await self._refresh(push)
+            await self._ask_if_dirty(push)
 
     async def _end_expired(self, destination: str) -> None:
-        """Ends pushes that nothing is left of: a destination that cannot be reached is never asked
-        for a batch."""
+        """Ends pushes whose events have all expired. No batch would end them, as Synapse asks for
+        none while the destination cannot be reached."""
         now_ms = self._homeserver.now_ms()
         for push in self._destinations.pushes_of(destination):
             if push.watch_until_ms < now_ms - MAX_STICKY_DURATION_MS:
-                await self._refresh(push)
+                await self._ask_if_dirty(push)
                 self._update(push)
-                if not push.open:
+                if not push.is_open:
                     await self._settle(push)
 
     def _skipped(self, destination: str) -> None:
-        """Synapse skipped events on the way to the destination, and recorded that in its backlog:
-        what was sent up to now need not have gone by the ordinary queue."""
+        """Synapse skipped events to the destination, and entered them into its backlog. The
+        ordinary queue may have left out any event up to now, so the pushes are dirty."""
         for push in self._destinations.pushes_of(destination):
             push.dirty_marks += 1
             self._update(push)
@@ -312,10 +313,10 @@ class JoinsHandler:
                 if self._config.confirm:
                     self._confirmation.begin(push)
                 else:
-                    push.done(event_id)
+                    push.mark_delivered(event_id)
         self._destinations.schedule(destination)
 
-    def _confirmed(self, push: Push) -> None:
+    def _asking_ended(self, push: Push) -> None:
         if (state := self._destinations.get(push.destination)) is not None:
             state.progressed()
         self._destinations.schedule(push.destination)

@@ -1,7 +1,7 @@
-"""A push: which own sticky events one newcomer to one room lacks, and when each is sent.
+"""A push: which own sticky events of one room a newcomer lacks, and when each is sent.
 
-Pure bookkeeping: nothing here waits or asks, and time is an argument. Newcomers are not the only
-ones: what else Synapse's backlog has for a destination is pushed in the same way.
+Pure bookkeeping: nothing here waits or asks, and time is an argument. Not only newcomers have
+pushes: any other entry of Synapse's backlog gets a push, too.
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,9 +17,9 @@ GRACE_MS = 2_000
 """How long an event that was sent after the join is left to Synapse's ordinary queue."""
 
 WATCH_AFTER_RECORD_MS = 10_000
-"""How long a push watches on once Synapse has recorded up to where its ordinary queue got to the
-newcomer: Synapse goes on from there after a restart. What is left are events that were under way
-when the newcomer joined."""
+"""How long a push still watches after Synapse has recorded how far its ordinary queue got with the
+newcomer. After a restart the ordinary queue goes on from there. So the push need only watch for
+events that were under way when the newcomer joined."""
 
 MOST_SUSPICIONS = 3
 """How often an event is resent because the newcomer could not be reached."""
@@ -30,7 +30,8 @@ CONFIRM_PATIENCE_MS = 30_000
 
 @attr.s(auto_attribs=True, slots=True)
 class Sent:
-    """An own sticky event that the newcomer is not yet known to have."""
+    """An own sticky event that the newcomer is not yet known to have. The push sent it, or left it
+    to the ordinary queue first."""
 
     stream_id: int
     event_id: str
@@ -42,7 +43,7 @@ class Sent:
     """How often the newcomer had a later event and lacked this one."""
     refusal_count: int = 0
     """How often the newcomer refused to say whether it has the event."""
-    suspect: bool = False
+    is_suspect: bool = False
     """Could the newcomer not be reached since it acknowledged the event?"""
     suspicions: int = 0
     """How often the event was resent for that."""
@@ -51,17 +52,17 @@ class Sent:
 class Push:
     """What a destination lacks of a room.
 
-    base: what Synapse's backlog says for as long as the push lasts, so that Synapse starts over
-        from there if the module is taken out.
+    backlog_position: what Synapse's backlog has for as long as the push lasts. If the module is
+        taken out, Synapse starts over from there.
     position: the push is done with all own events before it.
-    last_rows: the last rows of the room's own events that the database had when it was asked, as
-        stream IDs by writer; this process may see them later. What was there by then is due at
-        once, and so is everything while the push is dirty. What was sent since is left to Synapse's
-        ordinary queue, but watched for until ``watch_until_ms``.
-    recorded_watch_until_ms: what the database says of that, which tells this join from an earlier
-        or later one.
-    dirty_marks: counts what the database has to be asked for: the join, and each time that the
-        ordinary queue left something out since.
+    last_rows: each writer's last row of the room's own events, as stream IDs. The database had
+        these rows when it was asked; this process may see them later. Events up to there are due
+        at once. While the push is dirty, all events are. Later events are left to Synapse's
+        ordinary queue, but the push watches for them until ``watch_until_ms``.
+    stored_watch_until_ms: the ``watch_until_ms`` in the table of newcomers. It tells this join from
+        an earlier or later one.
+    dirty_marks: how often the push became dirty: once by the join, and once more each time that the
+        ordinary queue leaves something out.
     """
 
     def __init__(
@@ -75,103 +76,107 @@ class Push:
     ) -> None:
         self.destination = destination
         self.room_id = room_id
-        self.base = position
+        self.backlog_position = position
         self.position = position
         self.watch_until_ms = watch_until_ms
-        self.recorded_watch_until_ms = watch_until_ms
+        self.stored_watch_until_ms = watch_until_ms
         self.last_rows: Mapping[str, int] = {}
         self.dirty_marks = 1
         self.window = 1
-        self.delivered = 0
-        self.confirming = False
-        self.settled = False
+        self.delivered_count = 0
+        self.is_confirming = False
+        self.is_settled = False
         self.is_blocked = False
         """May nothing be sent for now?"""
-        self._refreshed_marks = 0
-        """What ``dirty_marks`` was when the database was asked."""
-        self._refreshed_after_watch = False
+        self._answered_marks = 0
+        """What ``dirty_marks`` was when the handler asked the database."""
+        self._asked_after_watch = False
         self._has_acknowledged = False
         self._due_up_to = 0
         """Own events up to this position are not left to the ordinary queue."""
-        self._pruned = False
-        self._highest_done = 0
+        self._newcomer_pruned = False
+        self._highest_delivered = 0
         self._backoff = backoff
         self._sent: dict[str, Sent] = {}
-        self._fresh: list[tuple[int, str]] = []
-        self._done: dict[str, int] = {}
+        self._to_send: list[tuple[int, str]] = []
+        """``(stream_id, event_id)`` of events that are due and not in ``_sent``."""
+        self._finished: dict[str, int] = {}
+        """Stream IDs of delivered and skipped events, by event ID."""
 
     def is_dirty(self, now_ms: int) -> bool:
-        """Has the database to be asked for the last rows? After each mark, and once more after the
-        watch."""
+        """Must the handler ask the database for the last rows? It must after each mark, and once
+        more after the watch."""
         watch_is_over = now_ms >= self.watch_until_ms
-        return self._refreshed_marks < self.dirty_marks or (
-            watch_is_over and not self._refreshed_after_watch
+        return self._answered_marks < self.dirty_marks or (
+            watch_is_over and not self._asked_after_watch
         )
 
-    def refresh(self, last_rows: Mapping[str, int], dirty_marks: int, asked_ms: int) -> None:
-        """Takes in what the database said at ``asked_ms``; ``dirty_marks`` is the count of then, as
-        it may have grown since."""
+    def take_in_last_rows(
+        self, last_rows: Mapping[str, int], dirty_marks: int, asked_ms: int
+    ) -> None:
+        """Takes in what the database answered. It was asked at ``asked_ms``, when the count was
+        ``dirty_marks``: the count may have grown since."""
         self.last_rows = last_rows
-        self._refreshed_marks = dirty_marks
-        self._refreshed_after_watch = asked_ms >= self.watch_until_ms
+        self._answered_marks = dirty_marks
+        self._asked_after_watch = asked_ms >= self.watch_until_ms
         self._due_up_to = max(self._due_up_to, *last_rows.values(), 0)
 
-    def lower(self, position: int) -> None:
+    def reopen_from(self, position: int) -> None:
         """The destination lacks events from ``position`` on, too."""
         self.dirty_marks += 1
-        self.base = min(self.base, position)
+        self.backlog_position = min(self.backlog_position, position)
         self.position = min(self.position, position)
-        self.settled = False
+        self.is_settled = False
 
     def settle(self) -> None:
         """The destination lacks nothing before ``position``, and that is stored."""
-        self.base = self.position
-        self.settled = True
-        self.delivered = 0
+        self.backlog_position = self.position
+        self.is_settled = True
+        self.delivered_count = 0
 
     def update(self, own: Iterable[tuple[int, str, str]], now_ms: int, window: int) -> None:
         """Takes in the own unexpired events of the room: ``(stream_id, event_id, sender)``,
         ascending, from ``position`` on. What is no longer among them has expired or is gone."""
         self.window = window
-        self._fresh = []
+        self._to_send = []
         is_dirty = self.is_dirty(now_ms)
         present = set()
         for stream_id, event_id, _ in own:
             present.add(event_id)
-            if stream_id < self.position or event_id in self._done:
+            if stream_id < self.position or event_id in self._finished:
                 continue
             sent = self._sent.get(event_id)
             if sent is not None:
                 sent.stream_id = stream_id
             elif is_dirty or stream_id <= self._due_up_to:
-                self._fresh.append((stream_id, event_id))
+                self._to_send.append((stream_id, event_id))
             elif now_ms < self.watch_until_ms:
                 # After the watch the ordinary queue is relied upon, else a push would never end
                 # in a busy room.
                 self._sent[event_id] = Sent(stream_id, event_id, now_ms + GRACE_MS)
         self._sent = {e: s for e, s in self._sent.items() if e in present}
         open_positions = [s.stream_id for s in self._sent.values()]
-        if self._fresh:
-            open_positions.append(self._fresh[0][0])
+        if self._to_send:
+            open_positions.append(self._to_send[0][0])
         if open_positions:
-            self.settled = False
+            self.is_settled = False
             self.position = min(open_positions)
-        elif self._done:
-            self.position = max(self.position, max(self._done.values()) + 1)
-        self._done = {e: p for e, p in self._done.items() if p >= self.position}
+        elif self._finished:
+            self.position = max(self.position, max(self._finished.values()) + 1)
+        self._finished = {e: p for e, p in self._finished.items() if p >= self.position}
 
     def choose(self, limit: int, now_ms: int) -> list[str]:
         """The event IDs to send now, oldest first; they count as sent from here on."""
         due = [s for s in self._sent.values() if s.acknowledged_ms is None and s.due_ms <= now_ms]
-        room = min(limit, self.window - self._in_flight(now_ms))
-        candidates = sorted([(s.stream_id, s.event_id) for s in due] + self._fresh)
-        chosen = candidates[: max(room, 0)]
+        free = min(limit, self.window - self._in_flight(now_ms))
+        candidates = sorted([(s.stream_id, s.event_id) for s in due] + self._to_send)
+        chosen = candidates[: max(free, 0)]
         for stream_id, event_id in chosen:
             sent = self._sent.setdefault(event_id, Sent(stream_id, event_id, 0))
             sent.attempts += 1
             sent.due_ms = now_ms + self._backoff.after(sent.attempts)
         chosen_ids = {event_id for _, event_id in chosen}
-        self._fresh = [f for f in self._fresh if f[1] not in chosen_ids]
+        self._to_send = [e for e in self._to_send if e[1] not in chosen_ids]
         return [event_id for _, event_id in chosen]
 
     def _in_flight(self, now_ms: int) -> int:
@@ -185,7 +190,7 @@ class Push:
     def acknowledge(self, event_id: str, now_ms: int) -> bool:
         """The newcomer acknowledged the event; is it one that this push cares about?"""
         self._has_acknowledged = True
-        sent = self._sent.get(event_id) or self._take_fresh(event_id, now_ms)
+        sent = self._sent.get(event_id) or self._move_to_sent(event_id, now_ms)
         if sent is None:
             return False
         # Acknowledged without having been pushed: it went by the ordinary queue.
@@ -193,18 +198,18 @@ class Push:
         sent.acknowledged_ms = now_ms
         return True
 
-    def _take_fresh(self, event_id: str, now_ms: int) -> Sent | None:
-        for fresh in self._fresh:
-            if fresh[1] == event_id:
-                self._fresh.remove(fresh)
-                self._sent[event_id] = Sent(*fresh, now_ms)
+    def _move_to_sent(self, event_id: str, now_ms: int) -> Sent | None:
+        for event in self._to_send:
+            if event[1] == event_id:
+                self._to_send.remove(event)
+                self._sent[event_id] = Sent(*event, now_ms)
                 return self._sent[event_id]
         return None
 
     def catch_up_recorded(self, now_ms: int) -> None:
-        """Synapse recorded up to where its ordinary queue got to the destination. The watch ends
-        soon then; not before the newcomer acknowledged an event of the room, as it may not know of
-        the room until then."""
+        """Synapse recorded how far its ordinary queue got with the destination: the watch ends
+        soon. The watch stays as it is if the newcomer has acknowledged no event of the room yet:
+        the newcomer may not know of the room."""
         if self._has_acknowledged:
             self.watch_until_ms = min(self.watch_until_ms, now_ms + WATCH_AFTER_RECORD_MS)
 
@@ -213,79 +218,80 @@ class Push:
         waiting = [s for s in self._sent.values() if s.acknowledged_ms is not None]
         return sorted(waiting, key=lambda s: s.stream_id)
 
-    def done(self, event_id: str) -> None:
-        """The newcomer has the event, or is not to get it."""
+    def mark_delivered(self, event_id: str) -> None:
+        """The event is delivered: confirmed, or only acknowledged where ``joins.confirm`` is
+        off."""
         sent = self._sent.pop(event_id, None)
         if sent is not None:
-            self._done[event_id] = sent.stream_id
-            self._highest_done = max(self._highest_done, sent.stream_id)
-            self.delivered += 1
+            self._finished[event_id] = sent.stream_id
+            self._highest_delivered = max(self._highest_delivered, sent.stream_id)
+            self.delivered_count += 1
 
     def skip(self, events: Iterable[tuple[int, str]]) -> None:
         """These events are not to be sent: ``(stream_id, event_id)``."""
         for stream_id, event_id in events:
             self._sent.pop(event_id, None)
-            self._done[event_id] = stream_id
-        self._fresh = [f for f in self._fresh if f[1] not in self._done]
+            self._finished[event_id] = stream_id
+        self._to_send = [e for e in self._to_send if e[1] not in self._finished]
 
-    def overtaken(self, sent: Sent) -> bool:
+    def is_overtaken(self, sent: Sent) -> bool:
         """Does the newcomer have a later event? It takes what it has staged in order."""
-        return sent.stream_id < self._highest_done
+        return sent.stream_id < self._highest_delivered
 
-    def lost(self, sent: Sent, now_ms: int) -> None:
+    def mark_lost(self, sent: Sent, now_ms: int) -> None:
         """The newcomer acknowledged the event, and lacks it: it is resent, later each time."""
-        self._pruned = True
+        self._newcomer_pruned = True
         sent.acknowledged_ms = None
         sent.overtaken_count = 0
         sent.due_ms = now_ms + self._backoff.after(sent.attempts)
 
     def suspect_loss(self) -> None:
-        """The newcomer cannot be reached, and may have lost what it acknowledged. That it has such
-        an event says little then: it may have fetched it (see ``start_over``)."""
+        """The newcomer cannot be reached, and may have lost what it acknowledged. If it later says
+        that it has such an event, it may only have fetched the event (see ``start_over``)."""
         for sent in self._sent.values():
-            sent.suspect = sent.acknowledged_ms is not None and sent.suspicions < MOST_SUSPICIONS
+            sent.is_suspect = sent.acknowledged_ms is not None and sent.suspicions < MOST_SUSPICIONS
 
     def confirm(self, event_id: str, now_ms: int) -> None:
         """The newcomer says that it has the event. It is resent if it may have been lost."""
         sent = self._sent.get(event_id)
-        if sent is None or not sent.suspect:
-            self.done(event_id)
+        if sent is None or not sent.is_suspect:
+            self.mark_delivered(event_id)
             return
-        sent.suspect = False
+        sent.is_suspect = False
         sent.suspicions += 1
         sent.acknowledged_ms = None
         sent.due_ms = now_ms
 
     def start_over(self) -> bool:
-        """Has everything to be resent? It has if the newcomer pruned.
+        """Must everything be resent? It must if the newcomer pruned.
 
-        The newcomer may have fetched pruned events meanwhile, as what somebody's event refers to.
-        It answers that it has such an event, but does not take it for sticky until it is sent in
-        full.
+        The newcomer may have fetched a pruned event, because another event refers to it. Then it
+        answers that it has the event. But it does not take the event for sticky until this server
+        sends it in full.
         """
-        if not self._pruned:
+        if not self._newcomer_pruned:
             return False
-        self._pruned = False
-        self._due_up_to = max(self._due_up_to, self._highest_done)
-        self.position = self.base
-        self._done = {}
-        self._highest_done = 0
+        self._newcomer_pruned = False
+        self._due_up_to = max(self._due_up_to, self._highest_delivered)
+        self.position = self.backlog_position
+        self._finished = {}
+        self._highest_delivered = 0
         return True
 
     @property
-    def open(self) -> bool:
+    def is_open(self) -> bool:
         """Is there anything that the newcomer is not yet known to have?"""
-        return bool(self._sent or self._fresh)
+        return bool(self._sent or self._to_send)
 
-    def idle(self, now_ms: int) -> bool:
+    def is_idle(self, now_ms: int) -> bool:
         """Is there nothing to do but to watch?"""
-        return self.settled and not self.open and now_ms < self.watch_until_ms
+        return self.is_settled and not self.is_open and now_ms < self.watch_until_ms
 
     def worth_sending(self, now_ms: int) -> bool:
         """Do events wait, and is there enough of the window free to make a transaction of?"""
         if self.is_blocked:
             return False
-        waits = self._fresh or any(
+        waits = self._to_send or any(
             s.acknowledged_ms is None and s.due_ms <= now_ms for s in self._sent.values()
         )
         return bool(waits) and self._in_flight(now_ms) <= self.window // 2

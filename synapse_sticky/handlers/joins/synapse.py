@@ -129,7 +129,8 @@ class SynapseFederation:
             return Possession.UNREACHABLE
         path = f"{FEDERATION_V1_PREFIX}/event/{urllib.parse.quote(event_id, safe='')}"
         try:
-            # Asking in vain must not back the destination off: nothing else would go there either.
+            # A failed request must not back the destination off: then Synapse would send nothing
+            # else there either.
             answer = await self._client.get_json(
                 destination, path=path, timeout=_ASK_TIMEOUT_MS, ignore_backoff=True
             )
@@ -142,7 +143,7 @@ class SynapseFederation:
         except (RequestSendFailed, FederationDeniedError):
             return Possession.UNREACHABLE
         except Exception:
-            # Whatever the answer was, it was none.
+            # An answer that cannot be understood counts as none.
             logger.exception("Could not ask %s for %s", destination, event_id)
             return Possession.UNREACHABLE
         pdus = answer.get("pdus") if isinstance(answer, dict) else None
@@ -196,7 +197,7 @@ class SynapseFederation:
                     callback(destination)
                 except Exception:
                     # Else Synapse would take the transaction for failed.
-                    logger.exception("Could not go on with the newcomer %s", destination)
+                    logger.exception("Could not update the pushes to %s", destination)
 
             return do
 

@@ -16,7 +16,7 @@ class Newcomer:
     """A server that newly joined a room, until it is certain to have what it needs.
 
     position: the lowest position of the sticky events stream that it may lack.
-    watch_until_ms: until then own events that are sent meanwhile are watched for, too.
+    watch_until_ms: until then the push also watches for own events that are sent after the join.
     """
 
     destination: str
@@ -54,10 +54,10 @@ class NewcomerTable:
         self._homeserver = homeserver
 
     async def state_position(self, now_position: int) -> int:
-        """Up to where this process has read the state changes.
+        """The position from which this process reads the state changes.
 
-        It is where the slowest of all processes was: destinations may have moved to it from any of
-        them. The first of all starts at ``now_position``.
+        It is the position of the slowest process, as this process may send to destinations that any
+        other one sent to before. The very first process starts at ``now_position``.
         """
         instance_name = self._homeserver.instance_name
 

@@ -1,16 +1,16 @@
 """Acknowledged sticky events that cannot be persisted yet are parked, and tried again (L3).
 
-Synapse drops an acknowledged PDU if the event persister or the database fails, or if its
-prev_events cannot be fetched, as the servers that have them cannot be reached. It also drops one
-that comes while this server joins the room, or has it in the memory of the joining process only,
-which a crash loses. Such a PDU is parked: it is put into a table, and staged again from time to
-time by whichever process comes to it, until it is persisted or expires, also after a restart.
+Synapse drops an acknowledged PDU if the event persister or the database fails. Synapse also drops
+it if the prev_events cannot be fetched, as the servers that have them cannot be reached. While this
+server joins the room, the joining process has the PDU in memory only, and a crash loses it; the
+other processes drop it. This module parks such a PDU: it puts the PDU into a table. From time to
+time a process stages the PDU again, until it is persisted or expires, also after a restart.
 
-PDUs whose prev_events are there are all tried at once, but only once. Of the others, one is tried
-at a time for each origin and room: a server that does not answer when it is asked for prev_events
-keeps the room's other PDUs waiting, and some PDUs fail whatever is done. The oldest is tried first,
-as PDUs are a chain more often than not. If that does not help, the others take turns, the newest
-first, since Synapse fetches on its way those before it.
+PDUs whose prev_events are persisted are tried all at once, but only once: some PDUs always fail.
+Then, and where prev_events are missing, one PDU of each origin and room is tried at a time. Else a
+server that does not answer requests for prev_events would hold up the room for too long. The oldest
+PDU is tried first, as PDUs mostly form a chain. If that does not help, the others take turns with
+it, the newest first: Synapse fetches the ones before a PDU on the way to it.
 
 Fails open: a PDU that cannot be parked is dropped, as Synapse drops it.
 """
@@ -24,7 +24,7 @@ import attr
 
 from synapse_sticky.backoff import Backoff
 from synapse_sticky.handlers.staging.pruning import StagedPdu
-from synapse_sticky.handlers.staging.tables import Parked, ParkedPdu, ParkedTable
+from synapse_sticky.handlers.staging.tables import ParkedPdu, ParkedTable, ScheduledPdu
 from synapse_sticky.homeserver import Cancellable, Cursor, Homeserver
 from synapse_sticky.homeserver.layout import NewerLayoutError, migrate
 
@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 
 _BACKOFF = Backoff(1_000, 60_000, spread=0)
 _ATTEMPTS = 12
-"""About seven minutes, and how long each takes. The room's other PDUs wait meanwhile, so it is not
-to be for ever."""
+"""The delays between them are about six minutes in all. The room's other PDUs wait meanwhile, so
+there has to be an end."""
 
 _CHECK_AFTER_MS = 1_000
 """After an attempt: by then it has gone well, or the other server does not answer."""
@@ -88,8 +88,8 @@ class Staging(Protocol):
         """From now on deals with sticky PDUs that cannot be persisted.
 
         Args:
-            park: takes each that Synapse drops, or has in memory only while it joins the room, and
-                why. None that can never be persisted, and none that is larger than a PDU may be.
+            park: takes a PDU that Synapse drops, or has in memory only while it joins the room, and
+                the reason. It gets no PDU that can never be persisted or that is too large.
             retry_after_ms: is asked, with the number of failures, in how many ms a PDU is
                 processed again after the database or the event persister failed; None for not at
                 all.
@@ -115,8 +115,8 @@ class ParkingHandler:
         self._table = table
         self._is_loaded = False
         self._is_off = False
-        # What is to be parked once the table is there.
-        self._to_park: deque[_ToPark] = deque()
+        # Parked once the table is there.
+        self._awaiting_table: deque[_ToPark] = deque()
         self._timer: Cancellable | None = None
         self._timer_due_ms = 0
         self._is_trying = False
@@ -137,15 +137,15 @@ class ParkingHandler:
             await migrate(self._homeserver, self._table)
         except NewerLayoutError:
             self._is_off = True
-            for to_park in self._to_park:
+            for to_park in self._awaiting_table:
                 logger.warning("Not parking the sticky PDU %s", to_park.pdu.event_id)
-            self._to_park.clear()
+            self._awaiting_table.clear()
             raise
         self._is_loaded = True
-        while self._to_park:
-            to_park = self._to_park[0]
+        while self._awaiting_table:
+            to_park = self._awaiting_table[0]
             await self._park_in_table(to_park)
-            self._to_park.popleft()
+            self._awaiting_table.popleft()
         self._staging.begin_on_staged_pdus()
         if self._staging.receives:
             self._try_within(0)
@@ -166,9 +166,9 @@ class ParkingHandler:
         to_park = _ToPark(pdu, staged, why)
         if self._is_loaded:
             await self._park_in_table(to_park)
-        elif not self._is_off and len(self._to_park) < _MOST_IN_MEMORY:
+        elif not self._is_off and len(self._awaiting_table) < _MOST_IN_MEMORY:
             # The table is being made. Nobody waits for it.
-            self._to_park.append(to_park)
+            self._awaiting_table.append(to_park)
         else:
             logger.warning("There is no table, not parking the sticky PDU %s", pdu.event_id)
 
@@ -243,48 +243,50 @@ class ParkingHandler:
             )
             return
         prevs = {prev for pdu in parked for prev in pdu.prev_event_ids}
-        there = await self._staging.persisted({*prevs, *(pdu.event_id for pdu in parked)})
-        ended = [pdu for pdu in parked if pdu.event_id in there or pdu.until_ms <= now_ms]
+        persisted = await self._staging.persisted({*prevs, *(pdu.event_id for pdu in parked)})
+        ended = [pdu for pdu in parked if pdu.event_id in persisted or pdu.until_ms <= now_ms]
         left = [pdu for pdu in parked if pdu not in ended]
-        staged = self._complete(origin, left, there)
-        due = {pdu.event_id: _next_ms(pdu, now_ms) for pdu in staged}
-        others = [pdu for pdu in left if pdu not in staged]
+        to_stage = self._complete(origin, left, persisted)
+        due = {pdu.event_id: _next_ms(pdu, now_ms) for pdu in to_stage}
+        others = [pdu for pdu in left if pdu not in to_stage]
         if others:
             oldest = others[0]
             again_ms = oldest.due_ms
             if oldest.due_ms <= now_ms:
                 turn = (now_ms - oldest.received_ts_ms) // _TURN_MS
-                staged.append(others[-1 - turn // 2 % len(others)] if turn % 2 else oldest)
+                to_stage.append(others[-1 - turn // 2 % len(others)] if turn % 2 else oldest)
                 due[oldest.event_id] = _next_ms(oldest, now_ms)
                 again_ms = now_ms + _CHECK_AFTER_MS
             due.update((pdu.event_id, again_ms) for pdu in others[1:])
         await self._table.stage_again(
             origin,
             room_id,
-            [pdu.event_id for pdu in staged],
+            [pdu.event_id for pdu in to_stage],
             ended=[pdu.event_id for pdu in ended],
             due=due,
             stage_txn=self._staging.stage_txn,
         )
-        if staged:
+        if to_stage:
             await self._staging.process(room_id)
 
-    def _complete(self, origin: str, parked: Sequence[Parked], there: set[str]) -> list[Parked]:
-        """Those whose prev_events are there, or come before them among these; none a second time,
-        as nothing says then that it goes well."""
-        there = set(there)
+    def _complete(
+        self, origin: str, parked: Sequence[ScheduledPdu], persisted: set[str]
+    ) -> list[ScheduledPdu]:
+        """The PDUs that lack no prev_events: these are persisted, or come before the PDU in the
+        result. No PDU is given a second time, as it may fail for ever."""
+        available = set(persisted)
         complete = []
         for pdu in parked:
             key = (origin, pdu.event_id)
-            if key not in self._tried and there.issuperset(pdu.prev_event_ids):
+            if key not in self._tried and available.issuperset(pdu.prev_event_ids):
                 complete.append(pdu)
-                there.add(pdu.event_id)
+                available.add(pdu.event_id)
                 self._tried[key] = None
         while len(self._tried) > _MOST_TRIED:
             self._tried.popitem(last=False)
         return complete
 
 
-def _next_ms(pdu: Parked, now_ms: int) -> int:
+def _next_ms(pdu: ScheduledPdu, now_ms: int) -> int:
     waited_ms = now_ms - pdu.received_ts_ms
     return now_ms + min(max(waited_ms // 2, _BACKOFF.min_ms), _BACKOFF.max_ms)

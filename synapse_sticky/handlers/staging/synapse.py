@@ -61,7 +61,7 @@ RetryAfter = Callable[[StagedPdu, int], int | None]
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
-class _Staged:
+class _KnownPdu:
     is_exempt: bool
     prev_event_ids: tuple[str, ...]
 
@@ -78,14 +78,14 @@ class SynapseStaging:
         self._database_errors = (errors.OperationalError, errors.InterfaceError)
         # Synapse thinks of pruning after every single PDU of a busy room. What is known of the
         # staged ones is remembered, so that each is read and parsed once.
-        self._known: OrderedDict[str, dict[str, _Staged]] = OrderedDict()
+        self._known: OrderedDict[str, dict[str, _KnownPdu]] = OrderedDict()
 
     # Pruning
 
     def exempt_from_pruning(self, is_exempt: Callable[[StagedPdu], bool]) -> None:
         def make(original: Callable[..., Any]) -> Callable[..., Any]:
-            # Never the original: what is staged between this function's look at the area and that
-            # one's is to be exempt, too.
+            # This never calls the original. The original would look at the area once more, and
+            # might prune sticky PDUs that were staged in between.
             async def prune(room_id: str, room_version: Any, *args: Any, **options: Any) -> bool:
                 try:
                     return await self._prune(room_id, room_version, is_exempt)
@@ -156,7 +156,7 @@ class SynapseStaging:
         for event_id, event_json, received_ts_ms in new:
             content = json_decoder.decode(event_json)
             field, sent_ms = content.get(_FIELD), content.get("origin_server_ts")
-            now_known[event_id] = _Staged(
+            now_known[event_id] = _KnownPdu(
                 is_exempt(StagedPdu(event_id, field, sent_ms, received_ts_ms)),
                 prev_event_ids_of(content, v1_format),
             )
@@ -216,7 +216,7 @@ class SynapseStaging:
             async def on_receive_pdu(
                 origin: str, pdu: EventBase, *args: Any, **options: Any
             ) -> None:
-                staged = self._staged(pdu)
+                staged = self._staged_pdu_of(pdu)
                 if staged.sticky_field is None or not _is_possible(pdu):
                     await original(origin, pdu, *args, **options)
                     return
@@ -232,8 +232,8 @@ class SynapseStaging:
                     elif await self._lacks_prev_events(pdu):
                         await self._park(park, origin, pdu, "its prev_events cannot be fetched")
                     raise
-                # Who joins the room is the main process; it has what comes to it meanwhile in
-                # memory only, and others ignore it. By then it has left the staging area.
+                # The main process joins rooms. Until it has, it queues the room's PDUs in memory
+                # only, and the other processes ignore them. None is in the staging area any more.
                 if self._is_queued(pdu):
                     await self._park(park, origin, pdu, "the room is being joined")
                 elif not in_room:
@@ -255,7 +255,7 @@ class SynapseStaging:
                 return await process()
             except Exception as e:
                 failures += 1
-                delay_ms = retry_after_ms(staged, failures) if self._is_passing(e) else None
+                delay_ms = retry_after_ms(staged, failures) if self._is_temporary(e) else None
                 if delay_ms is None:
                     raise
                 logger.warning(
@@ -271,11 +271,11 @@ class SynapseStaging:
         if len(encode_canonical_json(pdu.get_pdu_json())) > MAX_PDU_SIZE:
             return
         try:
-            await park(_to_park(origin, pdu), self._staged(pdu), why)
+            await park(_parked_pdu_of(origin, pdu), self._staged_pdu_of(pdu), why)
         except Exception:
             logger.exception("Could not park the sticky PDU %s", pdu.event_id)
 
-    def _staged(self, pdu: EventBase) -> StagedPdu:
+    def _staged_pdu_of(self, pdu: EventBase) -> StagedPdu:
         field = pdu.get_dict().get(_FIELD)
         return StagedPdu(pdu.event_id, field, pdu.origin_server_ts, self._homeserver.now_ms())
 
@@ -290,16 +290,16 @@ class SynapseStaging:
         queue = self._handler.room_queues.get(pdu.room_id)
         return bool(queue) and queue[-1][0] is pdu
 
-    def _is_passing(self, e: Exception) -> bool:
+    def _is_temporary(self, e: Exception) -> bool:
         """Does the database fail, or is the event persister away?"""
         if any(isinstance(cause, self._database_errors) for cause in (e, e.__cause__)):
             return True
-        # An answer of the persister has no cause.
+        # An error that the persister itself answered with has no cause: the persister is not away.
         return isinstance(e, SynapseError) and e.code == 502 and e.__cause__ is not None
 
     def _may_go_well_later(self, e: Exception) -> bool:
-        # What fails in the persister, its database perhaps, is an answer with an error here.
-        return self._is_passing(e) or (isinstance(e, SynapseError) and e.code >= 500)
+        # If the persister fails, or its database, its answer to this process is such an error.
+        return self._is_temporary(e) or (isinstance(e, SynapseError) and e.code >= 500)
 
     async def _lacks_prev_events(self, pdu: EventBase) -> bool:
         prev_event_ids = set(pdu.prev_event_ids())
@@ -311,8 +311,8 @@ class SynapseStaging:
 
 
 def _is_possible(pdu: EventBase) -> bool:
-    """May it ever be persisted? Synapse takes no more prev_events and auth_events than that, and
-    Postgres has no text with NUL in it, nor can it be asked for one."""
+    """Can it ever be persisted? Synapse takes only so many prev_events and auth_events. Postgres
+    neither stores text with NUL in it, nor takes a query with one."""
     prev_event_ids, auth_event_ids = pdu.prev_event_ids(), pdu.auth_event_ids()
     return (
         len(set(prev_event_ids)) <= _MAX_PREV_EVENTS
@@ -338,7 +338,7 @@ def _texts(pdu: EventBase) -> Iterator[str]:
             yield field
 
 
-def _to_park(origin: str, pdu: EventBase) -> ParkedPdu:
+def _parked_pdu_of(origin: str, pdu: EventBase) -> ParkedPdu:
     return ParkedPdu(
         origin,
         pdu.event_id,

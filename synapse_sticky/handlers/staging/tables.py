@@ -15,7 +15,7 @@ _MOST_OF_SERVER = 500
 _MOST = 5_000
 
 _ROOMS_AT_ONCE = 50
-"""The others' turn comes a second later, once these are no longer due."""
+"""How many pairs of origin and room are tried in one go. The others follow a second later."""
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
@@ -31,9 +31,11 @@ class ParkedPdu:
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
-class Parked:
-    """What decides when a parked PDU is tried: it expires at ``until_ms``, and is due at
-    ``due_ms``."""
+class ScheduledPdu:
+    """A parked PDU without its content: what decides when it is tried.
+
+    It expires at ``until_ms``, and is due at ``due_ms``.
+    """
 
     event_id: str
     prev_event_ids: tuple[str, ...]
@@ -49,7 +51,8 @@ StageTxn = Callable[[Cursor, str, Sequence[ParkedPdu]], None]
 class ParkedTable:
     """Parked PDUs (L3). Every method is one transaction.
 
-    Version 0.1.0 of this module named the table; its processes may work on it beside this one.
+    The table has the name that version 0.1.0 of this module gave it: processes of that version may
+    use it at the same time.
     """
 
     duty = "parking"
@@ -171,10 +174,10 @@ class ParkedTable:
 
         return await self._homeserver.transact("next_parked_ms", read_txn)
 
-    async def of_room(self, origin: str, room_id: str) -> list[Parked]:
+    async def of_room(self, origin: str, room_id: str) -> list[ScheduledPdu]:
         """The parked PDUs of the origin for the room, those received first in front."""
 
-        def read_txn(txn: Cursor) -> list[Parked]:
+        def read_txn(txn: Cursor) -> list[ScheduledPdu]:
             txn.execute(
                 "SELECT event_id, prev_event_ids, received_ts_ms, until_ms, due_ms"
                 " FROM synapse_sticky_incomplete WHERE origin = ? AND room_id = ?"
@@ -182,7 +185,7 @@ class ParkedTable:
                 (origin, room_id),
             )
             return [
-                Parked(event_id, tuple(json.loads(prev_event_ids)), *times)
+                ScheduledPdu(event_id, tuple(json.loads(prev_event_ids)), *times)
                 for event_id, prev_event_ids, *times in txn.fetchall()
             ]
 

@@ -36,13 +36,14 @@ class StateChanges(Protocol):
     ) -> tuple[int, list[ServerJoin]]:
         """One page of new joins of servers, and the position that it reaches to.
 
-        A join counts if no other user of that server has been joined since before. Joins that
-        were received before ``not_before_ms`` are left out. This server's own joins are among
-        them, and those that it missed if it left the room after ``not_before_ms`` and is back.
+        A user's join counts if no other user of that server was joined before. Joins that were
+        received before ``not_before_ms`` do not count. This server's own joins count, too. Suppose
+        that this server left the room after ``not_before_ms`` and has joined it again: then the
+        joins that it missed count as well.
         """
 
 
-class Destinations(Protocol):
+class HandledDestinations(Protocol):
     """Which destinations this process sends to."""
 
     def handles(self, destination: str) -> bool:
@@ -59,7 +60,7 @@ class JoinReader:
         self,
         homeserver: Homeserver,
         changes: StateChanges,
-        destinations: Destinations,
+        destinations: HandledDestinations,
         table: NewcomerTable,
         on_joins: Callable[[Sequence[ServerJoin], Sequence[ServerJoin], int], None],
     ) -> None:
@@ -101,7 +102,7 @@ class JoinReader:
 
     async def _read_page(self, after: int, up_to: int) -> None:
         now_ms = self._homeserver.now_ms()
-        # What was sent before an earlier join has expired by now.
+        # Earlier joins do not matter: what was sent before them has expired by now.
         position, joins = await self._changes.server_joins(
             after=after, up_to=up_to, not_before_ms=now_ms - MAX_STICKY_DURATION_MS
         )

@@ -67,9 +67,9 @@ class SynapseStateChanges:
         )
         changes = [d for d in deltas if d.event_type == EventTypes.Member and d.event_id]
         # When this server itself joins, the whole state of the room arrives as changes at one
-        # position. That its creation is new tells this from changes of several members that were
-        # persisted together. Nobody in it is a newcomer to this server's events, unless this
-        # server has been in the room before, and they joined while it was not.
+        # position. Only then is a new create event among them; other changes may also share a
+        # position. The members of that state are no newcomers to this server's events, unless this
+        # server was in the room before, and they joined while it was away.
         own_joins = {
             (d.stream_id, d.room_id)
             for d in deltas
@@ -86,24 +86,26 @@ class SynapseStateChanges:
         memberships = await self._memberships(
             e for d in changes for e in (d.event_id, d.prev_event_id) if e
         )
-        known: dict[tuple[int, str], set[str] | None] = {}
+        stayed_at: dict[tuple[int, str], set[str] | None] = {}
         for change in changes:
             new = memberships.get(change.event_id or "")
             if new is None or not _is_join(change, new, memberships, not_before_ms):
                 continue
             at = (change.stream_id, change.room_id)
-            if (at in own_joins or new.outlier) and at not in known:
-                known[at] = await self._left_behind(*at, not_before_ms)
-            left_behind = known.get(at)
+            if (at in own_joins or new.outlier) and at not in stayed_at:
+                stayed_at[at] = await self._servers_at_leave(*at, not_before_ms)
+            stayed = stayed_at.get(at)
             server = _domain(new.user_id) or ""
-            came_meanwhile = left_behind is not None and server not in left_behind
-            if came_meanwhile or (at not in own_joins and await self._is_server_join(new)):
+            joined_while_away = stayed is not None and server not in stayed
+            if joined_while_away or (at not in own_joins and await self._is_server_join(new)):
                 joins[ServerJoin(server, new.room_id)] = None
         return position, list(joins)
 
-    async def _left_behind(self, before: int, room_id: str, not_before_ms: int) -> set[str] | None:
-        """The servers that were in the room when this one last left it; None if it has not in
-        that time."""
+    async def _servers_at_leave(
+        self, before: int, room_id: str, not_before_ms: int
+    ) -> set[str] | None:
+        """The servers that stayed when this server last left the room; None if it has not left the
+        room since ``not_before_ms``."""
 
         def read_txn(txn: Cursor) -> set[str] | None:
             # A server that leaves forgets all of the room's state.
@@ -177,8 +179,8 @@ class SynapseStateChanges:
                 return False
             if not new.outlier:
                 return True
-            # An outlier came as part of fetched state. If it is from before this server's own
-            # join, /send_join named its server and it has been sent everything since.
+            # Synapse fetched an outlier as part of the state. If it is older than this server's own
+            # join, /send_join named its server, and Synapse has sent that server everything since.
             txn.execute(
                 "SELECT MIN(e.depth) FROM current_state_events AS c"
                 " INNER JOIN events AS e ON e.event_id = c.event_id"

@@ -71,7 +71,7 @@ def replace_everywhere(
         replacement: Any = functools.wraps(original)(makes[name](original))
         replacement.is_of_synapse_sticky = True
         for namespace in namespaces:
-            if modules.get(id(namespace), ("",))[0] not in plain:
+            if namespace.get("__name__") not in plain:
                 namespace.update(dict.fromkeys(_names(namespace, original), replacement))
 
 

@@ -26,6 +26,10 @@ from tests.unit.coroutines import result_of
 
 FOR_USERS = "filter_and_transform_events_for_client"
 FOR_SERVERS = "filter_events_for_server"
+OF_SYNC = {
+    *("synapse.handlers.sync", "synapse.handlers.sliding_sync"),
+    "synapse.handlers.sliding_sync.extensions",
+}
 NOW_MS = 1_800_000_000_000
 
 
@@ -68,14 +72,14 @@ def holders(function: object) -> set[str]:
 
 @pytest.mark.requirement("C1")
 @pytest.mark.usefixtures("restored")
-def test_all_of_synapse_but_exports_and_mails_gets_them() -> None:
+def test_all_of_synapse_but_exports_mails_and_timelines_gets_them() -> None:
     # As Synapse loads all of it before it loads any module.
     importlib.import_module("synapse.app.homeserver")
     before = {name: holders(getattr(visibility, name)) for name in (FOR_USERS, FOR_SERVERS)}
     signatures = {name: inspect.signature(getattr(visibility, name)) for name in before}
     SynapseVisibility(ThisHomeserver(Store())).allow(servers=nothing, users=nothing)
     after = {name: holders(getattr(visibility, name)) for name in before}
-    plain = {"synapse.handlers.admin", "synapse.push.mailer"}
+    plain = {"synapse.handlers.admin", "synapse.push.mailer", *OF_SYNC}
     assert plain < before[FOR_USERS]
     assert len(before[FOR_USERS]) >= 12
     assert after == {FOR_USERS: before[FOR_USERS] - plain, FOR_SERVERS: before[FOR_SERVERS]}

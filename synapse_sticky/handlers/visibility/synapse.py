@@ -46,9 +46,17 @@ SEAMS = (
     Method(STORE, "is_partial_state_room", 1, is_async=True),
 )
 
-_PLAIN = ("synapse.handlers.admin", "synapse.push.mailer")
-"""What exports a user's data for administrators, and what writes mails. If Synapse could not send
-mails for want of a library, and could later: a mail would say what its reader's client says."""
+_PLAIN = (
+    # What exports a user's data for administrators, and what writes mails. If Synapse could not
+    # send mails for want of a library, and could later: a mail would say what its reader's client
+    # says.
+    *("synapse.handlers.admin", "synapse.push.mailer"),
+    # /sync and sliding sync have sections for sticky events, which Synapse fills whatever the
+    # history visibility. Their timelines show nobody what was before their join.
+    *("synapse.handlers.sync", "synapse.handlers.sliding_sync"),
+    "synapse.handlers.sliding_sync.extensions",
+)
+"""The modules that go on with Synapse's own filter for users."""
 
 # What the filters, which all homeservers of a process share, ask of one of them.
 _TO_USERS = "_synapse_sticky_allowed_to_users"
@@ -99,10 +107,8 @@ def _in_our_words(event: "EventBase") -> HiddenEvent:
 
 
 def _with_allowed_to_users(original: Callable[..., Any]) -> Callable[..., Any]:
-    # The timelines of /sync and sliding sync are filtered here, too, and then have sticky events
-    # from before a join. That is what C1 says; and both leave out of their sections what is in the
-    # timeline that has come out of the filter (D3). That a user peeks, or had left by a position in
-    # the past, changes nothing: who is joined at this moment may see these events.
+    # That a user peeks, or had left by a position in the past, changes nothing: who is joined at
+    # this moment may see these events.
     async def filter_and_transform_events_for_client(
         storage: Any,
         user_id: str,

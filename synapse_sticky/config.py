@@ -38,7 +38,7 @@ class Strict(Enum):
     NO = "false"
     """None: the duty concerned is off."""
     ACCESS = "access"
-    """Those of the duties that decide who gets the sticky sections, delivery and sliding."""
+    """Those that leave open who gets the sticky sections (D8)."""
     ALL = "true"
 
 

@@ -1,13 +1,15 @@
 """The duties: what each needs of Synapse and of the others, and what users notice without it."""
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from enum import Enum
 from typing import Any
 
 import attr
 
-from synapse_sticky.homeserver.seams import Seam, misfits
+from synapse_sticky.homeserver import access, database
+from synapse_sticky.homeserver.fitting import Columns, misfits
+from synapse_sticky.homeserver.seams import Seam, Table, imports_of
 
 _PACKAGE = "synapse_sticky"
 
@@ -46,14 +48,18 @@ class Duty:
         Raises:
             ImportError: the running Synapse lacks a name that one of them imports.
         """
-        return tuple(dict.fromkeys(s for file in self.files for s in seams_of(file, self.name)))
+        return tuple(dict.fromkeys(s for file in self.files for s in seams_of(file)))
 
-    def misfits(self) -> list[str]:
-        """What the running Synapse lacks, one line each."""
+    def misfits(self, columns: Columns | None = None) -> list[str]:
+        """What the running Synapse and its database lack, one line each.
+
+        Args:
+            columns: those of the database; None if they are not known.
+        """
         problems: dict[str, None] = {}
         for file in self.files:
             try:
-                problems.update(dict.fromkeys(misfits(seams_of(file, self.name))))
+                problems.update(dict.fromkeys(misfits(seams_of(file), columns)))
             except Exception as e:
                 # A file reads what it imports: a constant that is gone is an AttributeError.
                 problems[f"{file} cannot be loaded: {e}"] = None
@@ -64,19 +70,22 @@ class Duty:
         return self.native is not None and not misfits([self.native])
 
 
-def seams_of(file: str, duty: str) -> tuple[Seam, ...]:
-    """The seams that a file declares for a duty. Two duties that share a file have their own."""
+def seams_of(file: str) -> tuple[Seam, ...]:
+    """The seams of a file of this package: those that it declares, and what it imports.
+
+    Raises:
+        ImportError: the running Synapse lacks a name that it imports.
+    """
     module: Any = importlib.import_module(f"{_PACKAGE}.{file}")
-    seams: tuple[Seam, ...] | Mapping[str, tuple[Seam, ...]] = module.SEAMS
-    return seams[duty] if isinstance(seams, Mapping) else seams
+    seams: tuple[Seam, ...] = getattr(module, "SEAMS", ())
+    return (*seams, *imports_of(module))
 
 
-ALL = ("homeserver.process",)
+ALL = ("homeserver.process", "homeserver.signal")
 """What every duty needs."""
 
 _INDEX = ("index.synapse",)
 _ROOMS = ("homeserver.rooms",)
-_STAGING = ("handlers.staging.synapse", "homeserver.staged")
 
 DUTIES: Mapping[str, Duty] = {
     duty.name: duty
@@ -103,10 +112,14 @@ DUTIES: Mapping[str, Duty] = {
             "servers that newly join a room do not get its sticky events",
             needs=("index",),
         ),
-        Duty("pruning", _STAGING, "acknowledged sticky events may be pruned in a flood"),
+        Duty(
+            "pruning",
+            ("handlers.staging.pruning.synapse",),
+            "acknowledged sticky events may be pruned in a flood",
+        ),
         Duty(
             "parking",
-            (*_STAGING, *_ROOMS),
+            (*_ROOMS, "handlers.staging.parking.synapse", "homeserver.staged"),
             "acknowledged sticky events are dropped if they cannot be persisted at once",
         ),
         Duty(
@@ -131,16 +144,36 @@ DUTIES: Mapping[str, Duty] = {
 
 
 def all_seams() -> tuple[Seam, ...]:
-    """Every seam that is declared, once.
+    """Every seam, once.
 
     Raises:
         ImportError: the running Synapse lacks a name that a file imports.
     """
-    shared = (seam for file in ALL for seam in seams_of(file, ""))
-    of_duties = (seam for duty in DUTIES.values() for seam in duty.seams())
-    return tuple(dict.fromkeys((*shared, *of_duties)))
+    return tuple(dict.fromkeys(_every_seam()))
+
+
+def _every_seam() -> Iterator[Seam]:
+    for file in ALL:
+        yield from seams_of(file)
+    yield from database.SEAMS
+    for layer in access.SEAMS.values():
+        yield from layer
+    for duty in DUTIES.values():
+        yield from duty.seams()
+
+
+def tables() -> frozenset[str]:
+    """The tables of Synapse that any duty's SQL names, as far as its files can be loaded."""
+    found = set()
+    for duty in DUTIES.values():
+        for file in duty.files:
+            try:
+                found |= {seam.name for seam in seams_of(file) if isinstance(seam, Table)}
+            except Exception:  # noqa: S112  # `misfits` says so
+                continue
+    return frozenset(found)
 
 
 def shared_misfits() -> list[str]:
     """What all duties need and the running Synapse lacks, one line each."""
-    return [problem for file in ALL for problem in misfits(seams_of(file, ""))]
+    return [problem for file in ALL for problem in misfits(seams_of(file))]

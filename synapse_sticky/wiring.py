@@ -10,7 +10,7 @@ from synapse.module_api.errors import ConfigError
 from synapse_sticky import metrics
 from synapse_sticky.backoff import Backoff, Retrying
 from synapse_sticky.config import StickyConfig, Strict
-from synapse_sticky.duties import DUTIES, Duty, State, shared_misfits
+from synapse_sticky.duties import DUTIES, Duty, State, shared_misfits, tables
 from synapse_sticky.handlers.deferral.handler import DeferralHandler
 from synapse_sticky.handlers.deferral.tables import DeferredTable
 from synapse_sticky.handlers.delivery.handler import DeliveryHandler
@@ -21,11 +21,13 @@ from synapse_sticky.handlers.receipt.handler import ReceiptHandler
 from synapse_sticky.handlers.sending.handler import SendingHandler
 from synapse_sticky.handlers.sliding.handler import SlidingHandler
 from synapse_sticky.handlers.sliding.tables import PageTable
-from synapse_sticky.handlers.staging.parking import ParkingHandler
-from synapse_sticky.handlers.staging.pruning import PruningHandler
-from synapse_sticky.handlers.staging.tables import ParkedTable
+from synapse_sticky.handlers.staging.parking.handler import ParkingHandler
+from synapse_sticky.handlers.staging.parking.tables import ParkedTable
+from synapse_sticky.handlers.staging.pruning.handler import PruningHandler
 from synapse_sticky.handlers.visibility.handler import VisibilityHandler
 from synapse_sticky.homeserver import Homeserver
+from synapse_sticky.homeserver.access import LAYERS, Access
+from synapse_sticky.homeserver.database import read_columns
 from synapse_sticky.homeserver.layout import NewerLayoutError
 from synapse_sticky.homeserver.seams import SeamMismatchError
 from synapse_sticky.index import IndexFollower
@@ -35,6 +37,9 @@ logger = logging.getLogger(__name__)
 
 _LOAD_BACKOFF = Backoff(5_000, 30_000, spread=0)
 _PATIENCE_MS = 60_000
+ACCESS = "access"
+"""By this name the log, the metric and `check` say whether the sections are guarded (D8)."""
+
 _LOADED = "_synapse_sticky_is_loaded"
 
 Load = Callable[[], Awaitable[None]]
@@ -69,8 +74,10 @@ class Wiring:
         self._deferred = DeferredTable(self._homeserver)
         self._ended: set[str] = set()
         self._deferral_ended = self._homeserver.new_signal()
+        self._columns = read_columns(self._homeserver.hs.config, tables())
         for duty in DUTIES.values():
             self._begin(duty)
+        self._begin_access()
         self._raise_if_strict()
         self._tell()
         if self._loads:
@@ -81,21 +88,21 @@ class Wiring:
         if self._config.strict is not Strict.NO:
             raise SeamMismatchError(problems)
         logger.error("synapse-sticky is off, as this Synapse does not fit: %s", "; ".join(problems))
-        for name in DUTIES:
+        for name in (*DUTIES, ACCESS):
             metrics.set_duty(name, State.UNFIT.value)
 
     def _begin(self, duty: Duty) -> None:
         """Installs the duty in this process, or says why not."""
         if duty.name in self._config.native or duty.is_native():
-            self._set(duty, State.NATIVE)
+            self._set(duty.name, State.NATIVE)
             return
         missing = [name for name in duty.needs if self.states.get(name) is not State.ON]
         if missing and self._config.is_on(duty.name):
             logger.warning("%s is off, as it needs %s", duty.name, ", ".join(missing))
         if missing or not self._config.is_on(duty.name):
-            self._set(duty, State.OFF)
+            self._set(duty.name, State.OFF)
             return
-        problems = duty.misfits()
+        problems = duty.misfits(self._columns)
         is_here = False
         if not problems:
             mark = self._homeserver.mark()
@@ -117,27 +124,47 @@ class Wiring:
                 "; ".join(problems),
                 duty.without,
             )
-            self._set(duty, State.UNFIT)
+            self._set(duty.name, State.UNFIT)
         elif is_here:
-            self._set(duty, State.ON)
+            self._set(duty.name, State.ON)
 
-    def _set(self, duty: Duty, state: State) -> None:
-        self.states[duty.name] = state
-        metrics.set_duty(duty.name, state.value)
+    def _begin_access(self) -> None:
+        """Guards the sections, unless they are left to Synapse."""
+        if not self._homeserver.serves("client"):
+            return
+        left = (State.OFF, State.NATIVE)
+        guarded = [duty for duty in LAYERS if self.states.get(duty) not in left]
+        guard = Access(self._homeserver)
+        problems = [problem for duty in guarded for problem in guard.guard(duty)]
+        if problems:
+            self._misfits += problems
+            logger.error(
+                "%s is off, as this Synapse does not fit: %s. Without it sticky sections may have"
+                " events of rooms that the user is not joined to.",
+                ACCESS,
+                "; ".join(problems),
+            )
+        self._set(ACCESS, State.UNFIT if problems else State.ON if guarded else State.OFF)
+
+    def _set(self, name: str, state: State) -> None:
+        self.states[name] = state
+        metrics.set_duty(name, state.value)
 
     def _raise_if_strict(self) -> None:
         strict = self._config.strict
         unfit = {name for name, state in self.states.items() if state is State.UNFIT}
         if strict is Strict.ACCESS:
-            unfit &= {"delivery", "sliding"}
+            unfit &= {ACCESS}
         if strict is not Strict.NO and unfit:
             self._homeserver.close()
             raise SeamMismatchError([f"{', '.join(sorted(unfit))} would be off", *self._misfits])
 
     def _tell(self) -> None:
+        # Access is no duty that anybody chooses: it is named where it is missing.
+        shown = (*DUTIES, *([] if self.states.get(ACCESS) is State.ON else [ACCESS]))
         parts = []
         for state in State:
-            if names := [name for name in DUTIES if self.states.get(name) is state]:
+            if names := [name for name in shown if self.states.get(name) is state]:
                 of_state = "" if state is State.ON else f"{state.value}: "
                 parts.append(of_state + ", ".join(names))
         logger.info(
@@ -168,7 +195,7 @@ class Wiring:
         from synapse_sticky.handlers.delivery.synapse import SynapseDelivery
 
         delivery = SynapseDelivery(self._homeserver)
-        DeliveryHandler(self._homeserver, self._follower, delivery).install()
+        DeliveryHandler(self._follower, delivery).install()
         return True
 
     def _install_sliding(self) -> bool:
@@ -215,13 +242,13 @@ class Wiring:
         return True
 
     def _install_pruning(self) -> bool:
-        from synapse_sticky.handlers.staging.synapse import SynapseStaging
+        from synapse_sticky.handlers.staging.pruning.synapse import SynapsePruning
 
-        PruningHandler(self._homeserver, SynapseStaging(self._homeserver)).install()
+        PruningHandler(self._homeserver, SynapsePruning(self._homeserver)).install()
         return True
 
     def _install_parking(self) -> bool:
-        from synapse_sticky.handlers.staging.synapse import SynapseStaging
+        from synapse_sticky.handlers.staging.parking.synapse import SynapseStaging
         from synapse_sticky.homeserver.rooms import Rooms
 
         homeserver = self._homeserver
@@ -301,10 +328,10 @@ class Wiring:
 
     async def _load(self, duty: str, load: Load) -> None:
         # The configuration may say `on`; the metric says what is.
-        self._set(DUTIES[duty], State.OFF)
+        self._set(duty, State.OFF)
         try:
             await load()
-            self._set(DUTIES[duty], State.ON)
+            self._set(duty, State.ON)
         except NewerLayoutError as e:
             # Trying again does not help.
             logger.error("%s is off: %s", duty, e)

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from synapse.module_api import ModuleApi
 from synapse.module_api.errors import ConfigError
-from synapse.storage.database import make_in_list_sql_clause
-from synapse.storage.engines import PostgresEngine
 
-from synapse_sticky.homeserver.seams import HOMESERVER, Attribute, Method, attributes
+from synapse_sticky.homeserver.database import is_postgres
+from synapse_sticky.homeserver.seams import HOMESERVER, Attribute, attributes, method
 from synapse_sticky.homeserver.signal import Signal
 
 if TYPE_CHECKING:
@@ -25,11 +24,10 @@ T = TypeVar("T")
 SEAMS = (
     Attribute("synapse.module_api.ModuleApi", "_hs"),
     *attributes(HOMESERVER, "config", "get_datastores", "get_clock"),
-    Method(
-        HOMESERVER, "register_sync_shutdown_handler", 0, ("phase", "eventType", "shutdown_func")
-    ),
+    method(HOMESERVER, "register_sync_shutdown_handler(*, phase, eventType, shutdown_func)"),
     Attribute("synapse.storage.databases.Databases", "main"),
     Attribute("synapse.storage._base.SQLBaseStore", "database_engine"),
+    Attribute("synapse.storage.engines._base.BaseDatabaseEngine", "module"),
     *attributes("synapse.config.homeserver.HomeServerConfig", "experimental", "worker", "server"),
     *attributes("synapse.config.workers.WorkerConfig", "worker_app", "worker_listeners"),
     Attribute("synapse.config.server.ServerConfig", "listeners"),
@@ -84,7 +82,7 @@ class Homeserver:
         self.store: Any = self.hs.get_datastores().main
         self.server_name = api.server_name
         self.instance_name = api.worker_name or "master"
-        self.is_postgres = isinstance(self.store.database_engine, PostgresEngine)
+        self.is_postgres = is_postgres(self.store.database_engine)
         self._undo: list[Callable[[], None]] = []
         # The reactor knows this function, and lets it go at the homeserver's `shutdown()` only.
         # When the process ends, Synapse processes events until its own handlers of the phase
@@ -140,7 +138,9 @@ class Homeserver:
 
     def in_list(self, column: str, values: Collection[object]) -> tuple[str, list[Any]]:
         """The SQL for "the column is one of these", and its arguments."""
-        return make_in_list_sql_clause(self.store.database_engine, column, values)
+        if self.is_postgres:
+            return f"{column} = ANY(?)", [list(values)]
+        return f"{column} IN ({', '.join('?' * len(values))})", list(values)
 
     def serves(self, resource: str) -> bool:
         """Does this process listen for the resource, ``client`` or ``federation``?"""

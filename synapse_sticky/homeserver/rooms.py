@@ -7,19 +7,19 @@ from synapse.api.constants import EventTypes, Membership
 from synapse.util.stringutils import parse_server_name
 
 from synapse_sticky.homeserver.process import Cursor, Homeserver
-from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, Method, table
+from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, method, table
 
 _STATE = "synapse.storage.controllers.state.StateStorageController"
 
 SEAMS = (
-    Method(HOMESERVER, "get_storage_controllers"),
+    method(HOMESERVER, "get_storage_controllers() -> StorageControllers"),
     Attribute("synapse.storage.controllers.StorageControllers", "state"),
-    Method(STORE, "is_host_joined", 2, is_async=True),
-    Method(STORE, "get_rooms_for_user", 1, is_async=True),
-    Method(STORE, "are_users_erased", 1, is_async=True),
-    Method(_STATE, "get_server_acl_for_room", 1, is_async=True),
+    method(STORE, "async is_host_joined(room_id, host, /) -> bool"),
+    method(STORE, "async get_rooms_for_user(user_id, /) -> frozenset"),
+    method(STORE, "async are_users_erased(user_ids, /) -> Mapping"),
+    method(_STATE, "async get_server_acl_for_room(room_id, /) -> ServerAclEvaluator | None"),
     Attribute("synapse.synapse_rust.acl.ServerAclEvaluator", "server_matches_acl_event"),
-    table("current_state_events", "room_id", "type", "state_key", "membership"),
+    table("current_state_events", "room_id text, type text, state_key text, membership text"),
 )
 
 

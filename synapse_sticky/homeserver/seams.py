@@ -1,18 +1,15 @@
 """Seams: every private part of Synapse that the module uses, declared beside its use.
 
 A file that uses private parts of Synapse declares them in its ``SEAMS``. A plain import of a
-private name is a seam by itself: it is declared by the import. ``misfits`` checks declarations
-without an instance of anything, so before anything is installed. What is read is Synapse's classes
-and their source.
+private name is declared by the import itself: ``imports_of`` reads it off the source. ``fitting``
+says which of them the running Synapse lacks.
 """
 
 import ast
-import functools
-import importlib
 import inspect
-import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from importlib.metadata import version
+from types import ModuleType
 from typing import Any
 
 import attr
@@ -21,6 +18,12 @@ from synapse.module_api.errors import ConfigError
 HOMESERVER = "synapse.server.HomeServer"
 STORE = "synapse.storage.databases.main.DataStore"
 """The main data store, ``hs.get_datastores().main``."""
+
+DATABASE = "database"
+"""The owner of each table."""
+
+PUBLIC_MODULES = ("synapse.module_api",)
+"""What is below these is the public module API."""
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
@@ -34,49 +37,108 @@ class Seam:
     owner: str
     name: str
 
+    def __str__(self) -> str:
+        return f"{self.owner}.{self.name}"
 
-@attr.s(auto_attribs=True, frozen=True, slots=True)
+
+@attr.s(auto_attribs=True, frozen=True, slots=True, str=False)
 class Method(Seam):
     """A function or method, by the call as the module makes it or passes it on.
 
-    positional: how many arguments are passed by position (without self).
+    by_position: the names of the arguments that are passed by position (without self), where only
+        the position matters.
+    arguments: the names of those after them that may be passed either way.
     keywords: the names of those that are passed by name.
-    is_async: whether the result has to be awaited; None if that does not matter.
+    is_async: whether the result has to be awaited.
     is_replaced: whether the module puts a function of its own in its place.
-    names: of the first arguments, where the module's function has them and Synapse's own callers
-        may use them: the same, in the same order.
+    returns: the annotation of the result; only its shape is compared. None if it does not matter.
     """
 
-    positional: int = 0
+    by_position: tuple[str, ...] = ()
+    arguments: tuple[str, ...] = ()
     keywords: tuple[str, ...] = ()
-    is_async: bool | None = None
+    is_async: bool = False
     is_replaced: bool = False
-    names: tuple[str, ...] = ()
+    returns: str | None = None
 
 
-@attr.s(auto_attribs=True, frozen=True, slots=True)
+@attr.s(auto_attribs=True, frozen=True, slots=True, str=False)
 class Attribute(Seam):
     """An attribute of a class, or one that its instances get."""
 
 
-@attr.s(auto_attribs=True, frozen=True, slots=True)
-class Table(Seam):
-    """A table that the module's own SQL reads or writes; ``owner`` is always ``database``.
+@attr.s(auto_attribs=True, frozen=True, slots=True, str=False)
+class Import(Seam):
+    """A name that is imported from a module; the module itself if ``name`` is empty."""
 
-    columns: the names of those that the SQL names.
+
+@attr.s(auto_attribs=True, frozen=True, slots=True, str=False)
+class Table(Seam):
+    """A table that the module's own SQL reads or writes; ``owner`` is always ``DATABASE``.
+
+    columns: the name of each column that the SQL names, and the kind of its values.
     """
 
-    columns: tuple[str, ...] = ()
+    columns: tuple[tuple[str, str], ...] = ()
 
 
-def table(name: str, *columns: str) -> Table:
-    """A table of Synapse's database, and the columns that the module's SQL names."""
-    return Table("database", name, columns)
+def method(owner: str, signature: str, *, is_replaced: bool = False) -> Method:
+    """A function or method, its call written as Python writes a signature.
+
+    For instance ``"async get_events(event_ids, /, *, allow_rejected) -> dict"``.
+    """
+    is_async = signature.startswith("async ")
+    function: Any = ast.parse(f"def {signature.removeprefix('async ')}: ...").body[0]
+    arguments = function.args
+    return Method(
+        owner,
+        function.name,
+        tuple(argument.arg for argument in arguments.posonlyargs),
+        tuple(argument.arg for argument in arguments.args),
+        tuple(argument.arg for argument in arguments.kwonlyargs),
+        is_async=is_async,
+        is_replaced=is_replaced,
+        returns=function.returns and ast.unparse(function.returns),
+    )
+
+
+def table(name: str, columns: str) -> Table:
+    """A table of Synapse's database, and the columns that the module's SQL names.
+
+    For instance ``table("rooms", "room_id text")``.
+    """
+    named = [column.split() for column in columns.split(",")]
+    return Table(DATABASE, name, tuple((column, kind) for column, kind in named))
 
 
 def attributes(owner: str, *names: str) -> tuple[Attribute, ...]:
     """Several attributes of one owner."""
     return tuple(Attribute(owner, name) for name in names)
+
+
+def imports_of(module: ModuleType) -> tuple[Import, ...]:
+    """The private names of Synapse that a module imports to run."""
+    return tuple(imports_in(ast.parse(inspect.getsource(module))))
+
+
+def imports_in(tree: ast.AST) -> Iterator[Import]:
+    """The same, for its syntax tree. What is for type checkers only is left out."""
+    for node in ast.iter_child_nodes(tree):
+        match node:
+            case ast.If(test=ast.Name(id="TYPE_CHECKING")):
+                continue
+            case ast.ImportFrom(module=str(path), names=names) if _is_private(path):
+                yield from (Import(path, alias.name) for alias in names)
+            case ast.Import(names=names):
+                yield from (Import(alias.name, "") for alias in names if _is_private(alias.name))
+            case _:
+                yield from imports_in(node)
+
+
+def _is_private(path: str) -> bool:
+    return path.split(".", maxsplit=1)[0] == "synapse" and not any(
+        path == public or path.startswith(f"{public}.") for public in PUBLIC_MODULES
+    )
 
 
 class SeamMismatchError(ConfigError):
@@ -90,108 +152,3 @@ class SeamMismatchError(ConfigError):
             "out of `modules:` until there is one."
         )
         self.args = (self.msg,)  # else str() shows the arguments of this constructor
-
-
-def misfits(seams: Iterable[Seam]) -> list[str]:
-    """What of these seams the running Synapse does not have, one line each."""
-    return [problem for seam in seams if (problem := _problem(seam))]
-
-
-def _problem(seam: Seam) -> str | None:
-    if isinstance(seam, Table):
-        return None  # columns are looked up in the database
-    try:
-        owner = resolve(seam.owner)
-    except (ImportError, AttributeError) as e:
-        return f"{seam.owner} is not there ({e})"
-    if isinstance(seam, Method):
-        problem = _problem_of_method(owner, seam)
-    else:
-        problem = None if _has_attribute(owner, seam.name) else "is not there"
-    return problem and f"{seam.owner}.{seam.name} {problem}"
-
-
-def resolve(path: str) -> Any:
-    """The module or class of this dotted path.
-
-    Raises:
-        ImportError: there is no such module.
-        AttributeError: the module has no such class.
-    """
-    parts = path.split(".")
-    for length in range(len(parts), 0, -1):
-        try:
-            found: Any = importlib.import_module(".".join(parts[:length]))
-        except ModuleNotFoundError as e:
-            if length == 1 or (not path.startswith(f"{e.name}.") and e.name != path):
-                raise
-            continue
-        return functools.reduce(getattr, parts[length:], found)
-    raise ImportError(path)
-
-
-def _problem_of_method(owner: Any, seam: Method) -> str | None:
-    try:
-        found = inspect.getattr_static(owner, seam.name)
-    except AttributeError:
-        return "is not there"
-    # Synapse's cached methods are descriptors around the function.
-    function = getattr(found, "orig", found)
-    takes_self = inspect.isclass(owner) and not isinstance(function, staticmethod)
-    function = getattr(function, "__func__", function)
-    if not callable(function):
-        return "is not a function"
-    if problem := _problem_of_call(function, seam, takes_self=takes_self):
-        return problem
-    if seam.is_async is not None and found is function:
-        is_async = inspect.iscoroutinefunction(inspect.unwrap(function))
-        if is_async != seam.is_async:
-            return "is a coroutine function" if is_async else "is no coroutine function"
-    return None
-
-
-def _problem_of_call(function: Any, seam: Method, *, takes_self: bool) -> str | None:
-    try:
-        signature = inspect.signature(function)
-    except ValueError as e:
-        return f"cannot be looked into: {e}"
-    arguments = [None] * (seam.positional + takes_self)
-    try:
-        signature.bind(*arguments, **dict.fromkeys(seam.keywords))
-    except TypeError as e:
-        return f"takes {signature}: {e}"
-    names = [name for name in signature.parameters if name != "self"]
-    if tuple(names[: len(seam.names)]) != seam.names:
-        return f"takes {signature}, and not first {', '.join(seam.names)}"
-    return None
-
-
-def _has_attribute(owner: Any, name: str) -> bool:
-    if not inspect.isclass(owner):
-        return hasattr(owner, name)
-    return any(name in _names_of(cls) for cls in owner.__mro__)
-
-
-def _sections(cls: type) -> Iterator[str]:
-    """The sections of Synapse's configuration, which its root gets from its classes."""
-    return (config.section for config in getattr(cls, "config_classes", ()))
-
-
-@functools.cache
-def _names_of(cls: type) -> frozenset[str]:
-    """The attributes of the class, and those that its methods set on an instance."""
-    annotations = getattr(cls, "__annotations__", ())
-    return frozenset((*vars(cls), *annotations, *_set_in(cls), *_sections(cls)))
-
-
-def _set_in(cls: type) -> Iterator[str]:
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
-    except (OSError, TypeError):
-        return  # built in, or compiled: it has no source
-    for node in ast.walk(tree):
-        match node:
-            case ast.Attribute(value=ast.Name(id="self"), attr=name, ctx=ast.Store()):
-                yield name
-            case _:
-                pass

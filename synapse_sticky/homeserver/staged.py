@@ -5,15 +5,15 @@ from typing import Any
 from synapse.util.duration import Duration
 
 from synapse_sticky.homeserver.process import Homeserver
-from synapse_sticky.homeserver.seams import HOMESERVER, Attribute, Method
+from synapse_sticky.homeserver.seams import HOMESERVER, Attribute, method
 
 _SERVER = "synapse.federation.federation_server.FederationServer"
 
 SEAMS = (
-    Method(HOMESERVER, "get_federation_server"),
+    method(HOMESERVER, "get_federation_server() -> FederationServer"),
     Attribute(_SERVER, "_started_handling_of_staged_events"),
-    Method(_SERVER, "_handle_old_staged_events"),
-    Method("synapse.util.clock.Clock", "looping_call", 2),
+    method(_SERVER, "async _handle_old_staged_events()"),
+    method("synapse.util.clock.Clock", "looping_call(f, duration, /) -> LoopingCall"),
 )
 
 

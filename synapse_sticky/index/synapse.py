@@ -1,5 +1,6 @@
 """The sticky events stream: Synapse's table, its positions and what changes an event later."""
 
+import json
 import logging
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -7,35 +8,45 @@ from typing import Any
 from immutabledict import immutabledict
 from synapse.replication.tcp.streams._base import StickyEventsStream
 from synapse.types import MultiWriterStreamToken
-from synapse.util.json import json_decoder
 
 from synapse_sticky.homeserver import Cursor, Homeserver
-from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, Method, attributes, table
+from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, attributes, method, table
 from synapse_sticky.index.follower import StickyRow
 from synapse_sticky.index.position import Position
 
 logger = logging.getLogger(__name__)
 
 SEAMS = (
-    Method(HOMESERVER, "get_notifier"),
-    Method("synapse.notifier.Notifier", "add_replication_callback", 1),
+    method(HOMESERVER, "get_notifier() -> Notifier"),
+    method("synapse.notifier.Notifier", "add_replication_callback(cb, /)"),
     Attribute("synapse.config.workers.WriterLocations", "events"),
     Attribute("synapse.config.workers.WorkerConfig", "writers"),
-    Method(STORE, "get_sticky_events_stream_token", is_async=False),
-    Method(STORE, "get_events", 1, ("allow_rejected",), is_async=True),
-    Method(STORE, "_invalidate_local_get_event_cache", 1, is_async=False, is_replaced=True),
-    Method(STORE, "_invalidate_local_get_event_cache_room_id", 1, is_async=False, is_replaced=True),
-    Method(STORE, "_invalidate_caches_for_event", 8, is_async=False, is_replaced=True),
-    Method(STORE, "process_replication_rows", 4, is_async=False, is_replaced=True),
-    Method("synapse.types.MultiWriterStreamToken", "get_stream_pos_for_instance", 1),
+    method(STORE, "get_sticky_events_stream_token() -> MultiWriterStreamToken"),
+    method(STORE, "async get_events(event_ids, /, *, allow_rejected) -> dict"),
+    method(STORE, "_invalidate_local_get_event_cache(event_id)", is_replaced=True),
+    method(STORE, "_invalidate_local_get_event_cache_room_id(room_id)", is_replaced=True),
+    method(
+        STORE,
+        "_invalidate_caches_for_event(stream_ordering, event_id, room_id, etype, state_key, "
+        "redacts, relates_to, backfilled)",
+        is_replaced=True,
+    ),
+    method(
+        STORE, "process_replication_rows(stream_name, instance_name, token, rows)", is_replaced=True
+    ),
+    method(
+        "synapse.types.MultiWriterStreamToken",
+        "get_stream_pos_for_instance(instance_name, /) -> int",
+    ),
     *attributes("synapse.types.MultiWriterStreamToken", "stream", "instance_map"),
     table(
         "sticky_events",
-        *("stream_id", "instance_name", "room_id", "event_id", "sender", "expires_at"),
+        "stream_id integer, instance_name text, room_id text, event_id text, sender text, "
+        "expires_at integer",
     ),
-    table("event_json", "event_id", "internal_metadata"),
-    table("redactions", "redacts"),
-    table("room_ban_redactions", "room_id", "user_id"),
+    table("event_json", "event_id text, internal_metadata text"),
+    table("redactions", "redacts text"),
+    table("room_ban_redactions", "room_id text, user_id text"),
 )
 
 _COLUMNS = """
@@ -111,7 +122,7 @@ class SynapseStickyStream:
                 event_id=event_id,
                 sender=sender,
                 expires_at_ms=expires_at_ms,
-                deliverable=not json_decoder.decode(metadata).get("soft_failed", False)
+                deliverable=not json.loads(metadata).get("soft_failed", False)
                 and (not disputed_row or event_id in still_sticky),
             )
             for (

@@ -25,11 +25,8 @@ from synapse_sticky.handlers.receipt import synapse as receipt
 from synapse_sticky.handlers.receipt.handler import ReceiptHandler
 from synapse_sticky.handlers.sending import synapse as sending
 from synapse_sticky.handlers.sliding.handler import position_of_page
-from synapse_sticky.handlers.staging.pruning import (
-    PruningHandler,
-    StagedPdu,
-    prev_event_ids_of,
-)
+from synapse_sticky.handlers.staging.pdu import StagedPdu, prev_event_ids_of
+from synapse_sticky.handlers.staging.pruning.handler import PruningHandler
 from synapse_sticky.index import Position
 from synapse_sticky.limits import LimitReport, Refusal
 

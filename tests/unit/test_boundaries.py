@@ -209,7 +209,7 @@ HANDLER = "synapse_sticky/handlers/joins/handler.py"
     ("path", "source"),
     [
         (HANDLER, "import synapse_sticky.handlers"),
-        (HANDLER, "from synapse_sticky.handlers.staging.parking import ParkingHandler"),
+        (HANDLER, "from synapse_sticky.handlers.staging.parking.handler import ParkingHandler"),
         (HANDLER, "from synapse_sticky.handlers.staging import synapse"),
         (HANDLER, "from synapse_sticky.handlers import staging"),
         (HANDLER, "from synapse_sticky import config, handlers"),

@@ -37,6 +37,7 @@ from twisted.internet.testing import MemoryReactorClock
 from synapse_sticky.handlers.delivery.handler import DeliveryHandler
 from synapse_sticky.handlers.delivery.synapse import SynapseDelivery
 from synapse_sticky.homeserver import Cancellable, Homeserver, Signal
+from synapse_sticky.homeserver.access import Access
 from synapse_sticky.index import IndexFollower, StickyRow, follower
 from synapse_sticky.index.synapse import SynapseStickyStream
 from tests.lab.postgres import Postgres
@@ -264,7 +265,7 @@ class World:
         self.store.get_sticky_events_in_rooms = self._count
         self.follower = IndexFollower(self.process, self.stream)
         delivery = SynapseDelivery(self.process)
-        DeliveryHandler(self.process, self.follower, delivery).install()
+        DeliveryHandler(self.follower, delivery).install()
         try:
             yield self
             self.settle()
@@ -982,8 +983,7 @@ def test_sections_as_they_go_out(world: World, monkeypatch: pytest.MonkeyPatch) 
     with world.example(), monkeypatch.context() as patched:
         patched.setattr(handler, "wait_for_sync_for_user", wait_for_sync_for_user)
         patched.setattr(world.store, "get_rooms_for_user", get_rooms_for_user)
-        delivery = SynapseDelivery(world.process)
-        delivery.check_sections()
+        assert Access(world.process).guard("delivery") == []
         whole = {
             ROOMS[0]: [a.event_id, d.event_id],
             ROOMS[1]: [b.event_id],

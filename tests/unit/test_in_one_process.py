@@ -15,8 +15,9 @@ from synapse.module_api.errors import ConfigError
 from synapse_sticky import StickyEventsModule
 from synapse_sticky.duties import all_seams
 from synapse_sticky.homeserver import Homeserver
+from synapse_sticky.homeserver.fitting import resolve
 from synapse_sticky.homeserver.process import require_sticky_events
-from synapse_sticky.homeserver.seams import Method, resolve
+from synapse_sticky.homeserver.seams import Method
 from synapse_sticky.index.synapse import SynapseStickyStream
 from tests.unit.test_limits_in_synapse import Reactor, done, run_synchronously
 
@@ -61,8 +62,8 @@ def load_module(hs: SynapseHomeServer) -> None:
     StickyEventsModule(StickyEventsModule.parse_config({"state_events": True}), hs.get_module_api())
 
 
-def replaced_on(hs: Any) -> dict[str, Any]:
-    """What of this homeserver's own objects was replaced, by name."""
+def replaced_on(hs: Any) -> dict[tuple[str, str], Any]:
+    """What of this homeserver's own objects was replaced, by class and name."""
     owners = (
         *(hs.get_datastores().main, hs.get_federation_server(), hs.get_event_creation_handler()),
         *(
@@ -70,10 +71,12 @@ def replaced_on(hs: Any) -> dict[str, Any]:
             hs.get_sync_handler(),
             hs.get_delayed_events_handler(),
         ),
-        hs.get_sliding_sync_handler().extensions,
+        *(hs.get_sliding_sync_handler(), hs.get_sliding_sync_handler().extensions),
     )
     names = {seam.name for seam in REPLACED}
-    return {name: vars(o)[name] for o in owners for name in names & vars(o).keys()}
+    return {
+        (type(o).__name__, name): vars(o)[name] for o in owners for name in names & vars(o).keys()
+    }
 
 
 @pytest.mark.requirement("H1")
@@ -91,8 +94,8 @@ def test_each_has_its_own_and_none_is_stacked(tmp_path: Path) -> None:
     found = [replaced_on(hs) for hs in servers]
     assert found[0].keys() == found[1].keys()
     assert len(found[0]) + len(shared) >= len(REPLACED) - 1
-    for name, function in found[0].items():
-        assert function is not found[1][name]
+    for (owner, name), function in found[0].items():
+        assert function is not found[1][owner, name]
         assert function.__name__ == name
         assert inspect.signature(function) == inspect.signature(function.__wrapped__)
 
@@ -203,7 +206,7 @@ def test_a_name_that_is_gone_is_one_dutys_misfit(owner: str, name: str, off: str
 import importlib
 from synapse.app import homeserver
 from synapse_sticky.index.synapse import SynapseStickyStream
-from synapse_sticky.homeserver.seams import resolve
+from synapse_sticky.homeserver.fitting import resolve
 delattr(resolve({owner!r}), {name!r})
 from synapse_sticky.duties import DUTIES, shared_misfits
 assert shared_misfits() == []

@@ -9,10 +9,10 @@ import pytest
 from synapse.api.room_versions import RoomVersions
 from synapse.events import make_event_from_dict, relation_from_event
 
-from synapse_sticky.handlers.staging import synapse, tables
-from synapse_sticky.handlers.staging.parking import ParkingHandler
-from synapse_sticky.handlers.staging.pruning import StagedPdu
-from synapse_sticky.handlers.staging.tables import ParkedPdu, ParkedTable, ScheduledPdu
+from synapse_sticky.handlers.staging.parking import synapse, tables
+from synapse_sticky.handlers.staging.parking.handler import ParkingHandler
+from synapse_sticky.handlers.staging.parking.tables import ParkedPdu, ParkedTable, ScheduledPdu
+from synapse_sticky.handlers.staging.pdu import StagedPdu
 from synapse_sticky.homeserver.layout import migrate
 
 T = TypeVar("T")
@@ -274,7 +274,7 @@ def test_what_comes_before_the_table_is_there_is_parked_then(
     handler = handler_of(homeserver, table)
     homeserver.staging.receives = False
     homeserver.staging.begin_on_staged_pdus = lambda: None
-    monkeypatch.setattr("synapse_sticky.handlers.staging.parking._MOST_IN_MEMORY", 2)
+    monkeypatch.setattr("synapse_sticky.handlers.staging.parking.handler._MOST_IN_MEMORY", 2)
 
     async def park_three() -> None:
         for event_id in ("$1", "$2", "$3"):

@@ -14,6 +14,7 @@ from synapse.types import MultiWriterStreamToken, UserID
 
 from synapse_sticky.handlers.sliding.handler import SlidingPage, SlidingRequest
 from synapse_sticky.handlers.sliding.synapse import SynapseSliding
+from synapse_sticky.homeserver.access import Access
 from synapse_sticky.index import Position
 
 
@@ -62,6 +63,7 @@ def _event(room_id: str) -> EventBase:
 @pytest.mark.requirement("D8")
 def test_a_room_that_is_left_while_the_response_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     store, extensions = FakeStore(), SimpleNamespace(get_sticky_events_extension_response=None)
+    handler = SimpleNamespace(extensions=extensions, wait_for_sync_for_user=None)
 
     async def everything(
         storage: object, user_id: str, events: list[EventBase], *, always_include_ids: Set[str]
@@ -74,11 +76,12 @@ def test_a_room_that_is_left_while_the_response_is_made(monkeypatch: pytest.Monk
         store=store,
         hs=SimpleNamespace(
             get_storage_controllers=lambda: None,
-            get_sliding_sync_handler=lambda: SimpleNamespace(extensions=extensions),
+            get_sliding_sync_handler=lambda: handler,
             config=SimpleNamespace(worker=SimpleNamespace(writers=SimpleNamespace(events=["w"]))),
         ),
         is_postgres=True,
         now_ms=lambda: 0,
+        mark=lambda: 0,
         replace=lambda owner, name, make: setattr(owner, name, make(getattr(owner, name))),
     )
 
@@ -89,6 +92,7 @@ def test_a_room_that_is_left_while_the_response_is_made(monkeypatch: pytest.Monk
         return SlidingPage(reached, is_due=True)
 
     SynapseSliding(homeserver).page(pager)
+    assert Access(homeserver).guard("sliding") == []
     section = asyncio.run(
         extensions.get_sticky_events_extension_response(
             sync_config=SimpleNamespace(

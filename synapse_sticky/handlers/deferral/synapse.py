@@ -12,39 +12,40 @@ from synapse.types import StreamKeyType
 from synapse_sticky._core import sticky_until_ms
 from synapse_sticky.handlers.deferral.handler import DeferTxn, NewStickyEvent
 from synapse_sticky.homeserver import Cursor, Homeserver
-from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, Method, attributes, table
+from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, attributes, method, table
 
 logger = logging.getLogger(__name__)
 
 _METADATA = "synapse.synapse_rust.events.EventInternalMetadata"
 
 SEAMS = (
-    Method(HOMESERVER, "get_notifier"),
-    Method("synapse.notifier.Notifier", "on_new_event", 2, ("rooms",), is_async=False),
+    method(HOMESERVER, "get_notifier() -> Notifier"),
+    method("synapse.notifier.Notifier", "on_new_event(stream_key, new_token, /, *, rooms)"),
     Attribute("synapse.config.workers.WriterLocations", "events"),
     *attributes("synapse.config.workers.WorkerConfig", "writers", "events_shard_config"),
-    Method("synapse.config._base.ShardedWorkerHandlingConfig", "should_handle", 2, is_async=False),
-    Method(STORE, "get_events", 1, is_async=True),
-    Method(STORE, "get_sticky_events_stream_token", is_async=False),
-    Method(STORE, "get_sticky_events_stream_id_generator", is_async=False),
-    Method(
-        "synapse.storage.util.id_generators.MultiWriterIdGenerator",
-        "get_next_mult_txn",
-        2,
-        is_async=False,
+    method(
+        "synapse.config._base.ShardedWorkerHandlingConfig",
+        "should_handle(instance_name, key, /) -> bool",
     ),
-    Method(STORE, "insert_sticky_events_txn", 2, is_async=False, is_replaced=True),
-    Method(STORE, "un_soft_fail_sticky_events_txn", 2, is_async=False, is_replaced=True),
-    Method(_METADATA, "is_outlier"),
-    Method(_METADATA, "is_soft_failed"),
+    method(STORE, "async get_events(event_ids, /) -> dict"),
+    method(STORE, "get_sticky_events_stream_token() -> MultiWriterStreamToken"),
+    method(STORE, "get_sticky_events_stream_id_generator() -> MultiWriterIdGenerator"),
+    method(
+        "synapse.storage.util.id_generators.MultiWriterIdGenerator",
+        "get_next_mult_txn(txn, n, /) -> list",
+    ),
+    method(STORE, "insert_sticky_events_txn(txn, events)", is_replaced=True),
+    method(STORE, "un_soft_fail_sticky_events_txn(txn, sticky_event_ids)", is_replaced=True),
+    method(_METADATA, "is_outlier()"),
+    method(_METADATA, "is_soft_failed()"),
     *attributes(_METADATA, "policy_server_spammy", "spam_checker_spammy", "stream_ordering"),
     table(
         "sticky_events",
-        *("stream_id", "instance_name", "room_id", "event_id", "sender", "expires_at"),
-        "event_stream_ordering",
+        "stream_id integer, instance_name text, room_id text, event_id text, sender text, "
+        "expires_at integer, event_stream_ordering integer",
     ),
     Attribute("synapse.storage.engines._base.BaseDatabaseEngine", "module"),
-    table("event_json", "event_id"),
+    table("event_json", "event_id text"),
 )
 
 _FIELD: str = StickyEvent.EVENT_FIELD_NAME

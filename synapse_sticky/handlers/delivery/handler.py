@@ -1,7 +1,6 @@
 """The sections of sticky events in /sync and sliding sync (D1 to D8), out of the index.
 
-Fails open: what the index cannot answer, the database does. Who is not joined fails closed: a
-section that cannot be checked is not sent.
+Fails open: what the index cannot answer, the database does.
 """
 
 from collections.abc import Awaitable, Callable, Collection
@@ -9,7 +8,6 @@ from typing import Protocol
 
 import attr
 
-from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.index import IndexFollower, Position
 
 
@@ -41,28 +39,17 @@ class Delivery(Protocol):
         If it fails or has no answer, Synapse's own query serves, without what was redacted (S5).
         """
 
-    def check_sections(self) -> None:
-        """From now on each response of /sync is checked as it goes out: its sections have events of
-        those rooms only that the user is joined to at that moment (D8), and none that was redacted
-        meanwhile (S5).
-
-        If that fails, the request does, and the client asks again.
-        """
-
 
 class DeliveryHandler:
     """Answers what Synapse would ask its database at every sync of every user."""
 
-    def __init__(self, homeserver: Homeserver, follower: IndexFollower, delivery: Delivery) -> None:
-        self._homeserver = homeserver
+    def __init__(self, follower: IndexFollower, delivery: Delivery) -> None:
         self._follower = follower
         self._delivery = delivery
 
     def install(self) -> None:
         """Takes effect from the next sync on."""
         self._delivery.answer_from(self.answer)
-        if self._homeserver.serves("client"):
-            self._delivery.check_sections()
 
     async def answer(self, question: Question) -> Answer | None:
         """The answer by the index; None to have the database asked."""

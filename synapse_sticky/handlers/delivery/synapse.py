@@ -4,12 +4,11 @@ import logging
 from collections.abc import Awaitable, Callable, Collection
 from typing import TYPE_CHECKING, Any
 
-import attr
 from twisted.internet.defer import CancelledError
 
 from synapse_sticky.handlers.delivery.handler import Answer, Question
 from synapse_sticky.homeserver import Homeserver
-from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, Method, attributes
+from synapse_sticky.homeserver.seams import STORE, method
 from synapse_sticky.index.synapse import position_of, token_of
 
 if TYPE_CHECKING:
@@ -20,22 +19,13 @@ logger = logging.getLogger(__name__)
 _SYNC = "synapse.handlers.sync"
 
 SEAMS = (
-    Method(
+    method(
         STORE,
-        "get_sticky_events_in_rooms",
-        1,
-        ("from_token", "to_token", "now", "limit"),
-        is_async=True,
+        "async get_sticky_events_in_rooms(room_ids, *, from_token, to_token, now, limit) -> "
+        "tuple[_, _]",
         is_replaced=True,
     ),
-    Method(STORE, "get_events", 1, is_async=True),
-    Method(STORE, "get_rooms_for_user", 1, is_async=True),
-    Method(HOMESERVER, "get_sync_handler"),
-    Method(f"{_SYNC}.SyncHandler", "wait_for_sync_for_user", 3, is_async=True, is_replaced=True),
-    Attribute(f"{_SYNC}.SyncConfig", "user"),
-    Attribute(f"{_SYNC}.SyncResult", "joined"),
-    *attributes(f"{_SYNC}.JoinedSyncResult", "room_id", "sticky"),
-    Attribute("synapse.events.utils.FilteredEvent", "event"),
+    method(STORE, "async get_events(event_ids, /) -> dict"),
 )
 
 
@@ -96,33 +86,3 @@ class SynapseDelivery:
     async def _still_sticky(self, event_ids: Collection[str]) -> set[str]:
         events = await self._store.get_events(event_ids)
         return {e for e, event in events.items() if event.sticky_duration() is not None}
-
-    def check_sections(self) -> None:
-        def make(original: Callable[..., Any]) -> Callable[..., Any]:
-            # Synapse answers a request that is repeated with the same result, from a cache that is
-            # inside of this function: whose user may have left meanwhile, and which is not changed.
-            async def wait_for_sync_for_user(
-                requester: Any, sync_config: Any, *args: Any, **options: Any
-            ) -> Any:
-                result = await original(requester, sync_config, *args, **options)
-                if not any(room.sticky for room in result.joined):
-                    return result
-                joined = await self._store.get_rooms_for_user(sync_config.user.to_string())
-                sticky = await self._still_sticky(
-                    [shown.event.event_id for room in result.joined for shown in room.sticky]
-                )
-                rooms = [
-                    _with_section(room, sticky if room.room_id in joined else ())
-                    for room in result.joined
-                ]
-                return attr.evolve(result, joined=rooms)
-
-            return wait_for_sync_for_user
-
-        handler = self._homeserver.hs.get_sync_handler()
-        self._homeserver.replace(handler, "wait_for_sync_for_user", make)
-
-
-def _with_section(room: Any, event_ids: Collection[str]) -> Any:
-    left = [shown for shown in room.sticky if shown.event.event_id in event_ids]
-    return room if len(left) == len(room.sticky) else attr.evolve(room, sticky=left)

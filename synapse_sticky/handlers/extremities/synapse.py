@@ -3,7 +3,7 @@
 from synapse.handlers.worker_lock import NEW_EVENT_DURING_PURGE_LOCK_NAME
 
 from synapse_sticky.homeserver import Homeserver
-from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Method, attributes
+from synapse_sticky.homeserver.seams import HOMESERVER, STORE, attributes, method
 
 SEAMS = (
     *attributes(
@@ -11,21 +11,16 @@ SEAMS = (
         "cleanup_extremities_with_dummy_events",
         "dummy_events_threshold",
     ),
-    Method(STORE, "get_latest_event_ids_in_room", 1, is_async=True),
-    Method(HOMESERVER, "get_worker_locks_handler"),
-    Method(
+    method(STORE, "async get_latest_event_ids_in_room(room_id, /) -> frozenset"),
+    method(HOMESERVER, "get_worker_locks_handler() -> WorkerLocksHandler"),
+    method(
         "synapse.handlers.worker_lock.WorkerLocksHandler",
-        "acquire_read_write_lock",
-        2,
-        ("write",),
-        is_async=False,
+        "acquire_read_write_lock(lock_name, lock_key, /, *, write) -> WaitingLock",
     ),
-    Method(HOMESERVER, "get_event_creation_handler"),
-    Method(
+    method(HOMESERVER, "get_event_creation_handler() -> EventCreationHandler"),
+    method(
         "synapse.handlers.message.EventCreationHandler",
-        "_send_dummy_event_for_room",
-        1,
-        is_async=True,
+        "async _send_dummy_event_for_room(room_id, /) -> bool",
     ),
 )
 

@@ -6,7 +6,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from synapse.api.errors import FederationDeniedError, HttpResponseException, RequestSendFailed
-from synapse.api.urls import FEDERATION_V1_PREFIX
 from synapse.module_api import RoomID
 from synapse.module_api.callbacks.federation import (
     FederatedEventDeliveryMethod,
@@ -16,7 +15,7 @@ from synapse.module_api.callbacks.federation import (
 from synapse_sticky.handlers.joins.confirmation import Possession
 from synapse_sticky.handlers.joins.federation import BacklogSource, NotLoadedError
 from synapse_sticky.homeserver import Cursor, Homeserver
-from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, Method, attributes, table
+from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, attributes, method, table
 
 if TYPE_CHECKING:
     from synapse_sticky.homeserver.rooms import Rooms
@@ -26,67 +25,68 @@ logger = logging.getLogger(__name__)
 _ASK_TIMEOUT_MS = 10_000
 _CAUGHT_UP_TO = "new_last_successfully_sent_stream_ordering"
 
+_PREFIX = "/_matrix/federation/v1"
 _SENDER = "synapse.federation.sender"
 _QUEUE = f"{_SENDER}.per_destination_queue.PerDestinationQueue"
 _TRACKER = f"{_SENDER}.per_destination_queue.StickyEventBacklogTracker"
 _FEDERATION_CONFIG = "synapse.config.federation.FederationConfig"
 
 SEAMS = (
-    Method(HOMESERVER, "get_federation_sender"),
-    Method(HOMESERVER, "get_federation_http_client"),
-    Method(HOMESERVER, "should_send_federation", is_async=False),
+    method(HOMESERVER, "get_federation_sender() -> AbstractFederationSender"),
+    method(HOMESERVER, "get_federation_http_client() -> MatrixFederationHttpClient"),
+    method(HOMESERVER, "should_send_federation() -> bool"),
     Attribute("synapse.config.homeserver.HomeServerConfig", "federation"),
     Attribute("synapse.config.workers.WorkerConfig", "federation_shard_config"),
-    Method("synapse.config._base.ShardedWorkerHandlingConfig", "should_handle", 2, is_async=False),
-    Method(
-        _FEDERATION_CONFIG,
-        "is_domain_allowed_according_to_federation_whitelist",
-        1,
-        is_async=False,
+    method(
+        "synapse.config._base.ShardedWorkerHandlingConfig",
+        "should_handle(instance_name, key, /) -> bool",
     ),
-    Method(
+    method(
+        _FEDERATION_CONFIG, "is_domain_allowed_according_to_federation_whitelist(domain, /) -> bool"
+    ),
+    method(
         "synapse.http.matrixfederationclient.MatrixFederationHttpClient",
-        "get_json",
-        1,
-        ("path", "timeout", "ignore_backoff"),
-        is_async=True,
+        "async get_json(destination, /, *, path, timeout, ignore_backoff)",
     ),
-    Method(f"{_SENDER}.FederationSender", "_get_per_destination_queue", 1, is_async=False),
-    Method(_QUEUE, "attempt_new_transaction", is_async=False),
+    method(
+        f"{_SENDER}.FederationSender",
+        "_get_per_destination_queue(destination, /) -> PerDestinationQueue | None",
+    ),
+    method(_QUEUE, "attempt_new_transaction()"),
     Attribute(_QUEUE, "_sticky_event_backlog_tracker"),
-    Method(_TRACKER, "notify_potential_new_backlog", is_async=False),
-    Method(STORE, "get_destination_retry_timings", 1, is_async=True),
+    method(_TRACKER, "notify_potential_new_backlog()"),
+    method(
+        STORE,
+        "async get_destination_retry_timings(destination, /) -> DestinationRetryTimings | None",
+    ),
     *attributes(
         "synapse.storage.databases.main.transactions.DestinationRetryTimings",
         *("retry_last_ts", "retry_interval"),
     ),
-    Method(
+    method(
         STORE,
-        "get_backlogged_sticky_events_for_destination",
-        1,
-        ("limit",),
-        is_async=True,
+        "async get_backlogged_sticky_events_for_destination(destination, *, limit) -> "
+        "tuple[_, _, _] | None",
         is_replaced=True,
     ),
-    Method(
+    method(
         STORE,
-        "mark_backlogged_sticky_events_after_catchup_transaction",
-        1,
-        (
-            "old_last_successfully_sent_stream_ordering",
-            "new_last_successfully_sent_stream_ordering",
-            "event_stream_orderings_sent_in_transaction",
-        ),
-        is_async=True,
+        "async mark_backlogged_sticky_events_after_catchup_transaction(destination, *, "
+        "old_last_successfully_sent_stream_ordering, "
+        "new_last_successfully_sent_stream_ordering, "
+        "event_stream_orderings_sent_in_transaction)",
         is_replaced=True,
     ),
-    Method(
-        STORE, "set_destination_last_successful_stream_ordering", 2, is_async=True, is_replaced=True
+    method(
+        STORE,
+        "async set_destination_last_successful_stream_ordering(destination, "
+        "last_successful_stream_ordering)",
+        is_replaced=True,
     ),
-    Method(STORE, "get_partial_state_servers_at_join", 1, is_async=True),
+    method(STORE, "async get_partial_state_servers_at_join(room_id, /) -> AbstractSet | None"),
     table(
         "destination_rooms_sticky_events_backlog",
-        *("destination", "room_id", "sticky_events_stream_position"),
+        "destination text, room_id text, sticky_events_stream_position integer",
     ),
 )
 
@@ -127,7 +127,7 @@ class SynapseFederation:
     async def has_event(self, destination: str, event_id: str) -> Possession:
         if await self.retry_at_ms(destination) > self._homeserver.now_ms():
             return Possession.UNREACHABLE
-        path = f"{FEDERATION_V1_PREFIX}/event/{urllib.parse.quote(event_id, safe='')}"
+        path = f"{_PREFIX}/event/{urllib.parse.quote(event_id, safe='')}"
         try:
             # A failed request must not back the destination off: then Synapse would send nothing
             # else there either.

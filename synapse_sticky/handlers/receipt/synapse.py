@@ -8,22 +8,23 @@ from synapse.api.constants import StickyEvent
 
 from synapse_sticky.handlers.receipt.handler import Check, ReceivedPdu, Transaction
 from synapse_sticky.homeserver import Cursor, Homeserver
-from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Method, table
+from synapse_sticky.homeserver.seams import HOMESERVER, STORE, method, table
 from synapse_sticky.homeserver.staged import begin_on_staged_pdus
 
 logger = logging.getLogger(__name__)
 
 SEAMS = (
-    Method(HOMESERVER, "get_federation_server"),
-    Method(
+    method(HOMESERVER, "get_federation_server() -> FederationServer"),
+    method(
         "synapse.federation.federation_server.FederationServer",
-        "on_incoming_transaction",
-        4,
-        is_async=True,
+        "async on_incoming_transaction(origin, transaction_id, destination, transaction_data) "
+        "-> tuple[_, _]",
         is_replaced=True,
     ),
-    Method(STORE, "get_received_txn_response", 2, is_async=True),
-    table("federation_inbound_events_staging", "origin", "event_json"),
+    method(
+        STORE, "async get_received_txn_response(transaction_id, origin, /) -> tuple[_, _] | None"
+    ),
+    table("federation_inbound_events_staging", "origin text, event_json text"),
 )
 
 _FIELD: str = StickyEvent.EVENT_FIELD_NAME

@@ -15,7 +15,7 @@ from synapse.rest.client.room import RoomSendEventRestServlet, RoomStateEventRes
 from synapse_sticky.handlers.sending.handler import Check, LocalSend
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.homeserver.process import replace_shared
-from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, Method, attributes
+from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, attributes, method
 
 logger = logging.getLogger(__name__)
 
@@ -26,41 +26,44 @@ _STATE_SERVLET = "synapse.rest.client.room.RoomStateEventRestServlet"
 
 SEAMS = (
     # The limit
-    Method(HOMESERVER, "get_event_creation_handler"),
-    Method(
+    method(HOMESERVER, "get_event_creation_handler() -> EventCreationHandler"),
+    method(
         _EVENTS,
-        "create_and_send_nonmember_event",
-        2,
-        ("ratelimit", "txn_id", "delay_id"),
-        is_async=True,
+        "async create_and_send_nonmember_event(requester, event_dict, *, ratelimit, txn_id, "
+        "delay_id) -> tuple[_, _]",
         is_replaced=True,
     ),
-    Method(_EVENTS, "get_event_id_from_transaction", 3, is_async=True),
-    Method(HOMESERVER, "get_delayed_events_handler"),
-    Method(
+    method(
+        _EVENTS, "async get_event_id_from_transaction(requester, txn_id, room_id, /) -> str | None"
+    ),
+    method(HOMESERVER, "get_delayed_events_handler() -> DelayedEventsHandler"),
+    method(
         _DELAYED,
-        "add",
-        1,
-        (
-            *("room_id", "event_type", "state_key", "origin_server_ts", "content", "delay"),
-            "sticky_duration_ms",
-        ),
-        is_async=True,
+        "async add(requester, *, room_id, event_type, state_key, origin_server_ts, content, "
+        "delay, sticky_duration_ms) -> str",
         is_replaced=True,
     ),
-    Method(HOMESERVER, "get_auth"),
-    Method("synapse.api.auth.base.BaseAuth", "is_server_admin", 1, is_async=True),
-    Method(STORE, "get_app_service_by_user_id", 1, is_async=False),
-    Method(STORE, "get_app_service_by_id", 1, is_async=False),
-    Method("synapse.appservice.ApplicationService", "is_rate_limited", is_async=False),
-    Method(STORE, "get_ratelimit_for_user", 1, is_async=True),
+    method(HOMESERVER, "get_auth() -> Auth"),
+    method("synapse.api.auth.base.BaseAuth", "async is_server_admin(requester, /) -> bool"),
+    method(STORE, "get_app_service_by_user_id(user_id, /) -> ApplicationService | None"),
+    method(STORE, "get_app_service_by_id(as_id, /) -> ApplicationService | None"),
+    method("synapse.appservice.ApplicationService", "is_rate_limited() -> bool"),
+    method(STORE, "async get_ratelimit_for_user(user_id, /) -> RatelimitOverride | None"),
     Attribute("synapse.storage.databases.main.room.RatelimitOverride", "messages_per_second"),
     # The parameter
-    Method(_SEND_SERVLET, "_do", 5, is_async=True, is_replaced=True),
+    method(
+        _SEND_SERVLET,
+        "async _do(request, requester, room_id, event_type, txn_id) -> tuple[_, _]",
+        is_replaced=True,
+    ),
     Attribute(_SEND_SERVLET, "event_creation_handler"),
-    Method(_STATE_SERVLET, "on_PUT", 3, ("state_key",), is_async=True, is_replaced=True),
+    method(
+        _STATE_SERVLET,
+        "async on_PUT(request, room_id, event_type, *, state_key) -> tuple[_, _]",
+        is_replaced=True,
+    ),
     *attributes(_STATE_SERVLET, "event_creation_handler", "delayed_events_handler"),
-    Method(_EVENTS, "deduplicate_state_event", 2, is_async=True, is_replaced=True),
+    method(_EVENTS, "async deduplicate_state_event(event, context)", is_replaced=True),
 )
 
 # What the servlets, whose classes all homeservers of a process share, do for one of them.

@@ -73,8 +73,8 @@ class SlidingSync(Protocol):
     """The instances that write to the sticky events stream."""
 
     def page(self, pager: Callable[[SlidingRequest], Awaitable[SlidingPage]]) -> None:
-        """From now on ``pager`` decides what a response has in this section. What it has of rooms
-        that the user is not joined to any more as it goes out is dropped (D8).
+        """From now on ``pager`` decides what a response has in this section. ``homeserver.access``
+        sees to it that its rooms are those that the user is joined to (D8).
 
         If that fails, the request fails, and nothing is lost to the client, which asks again.
         """

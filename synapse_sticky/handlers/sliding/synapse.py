@@ -4,7 +4,6 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
 
-import attr
 from synapse import visibility
 from synapse.api.constants import EventTypes, Membership, StickyEvent
 from synapse.types import RoomStreamToken, UnresolvedMultiWriterStreamToken
@@ -13,7 +12,7 @@ from synapse.types.rest.client import SlidingSyncStickyEventsToken
 
 from synapse_sticky.handlers.sliding.handler import SlidingPage, SlidingRequest
 from synapse_sticky.homeserver import Cursor, Homeserver
-from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, Method, attributes, table
+from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, attributes, method, table
 from synapse_sticky.index import Position
 from synapse_sticky.index.synapse import position_of, token_of
 
@@ -24,17 +23,12 @@ _TOKEN = "synapse.types.rest.client.SlidingSyncStickyEventsToken"  # noqa: S105 
 _REQUEST = "synapse.types.rest.client.SlidingSyncBody.Extensions.StickyEventsExtension"
 
 SEAMS = (
-    Method(HOMESERVER, "get_sliding_sync_handler"),
+    method(HOMESERVER, "get_sliding_sync_handler() -> SlidingSyncHandler"),
     Attribute(f"{_SLIDING_SYNC}.SlidingSyncHandler", "extensions"),
-    Method(
+    method(
         _EXTENSIONS,
-        "get_sticky_events_extension_response",
-        0,
-        (
-            *("sync_config", "sticky_events_request", "all_interested_room_ids"),
-            *("to_token", "from_token"),
-        ),
-        is_async=True,
+        "async get_sticky_events_extension_response(*, sync_config, sticky_events_request, "
+        "all_interested_room_ids, to_token, from_token) -> StickyEventsExtension | None",
         is_replaced=True,
     ),
     *attributes(_REQUEST, "enabled", "limit", "since"),
@@ -47,10 +41,10 @@ SEAMS = (
         f"{_TYPES}.SlidingSyncResult.Extensions.StickyEventsExtension",
         *("room_id_to_sticky_events", "next_batch"),
     ),
-    Method(f"{_TYPES}.RoomSyncConfig", "from_room_config", 1),
-    Method(f"{_TYPES}.RoomSyncConfig", "must_await_full_state", 1),
-    Method(_TOKEN, "from_stream_token", 2, is_async=True),
-    Method(_TOKEN, "to_stream_token", 1, is_async=True),
+    method(f"{_TYPES}.RoomSyncConfig", "from_room_config(room_params, /) -> RoomSyncConfig"),
+    method(f"{_TYPES}.RoomSyncConfig", "must_await_full_state(is_mine_id, /) -> bool"),
+    method(_TOKEN, "async from_stream_token(store, token, /) -> SlidingSyncStickyEventsToken"),
+    method(_TOKEN, "async to_stream_token(store, /) -> MultiWriterStreamToken"),
     Attribute(_TOKEN, "_unresolved_stream_token"),
     *attributes(
         "synapse.types.UnresolvedMultiWriterStreamToken", "stream", "instance_id_to_stream_pos"
@@ -59,38 +53,37 @@ SEAMS = (
     *attributes(
         "synapse.types.StreamToken", "room_key", "sticky_events_key", "un_partial_stated_rooms_key"
     ),
-    Method("synapse.types.RoomStreamToken", "get_stream_pos_for_instance", 1),
+    method("synapse.types.RoomStreamToken", "get_stream_pos_for_instance(instance_name, /) -> int"),
     Attribute("synapse.types.RoomStreamToken", "stream"),
     Attribute("synapse.config.workers.WorkerConfig", "writers"),
     Attribute("synapse.config.workers.WriterLocations", "events"),
-    Method(HOMESERVER, "get_storage_controllers"),
-    Method(
+    method(HOMESERVER, "get_storage_controllers() -> StorageControllers"),
+    method(
         "synapse.visibility",
-        "filter_and_transform_events_for_client",
-        3,
-        ("always_include_ids",),
-        is_async=True,
+        "async filter_and_transform_events_for_client(storage, user_id, events, /, *, "
+        "always_include_ids) -> list",
     ),
     Attribute("synapse.events.utils.FilteredEvent", "event"),
-    Method(STORE, "get_rooms_for_user", 1, is_async=True),
-    Method(STORE, "get_events_as_list", 1, is_async=True),
-    Method(STORE, "get_sticky_events_stream_token", is_async=False),
-    Method(
+    method(STORE, "async get_events_as_list(event_ids, /) -> list"),
+    method(STORE, "get_sticky_events_stream_token() -> MultiWriterStreamToken"),
+    method(
         STORE,
-        "get_sticky_events_in_rooms",
-        1,
-        ("from_token", "to_token", "now", "limit"),
-        is_async=True,
+        "async get_sticky_events_in_rooms(room_ids, /, *, from_token, to_token, now, limit) "
+        "-> tuple[_, _]",
     ),
-    Method(STORE, "get_sliding_sync_membership_changes", 3, is_async=True),
-    Method(STORE, "get_un_partial_stated_rooms_between", 3, is_async=True),
-    Method(STORE, "find_first_stream_ordering_after_ts", 1, is_async=True),
+    method(
+        STORE, "async get_sliding_sync_membership_changes(user_id, from_key, to_key, /) -> dict"
+    ),
+    method(
+        STORE, "async get_un_partial_stated_rooms_between(last_id, current_id, room_ids, /) -> set"
+    ),
+    method(STORE, "async find_first_stream_ordering_after_ts(ts, /) -> int"),
     table(
         "current_state_delta_stream",
-        *("room_id", "instance_name", "stream_id", "type", "state_key"),
-        *("event_id", "prev_event_id"),
+        "room_id text, instance_name text, stream_id integer, type text, state_key text, "
+        "event_id text, prev_event_id text",
     ),
-    table("room_memberships", "event_id", "membership"),
+    table("room_memberships", "event_id text, membership text"),
 )
 
 _ONLY_WRITER = 0
@@ -126,8 +119,6 @@ class SynapseSliding:
             ) -> Any:
                 if not sticky_events_request.enabled:
                     return None
-                user_id: str = sync_config.user.to_string()
-                rooms = all_interested_room_ids & await self._store.get_rooms_for_user(user_id)
                 since = None
                 if sticky_events_request.since:
                     since = await self._read_token(sticky_events_request.since)
@@ -137,34 +128,28 @@ class SynapseSliding:
                     section = await original(
                         sync_config=sync_config,
                         sticky_events_request=sticky_events_request,
-                        all_interested_room_ids=rooms,
+                        all_interested_room_ids=all_interested_room_ids,
                         to_token=to_token,
                         from_token=from_token,
                         **options,
                     )
                 else:
                     response = _Response(
-                        self, sync_config, sticky_events_request, rooms, since, to_token, from_token
+                        self,
+                        sync_config,
+                        sticky_events_request,
+                        all_interested_room_ids,
+                        since,
+                        to_token,
+                        from_token,
                     )
                     section = await response.filled(await pager(response))
-                return await self._of_joined(user_id, section)
+                return section
 
             return get_sticky_events_extension_response
 
         extensions = self._homeserver.hs.get_sliding_sync_handler().extensions
         self._homeserver.replace(extensions, "get_sticky_events_extension_response", make)
-
-    async def _of_joined(self, user_id: str, section: Any) -> Any:
-        """The section without rooms that the user has left meanwhile (D8)."""
-        if not section or not section.room_id_to_sticky_events:
-            return section
-        joined = await self._store.get_rooms_for_user(user_id)
-        rooms = {
-            room_id: events
-            for room_id, events in section.room_id_to_sticky_events.items()
-            if room_id in joined
-        }
-        return attr.evolve(section, room_id_to_sticky_events=rooms)
 
     # Synapse has no numbers for writers on SQLite, where there is only one.
 

@@ -11,7 +11,7 @@ from twisted.internet.defer import CancelledError
 from synapse_sticky.handlers.visibility.handler import Allowed, HiddenEvent
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.homeserver.everywhere import replace_everywhere
-from synapse_sticky.homeserver.seams import STORE, Attribute, Method, attributes
+from synapse_sticky.homeserver.seams import STORE, Attribute, attributes, method
 
 if TYPE_CHECKING:
     from synapse.events import EventBase
@@ -22,28 +22,24 @@ logger = logging.getLogger(__name__)
 _METADATA = "synapse.synapse_rust.events.EventInternalMetadata"
 
 SEAMS = (
-    Method(
+    method(
         "synapse.visibility",
-        "filter_and_transform_events_for_client",
-        5,
-        is_async=True,
+        "async filter_and_transform_events_for_client(storage, user_id, events, is_peeking, "
+        "always_include_ids) -> list",
         is_replaced=True,
-        names=("storage", "user_id", "events", "is_peeking", "always_include_ids"),
     ),
-    Method(
+    method(
         "synapse.visibility",
-        "filter_events_for_server",
-        4,
-        ("redact", "filter_out_erased_senders", "filter_out_remote_partial_state_events"),
-        is_async=True,
+        "async filter_events_for_server(storage, target_server_name, local_server_name, "
+        "events, *, redact, filter_out_erased_senders, "
+        "filter_out_remote_partial_state_events) -> list",
         is_replaced=True,
-        names=("storage", "target_server_name", "local_server_name", "events"),
     ),
     Attribute("synapse.storage.controllers.StorageControllers", "main"),
     Attribute("synapse.events.utils.FilteredEvent", "event"),
-    Method(_METADATA, "is_outlier"),
+    method(_METADATA, "is_outlier()"),
     *attributes(_METADATA, "policy_server_spammy", "spam_checker_spammy"),
-    Method(STORE, "is_partial_state_room", 1, is_async=True),
+    method(STORE, "async is_partial_state_room(room_id, /) -> bool"),
 )
 
 _PLAIN = (

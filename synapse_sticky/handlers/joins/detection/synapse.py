@@ -8,7 +8,7 @@ from synapse.api.constants import EventTypes, Membership
 
 from synapse_sticky.handlers.joins.detection.reader import ServerJoin
 from synapse_sticky.homeserver import Cursor, Homeserver
-from synapse_sticky.homeserver.seams import STORE, Method, attributes, table
+from synapse_sticky.homeserver.seams import STORE, attributes, method, table
 
 if TYPE_CHECKING:
     from synapse.storage.databases.main.state_deltas import StateDelta
@@ -16,24 +16,31 @@ if TYPE_CHECKING:
 _PAGE = 100
 
 SEAMS = (
-    Method(STORE, "get_partial_current_state_deltas", 2, ("limit",), is_async=True),
-    Method(STORE, "get_room_max_stream_ordering", is_async=False),
+    method(
+        STORE,
+        "async get_partial_current_state_deltas(prev_stream_id, max_stream_id, /, *, limit) "
+        "-> tuple[_, _]",
+    ),
+    method(STORE, "get_room_max_stream_ordering() -> int"),
     *attributes(
         "synapse.storage.databases.main.state_deltas.StateDelta",
         *("stream_id", "room_id", "event_type", "state_key", "event_id", "prev_event_id"),
     ),
     table(
         "current_state_events",
-        *("room_id", "type", "state_key", "membership", "event_id", "event_stream_ordering"),
+        "room_id text, type text, state_key text, membership text, event_id text, "
+        "event_stream_ordering integer",
     ),
     table(
         "current_state_delta_stream",
-        *("stream_id", "room_id", "type", "state_key", "event_id", "prev_event_id"),
+        "stream_id integer, room_id text, type text, state_key text, event_id text, "
+        "prev_event_id text",
     ),
-    table("room_memberships", "event_id", "user_id", "membership"),
+    table("room_memberships", "event_id text, user_id text, membership text"),
     table(
         "events",
-        *("event_id", "room_id", "stream_ordering", "depth", "outlier", "received_ts"),
+        "event_id text, room_id text, stream_ordering integer, depth integer, outlier "
+        "boolean, received_ts integer",
     ),
 )
 

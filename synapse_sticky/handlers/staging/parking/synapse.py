@@ -1,25 +1,20 @@
-"""The staging area of inbound PDUs: what Synapse prunes of it, and what becomes of the others."""
+"""How Synapse processes the PDUs of its staging area, and what becomes of those that it drops."""
 
+import json
 import logging
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from typing import Any
 
-import attr
 from canonicaljson import encode_canonical_json
-from synapse.api.constants import MAX_PDU_SIZE, EventContentFields, StickyEvent
-from synapse.api.errors import SynapseError
-from synapse.api.room_versions import EventFormatVersions
+from synapse.api.constants import EventContentFields, StickyEvent
 from synapse.federation.federation_server import _INBOUND_EVENT_HANDLING_LOCK_NAME
-from synapse.metrics import SERVER_NAME_LABEL
 from synapse.module_api import EventBase
-from synapse.storage.databases.main.event_federation import pdus_pruned_from_federation_queue
-from synapse.util.json import json_decoder, json_encoder
+from synapse.module_api.errors import SynapseError
 
-from synapse_sticky.handlers.staging.pruning import StagedPdu, prev_event_ids_of
-from synapse_sticky.handlers.staging.tables import ParkedPdu
+from synapse_sticky.handlers.staging.parking.tables import ParkedPdu
+from synapse_sticky.handlers.staging.pdu import StagedPdu
 from synapse_sticky.homeserver import Cursor, Homeserver
-from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, Method, table
+from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, method, table
 from synapse_sticky.homeserver.staged import begin_on_staged_pdus
 
 logger = logging.getLogger(__name__)
@@ -28,31 +23,26 @@ _EVENT_HANDLER = "synapse.handlers.federation_event.FederationEventHandler"
 _SERVER = "synapse.federation.federation_server.FederationServer"
 
 SEAMS = (
-    Method(HOMESERVER, "get_federation_server"),
-    Method(HOMESERVER, "get_federation_event_handler"),
-    Method(_EVENT_HANDLER, "on_receive_pdu", 2, is_async=True, is_replaced=True),
+    method(HOMESERVER, "get_federation_server() -> FederationServer"),
+    method(HOMESERVER, "get_federation_event_handler() -> FederationEventHandler"),
+    method(_EVENT_HANDLER, "async on_receive_pdu(origin, pdu)", is_replaced=True),
     Attribute(_EVENT_HANDLER, "room_queues"),
-    Method(_SERVER, "_process_incoming_pdus_in_room_inner", 3),
-    Method(STORE, "prune_staged_events_in_room", 2, is_async=True, is_replaced=True),
-    Method(STORE, "get_room_version", 1, is_async=True),
-    Method(STORE, "try_acquire_lock", 2, is_async=True),
-    Method(STORE, "have_events_in_timeline", 1, is_async=True),
-    Method(STORE, "is_host_joined", 2, is_async=True),
+    method(_SERVER, "async _process_incoming_pdus_in_room_inner(room_id, room_version, lock, /)"),
+    method(STORE, "async get_room_version(room_id, /) -> RoomVersion"),
+    method(STORE, "async try_acquire_lock(lock_name, lock_key, /) -> Lock | None"),
+    method(STORE, "async have_events_in_timeline(event_ids, /) -> set"),
+    method(STORE, "async is_host_joined(room_id, host, /) -> bool"),
     Attribute("synapse.storage.engines._base.BaseDatabaseEngine", "module"),
-    Attribute("synapse.api.room_versions.RoomVersion", "event_format"),
     table(
         "federation_inbound_events_staging",
-        *("origin", "event_id", "room_id", "received_ts", "event_json", "internal_metadata"),
+        "origin text, event_id text, room_id text, received_ts integer, event_json text, "
+        "internal_metadata text",
     ),
-    table("rooms", "room_id"),
+    table("rooms", "room_id text"),
 )
 
 _FIELD: str = StickyEvent.EVENT_FIELD_NAME
-_PRUNE_FROM = 100
-"""How many PDUs may be staged for a room before Synapse prunes."""
-
-_DELETED_AT_ONCE = 1_000  # a database takes only so many parameters in a statement
-_ROOMS_REMEMBERED = 64  # rooms that have so many PDUs staged at once are few
+_MAX_PDU_SIZE = 65_536  # bytes; the specification's limit
 _MAX_PREV_EVENTS = 20  # Synapse refuses a PDU with more
 _MAX_AUTH_EVENTS = 10  # likewise
 
@@ -60,14 +50,8 @@ Park = Callable[[ParkedPdu, StagedPdu, str], Awaitable[None]]
 RetryAfter = Callable[[StagedPdu, int], int | None]
 
 
-@attr.s(auto_attribs=True, frozen=True, slots=True)
-class _KnownPdu:
-    is_exempt: bool
-    prev_event_ids: tuple[str, ...]
-
-
 class SynapseStaging:
-    """Implements ``pruning.Pruned`` and ``parking.Staging``."""
+    """Implements ``handler.Staging``."""
 
     def __init__(self, homeserver: Homeserver) -> None:
         self._homeserver = homeserver
@@ -76,97 +60,6 @@ class SynapseStaging:
         self.receives = homeserver.serves("federation")
         errors = self._store.database_engine.module
         self._database_errors = (errors.OperationalError, errors.InterfaceError)
-        # Synapse thinks of pruning after every single PDU of a busy room. What is known of the
-        # staged ones is remembered, so that each is read and parsed once.
-        self._known: OrderedDict[str, dict[str, _KnownPdu]] = OrderedDict()
-
-    # Pruning
-
-    def exempt_from_pruning(self, is_exempt: Callable[[StagedPdu], bool]) -> None:
-        def make(original: Callable[..., Any]) -> Callable[..., Any]:
-            # This never calls the original. The original would look at the area once more, and
-            # might prune sticky PDUs that were staged in between.
-            async def prune(room_id: str, room_version: Any, *args: Any, **options: Any) -> bool:
-                try:
-                    return await self._prune(room_id, room_version, is_exempt)
-                except Exception:
-                    # Pruning is housekeeping: leaving it out this time loses nothing.
-                    logger.exception("Could not prune the staged PDUs of %s", room_id)
-                    return False
-
-            return prune
-
-        self._homeserver.replace(self._store, "prune_staged_events_in_room", make)
-
-    async def _prune(
-        self, room_id: str, room_version: Any, is_exempt: Callable[[StagedPdu], bool]
-    ) -> bool:
-        to_delete = await self._to_delete(room_id, room_version, is_exempt)
-        if not to_delete:
-            return False
-        logger.info("Pruning %d staged PDUs of %s", len(to_delete), room_id)
-
-        def delete_txn(txn: Cursor) -> None:
-            # No index helps with the IDs: each statement reads all of the room's staged PDUs.
-            ids = list(to_delete)
-            for at in range(0, len(ids), _DELETED_AT_ONCE):
-                clause, args = self._homeserver.in_list("event_id", ids[at : at + _DELETED_AT_ONCE])
-                txn.execute(
-                    f"DELETE FROM federation_inbound_events_staging WHERE room_id = ? AND {clause}",
-                    (room_id, *args),
-                )
-
-        await self._homeserver.transact("prune_staged", delete_txn)
-        labels = {SERVER_NAME_LABEL: self._homeserver.server_name}
-        pdus_pruned_from_federation_queue.labels(**labels).inc(len(to_delete))
-        return True
-
-    async def _to_delete(
-        self, room_id: str, room_version: Any, is_exempt: Callable[[StagedPdu], bool]
-    ) -> set[str]:
-        """The event IDs to prune: as Synapse does it, but for what is exempt."""
-        known = self._known.get(room_id, {})
-
-        def read_txn(txn: Cursor) -> tuple[list[str], list[tuple[str, str, int]]] | None:
-            txn.execute(
-                "SELECT event_id FROM federation_inbound_events_staging WHERE room_id = ?",
-                (room_id,),
-            )
-            staged = [event_id for (event_id,) in txn.fetchall()]
-            if len(staged) < _PRUNE_FROM:
-                return None
-            unknown = [event_id for event_id in staged if event_id not in known]
-            if not unknown:
-                return staged, []
-            clause, args = self._homeserver.in_list("event_id", unknown)
-            txn.execute(
-                "SELECT event_id, event_json, received_ts"
-                f" FROM federation_inbound_events_staging WHERE room_id = ? AND {clause}",
-                (room_id, *args),
-            )
-            return staged, [(row[0], row[1], row[2]) for row in txn.fetchall()]
-
-        found = await self._homeserver.transact("read_staged", read_txn)
-        if found is None:
-            self._known.pop(room_id, None)
-            return set()
-        staged, new = found
-        v1_format = room_version.event_format == EventFormatVersions.ROOM_V1_V2
-        now_known = {event_id: known[event_id] for event_id in staged if event_id in known}
-        for event_id, event_json, received_ts_ms in new:
-            content = json_decoder.decode(event_json)
-            field, sent_ms = content.get(_FIELD), content.get("origin_server_ts")
-            now_known[event_id] = _KnownPdu(
-                is_exempt(StagedPdu(event_id, field, sent_ms, received_ts_ms)),
-                prev_event_ids_of(content, v1_format),
-            )
-        self._known[room_id] = now_known
-        self._known.move_to_end(room_id)
-        while len(self._known) > _ROOMS_REMEMBERED:
-            self._known.popitem(last=False)
-
-        referenced = {p for s in now_known.values() for p in s.prev_event_ids}
-        return {e for e, s in now_known.items() if e in referenced and not s.is_exempt}
 
     # Processing
 
@@ -268,7 +161,7 @@ class SynapseStaging:
 
     async def _park(self, park: Park, origin: str, pdu: EventBase, why: str) -> None:
         # Synapse checks the size late, after it has fetched the prev_events.
-        if len(encode_canonical_json(pdu.get_pdu_json())) > MAX_PDU_SIZE:
+        if len(encode_canonical_json(pdu.get_pdu_json())) > _MAX_PDU_SIZE:
             return
         try:
             await park(_parked_pdu_of(origin, pdu), self._staged_pdu_of(pdu), why)
@@ -338,12 +231,17 @@ def _texts(pdu: EventBase) -> Iterator[str]:
             yield field
 
 
+def _dumped(value: object) -> str:
+    # As Synapse stages it: without what JSON has no word for.
+    return json.dumps(value, allow_nan=False, separators=(",", ":"))
+
+
 def _parked_pdu_of(origin: str, pdu: EventBase) -> ParkedPdu:
     return ParkedPdu(
         origin,
         pdu.event_id,
         pdu.room_id,
-        json_encoder.encode(pdu.get_dict()),
-        json_encoder.encode(pdu.internal_metadata.get_dict()),
+        _dumped(pdu.get_dict()),
+        _dumped(pdu.internal_metadata.get_dict()),
         tuple(pdu.prev_event_ids()),
     )

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Protocol
 import attr
 
 from synapse_sticky.backoff import Backoff
-from synapse_sticky.handlers.staging.pruning import StagedPdu
-from synapse_sticky.handlers.staging.tables import ParkedPdu, ParkedTable, ScheduledPdu
+from synapse_sticky.handlers.staging.parking.tables import ParkedPdu, ParkedTable, ScheduledPdu
+from synapse_sticky.handlers.staging.pdu import StagedPdu
 from synapse_sticky.homeserver import Cancellable, Cursor, Homeserver
 from synapse_sticky.homeserver.layout import NewerLayoutError, migrate
 

@@ -1,0 +1,1 @@
+"""Parking: sticky PDUs that cannot be persisted yet."""

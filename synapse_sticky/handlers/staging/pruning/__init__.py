@@ -1,0 +1,1 @@
+"""Pruning: what Synapse may not prune of the inbound staging area."""

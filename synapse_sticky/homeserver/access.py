@@ -1,0 +1,235 @@
+"""Who gets the sticky sections of /sync and sliding sync: who is joined at that moment (D8).
+
+Each of the two is guarded on two layers: where its section is made, and in the response. Either
+suffices, so that a Synapse that has changed on one of them is guarded all the same. Fails closed: a
+section that cannot be checked fails the request, and the client asks again.
+"""
+
+import logging
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from typing import Any
+
+import attr
+
+from synapse_sticky.homeserver.fitting import misfits
+from synapse_sticky.homeserver.process import Homeserver
+from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, Seam, attributes, method
+
+logger = logging.getLogger(__name__)
+
+_SYNC = "synapse.handlers.sync"
+_SLIDING = "synapse.handlers.sliding_sync"
+_TYPES = "synapse.types.handlers.sliding_sync"
+_EXTENSIONS = f"{_TYPES}.SlidingSyncResult.Extensions"
+
+_JOINED = method(STORE, "async get_rooms_for_user(user_id, /) -> frozenset")
+
+LAYERS: Mapping[str, tuple[str, str]] = {
+    "delivery": ("sync_section", "sync_response"),
+    "sliding": ("sliding_section", "sliding_response"),
+}
+"""By the duty whose sections they guard: the layers, of which one suffices."""
+
+SEAMS: Mapping[str, tuple[Seam, ...]] = {
+    "sync_section": (
+        _JOINED,
+        method(HOMESERVER, "get_sync_handler() -> SyncHandler"),
+        method(
+            f"{_SYNC}.SyncHandler",
+            "async _generate_room_entry(sync_result_builder, room_builder, *, ephemeral, tags, "
+            "account_data, sticky_event_ids, always_include)",
+            is_replaced=True,
+        ),
+        Attribute(f"{_SYNC}.SyncResultBuilder", "sync_config"),
+        Attribute(f"{_SYNC}.RoomSyncResultBuilder", "room_id"),
+        Attribute(f"{_SYNC}.SyncConfig", "user"),
+    ),
+    "sync_response": (
+        _JOINED,
+        method(HOMESERVER, "get_sync_handler() -> SyncHandler"),
+        method(
+            f"{_SYNC}.SyncHandler",
+            "async wait_for_sync_for_user(requester, sync_config, request_key) -> SyncResult",
+            is_replaced=True,
+        ),
+        method(STORE, "async get_events(event_ids, /) -> dict"),
+        Attribute(f"{_SYNC}.SyncConfig", "user"),
+        Attribute(f"{_SYNC}.SyncResult", "joined"),
+        *attributes(f"{_SYNC}.JoinedSyncResult", "room_id", "sticky"),
+        Attribute("synapse.events.utils.FilteredEvent", "event"),
+    ),
+    "sliding_section": (
+        _JOINED,
+        method(HOMESERVER, "get_sliding_sync_handler() -> SlidingSyncHandler"),
+        Attribute(f"{_SLIDING}.SlidingSyncHandler", "extensions"),
+        method(
+            f"{_SLIDING}.extensions.SlidingSyncExtensionHandler",
+            "async get_sticky_events_extension_response(*, sync_config, sticky_events_request, "
+            "all_interested_room_ids, to_token, from_token) -> StickyEventsExtension | None",
+            is_replaced=True,
+        ),
+        Attribute(f"{_TYPES}.SlidingSyncConfig", "user"),
+    ),
+    "sliding_response": (
+        _JOINED,
+        method(HOMESERVER, "get_sliding_sync_handler() -> SlidingSyncHandler"),
+        method(
+            f"{_SLIDING}.SlidingSyncHandler",
+            "async wait_for_sync_for_user(requester, sync_config, from_token, timeout_ms) -> "
+            "tuple[_, _]",
+            is_replaced=True,
+        ),
+        Attribute(f"{_TYPES}.SlidingSyncConfig", "user"),
+        Attribute(f"{_TYPES}.SlidingSyncResult", "extensions"),
+        Attribute(_EXTENSIONS, "sticky_events"),
+        Attribute(f"{_EXTENSIONS}.StickyEventsExtension", "room_id_to_sticky_events"),
+    ),
+}
+
+
+class Access:
+    """Guards the sections, in a process that serves clients."""
+
+    def __init__(self, homeserver: Homeserver) -> None:
+        self._homeserver = homeserver
+        self._store = homeserver.store
+
+    def guard(self, duty: str) -> list[str]:
+        """Guards the sections of this duty from the next sync on, on each layer that fits.
+
+        Gives what the running Synapse lacks if none does; then the sections are as it makes them.
+        """
+        problems = []
+        is_guarded = False
+        for layer in LAYERS[duty]:
+            if misfit := misfits(SEAMS[layer]):
+                problems += misfit
+                continue
+            mark = self._homeserver.mark()
+            try:
+                guard: Callable[[], None] = getattr(self, f"_guard_{layer}")
+                guard()
+                is_guarded = True
+            except Exception as e:
+                self._homeserver.undo_to(mark)
+                problems.append(f"{type(e).__name__}: {e}")
+        if is_guarded and problems:
+            logger.warning("Only one layer guards the sections: %s", "; ".join(problems))
+        return [] if is_guarded else problems
+
+    async def _joined(self, sync_config: Any) -> frozenset[str]:
+        joined: frozenset[str] = await self._store.get_rooms_for_user(sync_config.user.to_string())
+        return joined
+
+    # /sync
+
+    def _guard_sync_section(self) -> None:
+        def make(original: Callable[..., Any]) -> Callable[..., Any]:
+            async def _generate_room_entry(
+                sync_result_builder: Any,
+                room_builder: Any,
+                *args: Any,
+                sticky_event_ids: list[str],
+                **options: Any,
+            ) -> None:
+                if sticky_event_ids:
+                    joined = await self._joined(sync_result_builder.sync_config)
+                    if room_builder.room_id not in joined:
+                        sticky_event_ids = []
+                await original(
+                    sync_result_builder,
+                    room_builder,
+                    *args,
+                    sticky_event_ids=sticky_event_ids,
+                    **options,
+                )
+
+            return _generate_room_entry
+
+        handler = self._homeserver.hs.get_sync_handler()
+        self._homeserver.replace(handler, "_generate_room_entry", make)
+
+    def _guard_sync_response(self) -> None:
+        def make(original: Callable[..., Any]) -> Callable[..., Any]:
+            # Synapse answers a request that is repeated with the same result, from a cache that is
+            # inside of this function: whose user may have left meanwhile, and which is not changed.
+            async def wait_for_sync_for_user(
+                requester: Any, sync_config: Any, *args: Any, **options: Any
+            ) -> Any:
+                result = await original(requester, sync_config, *args, **options)
+                if not any(room.sticky for room in result.joined):
+                    return result
+                joined = await self._joined(sync_config)
+                # Nor does anybody get what was redacted meanwhile (S5).
+                sticky = await self._still_sticky(
+                    [shown.event.event_id for room in result.joined for shown in room.sticky]
+                )
+                rooms = [
+                    _with_section(room, sticky if room.room_id in joined else ())
+                    for room in result.joined
+                ]
+                return attr.evolve(result, joined=rooms)
+
+            return wait_for_sync_for_user
+
+        handler = self._homeserver.hs.get_sync_handler()
+        self._homeserver.replace(handler, "wait_for_sync_for_user", make)
+
+    async def _still_sticky(self, event_ids: Collection[str]) -> set[str]:
+        events = await self._store.get_events(event_ids)
+        return {e for e, event in events.items() if event.sticky_duration() is not None}
+
+    # Sliding sync
+
+    def _guard_sliding_section(self) -> None:
+        def make(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+            async def get_sticky_events_extension_response(
+                sync_config: Any, *args: Any, all_interested_room_ids: set[str], **options: Any
+            ) -> Any:
+                rooms = all_interested_room_ids & await self._joined(sync_config)
+                section = await original(
+                    sync_config, *args, all_interested_room_ids=rooms, **options
+                )
+                return await self._of_joined(sync_config, section)
+
+            return get_sticky_events_extension_response
+
+        extensions = self._homeserver.hs.get_sliding_sync_handler().extensions
+        self._homeserver.replace(extensions, "get_sticky_events_extension_response", make)
+
+    def _guard_sliding_response(self) -> None:
+        def make(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+            async def wait_for_sync_for_user(
+                requester: Any, sync_config: Any, *args: Any, **options: Any
+            ) -> Any:
+                result, did_wait = await original(requester, sync_config, *args, **options)
+                section = result.extensions.sticky_events
+                of_joined = await self._of_joined(sync_config, section)
+                if of_joined is not section:
+                    extensions = attr.evolve(result.extensions, sticky_events=of_joined)
+                    result = attr.evolve(result, extensions=extensions)
+                return result, did_wait
+
+            return wait_for_sync_for_user
+
+        handler = self._homeserver.hs.get_sliding_sync_handler()
+        self._homeserver.replace(handler, "wait_for_sync_for_user", make)
+
+    async def _of_joined(self, sync_config: Any, section: Any) -> Any:
+        """The section without rooms that the user has left meanwhile."""
+        if not section or not section.room_id_to_sticky_events:
+            return section
+        joined = await self._joined(sync_config)
+        rooms = {
+            room_id: events
+            for room_id, events in section.room_id_to_sticky_events.items()
+            if room_id in joined
+        }
+        if len(rooms) == len(section.room_id_to_sticky_events):
+            return section
+        return attr.evolve(section, room_id_to_sticky_events=rooms)
+
+
+def _with_section(room: Any, event_ids: Collection[str]) -> Any:
+    left = [shown for shown in room.sticky if shown.event.event_id in event_ids]
+    return room if len(left) == len(room.sticky) else attr.evolve(room, sticky=left)

@@ -1,0 +1,254 @@
+"""Which seams the running Synapse does not have.
+
+What is looked at is Synapse's classes and their source, and the columns of its database. No
+instance of anything is needed, so all of it is known before anything is installed.
+"""
+
+import ast
+import functools
+import importlib
+import inspect
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from synapse_sticky.homeserver.seams import Attribute, Import, Method, Seam, Table
+
+Columns = Mapping[str, Mapping[str, str]]
+"""By table and column: the kind of its values, as ``kind_of_column`` says it."""
+
+
+def misfits(seams: Iterable[Seam], columns: Columns | None = None) -> list[str]:
+    """What of these seams the running Synapse does not have, one line each.
+
+    Args:
+        columns: those of the database; None if they are not known, which nothing is wrong with.
+    """
+    return [problem for seam in seams if (problem := _problem(seam, columns))]
+
+
+def _problem(seam: Seam, columns: Columns | None) -> str | None:
+    match seam:
+        case Table():
+            return None if columns is None else _problem_of_table(seam, columns)
+        case Import():
+            return _problem_of_import(seam)
+        case _:
+            pass
+    try:
+        owner = resolve(seam.owner)
+    except (ImportError, AttributeError) as e:
+        return f"{seam.owner} is not there ({e})"
+    problem = None
+    if isinstance(seam, Method):
+        problem = _problem_of_method(owner, seam)
+    elif isinstance(seam, Attribute) and not _has_attribute(owner, seam.name):
+        problem = "is not there"
+    return problem and f"{seam} {problem}"
+
+
+def resolve(path: str) -> Any:
+    """The module or class of this dotted path.
+
+    Raises:
+        ImportError: there is no such module.
+        AttributeError: the module has no such class.
+    """
+    parts = path.split(".")
+    for length in range(len(parts), 0, -1):
+        try:
+            found: Any = importlib.import_module(".".join(parts[:length]))
+        except ModuleNotFoundError as e:
+            if length == 1 or (not path.startswith(f"{e.name}.") and e.name != path):
+                raise
+            continue
+        return functools.reduce(getattr, parts[length:], found)
+    raise ImportError(path)
+
+
+def _problem_of_import(seam: Import) -> str | None:
+    try:
+        resolve(f"{seam.owner}.{seam.name}" if seam.name else seam.owner)
+    except (ImportError, AttributeError) as e:
+        return f"{seam} cannot be imported ({e})"
+    return None
+
+
+# Calls
+
+
+def _problem_of_method(owner: Any, seam: Method) -> str | None:
+    try:
+        found = inspect.getattr_static(owner, seam.name)
+    except AttributeError:
+        return "is not there"
+    # Synapse's cached methods are descriptors around the function.
+    function = getattr(found, "orig", found)
+    takes_self = inspect.isclass(owner) and not isinstance(function, staticmethod)
+    function = getattr(function, "__func__", function)
+    if not callable(function):
+        return "is not a function"
+    try:
+        signature = inspect.signature(function)
+    except ValueError as e:
+        return f"cannot be looked into: {e}"
+    if problem := _problem_of_call(signature, seam, takes_self=takes_self):
+        return f"takes {signature}, {problem}"
+    is_async = inspect.iscoroutinefunction(inspect.unwrap(function))
+    return _problem_of_result(signature.return_annotation, is_async, seam)
+
+
+def _problem_of_result(returns: Any, is_async: bool, seam: Method) -> str | None:
+    if is_async != seam.is_async:
+        return "is a coroutine function" if is_async else "is no coroutine function"
+    if seam.returns is None or returns is inspect.Signature.empty:
+        return None
+    shown = inspect.formatannotation(returns)
+    return None if _has_shape(shown, seam.returns) else f"returns {shown}, not {seam.returns}"
+
+
+def _problem_of_call(signature: inspect.Signature, seam: Method, *, takes_self: bool) -> str | None:
+    first = (*seam.by_position, *seam.arguments)
+    arguments = [None] * (len(first) + takes_self)
+    try:
+        signature.bind(*arguments, **dict.fromkeys(seam.keywords))
+    except TypeError as e:
+        return str(e)
+    names = list(signature.parameters)[takes_self:]
+    for position, name in enumerate(first):
+        if names[position : position + 1] == [name]:
+            continue
+        # By position another name does as well, but not the name of another argument.
+        if name in names or position >= len(seam.by_position):
+            return f"and not {', '.join(first)}"
+    return None
+
+
+# Shapes of results
+
+_SAME = {
+    **dict.fromkeys(
+        ("dict", "Dict", "Mapping", "MutableMapping", "JsonDict", "JsonMapping"), "dict"
+    ),
+    **dict.fromkeys(("list", "List", "Sequence"), "list"),
+    **dict.fromkeys(("set", "frozenset", "Set", "AbstractSet", "FrozenSet"), "set"),
+}
+
+
+def _has_shape(returned: str, expected: str) -> bool:
+    there, wanted = _shape(returned), _shape(expected)
+    # One that may be None where none was expected does not do; the other way round it does.
+    return wanted in (there, f"{there} | None")
+
+
+@functools.cache
+def _shape(annotation: str) -> str:
+    """A result by what its user relies on: its class, or how many a tuple has."""
+    return _shape_of(ast.parse(annotation, mode="eval").body)
+
+
+def _shape_of(node: ast.expr) -> str:
+    match node:
+        case ast.Constant(value=str(text)):
+            shape = _shape(text)
+        case ast.Call(args=[argument]):  # ForwardRef('Name')
+            shape = _shape_of(argument)
+        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
+            shape = _either(left, right)
+        case ast.Subscript(value=value, slice=items):
+            shape = _shape_of_generic(_name_of(value), items)
+        case _:
+            shape = _name_of(node)
+    return _SAME.get(shape, shape)
+
+
+def _shape_of_generic(name: str, items: ast.expr) -> str:
+    match name, items:
+        case "Optional", item:
+            return f"{_shape_of(item)} | None"
+        case "Union", ast.Tuple(elts=[first, *others]):
+            return _either(first, *others)
+        case "tuple" | "Tuple", ast.Tuple(elts=elements):
+            return f"tuple of {len(elements)}"
+        case _:
+            return name
+
+
+def _either(*nodes: ast.expr) -> str:
+    shapes = dict.fromkeys(map(_shape_of, nodes))
+    is_optional = shapes.pop("None", "") is None
+    return " | ".join((*shapes, *(["None"] if is_optional else [])))
+
+
+def _name_of(node: ast.expr) -> str:
+    """The last part of a dotted name."""
+    return node.attr if isinstance(node, ast.Attribute) else ast.unparse(node)
+
+
+# Attributes
+
+
+def _has_attribute(owner: Any, name: str) -> bool:
+    if not inspect.isclass(owner):
+        return hasattr(owner, name)
+    return any(name in _names_of(cls) for cls in owner.__mro__)
+
+
+def _sections(cls: type) -> Iterator[str]:
+    """The sections of Synapse's configuration, which its root gets from its classes."""
+    return (config.section for config in getattr(cls, "config_classes", ()))
+
+
+@functools.cache
+def _names_of(cls: type) -> frozenset[str]:
+    """The attributes of the class, and those that its methods set on an instance."""
+    annotations = getattr(cls, "__annotations__", ())
+    return frozenset((*vars(cls), *annotations, *_set_in(cls), *_sections(cls)))
+
+
+def _set_in(cls: type) -> Iterator[str]:
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+    except (OSError, TypeError):
+        return  # built in, or compiled: it has no source
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(value=ast.Name(id="self"), attr=name, ctx=ast.Store()):
+                yield name
+            case _:
+                pass
+
+
+# Columns
+
+_KINDS = {
+    "text": "text",
+    "character": "text",
+    "varchar": "text",
+    "bigint": "integer",
+    "int": "integer",
+    "integer": "integer",
+    "smallint": "integer",
+    "bool": "boolean",
+    "boolean": "boolean",
+    "bytea": "bytes",
+    "blob": "bytes",
+}
+
+
+def kind_of_column(declared: str) -> str:
+    """The kind of values of a column that is declared like this: text, integer, boolean, bytes."""
+    first = declared.lower().partition("(")[0].split()[:1]
+    return _KINDS.get(first[0], first[0]) if first else ""
+
+
+def _problem_of_table(seam: Table, columns: Columns) -> str | None:
+    there = columns.get(seam.name)
+    if not there:
+        return f"table {seam.name} is not there"
+    for name, kind in seam.columns:
+        if name not in there:
+            return f"table {seam.name} has no column {name}"
+        if there[name] != kind:
+            return f"column {name} of table {seam.name} has values of {there[name]}, not {kind}"
+    return None

@@ -1,7 +1,7 @@
 """The duties: what each needs of Synapse and of the others, and what users notice without it."""
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
 from typing import Any
 
@@ -9,6 +9,7 @@ import attr
 
 from synapse_sticky.homeserver import access, database
 from synapse_sticky.homeserver.fitting import Columns, misfits
+from synapse_sticky.homeserver.place import Place
 from synapse_sticky.homeserver.seams import Seam, Table, imports_of
 
 _PACKAGE = "synapse_sticky"
@@ -32,13 +33,16 @@ class Duty:
 
     files: the modules of this package that use Synapse's private parts for it.
     without: what users notice while it is not done.
+    where: tells of a process whether the duty is done there.
     needs: the duties without which there is nothing to do for it.
-    native: what a Synapse has that does this itself; None while that is not known yet.
+    native: what a Synapse has that does this itself, an attribute, a table or an option; None while
+        that is not known yet.
     """
 
     name: str
     files: tuple[str, ...]
     without: str
+    where: Callable[[Place], bool]
     needs: tuple[str, ...] = ()
     native: Seam | None = None
 
@@ -65,9 +69,11 @@ class Duty:
                 problems[f"{file} cannot be loaded: {e}"] = None
         return list(problems)
 
-    def is_native(self) -> bool:
+    def is_native(self, columns: Columns | None = None) -> bool:
         """Does the running Synapse have what it would do this with itself?"""
-        return self.native is not None and not misfits([self.native])
+        if self.native is None or (columns is None and isinstance(self.native, Table)):
+            return False
+        return not misfits([self.native], columns)
 
 
 def seams_of(file: str) -> tuple[Seam, ...]:
@@ -81,62 +87,85 @@ def seams_of(file: str) -> tuple[Seam, ...]:
     return (*seams, *imports_of(module))
 
 
-ALL = ("homeserver.process", "homeserver.signal")
+ALL = ("homeserver.process", "homeserver.place", "homeserver.signal")
 """What every duty needs."""
 
 _INDEX = ("index.synapse",)
 _ROOMS = ("homeserver.rooms",)
 
+
+def _everywhere(place: Place) -> bool:
+    return True
+
+
+def _serves_clients(place: Place) -> bool:
+    return place.serves("client")
+
+
 DUTIES: Mapping[str, Duty] = {
     duty.name: duty
     for duty in (
-        Duty("index", _INDEX, "each /sync asks the database for sticky events"),
+        Duty("index", _INDEX, "each /sync asks the database for sticky events", _everywhere),
         Duty(
             "delivery",
             (*_INDEX, "handlers.delivery.synapse"),
             "each /sync asks the database for sticky events, and redacted ones may be in a section",
+            _everywhere,
         ),
         Duty(
             "sliding",
             (*_INDEX, "handlers.sliding.synapse"),
             "users of sliding sync who join a room miss the sticky events of before",
+            _serves_clients,
         ),
         Duty(
             "visibility",
             (*_INDEX, *_ROOMS, "handlers.visibility.synapse"),
             "history visibility hides sticky events from joined users and servers",
+            _everywhere,
         ),
         Duty(
             "joins",
             (*_INDEX, *_ROOMS, "handlers.joins.synapse", "handlers.joins.detection.synapse"),
             "servers that newly join a room do not get its sticky events",
+            lambda place: place.sends,
             needs=("index",),
         ),
         Duty(
             "pruning",
             ("handlers.staging.pruning.synapse",),
             "acknowledged sticky events may be pruned in a flood",
+            _everywhere,
         ),
         Duty(
             "parking",
             (*_ROOMS, "handlers.staging.parking.synapse", "homeserver.staged"),
             "acknowledged sticky events are dropped if they cannot be persisted at once",
+            _everywhere,
         ),
         Duty(
             "receipt",
             ("handlers.receipt.synapse", "homeserver.staged"),
             "no transaction of another server is refused, however many events are deferred",
+            lambda place: place.serves("federation"),
         ),
         Duty(
             "deferral",
             (*_INDEX, "handlers.deferral.synapse"),
             "a flood of another server delays the sticky events of all others",
+            lambda place: place.writes,
         ),
-        Duty("sending", ("handlers.sending.synapse",), "local users are not limited"),
+        Duty(
+            "sending",
+            ("handlers.sending.synapse",),
+            "local users are not limited",
+            _serves_clients,
+        ),
         Duty(
             "extremities",
             ("handlers.extremities.synapse",),
             "forward extremities of old sticky events stay for minutes",
+            lambda place: place.merges,
             needs=("index",),
         ),
     )

@@ -26,20 +26,18 @@ from synapse_sticky.handlers.staging.parking.tables import ParkedTable
 from synapse_sticky.handlers.staging.pruning.handler import PruningHandler
 from synapse_sticky.handlers.visibility.handler import VisibilityHandler
 from synapse_sticky.homeserver import Homeserver
-from synapse_sticky.homeserver.access import LAYERS, Access
+from synapse_sticky.homeserver.access import Access
 from synapse_sticky.homeserver.database import read_columns
 from synapse_sticky.homeserver.layout import NewerLayoutError
 from synapse_sticky.homeserver.seams import SeamMismatchError
 from synapse_sticky.index import IndexFollower
 from synapse_sticky.limits import LimitReport
+from synapse_sticky.plan import ACCESS, WITHOUT_ACCESS, decide, guarded, that_stop
 
 logger = logging.getLogger(__name__)
 
 _LOAD_BACKOFF = Backoff(5_000, 30_000, spread=0)
 _PATIENCE_MS = 60_000
-ACCESS = "access"
-"""By this name the log, the metric and `check` say whether the sections are guarded (D8)."""
-
 _LOADED = "_synapse_sticky_is_loaded"
 
 Load = Callable[[], Awaitable[None]]
@@ -93,71 +91,61 @@ class Wiring:
 
     def _begin(self, duty: Duty) -> None:
         """Installs the duty in this process, or says why not."""
-        if duty.name in self._config.native or duty.is_native():
-            self._set(duty.name, State.NATIVE)
+        if not duty.where(self._homeserver.place):
             return
-        missing = [name for name in duty.needs if self.states.get(name) is not State.ON]
-        if missing and self._config.is_on(duty.name):
-            logger.warning("%s is off, as it needs %s", duty.name, ", ".join(missing))
-        if missing or not self._config.is_on(duty.name):
-            self._set(duty.name, State.OFF)
-            return
-        problems = duty.misfits(self._columns)
-        is_here = False
-        if not problems:
-            mark = self._homeserver.mark()
-            try:
-                is_here = self._install(duty.name)
-            except Exception as e:
-                self._homeserver.undo_to(mark)
-                self._loads.pop(duty.name, None)
-                if duty.name == "index":
-                    # What others use is another one, which has the database answer.
-                    self._made_follower = None
-                logger.debug("Could not install %s", duty.name, exc_info=True)
-                problems = [f"{type(e).__name__}: {e}"]
+        decision = decide(duty, self._config, self.states, self._columns)
+        if decision.missing:
+            logger.warning("%s is off, as it needs %s", duty.name, ", ".join(decision.missing))
+        state, problems = decision.state, decision.misfits
+        if state is State.ON and (problems := self._install(duty.name)):
+            state = State.UNFIT
         if problems:
-            self._misfits += problems
-            logger.error(
-                "%s is off, as this Synapse does not fit: %s. Without it %s.",
-                duty.name,
-                "; ".join(problems),
-                duty.without,
-            )
-            self._set(duty.name, State.UNFIT)
-        elif is_here:
-            self._set(duty.name, State.ON)
+            self._say_unfit(duty.name, problems, duty.without)
+        self._set(duty.name, state)
+
+    def _install(self, duty: str) -> list[str]:
+        """Installs it; or leaves no trace of it, and says why."""
+        mark = self._homeserver.mark()
+        install: Callable[[], None] = getattr(self, f"_install_{duty}")
+        try:
+            install()
+        except Exception as e:
+            self._homeserver.undo_to(mark)
+            self._loads.pop(duty, None)
+            if duty == "index":
+                # What others use is another one, which has the database answer.
+                self._made_follower = None
+            logger.debug("Could not install %s", duty, exc_info=True)
+            return [f"{type(e).__name__}: {e}"]
+        return []
 
     def _begin_access(self) -> None:
         """Guards the sections, unless they are left to Synapse."""
-        if not self._homeserver.serves("client"):
+        if not self._homeserver.place.serves("client"):
             return
-        left = (State.OFF, State.NATIVE)
-        guarded = [duty for duty in LAYERS if self.states.get(duty) not in left]
         guard = Access(self._homeserver)
-        problems = [problem for duty in guarded for problem in guard.guard(duty)]
-        if problems:
-            self._misfits += problems
-            logger.error(
-                "%s is off, as this Synapse does not fit: %s. Without it sticky sections may have"
-                " events of rooms that the user is not joined to.",
-                ACCESS,
-                "; ".join(problems),
-            )
-        self._set(ACCESS, State.UNFIT if problems else State.ON if guarded else State.OFF)
+        names = guarded(self.states)
+        if problems := [problem for name in names for problem in guard.guard(name)]:
+            self._say_unfit(ACCESS, problems, WITHOUT_ACCESS)
+        self._set(ACCESS, State.UNFIT if problems else State.ON if names else State.OFF)
+
+    def _say_unfit(self, name: str, problems: list[str], without: str) -> None:
+        self._misfits += problems
+        logger.error(
+            "%s is off, as this Synapse does not fit: %s. Without it %s.",
+            name,
+            "; ".join(problems),
+            without,
+        )
 
     def _set(self, name: str, state: State) -> None:
         self.states[name] = state
         metrics.set_duty(name, state.value)
 
     def _raise_if_strict(self) -> None:
-        strict = self._config.strict
-        unfit = {name for name, state in self.states.items() if state is State.UNFIT}
-        if strict is Strict.ACCESS:
-            unfit &= {ACCESS}
-        if strict is not Strict.NO and unfit:
+        if stopping := that_stop(self._config.strict, self.states):
             self._homeserver.close()
-            raise SeamMismatchError([f"{', '.join(sorted(unfit))} would be off", *self._misfits])
+            raise SeamMismatchError([f"{', '.join(stopping)} would be off", *self._misfits])
 
     def _tell(self) -> None:
         # Access is no duty that anybody chooses: it is named where it is missing.
@@ -171,15 +159,10 @@ class Wiring:
             "synapse-sticky runs in %s: %s", self._homeserver.instance_name, "; ".join(parts)
         )
 
-    # Each says whether the duty is this process's.
+    # Installing
 
-    def _install(self, duty: str) -> bool:
-        install: Callable[[], bool] = getattr(self, f"_install_{duty}")
-        return install()
-
-    def _install_index(self) -> bool:
+    def _install_index(self) -> None:
         self._follower.start()
-        return True
 
     @property
     def _follower(self) -> IndexFollower:
@@ -191,23 +174,21 @@ class Wiring:
             self._made_follower = IndexFollower(self._homeserver, stream)
         return self._made_follower
 
-    def _install_delivery(self) -> bool:
+    def _install_delivery(self) -> None:
         from synapse_sticky.handlers.delivery.synapse import SynapseDelivery
 
         delivery = SynapseDelivery(self._homeserver)
         DeliveryHandler(self._follower, delivery).install()
-        return True
 
-    def _install_sliding(self) -> bool:
+    def _install_sliding(self) -> None:
         from synapse_sticky.handlers.sliding.synapse import SynapseSliding
 
         homeserver = self._homeserver
         sliding = SlidingHandler(homeserver, SynapseSliding(homeserver), PageTable(homeserver))
         sliding.install()
         self._loads["sliding"] = sliding.load
-        return True
 
-    def _install_visibility(self) -> bool:
+    def _install_visibility(self) -> None:
         from synapse_sticky.handlers.visibility.synapse import SynapseVisibility
         from synapse_sticky.homeserver.rooms import Rooms
 
@@ -216,9 +197,8 @@ class Wiring:
         VisibilityHandler(
             homeserver, Rooms(homeserver), self._follower, visibility, config
         ).install()
-        return True
 
-    def _install_joins(self) -> bool:
+    def _install_joins(self) -> None:
         from synapse_sticky.handlers.joins.detection.synapse import SynapseStateChanges
         from synapse_sticky.handlers.joins.synapse import SynapseFederation
         from synapse_sticky.homeserver.rooms import Rooms
@@ -226,8 +206,6 @@ class Wiring:
         homeserver = self._homeserver
         rooms = Rooms(homeserver)
         federation = SynapseFederation(homeserver, rooms)
-        if not federation.sends:
-            return False
         joins = JoinsHandler(
             homeserver,
             rooms,
@@ -239,15 +217,13 @@ class Wiring:
         )
         joins.install()
         self._loads["joins"] = joins.load
-        return True
 
-    def _install_pruning(self) -> bool:
+    def _install_pruning(self) -> None:
         from synapse_sticky.handlers.staging.pruning.synapse import SynapsePruning
 
         PruningHandler(self._homeserver, SynapsePruning(self._homeserver)).install()
-        return True
 
-    def _install_parking(self) -> bool:
+    def _install_parking(self) -> None:
         from synapse_sticky.handlers.staging.parking.synapse import SynapseStaging
         from synapse_sticky.homeserver.rooms import Rooms
 
@@ -256,56 +232,43 @@ class Wiring:
         parking = ParkingHandler(homeserver, Rooms(homeserver), staging, table)
         parking.install()
         self._loads["parking"] = parking.load
-        return True
 
-    def _install_receipt(self) -> bool:
+    def _install_receipt(self) -> None:
         from synapse_sticky.handlers.receipt.synapse import SynapseReceipt
 
         homeserver, config = self._homeserver, self._config.federation
-        if not homeserver.serves("federation"):
-            return False
         receipt = SynapseReceipt(homeserver)
         ReceiptHandler(homeserver, receipt, self._deferred, config, self._report).install()
-        return True
 
-    def _install_deferral(self) -> bool:
+    def _install_deferral(self) -> None:
         from synapse_sticky.handlers.deferral.synapse import SynapseWriter
 
         homeserver, config = self._homeserver, self._config.federation
         writer = SynapseWriter(homeserver)
-        if not writer.writes:
-            return False
         deferral = DeferralHandler(
             homeserver, writer, self._deferred, self._follower.stream, config, self._report
         )
         # In mode `off`, too: events may be deferred from when there were limits.
         deferral.install()
         self._loads["deferral"] = deferral.load
-        return True
 
-    def _install_sending(self) -> bool:
+    def _install_sending(self) -> None:
         from synapse_sticky.handlers.sending.synapse import SynapseSending
 
         homeserver, config = self._homeserver, self._config
-        if not homeserver.serves("client"):
-            return False
         sending = SynapseSending(homeserver)
         sending.check_parameter()
         if config.state_events:
             sending.accept_sticky_state()
         if config.local.per_user is not None:
             SendingHandler(homeserver, sending, config.local, self._report).install()
-        return True
 
-    def _install_extremities(self) -> bool:
+    def _install_extremities(self) -> None:
         from synapse_sticky.handlers.extremities.synapse import SynapseExtremities
 
         extremities = SynapseExtremities(self._homeserver)
-        if not extremities.merges:
-            return False
         config = self._config.extremities
         ExtremitiesHandler(self._homeserver, extremities, self._follower, config).install()
-        return True
 
     # Loading
 

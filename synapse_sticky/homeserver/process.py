@@ -11,10 +11,12 @@ from synapse.module_api import ModuleApi
 from synapse.module_api.errors import ConfigError
 
 from synapse_sticky.homeserver.database import is_postgres
+from synapse_sticky.homeserver.place import Place
 from synapse_sticky.homeserver.seams import HOMESERVER, Attribute, attributes, method
 from synapse_sticky.homeserver.signal import Signal
 
 if TYPE_CHECKING:
+    from synapse.config.homeserver import HomeServerConfig
     from synapse.server import HomeServer
 
 logger = logging.getLogger(__name__)
@@ -28,11 +30,7 @@ SEAMS = (
     Attribute("synapse.storage.databases.Databases", "main"),
     Attribute("synapse.storage._base.SQLBaseStore", "database_engine"),
     Attribute("synapse.storage.engines._base.BaseDatabaseEngine", "module"),
-    *attributes("synapse.config.homeserver.HomeServerConfig", "experimental", "worker", "server"),
-    *attributes("synapse.config.workers.WorkerConfig", "worker_app", "worker_listeners"),
-    Attribute("synapse.config.server.ServerConfig", "listeners"),
-    *attributes("synapse.config.server.HttpListenerConfig", "resources"),
-    Attribute("synapse.config.server.HttpResourceConfig", "names"),
+    Attribute("synapse.config.homeserver.HomeServerConfig", "experimental"),
 )
 
 MIGRATION_LOCK = 0x5354_4943_4B59
@@ -78,10 +76,11 @@ class Homeserver:
     def __init__(self, api: ModuleApi) -> None:
         self.api = api
         self.hs: HomeServer = api._hs
-        require_sticky_events(self.hs)
         self.store: Any = self.hs.get_datastores().main
+        require_sticky_events(self.store, self.hs.config)
         self.server_name = api.server_name
-        self.instance_name = api.worker_name or "master"
+        self.place = Place(self.hs.config)
+        self.instance_name = self.place.name
         self.is_postgres = is_postgres(self.store.database_engine)
         self._undo: list[Callable[[], None]] = []
         # The reactor knows this function, and lets it go at the homeserver's `shutdown()` only.
@@ -141,18 +140,6 @@ class Homeserver:
         if self.is_postgres:
             return f"{column} = ANY(?)", [list(values)]
         return f"{column} IN ({', '.join('?' * len(values))})", list(values)
-
-    def serves(self, resource: str) -> bool:
-        """Does this process listen for the resource, ``client`` or ``federation``?"""
-        config = self.hs.config
-        is_worker = config.worker.worker_app is not None
-        listeners = config.worker.worker_listeners if is_worker else config.server.listeners
-        return any(
-            resource in served.names
-            for listener in listeners
-            if (options := getattr(listener, "http_options", None)) is not None
-            for served in options.resources
-        )
 
     def replace(
         self, owner: object, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -219,21 +206,44 @@ def replace_shared(
     setattr(owner, name, replacement)
 
 
-def require_sticky_events(hs: "HomeServer") -> None:
+def require_sticky_events(store: object, config: "HomeServerConfig") -> None:
     """Synapse's own part of MSC4354 must be there, and on.
+
+    Args:
+        store: the main data store.
 
     Raises:
         ConfigError: it is not; the message says what to do.
     """
-    # A Synapse that has sticky events and no such option has them as a stable feature.
-    enabled = getattr(hs.config.experimental, "msc4354_enabled", True)
-    if not hasattr(hs.get_datastores().main, "get_backlogged_sticky_events_for_destination"):
+    require_parts(store)
+    require_enabled(config)
+
+
+def require_parts(store: object) -> None:
+    """Synapse's own part of MSC4354 must be there.
+
+    Args:
+        store: the main data store, or its class.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if not hasattr(store, "get_backlogged_sticky_events_for_destination"):
         raise ConfigError(
             "synapse-sticky needs Synapse 1.163 or later, this is"
             f" {version('matrix-synapse')}. "
             "Upgrade Synapse, or take the module out of `modules:`."
         )
-    if not enabled:
+
+
+def require_enabled(config: "HomeServerConfig") -> None:
+    """Synapse's own part of MSC4354 must be on.
+
+    Raises:
+        ConfigError: it is off.
+    """
+    # A Synapse that has sticky events and no such option has them as a stable feature.
+    if not getattr(config.experimental, "msc4354_enabled", True):
         raise ConfigError(
             "synapse-sticky needs Synapse's own sticky events. Add to homeserver.yaml:\n"
             "experimental_features:\n"

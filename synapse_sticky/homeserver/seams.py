@@ -6,6 +6,7 @@ says which of them the running Synapse lacks.
 """
 
 import ast
+import functools
 import inspect
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -116,6 +117,7 @@ def attributes(owner: str, *names: str) -> tuple[Attribute, ...]:
     return tuple(Attribute(owner, name) for name in names)
 
 
+@functools.cache
 def imports_of(module: ModuleType) -> tuple[Import, ...]:
     """The private names of Synapse that a module imports to run."""
     return tuple(imports_in(ast.parse(inspect.getsource(module))))

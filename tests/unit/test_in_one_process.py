@@ -223,14 +223,11 @@ print(*(duty.name for duty in DUTIES.values() if duty.misfits()))
 def test_a_synapse_in_which_the_feature_is_stable_is_not_too_old() -> None:
     """It has the parts, and no option for them any more."""
     store = SimpleNamespace(get_backlogged_sticky_events_for_destination=None)
-    hs: Any = SimpleNamespace(
-        config=SimpleNamespace(experimental=SimpleNamespace()),
-        get_datastores=lambda: SimpleNamespace(main=store),
-    )
-    require_sticky_events(hs)
-    hs.config.experimental.msc4354_enabled = False
+    config: Any = SimpleNamespace(experimental=SimpleNamespace())
+    require_sticky_events(store, config)
+    config.experimental.msc4354_enabled = False
     with pytest.raises(ConfigError, match="msc4354_enabled: true"):
-        require_sticky_events(hs)
+        require_sticky_events(store, config)
     del store.get_backlogged_sticky_events_for_destination
     with pytest.raises(ConfigError, match=r"needs Synapse 1\.163 or later"):
-        require_sticky_events(hs)
+        require_sticky_events(store, config)

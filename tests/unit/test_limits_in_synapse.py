@@ -177,7 +177,6 @@ class Deferring:
 def deferring(homeserver: Homeserver) -> Deferring:
     deferring = Deferring()
     writer = SynapseWriter(homeserver)
-    assert writer.writes
     assert writer.handles(ROOM)
     writer.defer_by(deferring)
     return deferring
@@ -519,7 +518,6 @@ def test_events_are_checked_before_they_are_sent_or_scheduled(
 @pytest.mark.requirement("F2")
 def test_forward_extremities_are_counted(homeserver: Homeserver) -> None:
     extremities = SynapseExtremities(homeserver)
-    assert extremities.merges is True
     assert extremities.threshold == 10
     assert done(extremities.count(ROOM)) == 0
     # No local user is there who could send one.

@@ -59,9 +59,6 @@ DeferTxn = Callable[[Cursor, Sequence[NewStickyEvent]], Collection[str]]
 class Writer(Protocol):
     """Synapse's way into the sticky events stream, in a process that persists events."""
 
-    writes: bool
-    """Whether this process persists events at all."""
-
     def handles(self, room_id: str) -> bool:
         """Does this very process persist the room's events?"""
 

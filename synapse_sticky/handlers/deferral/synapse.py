@@ -61,10 +61,9 @@ class SynapseWriter:
         self._notifier = homeserver.hs.get_notifier()
         worker = homeserver.hs.config.worker
         self._shards = worker.events_shard_config
-        self.writes = homeserver.instance_name in worker.writers.events
 
     def handles(self, room_id: str) -> bool:
-        return self.writes and self._shards.should_handle(self._homeserver.instance_name, room_id)
+        return self._shards.should_handle(self._homeserver.instance_name, room_id)
 
     def defer_by(self, defer_txn: DeferTxn) -> None:
         def make_insert(original: Callable[..., None]) -> Callable[..., None]:

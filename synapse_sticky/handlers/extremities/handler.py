@@ -24,11 +24,9 @@ _MAX_ROOMS = 1_000
 class Extremities(Protocol):
     """The forward extremities of rooms.
 
-    merges: whether this process may merge them.
     threshold: how many a room may have.
     """
 
-    merges: bool
     threshold: int
 
     async def count(self, room_id: str) -> int:

@@ -3,14 +3,10 @@
 from synapse.handlers.worker_lock import NEW_EVENT_DURING_PURGE_LOCK_NAME
 
 from synapse_sticky.homeserver import Homeserver
-from synapse_sticky.homeserver.seams import HOMESERVER, STORE, attributes, method
+from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, method
 
 SEAMS = (
-    *attributes(
-        "synapse.config.server.ServerConfig",
-        "cleanup_extremities_with_dummy_events",
-        "dummy_events_threshold",
-    ),
+    Attribute("synapse.config.server.ServerConfig", "dummy_events_threshold"),
     method(STORE, "async get_latest_event_ids_in_room(room_id, /) -> frozenset"),
     method(HOMESERVER, "get_worker_locks_handler() -> WorkerLocksHandler"),
     method(
@@ -31,13 +27,7 @@ class SynapseExtremities:
     def __init__(self, homeserver: Homeserver) -> None:
         self._hs = homeserver.hs
         self._store = homeserver.store
-        server = self._hs.config.server
-        # As where and whether Synapse itself sends dummy events.
-        self.merges = (
-            homeserver.api.should_run_background_tasks()
-            and server.cleanup_extremities_with_dummy_events
-        )
-        self.threshold = server.dummy_events_threshold
+        self.threshold = self._hs.config.server.dummy_events_threshold
 
     async def count(self, room_id: str) -> int:
         return len(await self._store.get_latest_event_ids_in_room(room_id))

@@ -34,7 +34,6 @@ _FEDERATION_CONFIG = "synapse.config.federation.FederationConfig"
 SEAMS = (
     method(HOMESERVER, "get_federation_sender() -> AbstractFederationSender"),
     method(HOMESERVER, "get_federation_http_client() -> MatrixFederationHttpClient"),
-    method(HOMESERVER, "should_send_federation() -> bool"),
     Attribute("synapse.config.homeserver.HomeServerConfig", "federation"),
     Attribute("synapse.config.workers.WorkerConfig", "federation_shard_config"),
     method(
@@ -100,15 +99,13 @@ class SynapseFederation:
         self._store = homeserver.store
         hs = homeserver.hs
         config = hs.config
-        self.sends = hs.should_send_federation()
         self._shards = config.worker.federation_shard_config
         self._is_whitelisted = config.federation.is_domain_allowed_according_to_federation_whitelist
         self._client: Any = hs.get_federation_http_client()
 
     def handles(self, destination: str) -> bool:
         return (
-            self.sends
-            and destination != self._homeserver.server_name
+            destination != self._homeserver.server_name
             and self._shards.should_handle(self._homeserver.instance_name, destination)
             and self._is_whitelisted(destination)
         )

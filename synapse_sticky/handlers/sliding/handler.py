@@ -107,9 +107,8 @@ class SlidingHandler:
         self._is_loaded = False
 
     def install(self) -> None:
-        """Takes effect from the next sync on, if this process serves clients."""
-        if self._homeserver.serves("client"):
-            self._sliding_sync.page(self.page)
+        """Takes effect from the next sync on."""
+        self._sliding_sync.page(self.page)
 
     async def load(self) -> None:
         """Makes the table of pages.

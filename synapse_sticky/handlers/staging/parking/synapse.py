@@ -57,7 +57,7 @@ class SynapseStaging:
         self._homeserver = homeserver
         self._store = homeserver.store
         self._handler: Any = homeserver.hs.get_federation_event_handler()
-        self.receives = homeserver.serves("federation")
+        self.receives = homeserver.place.serves("federation")
         errors = self._store.database_engine.module
         self._database_errors = (errors.OperationalError, errors.InterfaceError)
 

@@ -1,0 +1,81 @@
+"""Which duties one process does, by the configuration and by what the running Synapse has.
+
+The start and ``synapse-sticky check`` both go by this.
+"""
+
+from collections.abc import Mapping
+
+import attr
+
+from synapse_sticky.config import StickyConfig, Strict
+from synapse_sticky.duties import Duty, State
+from synapse_sticky.homeserver.access import LAYERS, SEAMS
+from synapse_sticky.homeserver.fitting import Columns, misfits
+
+ACCESS = "access"
+"""By this name the log, the metric and ``check`` say whether the sections are guarded (D8)."""
+
+WITHOUT_ACCESS = "sticky sections may have events of rooms that the user is not joined to"
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class Decision:
+    """What becomes of a duty.
+
+    misfits: what the running Synapse lacks for it, one line each.
+    missing: the duties that it needs and that are not on.
+    """
+
+    state: State
+    misfits: list[str] = attr.Factory(list)
+    missing: list[str] = attr.Factory(list)
+
+
+def decide(
+    duty: Duty, config: StickyConfig, states: Mapping[str, State], columns: Columns | None
+) -> Decision:
+    """Whether a duty is done in a process that it belongs in.
+
+    Args:
+        states: of the duties that were decided on before, which are those that it may need.
+        columns: those of the database; None if they are not known.
+    """
+    if duty.name in config.native or duty.is_native(columns):
+        return Decision(State.NATIVE)
+    if not config.is_on(duty.name):
+        return Decision(State.OFF)
+    if missing := [name for name in duty.needs if states.get(name) is not State.ON]:
+        return Decision(State.OFF, missing=missing)
+    if problems := duty.misfits(columns):
+        return Decision(State.UNFIT, misfits=problems)
+    return Decision(State.ON)
+
+
+def guarded(states: Mapping[str, State]) -> list[str]:
+    """The duties whose sections are to be guarded: all that are not left to Synapse."""
+    return [name for name in LAYERS if states.get(name) not in (State.OFF, State.NATIVE)]
+
+
+def decide_access(states: Mapping[str, State]) -> Decision:
+    """Whether the sections are guarded, in a process that serves clients."""
+    names = guarded(states)
+    if not names:
+        return Decision(State.OFF)
+    problems: list[str] = []
+    for name in names:
+        by_layer = [misfits(SEAMS[layer]) for layer in LAYERS[name]]
+        if all(by_layer):
+            problems += [problem for found in by_layer for problem in found]
+    return Decision(State.UNFIT if problems else State.ON, misfits=problems)
+
+
+def that_stop(strict: Strict, states: Mapping[str, State]) -> list[str]:
+    """The names of what does not fit and therefore stops the start."""
+    unfit = sorted(name for name, state in states.items() if state is State.UNFIT)
+    match strict:
+        case Strict.ALL:
+            return unfit
+        case Strict.ACCESS:
+            return [name for name in unfit if name == ACCESS]
+        case _:
+            return []

@@ -105,11 +105,9 @@ def try_version(version: str, wheel: Path, folder: Path) -> list[str]:
         told = story(environment, folder)
     except StepError as e:
         return [*failures, f"{step}: {e}"]
-    if answer is None:
-        return [*failures, *(f"story, {p}: {o}" for p, o in told.items() if o != PASSED)]
-    result = Result(answer, told)
+    result = Result(version, answer, told)
     result.keep()
-    return result.problems()
+    return [*failures, *result.problems()]
 
 
 def try_all(asked: list[str]) -> list[str]:

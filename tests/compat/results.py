@@ -29,65 +29,55 @@ def told_of(version: str) -> tuple[str, ...]:
 
 @attr.s(auto_attribs=True, frozen=True)
 class Result:
-    """What came of one version.
+    """What came of one version of Synapse.
 
-    check: what the module's check printed.
+    check: what the module's check printed; None if it did not answer.
     story: how each part of the story ended.
     """
 
-    check: dict[str, Any]
+    synapse: str
+    check: dict[str, Any] | None
     story: dict[str, str]
-
-    @property
-    def version(self) -> str:
-        version: str = self.check["synapse"]
-        return version
 
     def problems(self) -> list[str]:
         """What is not as it should be, each with its step."""
-        wanted = 0 if is_expected_to_fit(self.version) else 2
-        found = []
-        if (code := self.check["exit_code"]) != wanted:
-            said = "; ".join(self._said()) or "it does not say why"
-            found.append(f"check: exit code {code}, should be {wanted}: {said}")
-        elif code and not self._said():
-            found.append("check: it does not say why this Synapse does not fit")
-        for part in told_of(self.version):
+        found = [] if self.check is None else self._problems_of_check(self.check)
+        for part in told_of(self.synapse):
             outcome = self.story.get(part, "was not told")
             if outcome != PASSED:
                 found.append(f"story, {part}: {outcome}")
         return found
 
-    def _said(self) -> list[str]:
-        duties = self.check.get("duties", {})
-        said = [*self.check.get("problems", ())]
-        said += self.check.get("access", {}).get("misfits", ())
-        said += [
-            f"{name}: {misfit}"
-            for name, duty in duties.items()
-            for misfit in duty.get("misfits", ())
-        ]
-        return list(dict.fromkeys(said))
+    def _problems_of_check(self, check: dict[str, Any]) -> list[str]:
+        wanted = 0 if is_expected_to_fit(self.synapse) else 2
+        said = _said(check)
+        if (code := check["exit_code"]) != wanted:
+            why = "; ".join(said) or "it does not say why"
+            return [f"check: exit code {code}, should be {wanted}: {why}"]
+        if code and not said:
+            return ["check: it does not say why this Synapse does not fit"]
+        return []
 
     def keep(self) -> None:
         """Writes it to where it is kept."""
         FOLDER.mkdir(parents=True, exist_ok=True)
-        kept = {"check": self.check, "story": self.story}
-        text = json.dumps(kept, indent=1, sort_keys=True, ensure_ascii=False)
-        (FOLDER / f"{self.version}.json").write_text(text + "\n")
+        text = json.dumps(attr.asdict(self), indent=1, sort_keys=True, ensure_ascii=False)
+        (FOLDER / f"{self.synapse}.json").write_text(text + "\n")
 
     def row(self) -> str:
         """Its row of the table."""
-        cells = [f"[{self.version}](docs/compat/{self.version}.json)", self._verdict()]
-        if is_expected_to_fit(self.version):
+        cells = [f"[{self.synapse}](docs/compat/{self.synapse}.json)", self._verdict()]
+        if is_expected_to_fit(self.synapse):
             cells += ["yes" if self.story.get(p) == PASSED else "**no**" for p in STORY]
         else:
             cells += ["-"] * len(STORY)
         return f"| {' | '.join(cells)} |"
 
     def _verdict(self) -> str:
+        if self.check is None:
+            return "**no answer**"
         code = self.check["exit_code"]
-        if not is_expected_to_fit(self.version):
+        if not is_expected_to_fit(self.synapse):
             fits = "**fits**" if code == 0 else "does not fit"
             refused = self.story.get("refusal") == PASSED
             return f"{fits}; Synapse {'refuses to start' if refused else '**starts**'}"
@@ -97,6 +87,14 @@ class Result:
         unfit = ", ".join(sorted(name for name in duties if duties[name].get("state") == "unfit"))
         verdict = "partly" if code == 1 else "does not fit"
         return f"**{verdict}**" + (f": without {unfit}" if unfit else "")
+
+
+def _said(check: dict[str, Any]) -> list[str]:
+    """Everything that the check found."""
+    said = [*check.get("problems", ()), *check.get("access", {}).get("misfits", ())]
+    for name, duty in check.get("duties", {}).items():
+        said += [f"{name}: {misfit}" for misfit in duty.get("misfits", ())]
+    return list(dict.fromkeys(said))
 
 
 def read_check(printed: str) -> dict[str, Any]:
@@ -118,7 +116,7 @@ def read_check(printed: str) -> dict[str, Any]:
 def kept() -> list[Result]:
     """All that is kept, the oldest Synapse first."""
     results = [Result(**json.loads(path.read_text())) for path in FOLDER.glob("*.json")]
-    return sorted(results, key=lambda result: Version(result.version))
+    return sorted(results, key=lambda result: Version(result.synapse))
 
 
 def table(results: list[Result]) -> str:
@@ -153,7 +151,7 @@ def write_table() -> None:
 def stale() -> list[str]:
     """Why README's table is not to be believed."""
     results = kept()
-    versions = {result.version for result in results}
+    versions = {result.synapse for result in results}
     found = [f"Nothing is kept of Synapse {v}: make compat" for v in LISTED if v not in versions]
     text = README.read_text()
     try:

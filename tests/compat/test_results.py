@@ -9,6 +9,12 @@ import pytest
 from tests.compat import results
 from tests.compat.results import BEGIN, END, PASSED, STORY, Result, read_check, table, with_table
 
+
+def result_of(check: dict[str, Any], story: dict[str, str]) -> Result:
+    """As of a run on the version that the check names."""
+    return Result(check["synapse"], check, story)
+
+
 ALL_PASSED = dict.fromkeys(STORY, PASSED)
 
 
@@ -29,39 +35,43 @@ def cells(result: Result) -> list[str]:
 
 
 def test_all_fits() -> None:
-    result = Result(check("1.163.1", 0, joins=[]), ALL_PASSED)
+    result = result_of(check("1.163.1", 0, joins=[]), ALL_PASSED)
     assert result.problems() == []
     assert cells(result) == ["fits", "yes", "yes", "yes", "yes"]
 
 
 def test_a_duty_does_not_fit_a_later_synapse() -> None:
-    result = Result(check("1.170.0", 1, joins=["a.b is not there"], index=[]), ALL_PASSED)
+    result = result_of(check("1.170.0", 1, joins=["a.b is not there"], index=[]), ALL_PASSED)
     assert result.problems() == ["check: exit code 1, should be 0: joins: a.b is not there"]
     assert cells(result) == ["**partly**: without joins", "yes", "yes", "yes", "yes"]
 
 
 def test_a_part_of_the_story_fails() -> None:
-    result = Result(check("1.163.1", 0), {**ALL_PASSED, "flood": "failed"})
+    result = result_of(check("1.163.1", 0), {**ALL_PASSED, "flood": "failed"})
     assert result.problems() == ["story, flood: failed"]
     assert cells(result) == ["fits", "yes", "**no**", "yes", "yes"]
 
 
 def test_a_part_that_was_not_told_is_no_yes() -> None:
-    result = Result(check("1.163.1", 0), {})
+    result = result_of(check("1.163.1", 0), {})
     assert len(result.problems()) == len(STORY)
     assert cells(result) == ["fits", *["**no**"] * len(STORY)]
 
 
+def test_no_answer_of_the_check_is_no_fits() -> None:
+    assert cells(Result("1.163.1", None, ALL_PASSED))[0] == "**no answer**"
+
+
 def test_an_old_synapse_must_be_refused_and_say_why() -> None:
     old = check("1.162.0", 2, index=["x is not there"])
-    result = Result(old, {"refusal": PASSED})
+    result = result_of(old, {"refusal": PASSED})
     assert result.problems() == []
     assert cells(result) == ["does not fit; Synapse refuses to start", *["-"] * len(STORY)]
-    assert Result(check("1.162.0", 2), {"refusal": PASSED}).problems() == [
+    assert result_of(check("1.162.0", 2), {"refusal": PASSED}).problems() == [
         "check: it does not say why this Synapse does not fit"
     ]
-    assert Result(old, {"refusal": "failed"}).problems() == ["story, refusal: failed"]
-    (problem,) = Result(check("1.162.0", 0), {"refusal": PASSED}).problems()
+    assert result_of(old, {"refusal": "failed"}).problems() == ["story, refusal: failed"]
+    (problem,) = result_of(check("1.162.0", 0), {"refusal": PASSED}).problems()
     assert problem.startswith("check: exit code 0, should be 2")
 
 
@@ -90,14 +100,14 @@ def test_a_table_that_is_not_of_what_is_kept_is_noticed(
     monkeypatch.setattr(results, "README", readme)
     monkeypatch.setattr(results, "LISTED", ("1.163.9", "1.163.10"))
     readme.write_text(f"before\n{BEGIN}\n{END}\nafter\n")
-    Result(check("1.163.10", 0), ALL_PASSED).keep()
+    result_of(check("1.163.10", 0), ALL_PASSED).keep()
     results.write_table()
     assert results.stale() == ["Nothing is kept of Synapse 1.163.9: make compat"]
-    Result(check("1.163.9", 0), ALL_PASSED).keep()
+    result_of(check("1.163.9", 0), ALL_PASSED).keep()
     assert results.stale() == ["README.md's table is stale: python -m tests.compat --table"]
     results.write_table()
     assert results.stale() == []
-    assert [result.version for result in results.kept()] == ["1.163.9", "1.163.10"]
+    assert [result.synapse for result in results.kept()] == ["1.163.9", "1.163.10"]
     text = readme.read_text()
     assert text == f"before\n{BEGIN}\n\n{table(results.kept())}\n\n{END}\nafter\n"
     readme.write_text("no markers")

@@ -4,10 +4,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
+VERSIONS ?=
 RUST_SOURCES := Cargo.toml Cargo.lock $(shell find rust/src -name '*.rs')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-workers lint bench conformance conformance-plain fuzz soak format clean
+.PHONY: help demo test test-slow test-workers lint bench compat conformance conformance-plain fuzz soak format clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -48,6 +49,9 @@ bench: $(VENV)/.built ## Benchmarks: the Rust core; delivery beside SQL; /sync; 
 	$(BIN)/python -m benchmarks.newcomers --runs 5 --plain --busy
 	$(BIN)/python -m benchmarks.workers
 
+compat: $(VENV)/.built ## The check and a short story on each Synapse, from 1.162 to the newest, or VERSIONS="1.163.1"; docs/compat
+	$(BIN)/python -m tests.compat $(VERSIONS)
+
 conformance: $(VENV)/.built ## Every requirement of MSC4354, asked of Synapse with the module; docs/conformance.md
 	$(BIN)/python -m pytest tests/conformance --record $(PYTEST_ARGS)
 	$(BIN)/python -m tests.conformance.page
@@ -68,7 +72,7 @@ format: $(VENV)/.built ## Formats Python and Rust
 	cargo fmt
 
 clean: ## Removes everything that was built
-	rm -rf $(VENV) target synapse_sticky/_core*.so
+	rm -rf $(VENV) .venv-compat target synapse_sticky/_core*.so
 
 # The environment: the module itself (its Python files used where they are, its Rust core built),
 # Synapse, and what linting and testing need.

@@ -14,6 +14,7 @@ from matrix_common.regex import glob_to_regex
 
 from synapse_sticky.options import (
     HOUR_MS,
+    Check,
     boolean,
     duration,
     error,
@@ -112,21 +113,36 @@ class VisibilityConfig:
 
 
 class Mode(Enum):
-    """What becomes of sticky events of other servers that are past a limit (L2, L4)."""
+    """What becomes of sticky events of other servers that are past a limit (L2, L4, H6)."""
 
     DEFER = "defer"
     REJECT = "reject"
+    OBSERVE = "observe"
+    """Nothing. What ``DEFER`` would do with them is counted."""
     OFF = "off"
 
 
-def _mode(value: object) -> Mode:
-    # YAML reads a bare `off` as false.
-    if value is False:
-        return Mode.OFF
-    for mode in Mode:
-        if value == mode.value:
-            return mode
-    raise ValueError("'defer', 'reject' or 'off'")
+class LocalMode(Enum):
+    """What becomes of sticky events of this server's users that are past a limit (E1, H6)."""
+
+    REJECT = "reject"
+    OBSERVE = "observe"
+    """Nothing. What ``REJECT`` would do with them is counted."""
+    OFF = "off"
+
+
+def _mode_of(modes: type[Mode] | type[LocalMode]) -> Check:
+    by_name = {mode.value: mode for mode in modes}
+    *names, last = map(repr, by_name)
+
+    def check(value: object) -> Mode | LocalMode:
+        # YAML reads a bare `off` as false.
+        name = "off" if value is False else value
+        if not isinstance(name, str) or name not in by_name:
+            raise ValueError(f"{', '.join(names)} or {last}")
+        return by_name[name]
+
+    return check
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
@@ -152,13 +168,17 @@ class FederationConfig:
     exempt_servers: servers that nothing of this applies to, as globs.
     """
 
-    mode: Mode = option(Mode.DEFER, _mode)
+    mode: Mode = option(Mode.DEFER, _mode_of(Mode))
     per_server: LimitConfig | None = section(LimitConfig(50.0, 2_000), nullable=True)
     per_server_in_room: LimitConfig | None = section(LimitConfig(20.0, 1_000), nullable=True)
     per_sender: LimitConfig | None = section(LimitConfig(2.0, 60), nullable=True)
     per_room: LimitConfig | None = section(LimitConfig(50.0, 2_000), nullable=True)
     max_deferred_per_server: int = option(5_000, integer(1, 1_000_000))
     exempt_servers: tuple[str, ...] = option((), server_globs)
+
+    def applied(self) -> "FederationConfig":
+        """What of this holds events up: in mode ``observe`` as little as in ``off``."""
+        return attr.evolve(self, mode=Mode.OFF) if self.mode is Mode.OBSERVE else self
 
     def exempts(self) -> Callable[[str], bool]:
         """A function that tells whether a server is exempt."""
@@ -170,9 +190,11 @@ class FederationConfig:
 class LocalConfig:
     """Limits on sticky events of this server's users (E1).
 
+    mode: what becomes of events past a limit.
     per_user: one user, all rooms; None for no limit.
     """
 
+    mode: LocalMode = option(LocalMode.REJECT, _mode_of(LocalMode))
     per_user: LimitConfig | None = section(LimitConfig(2.0, 60), nullable=True)
 
 
@@ -222,7 +244,7 @@ class StickyConfig:
             return False
         if duty == "visibility" and not (self.visibility.servers or self.visibility.users):
             return False
-        if duty == "receipt" and self.federation.mode is Mode.OFF:
+        if duty == "receipt" and self.federation.applied().mode is Mode.OFF:
             return False
         return section.enabled
 

@@ -100,23 +100,34 @@ class LimitReport:
 
     For one server or user, limit and kind of answer there is at most one line in ten seconds. It
     gives the number of events since the last one.
+
+    Args:
+        now_ms: gives the time in ms since the epoch.
+        observes: whether the limits are not applied, and the lines say what would be done (H6).
     """
 
-    def __init__(self, now_ms: Callable[[], int]) -> None:
+    def __init__(self, now_ms: Callable[[], int], *, observes: bool = False) -> None:
         self._now_ms = now_ms
+        self._observes = observes
         self._subjects: OrderedDict[tuple[str, str, str], _Subject] = OrderedDict()
 
-    def refused(self, limit: str, server: str, where: str, retry_after_ms: int, count: int) -> None:
-        """A transaction of another server with ``count`` sticky events was refused."""
-        metrics.REFUSED.labels(limit).inc(count)
-        answer = f"asked to retry in {retry_after_ms} ms"
-        self._report("refused", limit, server, where, answer, count)
+    def refused(
+        self, limit: str, who: str, where: str, retry_after_ms: int | None, count: int
+    ) -> None:
+        """A transaction of another server with ``count`` sticky events was refused, or a local
+        user's event.
 
-    def refused_user(self, limit: str, user_id: str, retry_after_ms: int) -> None:
-        """A local user's event was refused."""
-        metrics.REFUSED.labels(limit).inc()
-        answer = f"asked to retry in {retry_after_ms} ms"
-        self._report("refused", limit, user_id, "", answer, 1)
+        Args:
+            who: the server or the user.
+            where: the rooms; may be empty.
+            retry_after_ms: how long they were asked to wait; None if that cannot be told.
+        """
+        metrics.REFUSED.labels(limit).inc(count)
+        answer = ""
+        if retry_after_ms is not None:
+            would_be = "would be " if self._observes else ""
+            answer = f"{would_be}asked to retry in {retry_after_ms} ms"
+        self._report("refused", limit, who, where, answer, count)
 
     def deferred(
         self, limit: str, server: str, room_id: str, server_count: int, delay_ms: int
@@ -128,7 +139,8 @@ class LimitReport:
             delay_ms: how long the last of them will be, at the limit's rate.
         """
         metrics.DEFERRED.labels(limit).inc()
-        outlook = f"{server_count} of its events are deferred, the last for about {delay_ms} ms"
+        are = "would be" if self._observes else "are"
+        outlook = f"{server_count} of its events {are} deferred, the last for about {delay_ms} ms"
         self._report("deferred", limit, server, f"in {room_id}", outlook, 1)
 
     def expired(self, event_ids: Sequence[str]) -> None:
@@ -152,5 +164,12 @@ class LimitReport:
         self._subjects.move_to_end(key)
         while len(self._subjects) > _MAX_SUBJECTS:
             self._subjects.popitem(last=False)
-        details = "".join([f" {where}" if where else "", f"; {outlook}" if outlook else ""])
-        logger.info("%s: %s %d sticky events of %s%s", limit, what, count, who, details)
+        where = f" {where}" if where else ""
+        outlook = f"; {outlook}" if outlook else ""
+        if self._observes:
+            done = "expire" if what == "expired" else f"be {what}"
+            text = "%s: %d sticky events of %s would %s%s%s"
+            logger.info(text, limit, count, who, done, where, outlook)
+        else:
+            text = "%s: %s %d sticky events of %s%s%s"
+            logger.info(text, limit, what, count, who, where, outlook)

@@ -1,4 +1,7 @@
-"""What the module did, counted for Prometheus. Synapse's metrics listener shows it."""
+"""What the module did, counted for Prometheus. Synapse's metrics listener shows it.
+
+In mode ``observe`` the counters of limits say what the module would have done (H6).
+"""
 
 from prometheus_client import Counter, Gauge
 

@@ -9,9 +9,10 @@ from synapse.module_api.errors import ConfigError
 
 from synapse_sticky import metrics
 from synapse_sticky.backoff import Backoff, Retrying
-from synapse_sticky.config import StickyConfig, Strict
+from synapse_sticky.config import LocalMode, Mode, StickyConfig, Strict
 from synapse_sticky.duties import DUTIES, Duty, State, shared_misfits, tables
 from synapse_sticky.handlers.deferral.handler import DeferralHandler
+from synapse_sticky.handlers.deferral.observer import Observer
 from synapse_sticky.handlers.deferral.tables import DeferredTable
 from synapse_sticky.handlers.delivery.handler import DeliveryHandler
 from synapse_sticky.handlers.extremities.handler import ExtremitiesHandler
@@ -245,12 +246,16 @@ class Wiring:
 
         homeserver, config = self._homeserver, self._config.federation
         writer = SynapseWriter(homeserver)
+        stream = self._follower.stream
         deferral = DeferralHandler(
-            homeserver, writer, self._deferred, self._follower.stream, config, self._report
+            homeserver, writer, self._deferred, stream, config.applied(), self._report
         )
-        # In mode `off`, too: events may be deferred from when there were limits.
+        # Without limits, too: events may be deferred from when there were some.
         deferral.install()
         self._loads["deferral"] = deferral.load
+        if config.mode is Mode.OBSERVE:
+            report = LimitReport(homeserver.now_ms, observes=True)
+            Observer(homeserver, writer, stream, config, report).install()
 
     def _install_sending(self) -> None:
         from synapse_sticky.handlers.sending.synapse import SynapseSending
@@ -260,8 +265,10 @@ class Wiring:
         sending.check_parameter()
         if config.state_events:
             sending.accept_sticky_state()
-        if config.local.per_user is not None:
-            SendingHandler(homeserver, sending, config.local, self._report).install()
+        local = config.local
+        if local.per_user is not None and local.mode is not LocalMode.OFF:
+            report = LimitReport(homeserver.now_ms, observes=local.mode is LocalMode.OBSERVE)
+            SendingHandler(homeserver, sending, local, report).install()
 
     def _install_extremities(self) -> None:
         from synapse_sticky.handlers.extremities.synapse import SynapseExtremities

@@ -91,7 +91,8 @@ class Result:
 
 def _said(check: dict[str, Any]) -> list[str]:
     """Everything that the check found."""
-    said = [*check.get("problems", ()), *check.get("access", {}).get("misfits", ())]
+    access = check.get("access") or {}
+    said = [*check.get("stops", ()), *check.get("problems", ()), *access.get("misfits", ())]
     for name, duty in check.get("duties", {}).items():
         said += [f"{name}: {misfit}" for misfit in duty.get("misfits", ())]
     return list(dict.fromkeys(said))

@@ -67,13 +67,7 @@ class Target:
 
     def metrics(self) -> dict[str, float]:
         """What its processes count, together, by name and labels."""
-        total: dict[str, float] = {}
-        for text in self._process().metrics():
-            for line in text.splitlines():
-                if not line.startswith("#"):
-                    name, value = line.rsplit(" ", 1)
-                    total[name] = total.get(name, 0.0) + float(value)
-        return total
+        return self._process().counters()
 
     def _process(self) -> Homeserver:
         if self.process is None:

@@ -153,7 +153,15 @@ def test_restart_in_the_middle(servers: Servers, end: str) -> None:
 
 
 @pytest.mark.requirement("L3", "E4")
-@pytest.mark.parametrize("config", [limits(per_server=limit(1000, 1000)), limits("off"), NO_LIMITS])
+@pytest.mark.parametrize(
+    "config",
+    [
+        limits(per_server=limit(1000, 1000)),
+        limits("off"),
+        limits("observe", per_server=limit(HOURLY, 1)),
+        NO_LIMITS,
+    ],
+)
 def test_changed_limits_apply_to_what_waits(servers: Servers, config: dict[str, object]) -> None:
     a, c = servers(PLAIN, {"config": limits(per_server=limit(HOURLY, 1))})
     mallory, carol = a.user(), c.user()

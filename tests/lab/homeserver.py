@@ -356,6 +356,16 @@ class Homeserver:
         url = f"http://127.0.0.1:{self.metrics_port}/_synapse/metrics"
         return [requests.get(url, timeout=60).text]
 
+    def counters(self) -> dict[str, float]:
+        """What its processes count, together, by name and labels."""
+        total: dict[str, float] = {}
+        for text in self.metrics():
+            for line in text.splitlines():
+                if not line.startswith("#"):
+                    name, value = line.rsplit(" ", 1)
+                    total[name] = total.get(name, 0.0) + float(value)
+        return total
+
     def index_knows(self, event_id: str) -> bool:
         """Whether the module's index has the event, once it is in step with the stream."""
         url = self.base_url + PROBE_PATH

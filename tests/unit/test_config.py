@@ -16,6 +16,8 @@ from synapse_sticky.config import (
     FederationConfig,
     JoinsConfig,
     LimitConfig,
+    LocalConfig,
+    LocalMode,
     Mode,
     StickyConfig,
     Strict,
@@ -59,7 +61,7 @@ def test_everything_set() -> None:
                 "max_deferred_per_server": 1,
                 "exempt_servers": ["*.example.org", "matrix.org"],
             },
-            "local": {"per_user": None},
+            "local": {"mode": "observe", "per_user": None},
         }
     )
     assert config.joins == JoinsConfig(False, 99, 2_000, 3_600_000, False)
@@ -76,7 +78,7 @@ def test_everything_set() -> None:
         max_deferred_per_server=1,
         exempt_servers=("*.example.org", "matrix.org"),
     )
-    assert config.local.per_user is None
+    assert config.local == LocalConfig(LocalMode.OBSERVE, None)
 
 
 @pytest.mark.parametrize(
@@ -133,11 +135,34 @@ def test_wrong_rates(value: object) -> None:
 def test_wrong_modes(value: object) -> None:
     with pytest.raises(ConfigError) as error:
         parse({"federation": {"mode": value}})
-    assert "federation.mode must be 'defer', 'reject' or 'off', not" in error.value.msg
+    allowed = "federation.mode must be 'defer', 'reject', 'observe' or 'off', not"
+    assert allowed in error.value.msg
+
+
+@pytest.mark.parametrize("value", ["on", "defer", True, None, 0, ["off"], {}])
+def test_wrong_local_modes(value: object) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse({"local": {"mode": value}})
+    assert "local.mode must be 'reject', 'observe' or 'off', not" in error.value.msg
 
 
 def test_a_bare_off_in_yaml_is_false() -> None:
-    assert parse({"federation": {"mode": False}}).federation.mode is Mode.OFF
+    config = parse({"federation": {"mode": False}, "local": {"mode": False}})
+    assert config.federation.mode is Mode.OFF
+    assert config.local.mode is LocalMode.OFF
+
+
+@pytest.mark.requirement("H6")
+def test_limits_can_be_observed_without_being_applied() -> None:
+    config = parse({"federation": {"mode": "observe"}, "local": {"mode": "observe"}})
+    assert config.federation.mode is Mode.OBSERVE
+    assert config.local.mode is LocalMode.OBSERVE
+    # Nothing refuses other servers. Deferral and sending count.
+    assert [name for name in DUTIES if not config.is_on(name)] == ["receipt"]
+    assert config.federation.applied() == FederationConfig(mode=Mode.OFF)
+    for mode in ("defer", "reject", "off"):
+        section = parse({"federation": {"mode": mode}}).federation
+        assert section.applied() is section
 
 
 @pytest.mark.parametrize("value", ["matrix.org", None, [1], [""], {}, [None]])

@@ -387,14 +387,29 @@ def test_report_is_sampled(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     for _ in range(100):
         report.refused("per_server", "there", "in !room", 1_234, 50)
-        report.refused_user("per_user", "@alice:here", 500)
+        report.refused("per_user", "@alice:here", "", 500, 1)
     assert len(caplog.records) == 2
     text = "per_server: refused 50 sticky events of there in !room; asked to retry in 1234 ms"
     assert caplog.records[0].getMessage() == text
     now_ms += 10_000
     report.refused("per_server", "there", "in !room", 1_234, 50)
     assert "refused 5000 sticky events of there" in caplog.records[2].getMessage()
+    # What is only observed is told apart.
+    observing = LimitReport(lambda: now_ms, observes=True)
+    observing.deferred("per_sender", "there", "!room", 7, 3_500)
+    observing.refused("max_deferred_per_server", "there", "in !room", None, 2)
+    observing.refused("per_user", "@alice:here", "", 500, 1)
+    observing.expired(["$1", "$2"])
+    assert [record.getMessage() for record in caplog.records[3:]] == [
+        "per_sender: 1 sticky events of there would be deferred in !room; 7 of its events would be"
+        " deferred, the last for about 3500 ms",
+        "max_deferred_per_server: 2 sticky events of there would be refused in !room",
+        "per_user: 1 sticky events of @alice:here would be refused; would be asked to retry in"
+        " 500 ms",
+        "deferred: 2 sticky events of other servers would expire before their turn, such as $1",
+    ]
+    caplog.clear()
     # A clock that goes back does not silence it.
     now_ms -= HOUR_MS
     report.refused("per_server", "there", "in !room", 1_234, 1)
-    assert len(caplog.records) == 4
+    assert len(caplog.records) == 1

@@ -1,5 +1,7 @@
 """How fast local users may send sticky events (E1).
 
+In mode ``observe`` what would be refused is counted and reported, and sent (H6).
+
 Fails open: an event that cannot be checked is sent.
 """
 
@@ -8,7 +10,7 @@ from typing import Protocol
 
 import attr
 
-from synapse_sticky.config import LocalConfig
+from synapse_sticky.config import LocalConfig, LocalMode
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.limits import LimitReport, Refusal, local_limiter
 
@@ -47,6 +49,7 @@ class SendingHandler:
     ) -> None:
         self._homeserver = homeserver
         self._sending = sending
+        self._observes = config.mode is LocalMode.OBSERVE
         self._limiter = local_limiter(config)
         self._report = report
 
@@ -61,5 +64,5 @@ class SendingHandler:
         if refused is None or await request.is_exempt() or await request.is_repeated():
             return None
         refusal = Refusal(*refused)
-        self._report.refused_user(refusal.limit, request.user_id, refusal.retry_after_ms)
-        return refusal
+        self._report.refused(refusal.limit, request.user_id, "", refusal.retry_after_ms, 1)
+        return None if self._observes else refusal

@@ -1,0 +1,135 @@
+"""What would be deferred and refused, counted and reported, while no limit is applied (H6).
+
+An event that would be deferred waits in memory alone, under the same limits and in the same order
+as if it were. There is no row of it, and it is in the stream from the start. What a full server
+(``max_deferred_per_server``) sends counts as refused, once an event: a refused server would send it
+again until there is room.
+
+A failure leaves the counts incomplete, and nothing else.
+"""
+
+import logging
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+
+from synapse_sticky import metrics
+from synapse_sticky.config import FederationConfig
+from synapse_sticky.handlers.deferral.alarm import Alarm
+from synapse_sticky.handlers.deferral.handler import (
+    EXPIRE_BATCH,
+    PAUSE_MS,
+    RELEASE_BATCH,
+    NewStickyEvent,
+    Writer,
+)
+from synapse_sticky.handlers.deferral.waiting import Bounds, PastLimit, Waiting
+from synapse_sticky.homeserver import Cursor, Homeserver
+from synapse_sticky.index import Stream
+from synapse_sticky.limits import LimitReport
+
+logger = logging.getLogger(__name__)
+
+MAX_FOLLOWED = 100_000
+"""How many events wait in memory at most; about 50 MB."""
+
+_AFTER_FAILURE_MS = 10_000
+
+
+class Observer:
+    """Follows the events of the rooms whose events this process persists.
+
+    Args:
+        config: the limits. They count whatever the mode.
+        report: says what would be done.
+    """
+
+    def __init__(
+        self,
+        homeserver: Homeserver,
+        writer: Writer,
+        stream: Stream,
+        config: FederationConfig,
+        report: LimitReport,
+    ) -> None:
+        self._homeserver = homeserver
+        self._writer = writer
+        self._stream = stream
+        self._report = report
+        bounds = Bounds(config.max_deferred_per_server, MAX_FOLLOWED)
+        self._waiting = Waiting(homeserver, config, report, bounds)
+        self._alarm = Alarm(homeserver, "observe", self._go_on)
+        # Events that may not be sticky any more.
+        self._dirty: set[str] = set()
+        self._is_busy = False
+        self._not_before_ms = 0
+        self._failures: set[type[Exception]] = set()
+
+    def install(self) -> None:
+        """Takes effect from the next event on."""
+        self._writer.defer_by(self.observe_txn)
+        self._stream.on_event_changed(self._event_changed)
+
+    def observe_txn(self, txn: Cursor, events: Sequence[NewStickyEvent]) -> Collection[str]:
+        """Decides on the new events as if they could be deferred, and defers none.
+
+        Uses nothing of the transaction but the call after it, and never raises.
+        """
+        with self._guarded():
+            past = self._waiting.decide(events)
+            txn.call_after(self._committed, events, past)
+        return ()
+
+    def _committed(self, events: Sequence[NewStickyEvent], past: Sequence[PastLimit]) -> None:
+        # What is raised here would reach whoever persists the events.
+        with self._guarded():
+            self._waiting.committed(events, past)
+            self._schedule()
+
+    def _event_changed(self, event_id: str) -> None:
+        if event_id in self._waiting:
+            self._dirty.add(event_id)
+            self._schedule()
+
+    def _schedule(self) -> None:
+        if self._is_busy:
+            return
+        now_ms = self._homeserver.now_ms()
+        due_ms = now_ms if self._dirty else self._waiting.next_due_ms()
+        if due_ms is None:
+            return
+        # The clock may have been set back since a failure.
+        not_before_ms = min(self._not_before_ms, now_ms + _AFTER_FAILURE_MS)
+        self._alarm.ring_at(max(due_ms, now_ms + PAUSE_MS, not_before_ms))
+
+    async def _go_on(self) -> None:
+        """Does what is due, but no more than a batch of each kind. The reactor has other work."""
+        self._is_busy = True
+        self._not_before_ms = self._homeserver.now_ms() + _AFTER_FAILURE_MS
+        with self._guarded():
+            await self._drop_some()
+            if expired := self._waiting.expire(EXPIRE_BATCH):
+                self._report.expired(expired)
+            # What is to be dropped is not to be released.
+            if not self._dirty and len(expired) < EXPIRE_BATCH:
+                metrics.RELEASED.inc(len(self._waiting.take(RELEASE_BATCH)))
+            self._not_before_ms = 0
+        self._is_busy = False
+        self._schedule()
+
+    async def _drop_some(self) -> None:
+        dirty = list(self._dirty)[:RELEASE_BATCH]
+        if not dirty:
+            return
+        still_sticky = await self._writer.still_sticky(dirty)
+        self._waiting.remove([event_id for event_id in dirty if event_id not in still_sticky])
+        self._dirty.difference_update(dirty)
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Logs what is raised within, the first of each type, and ends it there."""
+        try:
+            yield
+        except Exception as e:
+            if type(e) not in self._failures:
+                self._failures.add(type(e))
+                logger.exception("Could not observe sticky events; the next such errors are hidden")

@@ -1,0 +1,183 @@
+"""The events that wait, in memory, and which new ones join them (L1, L4, L5, L7, D7).
+
+Decides the same whether events are really deferred or only observed.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
+
+import attr
+
+from synapse_sticky import metrics
+from synapse_sticky._core import ReleaseQueue
+from synapse_sticky.config import FederationConfig
+from synapse_sticky.homeserver import Homeserver
+from synapse_sticky.limits import LimitReport, federation_limiter, per_second
+
+if TYPE_CHECKING:
+    from synapse_sticky.handlers.deferral.handler import NewStickyEvent
+
+_MAX_DECISIONS = 10_000
+_REFUSED = "max_deferred_per_server"
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class PastLimit:
+    """An event that is past a limit.
+
+    server: the sender's.
+    limit: the name of the option.
+    """
+
+    event: "NewStickyEvent"
+    server: str
+    limit: str
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class Bounds:
+    """How many events may wait.
+
+    per_server: of one server. Further events of it count as refused, within a limit or not, as
+        the whole transaction would have been.
+    total: of all servers. Further events count as deferred, and what becomes of them is not
+        followed.
+    """
+
+    per_server: int
+    total: int
+
+
+class Waiting:
+    """The events of other servers that wait for their release, and the limits that hold them up.
+
+    ``decide`` is for database threads. All else is for the reactor's thread.
+
+    Args:
+        bounds: None if transactions are refused before too many events wait.
+    """
+
+    def __init__(
+        self,
+        homeserver: Homeserver,
+        config: FederationConfig,
+        report: LimitReport,
+        bounds: Bounds | None = None,
+    ) -> None:
+        self._homeserver = homeserver
+        self._config = config
+        self._report = report
+        self._bounds = bounds
+        self._is_exempt = config.exempts()
+        self._limiter = federation_limiter(config)
+        self._queue = ReleaseQueue()
+        # Synapse persists events in database threads.
+        self._lock = threading.Lock()
+        # Decisions of transactions that are not through, by event ID: they may be tried again.
+        self._decisions: OrderedDict[str, str | None] = OrderedDict()
+        self._shown = 0
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def __contains__(self, event_id: str) -> bool:
+        return event_id in self._queue
+
+    def decide(self, events: Sequence["NewStickyEvent"]) -> list[PastLimit]:
+        """Those of the new events that are past a limit. Charges the others.
+
+        An event is decided on once, however often a transaction with it is tried, until
+        ``committed`` is called.
+        """
+        past = []
+        with self._lock:
+            for event in events:
+                server = event.sender.partition(":")[2]
+                if server == self._homeserver.server_name or self._is_exempt(server):
+                    continue
+                if (limit := self._limit_past(event, server)) is not None:
+                    past.append(PastLimit(event, server, limit))
+        return past
+
+    def _limit_past(self, event: "NewStickyEvent", server: str) -> str | None:
+        if event.event_id in self._decisions:
+            return self._decisions[event.event_id]
+        limit: str | None = _REFUSED
+        if not self._is_full(server):
+            limit = self._queue.admit(
+                self._limiter, event.room_id, server, event.sender, self._homeserver.now_ms()
+            )
+        self._decisions[event.event_id] = limit
+        if len(self._decisions) > _MAX_DECISIONS:
+            self._decisions.popitem(last=False)
+        return limit
+
+    def _is_full(self, server: str) -> bool:
+        return self._bounds is not None and self._queue.waiting(server) >= self._bounds.per_server
+
+    def committed(self, events: Sequence["NewStickyEvent"], past: Sequence[PastLimit]) -> None:
+        """The transaction with these events is through: those past a limit wait from now on.
+
+        Synapse calls this for each attempt of the transaction. Only the first call has an effect.
+        """
+        with self._lock:
+            final = {e.event_id for e in events if e.event_id in self._decisions}
+            for event_id in final:
+                del self._decisions[event_id]
+        for new in past:
+            if new.limit == _REFUSED or self._is_full(new.server):
+                if new.event.event_id in final:
+                    where = f"in {new.event.room_id}"
+                    self._report.refused(_REFUSED, new.server, where, None, 1)
+            elif self._bounds is not None and len(self) >= self._bounds.total:
+                if new.event.event_id in final:
+                    self._deferred(new)
+            elif self.add(new.event, new.server):
+                self._deferred(new)
+
+    def _deferred(self, new: PastLimit) -> None:
+        count = self._queue.waiting(new.server)
+        delay_ms = round(count * 1000 / per_second(self._config, new.limit))
+        self._report.deferred(new.limit, new.server, new.event.room_id, count, delay_ms)
+
+    def add(self, event: "NewStickyEvent", server: str) -> bool:
+        """Has the event wait. Gives False if it does already."""
+        with self._lock:
+            added = self._queue.add(
+                event.event_id, event.room_id, server, event.sender, event.expires_at_ms
+            )
+            self._show()
+        return added
+
+    def take(self, at_most: int) -> list[str]:
+        """Takes out the events whose turn it is, and charges them. Gives their IDs, in order."""
+        with self._lock:
+            taken = self._queue.take(self._limiter, self._homeserver.now_ms(), at_most)
+            self._show()
+        return taken
+
+    def expire(self, at_most: int) -> list[str]:
+        """Takes out events that have expired. Gives their IDs."""
+        with self._lock:
+            expired = self._queue.expire(self._homeserver.now_ms(), at_most)
+            self._show()
+        return expired
+
+    def remove(self, event_ids: Collection[str]) -> None:
+        """Takes out these events."""
+        with self._lock:
+            for event_id in event_ids:
+                self._queue.remove(event_id)
+            self._show()
+
+    def next_due_ms(self) -> int | None:
+        """When there may be an event to take or to expire, in ms since the epoch; None if no event
+        waits."""
+        return self._queue.next_due_ms(self._homeserver.now_ms())
+
+    def _show(self) -> None:
+        # By the difference, as the process may have another of these.
+        metrics.DEFERRED_NOW.inc(len(self._queue) - self._shown)
+        self._shown = len(self._queue)

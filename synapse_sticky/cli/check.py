@@ -45,7 +45,7 @@ def look(paths: Sequence[str]) -> Report:
         try:
             configuration = synapse.Configuration(paths)
         except Exception as e:
-            report.stops.append(f"the configuration is wrong: {e}")
+            report.stops.append(f"the configuration is wrong: {_said(e)}")
             return report
         if configuration.sticky is None:
             report.problems.append(
@@ -54,6 +54,13 @@ def look(paths: Sequence[str]) -> Report:
         _look_into_database(configuration, report)
     _decide(configuration, report)
     return report
+
+
+def _said(e: BaseException) -> str:
+    """The error and what caused it; where in the configuration it is, if that is known."""
+    path = ".".join(getattr(e, "path", None) or ())
+    said = f"{getattr(e, 'msg', e)}" + (f" (in {path})" if path else "")
+    return f"{said}: {_said(e.__cause__)}" if e.__cause__ else said
 
 
 def _look_into_database(configuration: "Configuration", report: Report) -> None:

@@ -31,7 +31,8 @@ class State(Enum):
 class Duty:
     """What one duty needs.
 
-    files: the modules of this package that use Synapse's private parts for it.
+    files: the modules of this package that use Synapse's private parts for it; ``file:part`` for
+        one part of those that a file declares.
     without: what users notice while it is not done.
     where: tells of a process whether the duty is done there.
     needs: the duties without which there is nothing to do for it.
@@ -77,20 +78,24 @@ class Duty:
 
 
 def seams_of(file: str) -> tuple[Seam, ...]:
-    """The seams of a file of this package: those that it declares, and what it imports.
+    """The seams of a file of this package, or of ``file:part``: those that it declares, and what it
+    imports.
 
     Raises:
         ImportError: the running Synapse lacks a name that it imports.
     """
-    module: Any = importlib.import_module(f"{_PACKAGE}.{file}")
-    seams: tuple[Seam, ...] = getattr(module, "SEAMS", ())
-    return (*seams, *imports_of(module))
+    path, _, part = file.partition(":")
+    module: Any = importlib.import_module(f"{_PACKAGE}.{path}")
+    seams: Any = getattr(module, "SEAMS", ())
+    return (*(seams[part] if part else seams), *imports_of(module))
 
 
 ALL = ("homeserver.process", "homeserver.place", "homeserver.signal")
 """What every duty needs."""
 
-_INDEX = ("index.synapse",)
+_TOKENS = ("index.synapse:tokens",)
+_ROWS = (*_TOKENS, "index.synapse:rows")
+_INDEX = (*_ROWS, "index.synapse:changes")
 _ROOMS = ("homeserver.rooms",)
 
 
@@ -108,19 +113,19 @@ DUTIES: Mapping[str, Duty] = {
         Duty("index", _INDEX, "each /sync asks the database for sticky events", _everywhere),
         Duty(
             "delivery",
-            (*_INDEX, "handlers.delivery.synapse"),
+            (*_TOKENS, "handlers.delivery.synapse"),
             "each /sync asks the database for sticky events, and redacted ones may be in a section",
             _everywhere,
         ),
         Duty(
             "sliding",
-            (*_INDEX, "handlers.sliding.synapse"),
+            (*_TOKENS, "handlers.sliding.synapse"),
             "users of sliding sync who join a room miss the sticky events of before",
             _serves_clients,
         ),
         Duty(
             "visibility",
-            (*_INDEX, *_ROOMS, "handlers.visibility.synapse"),
+            (*_ROWS, *_ROOMS, "handlers.visibility.synapse"),
             "history visibility hides sticky events from joined users and servers",
             _everywhere,
         ),

@@ -114,14 +114,25 @@ def _problem_of_call(signature: inspect.Signature, seam: Method, *, takes_self: 
         signature.bind(*arguments, **dict.fromkeys(seam.keywords))
     except TypeError as e:
         return str(e)
-    names = list(signature.parameters)[takes_self:]
-    for position, name in enumerate(first):
-        if names[position : position + 1] == [name]:
-            continue
-        # By position another name does as well, but not the name of another argument.
-        if name in names or position >= len(seam.by_position):
+    if unknown := [name for name in seam.keywords if name not in signature.parameters]:
+        return f"and not {', '.join(unknown)}"  # `**options` would swallow it
+    if len(signature.parameters) < len(arguments):
+        return None  # it takes whatever comes, `*args`
+    there = list(signature.parameters.values())[takes_self : len(arguments)]
+    for parameter, name in zip(there, first, strict=True):
+        if parameter.name != name and not _is_renamed(parameter, name, signature, seam):
             return f"and not {', '.join(first)}"
     return None
+
+
+def _is_renamed(
+    parameter: inspect.Parameter, name: str, signature: inspect.Signature, seam: Method
+) -> bool:
+    """Is it the argument of this name, under another that does not matter?"""
+    if name in signature.parameters or name not in seam.by_position:
+        return False
+    # One that can be left out has moved up, to where the argument was.
+    return parameter.default is inspect.Parameter.empty
 
 
 # Shapes of results

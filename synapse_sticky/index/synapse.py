@@ -16,38 +16,47 @@ from synapse_sticky.index.position import Position
 
 logger = logging.getLogger(__name__)
 
-SEAMS = (
-    method(HOMESERVER, "get_notifier() -> Notifier"),
-    method("synapse.notifier.Notifier", "add_replication_callback(cb, /)"),
-    Attribute("synapse.config.workers.WriterLocations", "events"),
-    Attribute("synapse.config.workers.WorkerConfig", "writers"),
-    method(STORE, "get_sticky_events_stream_token() -> MultiWriterStreamToken"),
-    method(STORE, "async get_events(event_ids, /, *, allow_rejected) -> dict"),
-    method(STORE, "_invalidate_local_get_event_cache(event_id)", is_replaced=True),
-    method(STORE, "_invalidate_local_get_event_cache_room_id(room_id)", is_replaced=True),
-    method(
-        STORE,
-        "_invalidate_caches_for_event(stream_ordering, event_id, room_id, etype, state_key, "
-        "redacts, relates_to, backfilled)",
-        is_replaced=True,
+SEAMS = {
+    "tokens": (
+        method(
+            "synapse.types.MultiWriterStreamToken",
+            "get_stream_pos_for_instance(instance_name, /) -> int",
+        ),
+        *attributes("synapse.types.MultiWriterStreamToken", "stream", "instance_map"),
     ),
-    method(
-        STORE, "process_replication_rows(stream_name, instance_name, token, rows)", is_replaced=True
+    "rows": (
+        method(HOMESERVER, "get_notifier() -> Notifier"),
+        Attribute("synapse.config.workers.WriterLocations", "events"),
+        Attribute("synapse.config.workers.WorkerConfig", "writers"),
+        method(STORE, "get_sticky_events_stream_token() -> MultiWriterStreamToken"),
+        method(STORE, "async get_events(event_ids, /, *, allow_rejected) -> dict"),
+        table(
+            "sticky_events",
+            "stream_id integer, instance_name text, room_id text, event_id text, sender text, "
+            "expires_at integer",
+        ),
+        table("event_json", "event_id text, internal_metadata text"),
+        table("redactions", "redacts text"),
+        table("room_ban_redactions", "room_id text, user_id text"),
     ),
-    method(
-        "synapse.types.MultiWriterStreamToken",
-        "get_stream_pos_for_instance(instance_name, /) -> int",
+    "changes": (
+        method("synapse.notifier.Notifier", "add_replication_callback(cb, /)"),
+        method(STORE, "_invalidate_local_get_event_cache(event_id)", is_replaced=True),
+        method(STORE, "_invalidate_local_get_event_cache_room_id(room_id)", is_replaced=True),
+        method(
+            STORE,
+            "_invalidate_caches_for_event(stream_ordering, event_id, room_id, etype, state_key, "
+            "redacts, relates_to, backfilled)",
+            is_replaced=True,
+        ),
+        method(
+            STORE,
+            "process_replication_rows(stream_name, instance_name, token, rows)",
+            is_replaced=True,
+        ),
     ),
-    *attributes("synapse.types.MultiWriterStreamToken", "stream", "instance_map"),
-    table(
-        "sticky_events",
-        "stream_id integer, instance_name text, room_id text, event_id text, sender text, "
-        "expires_at integer",
-    ),
-    table("event_json", "event_id text, internal_metadata text"),
-    table("redactions", "redacts text"),
-    table("room_ban_redactions", "room_id text, user_id text"),
-)
+}
+"""By what is used: Synapse's tokens, the rows of the stream, or what tells of changes."""
 
 _COLUMNS = """
     SELECT se.stream_id, se.instance_name, se.room_id, se.event_id, se.sender, se.expires_at,

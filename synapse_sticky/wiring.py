@@ -285,8 +285,12 @@ class Wiring:
         Parking comes last, and waits a while for deferral: the PDUs that it has processed at once
         are under the limits then.
         """
+        for duty in self._loads:
+            # The configuration may say `on`; the metric says what is.
+            self._set(duty, State.OFF)
         for duty in sorted(self._loads, key=lambda duty: duty == "parking"):
             if duty == "parking" and "deferral" in self._loads.keys() - self._ended:
+                logger.warning("parking waits for deferral, %d ms at most", _PATIENCE_MS)
                 await self._deferral_ended.wait(_PATIENCE_MS)
             await Retrying(
                 self._homeserver,
@@ -297,8 +301,6 @@ class Wiring:
             ).run()
 
     async def _load(self, duty: str, load: Load) -> None:
-        # The configuration may say `on`; the metric says what is.
-        self._set(duty, State.OFF)
         try:
             await load()
             self._set(duty, State.ON)

@@ -1,4 +1,4 @@
-"""One real Synapse process with SQLite, in a temporary folder, on loopback."""
+"""One real Synapse process with SQLite or a Postgres, in a temporary folder, on loopback."""
 
 import hashlib
 import hmac
@@ -21,6 +21,7 @@ from signedjson.key import generate_signing_key, write_signing_keys
 from tests.lab.client import Client
 from tests.lab.federation import FederationRequester
 from tests.lab.forwarder import Forwarder
+from tests.lab.postgres import Settings, change_in, query_in
 from tests.lab.wait import wait_until
 
 MODULE = "synapse_sticky.StickyEventsModule"
@@ -90,6 +91,8 @@ class Homeserver:
         self._config = config
         self._extra = dict(extra or {})
         self._other_modules = self._extra.pop("modules", [])
+        database: Settings = self._extra.get("database", {})
+        self._postgres = database if database.get("name") == "psycopg2" else None
         self._metrics = metrics
         self.forwarder = Forwarder() if forwarded else None
         self.process: subprocess.Popen[bytes] | None = None
@@ -380,6 +383,8 @@ class Homeserver:
 
     def query(self, sql: str, *args: object) -> list[tuple[Any, ...]]:
         """Reads from the server's database."""
+        if self._postgres is not None:
+            return query_in(self._postgres, sql, *args)
         connection = sqlite3.connect(f"file:{self.database_path}?mode=ro", uri=True, timeout=30)
         try:
             return connection.execute(sql, args).fetchall()
@@ -388,6 +393,9 @@ class Homeserver:
 
     def change(self, *statements: str) -> None:
         """Changes the server's database, in one transaction."""
+        if self._postgres is not None:
+            change_in(self._postgres, *statements)
+            return
         connection = sqlite3.connect(self.database_path, timeout=30)
         try:
             with connection:

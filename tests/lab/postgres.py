@@ -4,8 +4,18 @@ import secrets
 import shutil
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import psycopg2
+
+if TYPE_CHECKING:
+    from psycopg2.extensions import cursor as PostgresCursor  # noqa: N812  # it is a class
+
+Settings = dict[str, Any]
+"""Synapse's ``database:`` section."""
 
 
 class Postgres:
@@ -46,7 +56,7 @@ class Postgres:
         self._server.stop()
         self._server.start()
 
-    def new_database(self) -> dict[str, Any]:
+    def new_database(self) -> Settings:
         """Makes an empty database as Synapse wants it. Gives Synapse's ``database:`` section."""
         name = f"synapse_{secrets.token_hex(4)}"
         self._server.psql(
@@ -62,3 +72,44 @@ class Postgres:
             "cp_max": 5,
         }
         return {"name": "psycopg2", "args": args}
+
+    def new_database_of_a_role(self) -> Settings:
+        """The same, for a role of Synapse's own that may do nothing but make and use tables."""
+        settings = self.new_database()
+        role = settings["args"]["database"]
+        with cursor_in(settings) as cursor:
+            cursor.execute(f"CREATE ROLE {role} LOGIN")
+            cursor.execute(f"GRANT USAGE, CREATE ON SCHEMA public TO {role}")
+        return {**settings, "args": {**settings["args"], "user": role}}
+
+    def as_admin(self, settings: Settings) -> Settings:
+        """The same database, for whom nothing is forbidden there."""
+        return {**settings, "args": {**settings["args"], "user": self._server.postgres_user}}
+
+
+@contextmanager
+def cursor_in(settings: Settings) -> Iterator["PostgresCursor"]:
+    """A transaction in this database."""
+    args = settings["args"]
+    with (
+        closing(
+            psycopg2.connect(host=args["host"], user=args["user"], dbname=args["database"])
+        ) as connection,
+        connection,
+        connection.cursor() as cursor,
+    ):
+        yield cursor
+
+
+def query_in(settings: Settings, sql: str, *args: object) -> list[tuple[Any, ...]]:
+    """Reads from this database; ``?`` stands for an argument."""
+    with cursor_in(settings) as cursor:
+        cursor.execute(sql.replace("%", "%%").replace("?", "%s"), args)
+        return list(cursor.fetchall())
+
+
+def change_in(settings: Settings, *statements: str) -> None:
+    """Changes this database, in one transaction."""
+    with cursor_in(settings) as cursor:
+        for statement in statements:
+            cursor.execute(statement)

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
-import psycopg2
 from synapse.config._base import ShardedWorkerHandlingConfig
 
 from tests.lab.forwarder import Forwarder
 from tests.lab.homeserver import PROBE_PATH, PROJECT, Homeserver, StartError
+from tests.lab.postgres import change_in, cursor_in, query_in
 from tests.lab.wait import wait_until
 
 MAIN = "main"
@@ -341,33 +341,17 @@ class WorkerHomeserver(Homeserver):
         return answer
 
     def query(self, sql: str, *args: object) -> list[tuple[Any, ...]]:
-        with self._cursor() as cursor:
-            cursor.execute(sql.replace("%", "%%").replace("?", "%s"), args)
-            return list(cursor.fetchall())
+        return query_in(self._database, sql, *args)
 
     def change(self, *statements: str) -> None:
-        with self._cursor() as cursor:
-            for statement in statements:
-                cursor.execute(statement)
+        change_in(self._database, *statements)
 
     @contextmanager
     def advisory_lock(self, key: int) -> Iterator[None]:
         """Holds a lock of the database's that processes may be waiting for."""
-        with self._cursor() as cursor:
+        with cursor_in(self._database) as cursor:
             cursor.execute("SELECT pg_advisory_xact_lock(%s)", (key,))
             yield
-
-    @contextmanager
-    def _cursor(self) -> Iterator["psycopg2.extensions.cursor"]:
-        settings = self._database["args"]
-        connection = psycopg2.connect(
-            host=settings["host"], user=settings["user"], dbname=settings["database"]
-        )
-        try:
-            with connection, connection.cursor() as cursor:
-                yield cursor
-        finally:
-            connection.close()
 
 
 def _listener(path: Path, *resources: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from typing import Protocol
 import attr
 
 from synapse_sticky._core import sticky_until_ms
+from synapse_sticky.backoff import Backoff, Retrying
 from synapse_sticky.config import FederationConfig, Mode
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.layout import HasLayout, NewerLayoutError, migrate
@@ -31,6 +32,7 @@ _MAX_ID_LENGTH = 255
 _MAX_ORIGINS = 10_000
 _RETRY_MIN_MS = 1_000
 _RETRY_MAX_MS = 60_000
+_LOOK_BACKOFF = Backoff(5_000, 30_000, spread=0)
 
 _Claim = tuple[str | None, str | None]
 """The room ID and the sender of a PDU, as far as they can be believed."""
@@ -118,6 +120,13 @@ class ReceiptHandler:
         self._is_exempt = config.exempts()
         self._limiter = federation_limiter(config)
         self._has_table: bool | None = None
+        self._looking = Retrying(
+            homeserver,
+            "look_for_deferred",
+            "receipt counts staged events only, not deferred ones",
+            self._look_for_table,
+            _LOOK_BACKOFF,
+        )
         # What each origin was charged for last: its transaction may fail and come again.
         self._charged: OrderedDict[str, tuple[str, bytes]] = OrderedDict()
 
@@ -176,13 +185,18 @@ class ReceiptHandler:
         """Is the table of deferred events there, in a layout that this version knows?"""
         # At the first start of all, this process may be faster than those that defer events.
         if self._has_table is None:
-            try:
-                await migrate(self._homeserver, self._deferred)
-                self._has_table = True
-            except NewerLayoutError as e:
-                logger.error("receipt counts staged events only, not deferred ones: %s", e)
-                self._has_table = False
-        return self._has_table
+            await self._looking.run()
+        return bool(self._has_table)
+
+    async def _look_for_table(self) -> None:
+        if self._has_table is not None:
+            return
+        try:
+            await migrate(self._homeserver, self._deferred)
+            self._has_table = True
+        except NewerLayoutError as e:
+            logger.error("receipt counts staged events only, not deferred ones: %s", e)
+            self._has_table = False
 
     def _past_a_limit(self, transaction: Transaction, claims: list[_Claim]) -> Refusal | None:
         if self._config.mode is not Mode.REJECT:

@@ -1,0 +1,310 @@
+"""The module's own tables cannot be used: the duties that have some wait, and only the operator
+notices.
+
+Nothing that is in the tables is lost meanwhile, nor anything that Synapse keeps itself.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import closing
+from functools import partial
+from typing import Any
+
+import attr
+import pytest
+
+from tests.conftest import Servers
+from tests.integration.rooms import (
+    backlogged_rooms,
+    deferred,
+    entered,
+    has_event,
+    limits,
+    wait_until_seen,
+    wait_until_taken_in,
+)
+from tests.integration.test_duties import in_state, wait_until_nothing_is_staged
+from tests.integration.test_staging import parked
+from tests.lab import Client, Homeserver, Lab, Peer, wait_until
+from tests.lab.client import sliding_sticky_events
+from tests.lab.postgres import Postgres, Settings, change_in, query_in
+from tests.lab.scene import Scene, enter
+
+pytestmark = pytest.mark.one_process
+
+TABLES = {
+    "sliding": ("synapse_sticky_pages",),
+    "joins": ("synapse_sticky_newcomers", "synapse_sticky_state_positions"),
+    "deferral": ("synapse_sticky_deferred",),
+    "parking": ("synapse_sticky_incomplete",),
+}
+"""Each duty's own."""
+ALL_TABLES = (*(name for names in TABLES.values() for name in names), "synapse_sticky_layouts")
+OTHERS = ("index", "delivery", "visibility", "pruning", "receipt", "sending", "extremities")
+"""The duties without tables."""
+OF_SYNAPSE = (
+    *("destination_rooms_sticky_events_backlog", "federation_inbound_events_staging"),
+    *("sticky_events", "event_json"),
+)
+
+BURST = 5
+CONFIG = limits(per_server={"per_second": 0.001, "burst_count": BURST})
+STEPS_MS = ("5000", "10000", "20000", "30000")
+"""The delays between the attempts to load a duty."""
+LATER_LAYOUT = 99
+
+Rows = dict[str, list[tuple[Any, ...]]]
+
+
+@attr.s(auto_attribs=True)
+class Story:
+    """A server with something in each table of the module.
+
+    flood: the peer's events; the last of them are deferred.
+    withheld: events that cannot be fetched, each with one on top of it, which is parked.
+    newcomer: a server that joined another room, and cannot be sent anything.
+    old: that room's events, from before the newcomer's join.
+    reader: a user who joined that room then, and reads ``old`` in pages.
+    page: the first answer of sliding sync with some of ``old``.
+    """
+
+    scene: Scene[Homeserver]
+    flood: list[str]
+    withheld: set[str]
+    newcomer: Peer
+    elsewhere: str
+    old: list[str]
+    reader: Client
+    page: Any
+
+    @property
+    def server(self) -> Homeserver:
+        return self.scene.server
+
+
+def rows(server: Homeserver, *tables: str) -> Rows:
+    return {name: sorted(server.query(f"SELECT * FROM {name}")) for name in tables}
+
+
+def begin(server: Homeserver, peer: Peer, newcomer: Peer) -> Story:
+    wait_until_on(server, *TABLES)
+    scene = enter(server, peer)
+    flood = scene.flood(2 * BURST)
+    wait_until_taken_in(server, scene.room_id, set(flood))
+    assert set(flood[BURST:]) <= deferred(server)
+
+    alice, reader = server.user("alice"), server.user("reader")
+    elsewhere = alice.create_room()
+    old = [alice.send_sticky(elsewhere) for _ in range(5)]
+    reader.send_sticky(reader.create_room())
+    answer = reader.sliding_sync()
+    reader.join(elsewhere)
+    page = reader.sliding_sync(answer, limit=2)
+    assert sliding_sticky_events(page, elsewhere) == old[:2]
+
+    newcomer.override = lambda method, path: (503, {}) if "/send/" in path else None
+    newcomer.join(server, elsewhere, newcomer.user("carol"))
+    wait_until_seen(server, newcomer, elsewhere)
+
+    peer.override = lambda method, path: (502, {}) if "/get_missing_events/" in path else None
+    withheld = send_on_top_of_what_nobody_has(scene)
+    wait_until(lambda: bool(withheld & parked(server)), "an event to be parked")
+    wait_until_nothing_is_staged(server)
+    return Story(scene, flood, withheld, newcomer, elsewhere, old, reader, page)
+
+
+def send_on_top_of_what_nobody_has(scene: Scene[Homeserver]) -> set[str]:
+    """Gives the IDs of both; the peer goes on as if there were neither."""
+    before = scene.room.extremities, scene.room.depth
+    unknown, _ = scene.peer.sticky(scene.room, scene.eve)
+    scene.peer.advance(scene.room, unknown)
+    on_top = scene.sticky()
+    scene.room.extremities, scene.room.depth = before
+    return {unknown, on_top}
+
+
+def goes_on_as_plain_synapse(story: Story) -> None:
+    """What is sticky reaches who is there, by /sync and sliding sync; also past what the limit
+    would be."""
+    scene = story.scene
+    new = {scene.alice.send_sticky(scene.room_id), *(scene.sticky() for _ in range(3))}
+    expected = {*story.flood[:BURST], *new}
+    wait_until(
+        lambda: all(set(section) == expected for section in scene.sections()),
+        "the sections to be as they should",
+        look=scene.sections,
+    )
+    assert set(scene.alice.collect_sticky(scene.room_id, new)) >= new
+    # How far the page went is not known now: all of it once more.
+    assert sliding_sticky_events(story.reader.sliding_sync(story.page), story.elsewhere) == (
+        story.old
+    )
+    assert story.elsewhere in backlogged_rooms(story.server)
+
+
+def comes_to_its_end(story: Story) -> None:
+    """What was left in the tables is done, once the duties are on."""
+    # Limits begin anew with a start.
+    wait_until(
+        lambda: set(story.flood) <= set(entered(story.server, story.scene.room_id)),
+        "what was deferred to be released",
+    )
+    story.newcomer.override = story.scene.peer.override = lambda method, path: None
+    answer = story.reader.sliding_sync(story.page)
+    assert sliding_sticky_events(answer, story.elsewhere) == story.old[2:]
+    wait_until(lambda: set(story.old) <= story.newcomer.events.keys(), "the newcomer to have all")
+    for event_id in story.withheld:
+        wait_until(partial(has_event, story.server, event_id), "what was parked")
+
+
+def wait_until_on(server: Homeserver, *duties: str) -> None:
+    for duty in duties:
+        wait_until(partial(in_state, server, duty, "on"), f"{duty} to be on", 60)
+
+
+def wait_until_off(server: Homeserver) -> None:
+    for duty in TABLES:
+        wait_until(partial(in_state, server, duty, "off"), f"{duty} to be off")
+    wait_until_on(server, *OTHERS)
+
+
+class Log:
+    """What a server's log has from now on."""
+
+    def __init__(self, server: Homeserver) -> None:
+        self._path = server.log_path
+        self._start = self._path.stat().st_size
+
+    def text(self) -> str:
+        return self._path.read_bytes()[self._start :].decode()
+
+    def problems(self) -> list[str]:
+        """The warnings and errors, whoever's."""
+        return re.findall(r"^\S+ \S+ (?:WARNING|ERROR|CRITICAL) (.*)$", self.text(), re.MULTILINE)
+
+    def delays_after(self, problem: str) -> list[str]:
+        """What was said of the next attempts after this failed, in ms."""
+        return re.findall(rf"{problem}, trying again in (\d+) ms", self.text())
+
+    def delays_of(self, duty: str) -> list[str]:
+        return self.delays_after(f"Could not load {duty}, which is off until then")
+
+
+@attr.s(auto_attribs=True)
+class Database:
+    """A Postgres in which Synapse's role may do as much as the operator allows."""
+
+    server: Homeserver
+    role: str
+    _admin: Settings
+
+    def change(self, *statements: str) -> None:
+        change_in(self._admin, *statements)
+
+    def rows(self, *tables: str) -> Rows:
+        """What is in these tables."""
+        return {name: sorted(query_in(self._admin, f"SELECT * FROM {name}")) for name in tables}
+
+    def take_tables(self, *, leaving: str = "") -> None:
+        """As after a restore by another role: the tables are that one's."""
+        self.change(*(f"ALTER TABLE {name} OWNER TO CURRENT_USER" for name in ALL_TABLES))
+        if leaving:
+            self.change(*(f"GRANT {leaving} ON {name} TO {self.role}" for name in ALL_TABLES))
+
+    def give_tables(self) -> None:
+        self.change(*(f"ALTER TABLE {name} OWNER TO {self.role}" for name in ALL_TABLES))
+
+
+@pytest.fixture(scope="module")
+def database(lab: Lab) -> Iterator[Database]:
+    """That of a homeserver whose role is not the database's owner."""
+    lab.prepare()
+    with Postgres() as postgres:
+        settings = postgres.new_database_of_a_role()
+        server = lab.make(extra={"database": settings}, config=CONFIG, metrics=True)
+        server.first_start()
+        wait_until_on(server, *TABLES)
+        yield Database(server, settings["args"]["user"], postgres.as_admin(settings))
+        lab.close_servers([server])
+
+
+@pytest.fixture
+def newcomer(lab: Lab) -> Iterator[Peer]:
+    with closing(lab.peer()) as started:
+        yield started
+
+
+COUNTING = "receipt counts staged events only, not deferred ones"
+"""Receipt looks into the table of deferral."""
+
+
+def each_attempt_is_reported_once(log: Log) -> None:
+    delays = {duty: log.delays_of(duty) for duty in TABLES}
+    delays["receipt"] = log.delays_after(COUNTING)
+    for duty, of_duty in delays.items():
+        assert of_duty == list(STEPS_MS[: len(of_duty)]), duty
+        # Parking comes after the others, and is said to wait until then.
+        assert of_duty or duty == "parking"
+    told = [line for line in log.problems() if line.startswith("synapse_sticky")]
+    waiting = [line for line in told if "parking waits for deferral" in line]
+    assert len(waiting) == 1
+    assert len(told) == len(waiting) + sum(map(len, delays.values()))
+
+
+@pytest.mark.requirement("E2", "E4", "H1", "H2", "L3")
+@pytest.mark.parametrize("leaving", ["", "SELECT"], ids=["tables of another role", "read-only"])
+def test_the_role_may_not_use_the_tables(
+    database: Database, peer: Peer, newcomer: Peer, leaving: str
+) -> None:
+    server = database.server
+    story = begin(server, peer, newcomer)
+    server.stop()
+    kept, of_synapse = database.rows(*ALL_TABLES), database.rows(*OF_SYNAPSE)
+    database.take_tables(leaving=leaving)
+    try:
+        log = Log(server)
+        server.restart()
+        wait_until_off(server)
+        goes_on_as_plain_synapse(story)
+        # What would be parked now is kept until it can be.
+        story.withheld |= send_on_top_of_what_nobody_has(story.scene)
+        # More than one attempt, while transactions come in.
+        wait_until(lambda: len(log.delays_of("joins")) > 1, "another attempt")
+        late = story.scene.sticky()
+        wait_until(lambda: late in story.scene.sections()[0], "it to arrive")
+        assert database.rows(*ALL_TABLES) == kept
+        for name, now in database.rows(*OF_SYNAPSE).items():
+            assert set(now) >= set(of_synapse[name]), name
+        each_attempt_is_reported_once(log)
+    finally:
+        database.give_tables()
+    wait_until_on(server, *TABLES)
+    comes_to_its_end(story)
+
+
+@pytest.mark.requirement("E4", "H1", "H2", "L3")
+def test_all_layouts_of_a_later_version(servers: Servers, peer: Peer, newcomer: Peer) -> None:
+    """Each duty with tables is off, says so once, and leaves its tables alone."""
+    (server,) = servers({"config": CONFIG, "metrics": True})
+    story = begin(server, peer, newcomer)
+    server.stop()
+    server.change(f"UPDATE synapse_sticky_layouts SET version = version + {LATER_LAYOUT}")
+    kept = rows(server, *ALL_TABLES)
+    log = Log(server)
+    server.restart()
+    wait_until_off(server)
+    goes_on_as_plain_synapse(story)
+    assert rows(server, *ALL_TABLES) == kept
+    told = [line for line in log.problems() if "have layout" in line]
+    for duty in TABLES:
+        said = f"{duty} is off: The tables of {duty} have layout"
+        assert [said in line for line in told].count(True) == 1
+    # Who counts what is deferred has to do without as well.
+    assert [COUNTING in line for line in told].count(True) == 1
+    assert len(told) == len(TABLES) + 1
+    # The later version is there again.
+    server.stop()
+    server.change(f"UPDATE synapse_sticky_layouts SET version = version - {LATER_LAYOUT}")
+    server.restart()
+    wait_until_on(server, *TABLES)
+    comes_to_its_end(story)

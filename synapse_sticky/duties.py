@@ -93,9 +93,13 @@ def seams_of(file: str) -> tuple[Seam, ...]:
 ALL = ("homeserver.process", "homeserver.place", "homeserver.signal")
 """What every duty needs."""
 
+CHECK = "cli.synapse"
+"""What ``synapse-sticky check`` needs to read a configuration."""
+
 _TOKENS = ("index.synapse:tokens",)
 _ROWS = (*_TOKENS, "index.synapse:rows")
-_INDEX = (*_ROWS, "index.synapse:changes")
+_CHANGES = (*_ROWS, "index.synapse:changes")
+_INDEX = (*_CHANGES, "index.synapse:stream")
 _ROOMS = ("homeserver.rooms",)
 
 
@@ -156,7 +160,7 @@ DUTIES: Mapping[str, Duty] = {
         ),
         Duty(
             "deferral",
-            (*_INDEX, "handlers.deferral.synapse"),
+            (*_CHANGES, "handlers.deferral.synapse"),
             "a flood of another server delays the sticky events of all others",
             lambda place: place.writes,
         ),
@@ -190,6 +194,7 @@ def _every_seam() -> Iterator[Seam]:
     for file in ALL:
         yield from seams_of(file)
     yield from database.SEAMS
+    yield from seams_of(CHECK)
     for layer in access.SEAMS.values():
         yield from layer
     for duty in DUTIES.values():

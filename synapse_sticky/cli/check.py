@@ -38,7 +38,7 @@ def look(paths: Sequence[str]) -> Report:
         report.stops += [f"it lacks what every duty needs: {e}"]
         return report
     configuration: Configuration | None = None
-    if problem := synapse.too_old():
+    if problem := synapse.problem_of_version():
         report.stops.append(problem)
         return report
     if paths:

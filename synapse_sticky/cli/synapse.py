@@ -6,7 +6,6 @@ from typing import Any
 
 import yaml
 from synapse.config.homeserver import HomeServerConfig
-from synapse.module_api.errors import ConfigError
 from synapse.storage.databases.main import DataStore
 
 from synapse_sticky.config import StickyConfig
@@ -18,29 +17,25 @@ from synapse_sticky.handlers.staging.parking.tables import ParkedTable
 from synapse_sticky.homeserver.database import columns_in, connect, is_postgres
 from synapse_sticky.homeserver.fitting import Columns
 from synapse_sticky.homeserver.place import Place
-from synapse_sticky.homeserver.process import require_enabled, require_parts
-from synapse_sticky.homeserver.seams import Attribute, attributes, method
+from synapse_sticky.homeserver.process import require_enabled, too_old
+from synapse_sticky.homeserver.seams import Attribute, method
 
 SEAMS = (
     method(
         "synapse.config.homeserver.HomeServerConfig",
-        "load_config(description, argv_options, /) -> TRootConfig",
+        "load_config(description, argv_options, /)",
     ),
     Attribute("synapse.config.homeserver.HomeServerConfig", "modules"),
     Attribute("synapse.config.modules.ModulesConfig", "loaded_modules"),
-    *attributes("synapse.config.homeserver.HomeServerConfig", "database"),
+    Attribute("synapse.config.homeserver.HomeServerConfig", "database"),
 )
 
 _LAYOUTS = (DeferredTable, NewcomerTable, PageTable, ParkedTable)
 
 
-def too_old() -> str | None:
+def problem_of_version() -> str | None:
     """Why this Synapse is no ground to stand on, if it is none."""
-    try:
-        require_parts(DataStore)
-    except ConfigError as e:
-        return e.msg
-    return None
+    return too_old(DataStore)
 
 
 class Configuration:

@@ -114,11 +114,12 @@ def _problem_of_call(signature: inspect.Signature, seam: Method, *, takes_self: 
         signature.bind(*arguments, **dict.fromkeys(seam.keywords))
     except TypeError as e:
         return str(e)
+    parameters = list(signature.parameters.values())[takes_self:]
+    if parameters and parameters[0].kind is inspect.Parameter.VAR_POSITIONAL:
+        return None  # it hands on whatever comes
     if unknown := [name for name in seam.keywords if name not in signature.parameters]:
         return f"and not {', '.join(unknown)}"  # `**options` would swallow it
-    if len(signature.parameters) < len(arguments):
-        return None  # it takes whatever comes, `*args`
-    there = list(signature.parameters.values())[takes_self : len(arguments)]
+    there = parameters[: len(first)]
     for parameter, name in zip(there, first, strict=True):
         if parameter.name != name and not _is_renamed(parameter, name, signature, seam):
             return f"and not {', '.join(first)}"
@@ -131,8 +132,11 @@ def _is_renamed(
     """Is it the argument of this name, under another that does not matter?"""
     if name in signature.parameters or name not in seam.by_position:
         return False
-    # One that can be left out has moved up, to where the argument was.
-    return parameter.default is inspect.Parameter.empty
+    # One that can be left out, or any number of them, has moved up to where the argument was.
+    return (
+        parameter.default is inspect.Parameter.empty
+        and parameter.kind is not inspect.Parameter.VAR_POSITIONAL
+    )
 
 
 # Shapes of results

@@ -215,25 +215,23 @@ def require_sticky_events(store: object, config: "HomeServerConfig") -> None:
     Raises:
         ConfigError: it is not; the message says what to do.
     """
-    require_parts(store)
+    if problem := too_old(store):
+        raise ConfigError(problem)
     require_enabled(config)
 
 
-def require_parts(store: object) -> None:
-    """Synapse's own part of MSC4354 must be there.
+def too_old(store: object) -> str | None:
+    """What to say where Synapse's own part of MSC4354 is not there; None where it is.
 
     Args:
         store: the main data store, or its class.
-
-    Raises:
-        ConfigError: it is not.
     """
-    if not hasattr(store, "get_backlogged_sticky_events_for_destination"):
-        raise ConfigError(
-            "synapse-sticky needs Synapse 1.163 or later, this is"
-            f" {version('matrix-synapse')}. "
-            "Upgrade Synapse, or take the module out of `modules:`."
-        )
+    if hasattr(store, "get_backlogged_sticky_events_for_destination"):
+        return None
+    return (
+        f"synapse-sticky needs Synapse 1.163 or later, this is {version('matrix-synapse')}. "
+        "Upgrade Synapse, or take the module out of `modules:`."
+    )
 
 
 def require_enabled(config: "HomeServerConfig") -> None:

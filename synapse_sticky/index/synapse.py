@@ -40,9 +40,7 @@ SEAMS = {
         table("room_ban_redactions", "room_id text, user_id text"),
     ),
     "changes": (
-        method("synapse.notifier.Notifier", "add_replication_callback(cb, /)"),
         method(STORE, "_invalidate_local_get_event_cache(event_id)", is_replaced=True),
-        method(STORE, "_invalidate_local_get_event_cache_room_id(room_id)", is_replaced=True),
         method(
             STORE,
             "_invalidate_caches_for_event(stream_ordering, event_id, room_id, etype, state_key, "
@@ -55,8 +53,12 @@ SEAMS = {
             is_replaced=True,
         ),
     ),
+    "stream": (
+        method("synapse.notifier.Notifier", "add_replication_callback(cb, /)"),
+        method(STORE, "_invalidate_local_get_event_cache_room_id(room_id)", is_replaced=True),
+    ),
 }
-"""By what is used: Synapse's tokens, the rows of the stream, or what tells of changes."""
+"""By what is used: Synapse's tokens, the rows, changes of single events, the stream itself."""
 
 _COLUMNS = """
     SELECT se.stream_id, se.instance_name, se.room_id, se.event_id, se.sender, se.expires_at,

@@ -29,6 +29,7 @@ from tests.lab import Homeserver, Lab, Peer, wait_until
 from tests.lab.client import TTL, WITHOUT_TIMELINE, ApiError, sliding_sticky_events, sticky_events
 from tests.lab.homeserver import PROJECT
 from tests.lab.scene import Scene, enter
+from tests.lab.variants import duties_unfit_with, unfit_for
 
 pytestmark = pytest.mark.one_process
 
@@ -318,20 +319,43 @@ ROWS = (
 )
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
-        pytest.param(row, id=row.duty, marks=pytest.mark.requirement("H6", *row.requirements))
-        for row in ROWS
-    ],
-)
+def each_row(requirement: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(
+        "row",
+        [
+            pytest.param(
+                row, id=row.duty, marks=pytest.mark.requirement(requirement, *row.requirements)
+            )
+            for row in ROWS
+        ],
+    )
+
+
+@each_row("H6")
 def test_off(lab: Lab, servers: Servers, peer: Peer, newcomer: Peer, row: Row) -> None:
-    """Plain Synapse is what is left of this duty, and only of this one (H6)."""
+    """Plain Synapse is what is left of this duty, and only of this one."""
     config = {**row.config, row.duty: {**row.config.get(row.duty, {}), "enabled": False}}
     (server,) = servers({"config": config, "metrics": True})
-    off = {row.duty, *(other.duty for other in ROWS if row.duty in other.needs)}
-    is_told(server, off)
-    stage = Stage(enter(server, peer), newcomer)
+    is_told(server, dict.fromkeys((row.duty, *those_that_need(row)), "off"))
+    is_as_without(row, Stage(enter(server, peer), newcomer))
+
+
+@pytest.mark.slow
+@each_row("H5")
+def test_unfit(lab: Lab, servers: Servers, peer: Peer, newcomer: Peer, row: Row) -> None:
+    """The same in a Synapse in which all that only this duty uses has changed."""
+    options = {"config": row.config, "metrics": True, "module_name": unfit_for(row.duty)}
+    (server,) = servers(options)
+    unfit = dict.fromkeys(duties_unfit_with(row.duty), "unfit")
+    is_told(server, {**dict.fromkeys(those_that_need(row), "off"), **unfit})
+    is_as_without(row, Stage(enter(server, peer), newcomer))
+
+
+def those_that_need(row: Row) -> list[str]:
+    return [other.duty for other in ROWS if row.duty in other.needs]
+
+
+def is_as_without(row: Row, stage: Stage) -> None:
     row.plain(stage)
     row.other(stage)
     # However little is left of the module: what is sticky reaches who is there.
@@ -342,17 +366,20 @@ def test_off(lab: Lab, servers: Servers, peer: Peer, newcomer: Peer, row: Row) -
     assert event_id in seen
 
 
-def is_told(server: Homeserver, off: set[str]) -> None:
-    """The start line and the metric say which duties are off, and the log why."""
-    on = ", ".join(duty for duty in DUTIES if duty not in off)
-    in_order = ", ".join(duty for duty in DUTIES if duty in off)
-    assert server.log_has(f"synapse-sticky runs in master: {on}; off: {in_order}\n")
+def is_told(server: Homeserver, states: dict[str, str]) -> None:
+    """The start line and the metric say which duties are not on, and the log why."""
+    parts = [", ".join(duty for duty in DUTIES if duty not in states)]
+    for state in ("off", "unfit"):
+        if duties := [duty for duty in DUTIES if states.get(duty) == state]:
+            parts.append(f"{state}: {', '.join(duties)}")
+    assert server.log_has(f"synapse-sticky runs in master: {'; '.join(parts)}\n")
     for row in ROWS:
-        because = row.duty in off and [name for name in row.needs if name in off]
-        line = f"{row.duty} is off, as it needs "
-        assert server.log_has(line) == bool(because)
+        because = row.duty in states and [name for name in row.needs if name in states]
+        assert server.log_has(f"{row.duty} is off, as it needs ") == bool(because)
+        is_unfit = states.get(row.duty) == "unfit"
+        assert server.log_has(f"{row.duty} is off, as this Synapse does not fit") == is_unfit
         wait_until(
-            partial(in_state, server, row.duty, "off" if row.duty in off else "on"),
+            partial(in_state, server, row.duty, states.get(row.duty, "on")),
             f"the metric of {row.duty}",
         )
 

@@ -29,7 +29,11 @@ MAY_IMPORT = {
     "module": {"config", "wiring"},
     "wiring": {
         *("backoff", "config", "duties", "handlers", "homeserver", "index", "limits", "metrics"),
+        "plan",
     },
+    "plan": {"config", "duties", "homeserver"},
+    "cli": {"config", "duties", "handlers", "homeserver", "plan"},
+    "__main__": {"cli"},
     "duties": {"homeserver"},
     "handlers": OF_A_DUTY,
     "limits": {"_core", "config", "metrics"},

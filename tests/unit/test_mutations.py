@@ -19,7 +19,7 @@ import pytest
 
 from synapse_sticky import plan
 from synapse_sticky.config import StickyConfig
-from synapse_sticky.duties import ALL, DUTIES, State, all_seams, seams_of, shared_misfits
+from synapse_sticky.duties import ALL, CHECK, DUTIES, State, all_seams, seams_of, shared_misfits
 from synapse_sticky.homeserver import access, database
 from synapse_sticky.homeserver.fitting import Columns, misfits, resolve
 from synapse_sticky.homeserver.seams import Attribute, Import, Method, Seam, Table
@@ -49,7 +49,7 @@ def seams_by_user() -> dict[str, tuple[Seam, ...]]:
     """What each duty needs for itself, by its name; what all need under ``*``; and the layers."""
     found: dict[str, tuple[Seam, ...]] = {d.name: d.seams() for d in DUTIES.values()}
     found["*"] = tuple(seam for file in ALL for seam in seams_of(file))
-    return {**found, **access.SEAMS, "columns": database.SEAMS}
+    return {**found, **access.SEAMS, "columns": database.SEAMS, "check": seams_of(CHECK)}
 
 
 USERS = seams_by_user()
@@ -248,7 +248,8 @@ def users_that_do_not_fit(columns: Columns | None) -> set[str]:
     if shared_misfits():
         found.add("*")
     found |= {layer for layer, seams in access.SEAMS.items() if misfits(seams)}
-    return found | ({"columns"} if misfits(database.SEAMS) else set())
+    found |= {"columns"} if misfits(database.SEAMS) else set()
+    return found | ({"check"} if misfits(seams_of(CHECK)) else set())
 
 
 @pytest.mark.parametrize("seam", SEAMS, ids=lambda s: f"{s.owner.split('.')[-1]}.{s.name}")

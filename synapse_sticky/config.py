@@ -11,6 +11,7 @@ from typing import Any
 
 import attr
 from matrix_common.regex import glob_to_regex
+from synapse.module_api.errors import ConfigError
 
 from synapse_sticky.options import (
     HOUR_MS,
@@ -259,9 +260,14 @@ def parse(config: object) -> StickyConfig:
     Raises:
         ConfigError: an option is unknown or has a wrong value; names it and says what is allowed.
     """
-    if isinstance(config, Mapping):
-        config = _renamed(config)
-    parsed: StickyConfig = parse_section(StickyConfig(), {} if config is None else config, ())
+    values = {} if config is None else config
+    old_names: dict[str, str] = {}
+    if isinstance(values, Mapping):
+        values, old_names = _renamed(values)
+    try:
+        parsed: StickyConfig = parse_section(StickyConfig(), values, ())
+    except ConfigError as e:
+        raise _by_old_name(e, old_names) from None
     joins = parsed.joins
     if joins.retry_max_ms < joins.retry_min_ms:
         raise error(
@@ -272,11 +278,23 @@ def parse(config: object) -> StickyConfig:
     return parsed
 
 
-def _renamed(config: Mapping[Any, Any]) -> dict[Any, Any]:
+def _renamed(config: Mapping[Any, Any]) -> tuple[dict[Any, Any], dict[str, str]]:
+    """The configuration by today's names, and the old names that it has, by today's."""
     renamed = dict(config)
+    old_names = {}
     for old, new in _OLD_NAMES.items():
         if old in renamed:
             if new in renamed:
                 raise error((old,), f"is the old name of {new}, which is set as well")
             renamed[new] = renamed.pop(old)
-    return renamed
+            old_names[new] = old
+    return renamed, old_names
+
+
+def _by_old_name(e: ConfigError, old_names: Mapping[str, str]) -> ConfigError:
+    """The error, with the option's name as the file has it."""
+    path = tuple(e.path or ())
+    if not path or path[0] not in old_names:
+        return e
+    problem = e.msg.removeprefix(".".join(path)).strip()
+    return error((old_names[path[0]], *path[1:]), problem)

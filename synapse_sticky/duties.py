@@ -205,6 +205,8 @@ def tables() -> frozenset[str]:
     """The tables of Synapse that any duty's SQL names, as far as its files can be loaded."""
     found = set()
     for duty in DUTIES.values():
+        if isinstance(duty.native, Table):
+            found.add(duty.native.name)
         for file in duty.files:
             try:
                 found |= {seam.name for seam in seams_of(file) if isinstance(seam, Table)}

@@ -93,7 +93,7 @@ def _problem_of_method(owner: Any, seam: Method) -> str | None:
     except ValueError as e:
         return f"cannot be looked into: {e}"
     if problem := _problem_of_call(signature, seam, takes_self=takes_self):
-        return f"takes {signature}, {problem}"
+        return f"takes {signature}{problem}"
     is_async = inspect.iscoroutinefunction(inspect.unwrap(function))
     return _problem_of_result(signature.return_annotation, is_async, seam)
 
@@ -113,16 +113,16 @@ def _problem_of_call(signature: inspect.Signature, seam: Method, *, takes_self: 
     try:
         signature.bind(*arguments, **dict.fromkeys(seam.keywords))
     except TypeError as e:
-        return str(e)
+        return f": {e}"
     parameters = list(signature.parameters.values())[takes_self:]
     if parameters and parameters[0].kind is inspect.Parameter.VAR_POSITIONAL:
         return None  # it hands on whatever comes
     if unknown := [name for name in seam.keywords if name not in signature.parameters]:
-        return f"and not {', '.join(unknown)}"  # `**options` would swallow it
+        return f", and not {', '.join(unknown)}"  # `**options` would swallow it
     there = parameters[: len(first)]
     for parameter, name in zip(there, first, strict=True):
         if parameter.name != name and not _is_renamed(parameter, name, signature, seam):
-            return f"and not {', '.join(first)}"
+            return f", and not {', '.join(first)}"
     return None
 
 

@@ -100,6 +100,37 @@ def test_strict_about_access_does_not_mind_limits(servers: Servers) -> None:
     assert server.log_has("; unfit: deferral\n")
 
 
+UNGUARDED = "tests.lab.variants.InSynapseThatNobodyGuards"
+
+
+@pytest.mark.requirement("D8", "H5")
+def test_sections_that_nobody_guards(servers: Servers) -> None:
+    """The homeserver starts, and the sections are as it makes them; that is an error."""
+    (server,) = servers({"module_name": UNGUARDED, "metrics": True})
+    said = server.log_path.read_text()
+    assert said.count(" ERROR ") == said.count("access is off, as this Synapse does not fit: ") == 1
+    assert "SyncHandler._generate_room_entry takes " in said
+    assert "SyncHandler.wait_for_sync_for_user takes " in said
+    assert server.log_has("receipt, deferral, sending, extremities; unfit: access\n")
+    metrics = requests.get(f"http://127.0.0.1:{server.metrics_port}/metrics", timeout=10).text
+    assert 'synapse_sticky_duty{duty="access",state="unfit"} 1.0' in metrics
+    alice = server.user()
+    room_id = alice.create_room()
+    event_id = alice.send_sticky(room_id)
+    assert set(alice.collect_sticky(room_id, {event_id})) == {event_id}
+
+
+@pytest.mark.requirement("D8", "H5")
+def test_strict_about_access(lab: Lab, servers: Servers) -> None:
+    config = {"strict": "access"}
+    said = start_error(lab, module_name=UNGUARDED, config=config)
+    assert "access would be off" in said
+    # One layer suffices.
+    (server,) = servers({"module_name": "tests.lab.variants.InSynapseWithOneLayer"})
+    assert server.log_has("Only one layer guards the sections: ")
+    assert server.log_has("receipt, deferral, sending, extremities\n")
+
+
 @pytest.mark.requirement("H5", "H6")
 def test_duties_that_are_left_to_synapse_or_lack_another(servers: Servers) -> None:
     config = {"native": ["joins"], "index": {"enabled": False}}

@@ -308,3 +308,36 @@ def test_all_layouts_of_a_later_version(servers: Servers, peer: Peer, newcomer: 
     server.restart()
     wait_until_on(server, *TABLES)
     comes_to_its_end(story)
+
+
+@pytest.mark.requirement("H5", "E4")
+def test_what_synapse_does_itself_is_left_to_it(
+    servers: Servers, peer: Peer, newcomer: Peer
+) -> None:
+    """A duty that Synapse has is not done twice, and what it left stays readable."""
+    (server,) = servers({"config": CONFIG, "metrics": True})
+    story = begin(server, peer, newcomer)
+    server.stop()
+    kept = rows(server, *ALL_TABLES)
+    server.use_module("tests.lab.variants.InSynapseWithItsOwn")
+    server.restart()
+    assert server.log_has(
+        "synapse-sticky runs in master: index, delivery, visibility, receipt, extremities; "
+        "native: sliding, joins, pruning, parking, deferral, sending\n"
+    )
+    wait_until(partial(in_state, server, "joins", "native"), "the metric")
+    scene = story.scene
+    new = {scene.alice.send_sticky(scene.room_id), *(scene.sticky() for _ in range(3))}
+    expected = {*story.flood[:BURST], *new}
+    wait_until(
+        lambda: all(set(section) == expected for section in scene.sections()),
+        "the sections to be as Synapse makes them",
+        look=scene.sections,
+    )
+    # Synapse goes on from the token of a page as from any other.
+    assert sliding_sticky_events(story.reader.sliding_sync(story.page), story.elsewhere) == []
+    assert rows(server, *ALL_TABLES) == kept
+    server.use_module("synapse_sticky.StickyEventsModule")
+    server.restart()
+    wait_until_on(server, *TABLES)
+    comes_to_its_end(story)

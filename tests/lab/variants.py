@@ -4,14 +4,16 @@ import functools
 import inspect
 from typing import Any, ClassVar
 
+import attr
 from synapse.module_api import ModuleApi
 from synapse.storage.databases.main import DataStore
 
 from synapse_sticky import StickyEventsModule
 from synapse_sticky.config import StickyConfig
 from synapse_sticky.duties import ALL, DUTIES, seams_of
+from synapse_sticky.homeserver import access
 from synapse_sticky.homeserver.fitting import resolve
-from synapse_sticky.homeserver.seams import Method
+from synapse_sticky.homeserver.seams import STORE, Attribute, Method, Seam, table
 
 
 class InOlderSynapse(StickyEventsModule):
@@ -132,3 +134,43 @@ globals().update(
         for duty in DUTIES
     }
 )
+
+
+class InSynapseWithItsOwn(StickyEventsModule):
+    """A later Synapse may do some of this itself: known by an attribute, a table or an option."""
+
+    MARKS: ClassVar[dict[str, Seam]] = {
+        "sliding": Attribute("synapse.handlers.sync.SyncHandler", "wait_for_sync_for_user"),
+        "joins": Attribute(STORE, "get_sticky_events_in_rooms"),
+        "pruning": table("federation_inbound_events_staging", "event_json text"),
+        "parking": table("events", "event_id text"),
+        "deferral": Attribute("synapse.config.ratelimiting.RatelimitConfig", "rc_message"),
+        "sending": Attribute("synapse.config.ratelimiting.RatelimitConfig", "rc_message"),
+        # Not this one: it has no such table yet.
+        "receipt": table("sticky_events_of_receipt", "event_id text"),
+    }
+
+    def __init__(self, config: StickyConfig, api: ModuleApi) -> None:
+        duties: Any = DUTIES
+        for name, mark in self.MARKS.items():
+            duties[name] = attr.evolve(duties[name], native=mark)
+        super().__init__(config, api)
+
+
+class InSynapseThatNobodyGuards(StickyEventsModule):
+    """Both layers on which the sections of /sync are guarded have changed."""
+
+    LAYERS: ClassVar[tuple[str, ...]] = ("sync_section", "sync_response")
+
+    def __init__(self, config: StickyConfig, api: ModuleApi) -> None:
+        for layer in self.LAYERS:
+            for seam in access.SEAMS[layer]:
+                if isinstance(seam, Method) and seam.is_replaced:
+                    demand_one_more(seam)
+        super().__init__(config, api)
+
+
+class InSynapseWithOneLayer(InSynapseThatNobodyGuards):
+    """One of them has changed."""
+
+    LAYERS = ("sync_response",)

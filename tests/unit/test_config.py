@@ -281,6 +281,11 @@ def test_old_options_say_the_same() -> None:
     with pytest.raises(ConfigError) as error:
         parse({"dummy_events": {}, "extremities": {}})
     assert "dummy_events is the old name of extremities, which is set as well" in error.value.msg
+    # An error has the name that stands in the file.
+    with pytest.raises(ConfigError) as error:
+        parse({"dummy_events": {"per_minute": 0}})
+    assert error.value.msg.startswith("dummy_events.per_minute must be a whole number")
+    assert tuple(error.value.path or ()) == ("dummy_events", "per_minute")
 
 
 @pytest.mark.requirement("H5")

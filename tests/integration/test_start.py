@@ -112,7 +112,7 @@ def test_sections_that_nobody_guards(servers: Servers) -> None:
     assert "SyncHandler._generate_room_entry takes " in said
     assert "SyncHandler.wait_for_sync_for_user takes " in said
     assert server.log_has("receipt, deferral, sending, extremities; unfit: access\n")
-    assert 'synapse_sticky_duty{duty="access",state="unfit"} 1.0\n' in server.metrics()
+    assert 'synapse_sticky_duty{duty="access",state="unfit"} 1.0\n' in "".join(server.metrics())
     alice = server.user()
     room_id = alice.create_room()
     event_id = alice.send_sticky(room_id)

@@ -63,6 +63,7 @@ def only_of(name: str) -> list[Method]:
     """The functions that this duty uses and no other, beside those that need it. Where there is
     none: those that it replaces."""
     others = {(s.owner, s.name) for file in ALL for s in seams_of(file)}
+    others |= {(s.owner, s.name) for layer in access.SEAMS.values() for s in layer}
     for duty in DUTIES.values():
         if duty.name != name and name not in duty.needs:
             others |= {(s.owner, s.name) for s in duty.seams()}

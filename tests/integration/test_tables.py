@@ -66,7 +66,6 @@ class Story:
     old: that room's events, from before the newcomer's join.
     reader: a user who joined that room then, and reads ``old`` in pages.
     page: the first answer of sliding sync with some of ``old``.
-    is_on_postgres: whether the token of a page can be told from others by itself.
     """
 
     scene: Scene[Homeserver]
@@ -77,7 +76,6 @@ class Story:
     old: list[str]
     reader: Client
     page: Any
-    is_on_postgres: bool
 
     @property
     def server(self) -> Homeserver:
@@ -112,8 +110,7 @@ def begin(server: Homeserver, peer: Peer, newcomer: Peer) -> Story:
     withheld = send_on_top_of_what_nobody_has(scene)
     wait_until(lambda: bool(withheld & parked(server)), "an event to be parked")
     wait_until_nothing_is_staged(server)
-    is_on_postgres = not (server.folder / "homeserver.db").exists()
-    return Story(scene, flood, withheld, newcomer, elsewhere, old, reader, page, is_on_postgres)
+    return Story(scene, flood, withheld, newcomer, elsewhere, old, reader, page)
 
 
 def send_on_top_of_what_nobody_has(scene: Scene[Homeserver]) -> set[str]:
@@ -140,7 +137,7 @@ def goes_on_as_plain_synapse(story: Story) -> None:
     assert set(scene.alice.collect_sticky(scene.room_id, new)) >= new
     # How far the page went is not known now: all of it once more, if it can be seen to be a page.
     older = sliding_sticky_events(story.reader.sliding_sync(story.page), story.elsewhere)
-    assert older == (story.old if story.is_on_postgres else [])
+    assert older == (story.old if story.server.is_on_postgres else [])
     assert story.elsewhere in backlogged_rooms(story.server)
 
 

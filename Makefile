@@ -37,6 +37,7 @@ lint: $(VENV)/.built ## ruff, mypy, stubtest, rustfmt, clippy; whether docs/conf
 	cargo clippy --quiet --all-targets -- -D warnings
 	cargo clippy --quiet --all-targets --all-features -- -D warnings
 	$(BIN)/python -m tests.conformance.page --check
+	$(BIN)/python -m tests.compat --check
 	@! git grep -nE '(pypi[.]org|pythonhosted[.]org|crates[.]io)' -- ':!Makefile' | grep -v '^Cargo.lock:[0-9]*:source = "registry+' || { echo "A registry's host is named"; exit 1; }
 
 bench: $(VENV)/.built ## Benchmarks: the Rust core; delivery beside SQL; /sync; refusing beside accepting; newcomers, also plain ones and with busy cores; workers

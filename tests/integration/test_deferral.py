@@ -94,6 +94,7 @@ def test_victim_of_a_flood_that_came_before(servers: Servers) -> None:
     assert flood <= carol.collect_sticky(room_id, flood, 120, filter_=WITHOUT_TIMELINE).keys()
 
 
+@pytest.mark.slow
 @pytest.mark.requirement("L1", "L4", "L6", "D7")
 def test_flood_of_three_servers(servers: Servers) -> None:
     *flooders, b, c = servers(*[PLAIN] * 4, {"config": limits(per_room=limit(20, 30))})
@@ -271,6 +272,7 @@ def test_exempt_servers(servers: Servers) -> None:
     assert deferred(c) < by_bob
 
 
+@pytest.mark.slow
 @pytest.mark.requirement("L2", "L3", "L4", "L6")
 def test_past_the_most_that_may_wait_a_server_is_refused(servers: Servers) -> None:
     most = 20
@@ -303,8 +305,9 @@ def test_past_the_most_that_may_wait_a_server_is_refused(servers: Servers) -> No
     assert flood <= carol.collect_sticky(room_id, flood, filter_=WITHOUT_TIMELINE).keys()
 
 
+@pytest.mark.slow
 @pytest.mark.requirement("L3")
-@pytest.mark.parametrize("mode", ["defer", pytest.param("reject", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode", ["defer", "reject"])
 def test_overload_loses_nothing(servers: Servers, mode: str) -> None:
     config = limits(mode, per_server=limit(50, 100))
     a, b, c = servers(PLAIN, PLAIN, {"config": config})

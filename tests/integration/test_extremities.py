@@ -35,6 +35,7 @@ def flood_with_forks(server: Homeserver, peer: Peer, count: int) -> str:
     return scene.room_id
 
 
+@pytest.mark.slow
 @pytest.mark.requirement("F2")
 def test_after_260_old_events(servers: Servers) -> None:
     a, b, c = servers(UNLIMITED, UNLIMITED, UNLIMITED)

@@ -38,11 +38,12 @@ WHILE_IT_RUNS = ["persist", "release", "record_joins", "backlog", "settle"]
 WHILE_IT_RUNS += ["store_page", "read_page", "drop_deferred"]
 AT_THE_START = ["migrate_deferral", "migrate_joins", "deferred", "newcomers", "state_position"]
 KILLED = [
-    *(("persist", moment) for moment in MOMENTS),
-    *(("release", moment) for moment in MOMENTS),
-    *(("record_joins", moment) for moment in ("inside", "after")),
-    *(("settle", moment) for moment in ("inside", "after")),
-    *(("store_page", moment) for moment in ("inside", "after")),
+    (name, "inside") for name in ("persist", "release", "record_joins", "settle", "store_page")
+]
+KILLED_SLOW = [
+    *(("persist", moment) for moment in ("before", "after")),
+    *(("release", moment) for moment in ("before", "after")),
+    *((name, "after") for name in ("record_joins", "settle", "store_page")),
 ]
 
 
@@ -74,7 +75,10 @@ def test_the_database_fails(
 
 
 @pytest.mark.requirement("E4", "L3", "L4", "P3", "P7", "D5")
-@pytest.mark.parametrize(("transaction", "moment"), KILLED)
+@pytest.mark.parametrize(
+    ("transaction", "moment"),
+    [*KILLED, *(pytest.param(*fault, marks=pytest.mark.slow) for fault in KILLED_SLOW)],
+)
 def test_the_process_is_killed(
     faulty: Homeserver, peer: Peer, newcomer: Peer, transaction: str, moment: str
 ) -> None:
@@ -83,7 +87,7 @@ def test_the_process_is_killed(
 
 @pytest.mark.one_process
 @pytest.mark.requirement("E4")
-@pytest.mark.parametrize("kind", ["kill", "error"])
+@pytest.mark.parametrize("kind", [pytest.param("kill", marks=pytest.mark.slow), "error"])
 @pytest.mark.parametrize("transaction", AT_THE_START)
 def test_the_start_fails(
     lab: Lab, servers: Servers, peer: Peer, newcomer: Peer, transaction: str, kind: str

@@ -57,7 +57,7 @@ def test_newcomer_among_four(servers: Servers) -> None:
     ("history_visibility", "with_module"),
     [
         ("joined", True),
-        ("shared", False),
+        pytest.param("shared", False, marks=pytest.mark.slow),
         pytest.param("shared", True, marks=pytest.mark.slow),
         pytest.param("joined", False, marks=pytest.mark.slow),
     ],

@@ -59,6 +59,7 @@ def test_flood_of_sticky_events(servers: Servers) -> None:
     assert not c.log_has("Pruning")
 
 
+@pytest.mark.slow
 @pytest.mark.requirement("L3")
 def test_other_events_are_pruned_as_ever(servers: Servers) -> None:
     a, c = servers({"module": False}, {})

@@ -30,7 +30,7 @@ from tests.lab.client import sliding_sticky_events
 from tests.lab.postgres import Postgres, Settings, change_in, query_in
 from tests.lab.scene import Scene, enter
 
-pytestmark = pytest.mark.one_process
+pytestmark = [pytest.mark.one_process, pytest.mark.slow]
 
 TABLES = {
     "sliding": ("synapse_sticky_pages",),

@@ -97,7 +97,7 @@ def tell_of(deployment: WorkerHomeserver, peer: Peer, newcomer: Peer) -> Disturb
 
 @pytest.mark.requirement("E2", "E4", "L3", "L4", "P3", "P7", "D5", "D8")
 @pytest.mark.parametrize(
-    "name", [PERSISTERS[0], *(pytest.param(name, marks=_MORE) for name in _OTHERS)]
+    "name", [pytest.param(name, marks=_MORE) for name in (PERSISTERS[0], *_OTHERS)]
 )
 def test_a_process_is_killed(lab: Lab, deployment: WorkerHomeserver, peer: Peer, name: str) -> None:
     """In the middle of what it does: a persister is the room's, a sender the newcomer's."""

@@ -93,6 +93,7 @@ def are_entered(deployment: WorkerHomeserver, room_id: str, event_ids: set[str])
     return event_ids <= set(entered(deployment, room_id))
 
 
+@pytest.mark.workers
 @pytest.mark.requirement("E2", "E4")
 def test_each_process_does_its_own_work(lab: Lab, deployment: WorkerHomeserver, peer: Peer) -> None:
     """A flood for rooms of both persisters, a newcomer for each sender, a user who pages."""

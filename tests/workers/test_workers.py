@@ -8,14 +8,14 @@ from tests.lab.client import WITHOUT_TIMELINE
 from tests.lab.scene import Scene, enter
 from tests.lab.workers import MAIN, PERSISTERS, RECEIVERS, SENDERS, WORKERS
 
-EVERYWHERE = {"index", "delivery", "sliding", "visibility", "pruning", "parking"}
+EVERYWHERE = {"index", "delivery", "visibility", "pruning", "parking"}
 DUTIES = {
-    MAIN: {"sending"},
+    MAIN: {"sending", "sliding"},
     **{key: {"deferral"} for key in PERSISTERS},
     **{key: {"joins"} for key in SENDERS},
     **{key: {"receipt"} for key in RECEIVERS},
-    "sync1": {"sending"},
-    "sync2": {"sending"},
+    "sync1": {"sending", "sliding"},
+    "sync2": {"sending", "sliding"},
     "background1": {"extremities"},
 }
 

@@ -13,6 +13,7 @@ from typing import Any
 import attr
 import pytest
 
+from synapse_sticky.cli.check import look
 from tests.conftest import Servers
 from tests.integration.rooms import (
     backlogged_rooms,
@@ -237,6 +238,15 @@ COUNTING = "receipt counts staged events only, not deferred ones"
 """Receipt looks into the table of deferral."""
 
 
+def problems_by_check(server: Homeserver) -> list[str]:
+    """What ``synapse-sticky check`` says of the server's tables, before it is started."""
+    report = look([str(server.folder / "homeserver.yaml")])
+    assert report.stops == []
+    assert report.exit_code() == (1 if report.problems else 0)
+    assert not any(decision.misfits for decision in report.duties.values())
+    return report.problems
+
+
 def each_attempt_is_reported_once(log: Log) -> None:
     delays = {duty: log.delays_of(duty) for duty in TABLES}
     delays["receipt"] = log.delays_after(COUNTING)
@@ -259,8 +269,13 @@ def test_the_role_may_not_use_the_tables(
     story = begin(server, peer, newcomer)
     server.stop()
     kept, of_synapse = database.rows(*ALL_TABLES), database.rows(*OF_SYNAPSE)
+    assert problems_by_check(server) == []
     database.take_tables(leaving=leaving)
     try:
+        assert problems_by_check(server) == [
+            f"Synapse's user of the database may not read and write the table {name}"
+            for name in sorted(ALL_TABLES)
+        ]
         log = Log(server)
         server.restart()
         wait_until_off(server)

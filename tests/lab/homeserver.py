@@ -93,7 +93,6 @@ class Homeserver:
         self._other_modules = self._extra.pop("modules", [])
         database: Settings = self._extra.get("database", {})
         self._postgres = database if database.get("name") == "psycopg2" else None
-        self.is_on_postgres = self._postgres is not None
         self._metrics = metrics
         self.forwarder = Forwarder() if forwarded else None
         self.process: subprocess.Popen[bytes] | None = None

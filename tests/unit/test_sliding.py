@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Collection, Sequence, Set
+from collections.abc import Collection, Set
 from typing import Any
 
 import pytest
@@ -40,41 +40,27 @@ class FakePages:
 
 
 class FakeSlidingSync:
-    """On SQLite there is one writer, and a token cannot name it."""
-
-    def __init__(self, names_writers: bool) -> None:
-        self.names_writers = names_writers
-        self.writers = WRITERS if names_writers else WRITERS[:1]
-
-
-class FakeSignal:
-    async def wait(self, at_most_ms: int) -> None: ...
-    def fire(self) -> None: ...
+    writers = WRITERS
 
 
 class FakeHomeserver:
     async def transact_alone(self, what: str, function: object) -> None:
         assert what == "migrate_sliding"
 
-    def new_signal(self) -> FakeSignal:
-        return FakeSignal()
 
-
-def new_handler(pages: FakePages, *, names_writers: bool = True) -> SlidingHandler:
-    sliding_sync = FakeSlidingSync(names_writers)
-    return SlidingHandler(FakeHomeserver(), sliding_sync, pages)  # type: ignore[arg-type]
+def new_handler(pages: FakePages) -> SlidingHandler:
+    return SlidingHandler(FakeHomeserver(), FakeSlidingSync(), pages)  # type: ignore[arg-type]
 
 
 class Server:
     """Rooms with events of two writers, one of which may be behind."""
 
-    def __init__(self, writers: Sequence[str] = WRITERS) -> None:
+    def __init__(self) -> None:
         self.rows: list[tuple[int, str, str]] = []
         self.joined: set[str] = set()
-        self.positions = dict.fromkeys(writers, 0)
+        self.positions = dict.fromkeys(WRITERS, 0)
 
     def send(self, room_id: str, writer: str) -> None:
-        writer = writer if writer in self.positions else WRITERS[0]
         stream_id = len(self.rows) + 1
         self.rows.append((stream_id, writer, room_id))
         self.positions[writer] = stream_id
@@ -147,15 +133,12 @@ actions = st.lists(
         *[("leave", "!a"), ("join", "!a"), ("sync", 2, True)],
     ],
     fails=False,
-    names=True,
 )
-@given(actions=actions, fails=st.booleans(), names=st.booleans())
-def test_each_event_once_in_order_and_none_lost(
-    actions: list[Any], fails: bool, names: bool
-) -> None:
-    server, pages = Server(WRITERS if names else WRITERS[:1]), FakePages()
+@given(actions=actions, fails=st.booleans())
+def test_each_event_once_in_order_and_none_lost(actions: list[Any], fails: bool) -> None:
+    server, pages = Server(), FakePages()
     pages.fails = fails
-    handler = new_handler(pages, names_writers=names)
+    handler = new_handler(pages)
     asyncio.run(handler.load())
     seen: dict[str, list[int]] = {}
     token: Position | None = None
@@ -175,7 +158,6 @@ def test_each_event_once_in_order_and_none_lost(
         if not fails:
             assert len(request.events) <= limit
         if request.events or page.is_due or token is None:
-            assert names or not page.next_batch.writers, "Synapse could not read it"
             token = page.next_batch
             return True
         return False
@@ -264,31 +246,3 @@ def test_tokens_of_pages(position: Position, previous: Position | None) -> None:
     assert all(found.of(writer) == position.of(writer) for writer in WRITERS)
     if position.stream_id > 1:
         assert token_of_page(position, WRITERS, token) != token
-
-
-@pytest.mark.requirement("D5")
-def test_on_sqlite_a_page_is_found_by_its_token_once_the_table_is_there() -> None:
-    server, pages = Server(WRITERS[:1]), FakePages()
-    server.send("!elsewhere", WRITERS[0])
-    for _ in range(6):
-        server.send("!a", WRITERS[0])
-    server.joined.add("!a")
-    handler = new_handler(pages, names_writers=False)
-
-    def ask(since: Position, newly: set[str]) -> tuple[list[int], Position]:
-        request = Request(server, since, newly, 4, server.now())
-        page = asyncio.run(handler.page(request))
-        return request.events, page.next_batch
-
-    # Nobody can know whether this is a page's.
-    assert ask(Position(3), set()) == ([4, 5, 6, 7], Position(7))
-    asyncio.run(handler.load())
-    events, token = ask(Position(7), {"!a"})
-    assert (events, token) == ([2, 3, 4, 5], Position(6))
-    assert ask(token, set()) == ([6, 7], Position(7))
-    assert ask(token, set()) == ([6, 7], Position(7)), "it is asked for again"
-    # A page of version 0.1.0 named the writer, and its row has no position.
-    old = Position(5, {WRITERS[0]: 7})
-    row = json.dumps([[["!a"], json.dumps([4, []]), json.dumps([7, []])]])
-    pages.stored[Request.connection, json.dumps([5, [[WRITERS[0], 7]]])] = row
-    assert ask(old, set()) == ([5, 6, 7], Position(7))

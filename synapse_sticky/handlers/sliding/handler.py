@@ -4,12 +4,10 @@ Sliding sync's ``since`` is one position for all rooms. What lies before it in a
 joined later is read beside what is new: the *older* events, from the start of the stream up to
 where ``since`` stood at the join. If they do not fit into one response, how far they were read is
 stored under the token that goes out with it. That token is a valid position, so Synapse goes on
-from it even without the module. It is recognised by naming every writer; on SQLite, whose tokens
-name none, by being stored. Each response has a token of its own: one that was lost can be asked for
-again and says the same.
+from it even without the module; it is recognised by naming every writer. Each response has a token
+of its own: one that was lost can be asked for again and says the same.
 
-Fails open: as long as there is nowhere to store anything, a response has all of what is older. What
-was left of a page of before is sent once it can be read again.
+Fails open: as long as there is nowhere to store anything, a response has all of what is older.
 """
 
 import json
@@ -28,7 +26,6 @@ from synapse_sticky.index import Position
 logger = logging.getLogger(__name__)
 
 _START = Position(0)
-_PATIENCE_MS = 5_000
 
 
 class SlidingRequest(Protocol):
@@ -74,8 +71,6 @@ class SlidingSync(Protocol):
 
     writers: Sequence[str]
     """The instances that write to the sticky events stream."""
-    names_writers: bool
-    """Whether Synapse can read a token that names writers."""
 
     def page(self, pager: Callable[[SlidingRequest], Awaitable[SlidingPage]]) -> None:
         """From now on ``pager`` decides what a response has in this section. ``homeserver.access``
@@ -110,8 +105,6 @@ class SlidingHandler:
         self._sliding_sync = sliding_sync
         self._pages = pages
         self._is_loaded = False
-        self._was_tried = False
-        self._tried = homeserver.new_signal()
 
     def install(self) -> None:
         """Takes effect from the next sync on."""
@@ -123,12 +116,8 @@ class SlidingHandler:
         Raises:
             NewerLayoutError: a later version of the module made it.
         """
-        try:
-            await migrate(self._homeserver, self._pages)
-            self._is_loaded = True
-        finally:
-            self._was_tried = True
-            self._tried.fire()
+        await migrate(self._homeserver, self._pages)
+        self._is_loaded = True
 
     async def page(self, request: SlidingRequest) -> SlidingPage:
         """Reads what belongs into one response.
@@ -150,9 +139,7 @@ class SlidingHandler:
             more = request.limit > 0 and not request.up_to.is_before_or_at(reached)
             return SlidingPage(reached, is_due=was_page or more)
         page = token_of_page(reached, self._sliding_sync.writers, request.since)
-        if not self._sliding_sync.names_writers:
-            page = Position(max(page.stream_id, 0))
-        if not await self._store(request.connection, page, reached, older):
+        if not await self._store(request.connection, page, older):
             await self._read_older(request, older, None)
             return SlidingPage(reached, is_due=was_page)
         return SlidingPage(page, is_due=joined or request.limit > 0)
@@ -163,31 +150,22 @@ class SlidingHandler:
         if since is None:
             return _START, [], False
         before = position_of_page(since, self._sliding_sync.writers)
-        if before is None and (self._sliding_sync.names_writers or not await self._can_look()):
+        if before is None:
             return since, [], False
         if not self._is_loaded:
             return _START, [], True  # what was left is not known yet: all of it once more
         stored = await self._pages.read(request.connection, _dumped(since))
         if not stored:
             return since, [], False
-        parts, position = _loaded_page(stored)
-        left = [part.only(request.room_ids) for part in parts]
-        return position or before or since, [part for part in left if not part.is_read()], True
+        left = [part.only(request.room_ids) for part in _loaded_all(stored)]
+        return before, [part for part in left if not part.is_read()], True
 
-    async def _can_look(self) -> bool:
-        """Can it be looked up whether a token is that of a page? Right after a start, soon."""
-        if not self._was_tried:
-            await self._tried.wait(_PATIENCE_MS)
-        return self._is_loaded
-
-    async def _store(
-        self, connection: Connection, page: Position, reached: Position, older: Sequence[Older]
-    ) -> bool:
-        """Stores what is left after the page, and how far it came, if that is possible."""
+    async def _store(self, connection: Connection, page: Position, older: Sequence[Older]) -> bool:
+        """Stores what is left after the page, if that is possible."""
         if not self._is_loaded:
             return False
         try:
-            await self._pages.store(connection, _dumped(page), _dumped_page(older, reached))
+            await self._pages.store(connection, _dumped(page), _dumped_all(older))
         except Exception:
             logger.exception("Could not store what is left, sending all of it")
             return False
@@ -250,10 +228,8 @@ def _dumped(position: Position) -> str:
     return json.dumps([position.stream_id, sorted(position.writers.items())])
 
 
-def _dumped_page(older: Sequence[Older], reached: Position) -> str:
-    # Version 0.1.0 reads the same rows, and knows parts only: this one has no rooms.
-    parts = [*older, Older(frozenset(), reached, reached)]
-    return json.dumps([[sorted(p.room_ids), _dumped(p.after), _dumped(p.up_to)] for p in parts])
+def _dumped_all(older: Sequence[Older]) -> str:
+    return json.dumps([[sorted(p.room_ids), _dumped(p.after), _dumped(p.up_to)] for p in older])
 
 
 def _loaded(dumped: str) -> Position:
@@ -261,11 +237,8 @@ def _loaded(dumped: str) -> Position:
     return Position(stream_id, dict(writers))
 
 
-def _loaded_page(dumped: str) -> tuple[list[Older], Position | None]:
-    """The parts that are left, and how far the page came; None in a row of version 0.1.0."""
-    parts = [
+def _loaded_all(dumped: str) -> list[Older]:
+    return [
         Older(frozenset(room_ids), _loaded(after), _loaded(up_to))
         for room_ids, after, up_to in json.loads(dumped)
     ]
-    reached = [part.after for part in parts if not part.room_ids]
-    return [part for part in parts if part.room_ids], reached[0] if reached else None

@@ -6,7 +6,7 @@ from typing import Any
 
 from synapse import visibility
 from synapse.api.constants import EventTypes, Membership, StickyEvent
-from synapse.types import RoomStreamToken
+from synapse.types import RoomStreamToken, UnresolvedMultiWriterStreamToken
 from synapse.types.handlers.sliding_sync import RoomSyncConfig, SlidingSyncResult
 from synapse.types.rest.client import SlidingSyncStickyEventsToken
 
@@ -106,8 +106,6 @@ class SynapseSliding:
         self._store = homeserver.store
         self._storage = homeserver.hs.get_storage_controllers()
         self.writers: Sequence[str] = homeserver.hs.config.worker.writers.events
-        # Synapse has numbers for writers on Postgres only.
-        self.names_writers = homeserver.is_postgres
 
     def page(self, pager: Callable[[SlidingRequest], Awaitable[SlidingPage]]) -> None:
         def make(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
@@ -127,7 +125,7 @@ class SynapseSliding:
                 now = position_of(self._store.get_sticky_events_stream_token())
                 if since is not None and not since.is_before_or_at(now):
                     # From the future, or this process is behind: Synapse knows what to do.
-                    section = await original(
+                    return await original(
                         sync_config=sync_config,
                         sticky_events_request=sticky_events_request,
                         all_interested_room_ids=all_interested_room_ids,
@@ -135,35 +133,42 @@ class SynapseSliding:
                         from_token=from_token,
                         **options,
                     )
-                else:
-                    response = _Response(
-                        self,
-                        sync_config,
-                        sticky_events_request,
-                        all_interested_room_ids,
-                        since,
-                        to_token,
-                        from_token,
-                    )
-                    section = await response.filled(await pager(response))
-                return section
+                response = _Response(
+                    self,
+                    sync_config,
+                    sticky_events_request,
+                    all_interested_room_ids,
+                    since,
+                    to_token,
+                    from_token,
+                )
+                return await response.filled(await pager(response))
 
             return get_sticky_events_extension_response
 
         extensions = self._homeserver.hs.get_sliding_sync_handler().extensions
         self._homeserver.replace(extensions, "get_sticky_events_extension_response", make)
 
+    # Synapse has no numbers for writers on SQLite, where there is only one.
+
     async def _read_token(self, token: Any) -> Position:
         unresolved = token._unresolved_stream_token
         ahead = unresolved.instance_id_to_stream_pos
-        if self.names_writers or set(ahead) != {_ONLY_WRITER}:
+        if self._homeserver.is_postgres or set(ahead) != {_ONLY_WRITER}:
             return position_of(await token.to_stream_token(self._store))
-        # Version 0.1.0 gave the only writer this number.
         return Position(unresolved.stream, {self.writers[0]: ahead[_ONLY_WRITER]})
 
     async def write_token(self, position: Position) -> SlidingSyncStickyEventsToken:
         """Synapse's ``next_batch``."""
-        return await SlidingSyncStickyEventsToken.from_stream_token(self._store, token_of(position))
+        token = token_of(position)
+        if self._homeserver.is_postgres or not token.instance_map:
+            return await SlidingSyncStickyEventsToken.from_stream_token(self._store, token)
+        (ahead,) = token.instance_map.values()
+        return SlidingSyncStickyEventsToken(
+            unresolved_stream_token=UnresolvedMultiWriterStreamToken(
+                stream=token.stream, instance_id_to_stream_pos={_ONLY_WRITER: ahead}
+            )
+        )
 
     async def newly_joined(
         self, user_id: str, room_ids: AbstractSet[str], after: RoomStreamToken, up_to: Any

@@ -9,8 +9,8 @@ import attr
 
 from synapse_sticky.config import StickyConfig, Strict
 from synapse_sticky.duties import Duty, State
-from synapse_sticky.homeserver.access import LAYERS, SEAMS
-from synapse_sticky.homeserver.fitting import Columns, misfits
+from synapse_sticky.homeserver.access import LAYERS, fitting_layers
+from synapse_sticky.homeserver.fitting import Columns
 
 ACCESS = "access"
 """By this name the log, the metric and ``check`` say whether the sections are guarded (D8)."""
@@ -63,9 +63,8 @@ def decide_access(states: Mapping[str, State]) -> Decision:
         return Decision(State.OFF)
     problems: list[str] = []
     for name in names:
-        by_layer = [misfits(SEAMS[layer]) for layer in LAYERS[name]]
-        if all(by_layer):
-            problems += [problem for found in by_layer for problem in found]
+        layers, found = fitting_layers(name)
+        problems += [] if layers else found
     return Decision(State.UNFIT if problems else State.ON, misfits=problems)
 
 

@@ -10,7 +10,7 @@ from synapse.module_api.errors import ConfigError
 from synapse_sticky import metrics
 from synapse_sticky.backoff import Backoff, Retrying
 from synapse_sticky.config import LocalMode, Mode, StickyConfig, Strict
-from synapse_sticky.duties import DUTIES, Duty, State, shared_misfits, tables
+from synapse_sticky.duties import DUTIES, Duty, State, shared_misfits
 from synapse_sticky.handlers.deferral.handler import DeferralHandler
 from synapse_sticky.handlers.deferral.observer import Observer
 from synapse_sticky.handlers.deferral.tables import DeferredTable
@@ -73,7 +73,7 @@ class Wiring:
         self._deferred = DeferredTable(self._homeserver)
         self._ended: set[str] = set()
         self._deferral_ended = self._homeserver.new_signal()
-        self._columns = read_columns(self._homeserver.hs.config, tables())
+        self._columns = read_columns(self._homeserver.hs.config)
         for duty in DUTIES.values():
             self._begin(duty)
         self._begin_access()

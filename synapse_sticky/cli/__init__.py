@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from synapse_sticky.cli.check import check
 
 _CHECK = """
-Says which duties fit the Synapse of this environment. It starts nothing and changes nothing.
+Says which duties fit the Synapse of this environment. It starts nothing, and does not write to the
+database.
 Exit code: 0 if all fit, 1 if something would be off, 2 if Synapse would not start or would not
 guard who gets the sticky sections.
 """

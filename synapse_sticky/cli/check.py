@@ -74,7 +74,7 @@ def _look_into_database(configuration: "Configuration", report: Report) -> None:
 
 def _decide(configuration: "Configuration | None", report: Report) -> None:
     from synapse_sticky import plan
-    from synapse_sticky.duties import DUTIES, State, all_seams, shared_misfits
+    from synapse_sticky.duties import DUTIES, State, number_of_seams, shared_misfits
 
     sticky = (configuration and configuration.sticky) or StickyConfig()
     columns = configuration.columns if configuration else None
@@ -105,6 +105,6 @@ def _decide(configuration: "Configuration | None", report: Report) -> None:
             for place in configuration.places
         }
     try:
-        report.seams = len({(seam.owner, seam.name) for seam in all_seams()})
+        report.seams = number_of_seams()
     except Exception:
         report.seams = None  # a file of a duty cannot be loaded, which its line says

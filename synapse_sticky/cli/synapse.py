@@ -9,12 +9,11 @@ from synapse.config.homeserver import HomeServerConfig
 from synapse.storage.databases.main import DataStore
 
 from synapse_sticky.config import StickyConfig
-from synapse_sticky.duties import tables
 from synapse_sticky.handlers.deferral.tables import DeferredTable
 from synapse_sticky.handlers.joins.tables import NewcomerTable
 from synapse_sticky.handlers.sliding.tables import PageTable
 from synapse_sticky.handlers.staging.parking.tables import ParkedTable
-from synapse_sticky.homeserver.database import columns_in, connect, is_postgres
+from synapse_sticky.homeserver.database import columns_in, connect, is_postgres, main_database
 from synapse_sticky.homeserver.fitting import Columns
 from synapse_sticky.homeserver.place import Place
 from synapse_sticky.homeserver.process import require_enabled, too_old
@@ -27,7 +26,6 @@ SEAMS = (
     ),
     Attribute("synapse.config.homeserver.HomeServerConfig", "modules"),
     Attribute("synapse.config.modules.ModulesConfig", "loaded_modules"),
-    Attribute("synapse.config.homeserver.HomeServerConfig", "database"),
 )
 
 _LAYOUTS = (DeferredTable, NewcomerTable, PageTable, ParkedTable)
@@ -60,7 +58,6 @@ class Configuration:
         self.places += [Place(_loaded([*shared, worker])) for worker in workers]
         self.columns: Columns | None = None
         self._layouts: dict[str, int] = {}
-        self._own: set[str] = set()
         self._forbidden: list[str] = []
         self._may_create = True
 
@@ -75,19 +72,14 @@ class Configuration:
         connection = connect(self._config)
         try:
             cursor = connection.cursor()
-            self.columns = columns_in(cursor, tables())
-            own = "synapse_sticky_%"
+            self.columns = columns_in(cursor)
+            own = [name for name in self.columns if name.startswith("synapse_sticky_")]
             if is_postgres(cursor.database_engine):
-                cursor.execute(_OWN_TABLES_POSTGRES, (own,))
-                found = cursor.fetchall()
-                self._forbidden = sorted(name for name, is_allowed in found if not is_allowed)
+                cursor.execute(_FORBIDDEN, (own,))
+                self._forbidden = sorted(name for (name,) in cursor.fetchall())
                 cursor.execute("SELECT has_schema_privilege(current_schema(), 'CREATE')")
                 self._may_create = bool(cursor.fetchone()[0])
-            else:
-                cursor.execute("SELECT name FROM sqlite_master WHERE name LIKE ?", (own,))
-                found = cursor.fetchall()
-            self._own = {row[0] for row in found}
-            if _LAYOUTS_TABLE in self._own - set(self._forbidden):
+            if _LAYOUTS_TABLE in set(own) - set(self._forbidden):
                 cursor.execute(f"SELECT duty, version FROM {_LAYOUTS_TABLE}")
                 self._layouts = dict(cursor.fetchall())
         finally:
@@ -95,7 +87,7 @@ class Configuration:
 
     def _is_there(self) -> bool:
         """Is there a database? To connect to SQLite would make one."""
-        (database,) = (d for d in self._config.database.databases if "main" in d.databases)
+        database = main_database(self._config)
         if database.config["name"] != "sqlite3":
             return True
         return Path(database.config["args"]["database"]).exists()
@@ -124,11 +116,11 @@ class Configuration:
 
 
 _LAYOUTS_TABLE = "synapse_sticky_layouts"
-_OWN_TABLES_POSTGRES = """
-    SELECT relname,
+_FORBIDDEN = """
+    SELECT relname FROM pg_class WHERE relname = ANY(?) AND pg_table_is_visible(oid) AND NOT (
         has_table_privilege(oid, 'SELECT') AND has_table_privilege(oid, 'INSERT')
         AND has_table_privilege(oid, 'UPDATE') AND has_table_privilege(oid, 'DELETE')
-    FROM pg_class WHERE relkind = 'r' AND pg_table_is_visible(oid) AND relname LIKE ?
+    )
 """
 
 

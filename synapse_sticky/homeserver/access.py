@@ -87,6 +87,22 @@ SEAMS: Mapping[str, tuple[Seam, ...]] = {
 }
 
 
+def fitting_layers(duty: str) -> tuple[list[str], list[str]]:
+    """The layers that fit, of which one suffices, and what the running Synapse lacks on others."""
+    by_layer = {layer: misfits(SEAMS[layer]) for layer in LAYERS[duty]}
+    fitting = [layer for layer, problems in by_layer.items() if not problems]
+    return fitting, [problem for problems in by_layer.values() for problem in problems]
+
+
+async def still_sticky(store: Any, event_ids: Collection[str]) -> set[str]:
+    """Those of the events that were not redacted meanwhile (S5); ``store`` is the main data store.
+
+    Synapse's table keeps the row of an event that is redacted later.
+    """
+    events = await store.get_events(event_ids)
+    return {e for e, event in events.items() if event.sticky_duration() is not None}
+
+
 class Access:
     """Guards the sections, in a process that serves clients."""
 
@@ -99,12 +115,9 @@ class Access:
 
         Gives what the running Synapse lacks if none does; then the sections are as it makes them.
         """
-        problems = []
+        layers, problems = fitting_layers(duty)
         is_guarded = False
-        for layer in LAYERS[duty]:
-            if misfit := misfits(SEAMS[layer]):
-                problems += misfit
-                continue
+        for layer in layers:
             mark = self._homeserver.mark()
             try:
                 guard: Callable[[], None] = getattr(self, f"_guard_{layer}")
@@ -161,8 +174,9 @@ class Access:
                     return result
                 joined = await self._joined(sync_config)
                 # Nor does anybody get what was redacted meanwhile (S5).
-                sticky = await self._still_sticky(
-                    [shown.event.event_id for room in result.joined for shown in room.sticky]
+                sticky = await still_sticky(
+                    self._store,
+                    [shown.event.event_id for room in result.joined for shown in room.sticky],
                 )
                 rooms = [
                     _with_section(room, sticky if room.room_id in joined else ())
@@ -174,10 +188,6 @@ class Access:
 
         handler = self._homeserver.hs.get_sync_handler()
         self._homeserver.replace(handler, "wait_for_sync_for_user", make)
-
-    async def _still_sticky(self, event_ids: Collection[str]) -> set[str]:
-        events = await self._store.get_events(event_ids)
-        return {e for e, event in events.items() if event.sticky_duration() is not None}
 
     # Sliding sync
 

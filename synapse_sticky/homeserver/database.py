@@ -2,7 +2,6 @@
 
 import logging
 import sqlite3
-from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from synapse_sticky.homeserver.fitting import Columns, kind_of_column, misfits, resolve
@@ -38,13 +37,16 @@ _POSTGRES = """
     SELECT c.relname, a.attname, format_type(a.atttypid, NULL)
     FROM pg_attribute AS a INNER JOIN pg_class AS c ON c.oid = a.attrelid
     WHERE a.attnum > 0 AND NOT a.attisdropped AND pg_table_is_visible(c.oid)
-        AND c.relkind IN ('r', 'p') AND c.relname = ANY(?)
+        AND c.relkind IN ('r', 'p') AND c.relnamespace != 'pg_catalog'::regnamespace
 """
-_SQLITE = "SELECT name, type FROM pragma_table_info(?)"
+_SQLITE = """
+    SELECT t.name, c.name, c.type
+    FROM sqlite_master AS t INNER JOIN pragma_table_info(t.name) AS c WHERE t.type = 'table'
+"""
 
 
-def read_columns(config: "HomeServerConfig", tables: Collection[str]) -> Columns | None:
-    """The columns of these tables in Synapse's main database; None if they cannot be read.
+def read_columns(config: "HomeServerConfig") -> Columns | None:
+    """The columns of all tables in Synapse's main database; None if they cannot be read.
 
     It takes a connection of its own, for one query, before the process has any other work.
     """
@@ -54,12 +56,18 @@ def read_columns(config: "HomeServerConfig", tables: Collection[str]) -> Columns
     try:
         connection = connect(config)
         try:
-            return columns_in(connection.cursor(), tables)
+            return columns_in(connection.cursor())
         finally:
             connection.close()
     except Exception:
         logger.warning("Not checking the database's columns", exc_info=True)
         return None
+
+
+def main_database(config: "HomeServerConfig") -> Any:
+    """The configuration of the database that has Synapse's main tables."""
+    (database,) = (d for d in config.database.databases if "main" in d.databases)
+    return database
 
 
 def connect(config: "HomeServerConfig") -> Any:
@@ -68,7 +76,7 @@ def connect(config: "HomeServerConfig") -> Any:
     Raises:
         Exception: whatever the database's driver raises if it cannot be reached.
     """
-    (database,) = (d for d in config.database.databases if "main" in d.databases)
+    database = main_database(config)
     create_engine = resolve(f"{_ENGINES}.create_engine")
     return resolve(f"{_DATABASE}.make_conn")(
         db_config=database,
@@ -78,17 +86,12 @@ def connect(config: "HomeServerConfig") -> Any:
     )
 
 
-def columns_in(cursor: Any, tables: Collection[str]) -> Columns:
+def columns_in(cursor: Any) -> Columns:
     """What ``read_columns`` reads, by a cursor of ``connect``."""
+    cursor.execute(_POSTGRES if is_postgres(cursor.database_engine) else _SQLITE)
     found: dict[str, dict[str, str]] = {}
-    if is_postgres(cursor.database_engine):
-        cursor.execute(_POSTGRES, (list(tables),))
-        for table, column, declared in cursor.fetchall():
-            found.setdefault(table, {})[column] = kind_of_column(declared)
-        return found
-    for table in tables:
-        cursor.execute(_SQLITE, (table,))
-        found[table] = {column: kind_of_column(declared) for column, declared in cursor.fetchall()}
+    for table, column, declared in cursor.fetchall():
+        found.setdefault(table, {})[column] = kind_of_column(declared)
     return found
 
 

@@ -8,6 +8,7 @@ from twisted.internet.defer import CancelledError
 
 from synapse_sticky.handlers.delivery.handler import Answer, Question
 from synapse_sticky.homeserver import Homeserver
+from synapse_sticky.homeserver.access import still_sticky
 from synapse_sticky.homeserver.seams import STORE, method
 from synapse_sticky.index.synapse import position_of, token_of
 
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
     from synapse.types import MultiWriterStreamToken
 
 logger = logging.getLogger(__name__)
-
-_SYNC = "synapse.handlers.sync"
 
 SEAMS = (
     method(
@@ -77,12 +76,7 @@ class SynapseDelivery:
         self._homeserver.replace(self._store, "get_sticky_events_in_rooms", make)
 
     async def _without_redacted(self, by_room: dict[str, list[str]]) -> dict[str, list[str]]:
-        # Synapse's table keeps the row of an event that is redacted later (S5). Its own next step
-        # is to load these events, so this costs nothing more.
-        sticky = await self._still_sticky([e for ids in by_room.values() for e in ids])
+        # Synapse's own next step is to load these events, so this costs nothing more.
+        sticky = await still_sticky(self._store, [e for ids in by_room.values() for e in ids])
         left = {room_id: [e for e in ids if e in sticky] for room_id, ids in by_room.items()}
         return {room_id: ids for room_id, ids in left.items() if ids}
-
-    async def _still_sticky(self, event_ids: Collection[str]) -> set[str]:
-        events = await self._store.get_events(event_ids)
-        return {e for e, event in events.items() if event.sticky_duration() is not None}

@@ -26,12 +26,14 @@ class StickyEventsModule:
         try:
             # Here, so that a name that Synapse no longer has does not keep the homeserver down.
             from synapse_sticky.wiring import Wiring
+
+            self._wiring = Wiring(config, api)
+        except ConfigError:
+            raise
         except Exception as e:
             if config.strict is not Strict.NO:
                 raise ConfigError(f"synapse-sticky does not fit this Synapse: {e}") from e
             logger.exception("synapse-sticky is off: this Synapse lacks what every duty needs")
-            return
-        self._wiring = Wiring(config, api)
 
     @staticmethod
     def parse_config(config: dict[str, Any]) -> StickyConfig:

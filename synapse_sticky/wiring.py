@@ -74,10 +74,14 @@ class Wiring:
         self._ended: set[str] = set()
         self._deferral_ended = self._homeserver.new_signal()
         self._columns = read_columns(self._homeserver.hs.config)
-        for duty in DUTIES.values():
-            self._begin(duty)
-        self._begin_access()
-        self._raise_if_strict()
+        try:
+            for duty in DUTIES.values():
+                self._begin(duty)
+            self._begin_access()
+            self._raise_if_strict()
+        except Exception:
+            self._homeserver.close()
+            raise
         self._tell()
         if self._loads:
             self._homeserver.in_background("load", self._load_all)
@@ -145,7 +149,6 @@ class Wiring:
 
     def _raise_if_strict(self) -> None:
         if stopping := that_stop(self._config.strict, self.states):
-            self._homeserver.close()
             raise SeamMismatchError([f"{', '.join(stopping)} would be off", *self._misfits])
 
     def _tell(self) -> None:

@@ -88,7 +88,10 @@ def _decide(configuration: "Configuration | None", report: Report) -> None:
         )
         report.duties[duty.name] = decision
         states[duty.name] = decision.state
-    report.duties[plan.ACCESS] = plan.decide_access(states)
+    report.duties[plan.ACCESS] = (
+        # Nothing is installed then, and so no guard.
+        plan.Decision(State.UNFIT, misfits=problems) if problems else plan.decide_access(states)
+    )
     states[plan.ACCESS] = report.duties[plan.ACCESS].state
     if stopping := plan.that_stop(sticky.strict, states):
         misfits = [m for name in stopping for m in report.duties[name].misfits]

@@ -24,7 +24,16 @@ def misfits(seams: Iterable[Seam], columns: Columns | None = None) -> list[str]:
     Args:
         columns: those of the database; None if they are not known, which nothing is wrong with.
     """
-    return [problem for seam in seams if (problem := _problem(seam, columns))]
+    problems = []
+    for seam in seams:
+        try:
+            problem = _problem(seam, columns)
+        except Exception as e:
+            # Whatever a part is like by now, the homeserver starts.
+            problem = f"{seam} cannot be looked into: {type(e).__name__}: {e}"
+        if problem:
+            problems.append(problem)
+    return problems
 
 
 def _problem(seam: Seam, columns: Columns | None) -> str | None:
@@ -151,7 +160,11 @@ _SAME = {
 
 
 def _has_shape(returned: str, expected: str) -> bool:
-    there, wanted = _shape(returned), _shape(expected)
+    try:
+        there = _shape(returned)
+    except SyntaxError:
+        return True  # an annotation that is no expression says nothing
+    wanted = _shape(expected)
     # One that may be None where none was expected does not do; the other way round it does.
     return wanted in (there, f"{there} | None")
 

@@ -156,6 +156,14 @@ def test_sections_that_nobody_guards(monkeypatch: pytest.MonkeyPatch) -> None:
     assert report.exit_code() == 2
 
 
+@pytest.mark.requirement("D8")
+def test_what_every_duty_needs_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone(monkeypatch, Method("synapse.server.HomeServer", "register_sync_shutdown_handler"))
+    report = look([])
+    assert set(states(report).values()) == {State.UNFIT}
+    assert report.exit_code() == 2, "nobody guards the sections"
+
+
 def test_strict(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     gone(monkeypatch, JOINS)
     for strict, code in ((False, 1), ("access", 1), (True, 2)):

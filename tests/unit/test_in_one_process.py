@@ -13,6 +13,7 @@ from synapse.config.homeserver import HomeServerConfig
 from synapse.module_api.errors import ConfigError
 
 from synapse_sticky import StickyEventsModule
+from synapse_sticky.config import StickyConfig
 from synapse_sticky.duties import all_seams
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.homeserver.fitting import resolve
@@ -168,6 +169,27 @@ def test_listed_twice_it_stops_the_start(tmp_path: Path) -> None:
     load_module(hs)
     with pytest.raises(ConfigError, match="listed twice"):
         load_module(hs)
+
+
+@pytest.mark.requirement("H5")
+def test_what_nobody_thought_of_does_not_stop_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    hs = make_homeserver(tmp_path, "odd")
+
+    def fails(config: object, duty: str) -> bool:
+        if duty == "extremities":
+            raise RuntimeError("nobody thought of this")
+        return True
+
+    monkeypatch.setattr(StickyConfig, "is_on", fails)
+    load_module(hs)
+    assert replaced_on(hs) == {}
+    assert entries_on(hs) == set()
+    assert caplog.text.count("synapse-sticky is off: ") == 1
+    with pytest.raises(ConfigError, match="nobody thought of this"):
+        StickyEventsModule(StickyEventsModule.parse_config({"strict": True}), hs.get_module_api())
+    assert replaced_on(hs) == {}
 
 
 @pytest.mark.requirement("H5", "S5")

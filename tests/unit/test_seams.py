@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 from prometheus_client import Counter
@@ -62,6 +63,16 @@ class Owner(Base):
     def perhaps(self) -> "str | None":
         return None
 
+    def strange(self) -> Annotated[str, object()]:
+        return ""
+
+
+class Surprising(type):
+    def __getattr__(cls, name: str) -> object:
+        raise RuntimeError(f"{name} is asked for")
+
+
+class Surprise(metaclass=Surprising):
     @cached_property
     def orig(self) -> int:
         return 5
@@ -83,6 +94,7 @@ COLUMNS = {"there": {"number": "integer", "word": "text", "truth": "boolean", "r
         method(OWNER, "lookup(key, /) -> Mapping | None"),
         method(OWNER, "pair() -> tuple[_, _]"),
         method(OWNER, "perhaps() -> str | None"),
+        method(OWNER, "strange() -> str"),
         method(__name__, "sources_of_synapse()"),
         Attribute(OWNER, "constant"),
         Attribute(OWNER, "annotated"),
@@ -121,6 +133,10 @@ def test_a_seam_that_fits(seam: Seam) -> None:
         (method("builtins", "getattr(a, b, /)"), r"getattr cannot be looked into"),
         (Attribute(OWNER, "gone"), r"Owner\.gone is not there"),
         (Attribute(f"{__name__}.Gone", "any"), r"Gone is not there"),
+        (
+            Attribute(f"{__name__}.Surprise.inner", "any"),
+            r"inner\.any cannot be looked into: RuntimeError: inner is asked for",
+        ),
         (Attribute("synapse.no_such_module.Gone", "any"), r"no_such_module\.Gone is not there"),
         (Attribute("no_such_package", "any"), r"no_such_package is not there"),
         (Import("synapse.api.constants", "Gone"), r"constants\.Gone cannot be imported"),

@@ -124,9 +124,9 @@ def send_on_top_of_what_nobody_has(scene: Scene[Homeserver]) -> set[str]:
     return {unknown, on_top}
 
 
-def goes_on_as_plain_synapse(story: Story) -> None:
+def arrives_without_limits(story: Story) -> set[str]:
     """What is sticky reaches who is there, by /sync and sliding sync; also past what the limit
-    would be."""
+    would be. Gives the IDs of what was sent for that."""
     scene = story.scene
     new = {scene.alice.send_sticky(scene.room_id), *(scene.sticky() for _ in range(3))}
     expected = {*story.flood[:BURST], *new}
@@ -135,6 +135,11 @@ def goes_on_as_plain_synapse(story: Story) -> None:
         "the sections to be as they should",
         look=scene.sections,
     )
+    return new
+
+
+def goes_on_as_plain_synapse(story: Story) -> None:
+    scene, new = story.scene, arrives_without_limits(story)
     assert set(scene.alice.collect_sticky(scene.room_id, new)) >= new
     # How far the page went is not known now: all of it once more.
     assert sliding_sticky_events(story.reader.sliding_sync(story.page), story.elsewhere) == (
@@ -341,14 +346,7 @@ def test_what_synapse_does_itself_is_left_to_it(
         "native: sliding, joins, pruning, parking, deferral, sending\n"
     )
     wait_until(partial(in_state, server, "joins", "native"), "the metric")
-    scene = story.scene
-    new = {scene.alice.send_sticky(scene.room_id), *(scene.sticky() for _ in range(3))}
-    expected = {*story.flood[:BURST], *new}
-    wait_until(
-        lambda: all(set(section) == expected for section in scene.sections()),
-        "the sections to be as Synapse makes them",
-        look=scene.sections,
-    )
+    arrives_without_limits(story)
     # Synapse goes on from the token of a page as from any other.
     assert sliding_sticky_events(story.reader.sliding_sync(story.page), story.elsewhere) == []
     assert database.rows(*ALL_TABLES) == kept

@@ -20,6 +20,7 @@ from synapse_sticky.duties import State
 from synapse_sticky.homeserver import access
 from synapse_sticky.homeserver.fitting import resolve
 from synapse_sticky.homeserver.seams import Method
+from tests.unit.configuration import configuration
 from tests.unit.test_mutations import put, stand_in
 
 pytestmark = pytest.mark.requirement("H5")
@@ -34,19 +35,11 @@ class Files:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.database = folder / "homeserver.db"
-        self.options: dict[str, Any] = {
-            "server_name": "here",
-            "database": {"name": "sqlite3", "args": {"database": str(self.database)}},
-            "listeners": [listener("client", "federation")],
-            "signing_key": "ed25519 1 " + "A" * 43,
-            "macaroon_secret_key": "macaroon",
-            "media_store_path": str(folder / "media"),
-            "report_stats": False,
-            "trusted_key_servers": [],
-            "experimental_features": {"msc4354_enabled": True},
+        self.options = {
+            **configuration(folder, "here", "client", "federation"),
             "modules": [{"module": "synapse_sticky.StickyEventsModule", "config": {}}],
         }
+        self.database = Path(self.options["database"]["args"]["database"])
 
     def write(self, **options: Any) -> str:
         """Writes homeserver.yaml, with these options in place of others, and gives its path."""

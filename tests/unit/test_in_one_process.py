@@ -20,6 +20,7 @@ from synapse_sticky.homeserver.fitting import resolve
 from synapse_sticky.homeserver.process import require_sticky_events
 from synapse_sticky.homeserver.seams import Method
 from synapse_sticky.index.synapse import SynapseStickyStream
+from tests.unit.configuration import configuration
 from tests.unit.test_limits_in_synapse import Reactor, done, run_synchronously
 
 pytestmark = pytest.mark.usefixtures("restored")
@@ -36,22 +37,8 @@ class EndingReactor(Reactor):
 
 def make_homeserver(folder: Path, name: str) -> SynapseHomeServer:
     config = HomeServerConfig()
-    resources = [{"names": ["client", "federation"]}]
-    config.parse_config_dict(
-        {
-            "server_name": name,
-            "database": {"name": "sqlite3", "args": {"database": str(folder / f"{name}.db")}},
-            "listeners": [{"port": 0, "type": "http", "tls": False, "resources": resources}],
-            "signing_key": "ed25519 1 " + "A" * 43,
-            "macaroon_secret_key": "macaroon",
-            "media_store_path": str(folder / "media"),
-            "report_stats": False,
-            "trusted_key_servers": [],
-            "experimental_features": {"msc4354_enabled": True},
-        },
-        "",
-        "",
-    )
+    options = configuration(folder, name, "client", "federation")
+    config.parse_config_dict(options, "", "")
     reactor: Any = EndingReactor()  # type: ignore[no-untyped-call]
     hs = SynapseHomeServer(name, config=config, reactor=reactor)
     hs.setup()

@@ -27,6 +27,7 @@ from synapse_sticky.handlers.sending.handler import LocalSend
 from synapse_sticky.handlers.sending.synapse import SynapseSending
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.limits import LimitReport, Refusal
+from tests.unit.configuration import configuration
 
 FIELD = "msc4354_sticky"
 PARAMETER = b"org.matrix.msc4354.sticky_duration_ms"
@@ -60,21 +61,7 @@ def done(coroutine: Any) -> Any:
 
 def make_homeserver(folder: Path) -> SynapseHomeServer:
     config = HomeServerConfig()
-    config.parse_config_dict(
-        {
-            "server_name": "here",
-            "database": {"name": "sqlite3", "args": {"database": str(folder / "homeserver.db")}},
-            "listeners": [],
-            "signing_key": "ed25519 1 " + "A" * 43,
-            "macaroon_secret_key": "macaroon",
-            "media_store_path": str(folder / "media"),
-            "report_stats": False,
-            "trusted_key_servers": [],
-            "experimental_features": {"msc4354_enabled": True},
-        },
-        "",
-        "",
-    )
+    config.parse_config_dict(configuration(folder), "", "")
     reactor: Any = Reactor()  # type: ignore[no-untyped-call]
     hs = SynapseHomeServer("here", config=config, reactor=reactor)
     hs.setup()

@@ -55,18 +55,23 @@ class Retrying:
         problem: str,
         job: Callable[[], Awaitable[None]],
         backoff: Backoff,
+        *,
+        is_said_once: bool = False,
     ) -> None:
         """
         Args:
             what: the job's name, for Synapse's metrics.
             problem: the start of the log line of a failure, such as "Could not read who joined".
             job: does all there is to do; it is run once more if it is woken while it runs.
+            is_said_once: the first of several failures in a row has a line, without a traceback;
+                those after it are for the level DEBUG.
         """
         self._clock = clock
         self._what = what
         self._problem = problem
         self._job = job
         self._backoff = backoff
+        self._is_said_once = is_said_once
         self._woken = False
         self._failures = 0
         self.is_running = False
@@ -97,10 +102,14 @@ class Retrying:
                 self._woken = False
                 await self._job()
                 self._failures = 0
-        except Exception:
+        except Exception as e:
             self._failures += 1
             delay_ms = self._backoff.after(self._failures)
-            logger.exception("%s, trying again in %d ms", self._problem, delay_ms)
+            if self._is_said_once:
+                level = logging.DEBUG if self._failures > 1 else logging.WARNING
+                logger.log(level, "%s, trying again in %d ms: %s", self._problem, delay_ms, e)
+            else:
+                logger.exception("%s, trying again in %d ms", self._problem, delay_ms)
             self._is_waiting = True
             self._clock.call_later(delay_ms, f"{self._what}_retry", self._end_of_delay)
         finally:

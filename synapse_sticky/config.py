@@ -249,6 +249,14 @@ class StickyConfig:
             return False
         return section.enabled
 
+    def states_if_nothing_fits(self) -> dict[str, str]:
+        """The state of each duty, and of ``access``, in a Synapse that lacks what all need."""
+        states = {
+            duty: "native" if duty in self.native else "unfit" if self.is_on(duty) else "off"
+            for duty in DUTIES
+        }
+        return {**states, Strict.ACCESS.value: "unfit"}
+
 
 _OLD_NAMES = {"dummy_events": "extremities"}
 """Sections by the names that they had once; both names are accepted."""

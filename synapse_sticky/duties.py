@@ -118,7 +118,7 @@ DUTIES: Mapping[str, Duty] = {
         Duty(
             "delivery",
             (*_TOKENS, "handlers.delivery.synapse"),
-            "each /sync asks the database for sticky events, and redacted ones may be in a section",
+            "each /sync asks the database for sticky events",
             _everywhere,
         ),
         Duty(

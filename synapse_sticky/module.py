@@ -6,6 +6,7 @@ from typing import Any
 from synapse.module_api import ModuleApi
 from synapse.module_api.errors import ConfigError
 
+from synapse_sticky import metrics
 from synapse_sticky.config import StickyConfig, Strict, parse
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,8 @@ class StickyEventsModule:
             if config.strict is not Strict.NO:
                 raise ConfigError(f"synapse-sticky does not fit this Synapse: {e}") from e
             logger.exception("synapse-sticky is off: this Synapse lacks what every duty needs")
+            for duty, state in config.states_if_nothing_fits().items():
+                metrics.set_duty(duty, state)
 
     @staticmethod
     def parse_config(config: dict[str, Any]) -> StickyConfig:

@@ -52,8 +52,11 @@ def decide(
 
 
 def guarded(states: Mapping[str, State]) -> list[str]:
-    """The duties whose sections are to be guarded: all that are not left to Synapse."""
-    return [name for name in LAYERS if states.get(name) not in (State.OFF, State.NATIVE)]
+    """The duties whose sections are to be guarded: all that Synapse does not do itself.
+
+    That a duty is switched off says nothing of who may see what is sticky.
+    """
+    return [name for name in LAYERS if states.get(name) is not State.NATIVE]
 
 
 def decide_access(states: Mapping[str, State]) -> Decision:

@@ -91,8 +91,8 @@ class Wiring:
         if self._config.strict is not Strict.NO:
             raise SeamMismatchError(problems)
         logger.error("synapse-sticky is off, as this Synapse does not fit: %s", "; ".join(problems))
-        for name in (*DUTIES, ACCESS):
-            metrics.set_duty(name, State.UNFIT.value)
+        for duty, state in self._config.states_if_nothing_fits().items():
+            metrics.set_duty(duty, state)
 
     def _begin(self, duty: Duty) -> None:
         """Installs the duty in this process, or says why not."""
@@ -283,30 +283,39 @@ class Wiring:
     # Loading
 
     async def _load_all(self) -> None:
-        """Loads each duty; one that cannot be loaded is tried again by itself until it can.
+        """Loads each duty by itself; one that cannot be loaded is tried again until it can.
 
-        Parking comes last, and waits a while for deferral: the PDUs that it has processed at once
-        are under the limits then.
+        Parking waits a while for deferral: the PDUs that it has processed at once are under the
+        limits then.
         """
         for duty in self._loads:
-            # The configuration may say `on`; the metric says what is.
+            # It was installed; the metric says what is.
             self._set(duty, State.OFF)
-        for duty in sorted(self._loads, key=lambda duty: duty == "parking"):
-            if duty == "parking" and "deferral" in self._loads.keys() - self._ended:
-                logger.warning("parking waits for deferral, %d ms at most", _PATIENCE_MS)
+        for duty in self._loads:
+            if duty != "parking":
+                self._begin_to_load(duty)
+        if "parking" in self._loads:
+            if "deferral" in self._loads.keys() - self._ended:
                 await self._deferral_ended.wait(_PATIENCE_MS)
-            await Retrying(
-                self._homeserver,
-                f"load_{duty}",
-                f"Could not load {duty}, which is off until then",
-                partial(self._load, duty, self._loads[duty]),
-                _LOAD_BACKOFF,
-            ).run()
+                if "deferral" not in self._ended:
+                    logger.warning("parking does not wait for deferral any longer")
+            self._begin_to_load("parking")
+
+    def _begin_to_load(self, duty: str) -> None:
+        Retrying(
+            self._homeserver,
+            f"load_{duty}",
+            f"Could not load {duty}, which is off until then",
+            partial(self._load, duty, self._loads[duty]),
+            _LOAD_BACKOFF,
+            is_said_once=True,
+        ).wake()
 
     async def _load(self, duty: str, load: Load) -> None:
         try:
             await load()
             self._set(duty, State.ON)
+            logger.info("%s is on", duty)
         except NewerLayoutError as e:
             # Trying again does not help.
             logger.error("%s is off: %s", duty, e)

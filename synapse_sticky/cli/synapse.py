@@ -6,7 +6,6 @@ from typing import Any
 
 import yaml
 from synapse.config.homeserver import HomeServerConfig
-from synapse.storage.databases.main import DataStore
 
 from synapse_sticky.config import StickyConfig
 from synapse_sticky.handlers.deferral.tables import DeferredTable
@@ -33,7 +32,7 @@ _LAYOUTS = (DeferredTable, NewcomerTable, PageTable, ParkedTable)
 
 def problem_of_version() -> str | None:
     """Why this Synapse is no ground to stand on, if it is none."""
-    return too_old(DataStore)
+    return too_old()
 
 
 class Configuration:

@@ -36,8 +36,7 @@ SEAMS: Mapping[str, tuple[Seam, ...]] = {
         method(HOMESERVER, "get_sync_handler() -> SyncHandler"),
         method(
             f"{_SYNC}.SyncHandler",
-            "async _generate_room_entry(sync_result_builder, room_builder, *, ephemeral, tags, "
-            "account_data, sticky_event_ids, always_include)",
+            "async _generate_room_entry(sync_result_builder, room_builder, *, sticky_event_ids)",
             is_replaced=True,
         ),
         Attribute(f"{_SYNC}.SyncResultBuilder", "sync_config"),
@@ -49,7 +48,7 @@ SEAMS: Mapping[str, tuple[Seam, ...]] = {
         method(HOMESERVER, "get_sync_handler() -> SyncHandler"),
         method(
             f"{_SYNC}.SyncHandler",
-            "async wait_for_sync_for_user(requester, sync_config, request_key) -> SyncResult",
+            "async wait_for_sync_for_user(requester, sync_config) -> SyncResult",
             is_replaced=True,
         ),
         method(STORE, "async get_events(event_ids, /) -> dict"),
@@ -64,8 +63,8 @@ SEAMS: Mapping[str, tuple[Seam, ...]] = {
         Attribute(f"{_SLIDING}.SlidingSyncHandler", "extensions"),
         method(
             f"{_SLIDING}.extensions.SlidingSyncExtensionHandler",
-            "async get_sticky_events_extension_response(*, sync_config, sticky_events_request, "
-            "all_interested_room_ids, to_token, from_token) -> StickyEventsExtension | None",
+            "async get_sticky_events_extension_response(*, sync_config, all_interested_room_ids) "
+            "-> StickyEventsExtension | None",
             is_replaced=True,
         ),
         Attribute(f"{_TYPES}.SlidingSyncConfig", "user"),
@@ -75,8 +74,7 @@ SEAMS: Mapping[str, tuple[Seam, ...]] = {
         method(HOMESERVER, "get_sliding_sync_handler() -> SlidingSyncHandler"),
         method(
             f"{_SLIDING}.SlidingSyncHandler",
-            "async wait_for_sync_for_user(requester, sync_config, from_token, timeout_ms) -> "
-            "tuple[_, _]",
+            "async wait_for_sync_for_user(requester, sync_config) -> tuple[_, _]",
             is_replaced=True,
         ),
         Attribute(f"{_TYPES}.SlidingSyncConfig", "user"),
@@ -194,11 +192,11 @@ class Access:
     def _guard_sliding_section(self) -> None:
         def make(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
             async def get_sticky_events_extension_response(
-                sync_config: Any, *args: Any, all_interested_room_ids: set[str], **options: Any
+                *, sync_config: Any, all_interested_room_ids: set[str], **options: Any
             ) -> Any:
                 rooms = all_interested_room_ids & await self._joined(sync_config)
                 section = await original(
-                    sync_config, *args, all_interested_room_ids=rooms, **options
+                    sync_config=sync_config, all_interested_room_ids=rooms, **options
                 )
                 return await self._of_joined(sync_config, section)
 

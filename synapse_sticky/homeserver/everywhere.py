@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Mapping
 from types import CellType, FrameType, FunctionType, ModuleType
 from typing import Any
 
+from synapse_sticky.homeserver.calls import in_place_of
 from synapse_sticky.homeserver.seams import SeamMismatchError
 
 logger = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ def replace_everywhere(
         raise SeamMismatchError(problems)
     for name, (namespaces, _) in holders.items():
         original = originals[name]
-        replacement: Any = functools.wraps(original)(makes[name](original))
+        replacement: Any = in_place_of(original, makes[name](original))
         replacement.is_of_synapse_sticky = True
         for namespace in namespaces:
             if namespace.get("__name__") not in plain:

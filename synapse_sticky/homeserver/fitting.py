@@ -10,6 +10,7 @@ import importlib
 import inspect
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
+from types import GenericAlias
 from typing import Any
 
 from synapse_sticky.homeserver.seams import Attribute, Import, Method, Seam, Table
@@ -113,14 +114,29 @@ def _problem_of_result(returns: Any, is_async: bool, seam: Method) -> str | None
     if seam.returns is None or returns is inspect.Signature.empty:
         return None
     shown = inspect.formatannotation(returns)
-    return None if _has_shape(shown, seam.returns) else f"returns {shown}, not {seam.returns}"
+    shapes = [shown, *_bases(returns)]
+    if any(_has_shape(shape, seam.returns) for shape in shapes):
+        return None
+    return f"returns {shown}, not {seam.returns}"
+
+
+def _bases(annotation: Any) -> Iterator[str]:
+    """What else an object of this class is; one of a ``NamedTuple`` is a tuple."""
+    if not inspect.isclass(annotation) or isinstance(annotation, GenericAlias):
+        return
+    for cls in annotation.__mro__[:-1]:
+        yield cls.__name__
+    if fields := getattr(annotation, "_fields", ()):
+        yield f"tuple[{', '.join('_' * len(fields))}]"
 
 
 def _problem_of_call(signature: inspect.Signature, seam: Method, *, takes_self: bool) -> str | None:
     first = (*seam.by_position, *seam.arguments)
     arguments = [None] * (len(first) + takes_self)
     try:
-        signature.bind(*arguments, **dict.fromkeys(seam.keywords))
+        # What the module replaces passes on whatever else it gets.
+        bind = signature.bind_partial if seam.is_replaced else signature.bind
+        bind(*arguments, **dict.fromkeys(seam.keywords))
     except TypeError as e:
         return f": {e}"
     parameters = list(signature.parameters.values())[takes_self:]
@@ -152,7 +168,7 @@ def _is_renamed(
 
 _SAME = {
     **dict.fromkeys(
-        ("dict", "Dict", "Mapping", "MutableMapping", "JsonDict", "JsonMapping"), "dict"
+        ("dict", "Dict", "Mapping", "MutableMapping", "JsonDict", "JsonMapping", "StateMap"), "dict"
     ),
     **dict.fromkeys(("list", "List", "Sequence"), "list"),
     **dict.fromkeys(("set", "frozenset", "Set", "AbstractSet", "FrozenSet"), "set"),

@@ -4,15 +4,22 @@ import functools
 import logging
 import weakref
 from collections.abc import Awaitable, Callable, Collection
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from packaging.version import InvalidVersion, Version
 from synapse.module_api import ModuleApi
 from synapse.module_api.errors import ConfigError
 
+from synapse_sticky.homeserver.calls import in_place_of
 from synapse_sticky.homeserver.database import is_postgres
 from synapse_sticky.homeserver.place import Place
-from synapse_sticky.homeserver.seams import HOMESERVER, Attribute, attributes, method
+from synapse_sticky.homeserver.seams import (
+    HOMESERVER,
+    Attribute,
+    attributes,
+    method,
+    synapse_version,
+)
 from synapse_sticky.homeserver.signal import Signal
 
 if TYPE_CHECKING:
@@ -33,8 +40,17 @@ SEAMS = (
     Attribute("synapse.config.homeserver.HomeServerConfig", "experimental"),
 )
 
+FIRST_SYNAPSE = (1, 163)
+"""The first release of Synapse that has what the module stands on."""
+
 MIGRATION_LOCK = 0x5354_4943_4B59
 """Any number that no other user of the database's advisory locks takes ("STICKY")."""
+
+
+# Synapse tries a transaction that fails by these five times more. Whoever waits for a locked table
+# lets others have their turn meanwhile.
+_TURN_TIMEOUT_MS = 10_000
+_LOCK_TIMEOUT_MS = 2_000
 
 
 class Cursor(Protocol):
@@ -77,7 +93,7 @@ class Homeserver:
         self.api = api
         self.hs: HomeServer = api._hs
         self.store: Any = self.hs.get_datastores().main
-        require_sticky_events(self.store, self.hs.config)
+        require_sticky_events(self.hs.config)
         self.server_name = api.server_name
         self.place = Place(self.hs.config)
         self.instance_name = self.place.name
@@ -123,14 +139,19 @@ class Homeserver:
         return await self.api.run_db_interaction(f"synapse_sticky_{what}", function, *args)
 
     async def transact_alone(self, what: str, function: Callable[[Cursor], T]) -> T:
-        """The same, in one process at a time; each sees what those before it have done."""
+        """The same, in one process at a time; each sees what those before it have done.
+
+        Fails if another transaction has what it needs for too long.
+        """
 
         def run_txn(txn: Cursor) -> T:
             # SQLite has one writer at a time anyway.
             if self.is_postgres:
                 # By default a transaction sees what was there before it waited for the lock.
                 txn.execute("SET TRANSACTION ISOLATION LEVEL READ COMMITTED")
+                txn.execute(f"SET LOCAL lock_timeout = {_TURN_TIMEOUT_MS}")
                 txn.execute("SELECT pg_advisory_xact_lock(?)", (MIGRATION_LOCK,))
+                txn.execute(f"SET LOCAL lock_timeout = {_LOCK_TIMEOUT_MS}")
             return function(txn)
 
         return await self.transact(what, run_txn)
@@ -150,7 +171,7 @@ class Homeserver:
         alone; what all homeservers of a process share is not for this.
         """
         original = getattr(owner, name)
-        self._put(owner, name, functools.wraps(original)(make(original)))
+        self._put(owner, name, in_place_of(original, make(original)))
 
     def enter(self, owner: object, name: str, entry: object) -> None:
         """Notes on an object of this homeserver what a function that all homeservers of the process
@@ -201,35 +222,36 @@ def replace_shared(
     original = getattr(owner, name)
     if getattr(original, "is_of_synapse_sticky", False):
         return
-    replacement: Any = functools.wraps(original)(make(original))
+    replacement: Any = in_place_of(original, make(original))
     replacement.is_of_synapse_sticky = True
     setattr(owner, name, replacement)
 
 
-def require_sticky_events(store: object, config: "HomeServerConfig") -> None:
+def require_sticky_events(config: "HomeServerConfig") -> None:
     """Synapse's own part of MSC4354 must be there, and on.
-
-    Args:
-        store: the main data store.
 
     Raises:
         ConfigError: it is not; the message says what to do.
     """
-    if problem := too_old(store):
+    if problem := too_old():
         raise ConfigError(problem)
     require_enabled(config)
 
 
-def too_old(store: object) -> str | None:
-    """What to say where Synapse's own part of MSC4354 is not there; None where it is.
+def too_old() -> str | None:
+    """What to say of a Synapse before 1.163, which has only a part of MSC4354; None of a later one.
 
-    Args:
-        store: the main data store, or its class.
+    Its version says so, and nothing that a later Synapse may rename.
     """
-    if hasattr(store, "get_backlogged_sticky_events_for_destination"):
+    found = synapse_version()
+    try:
+        is_too_old = Version(found).release < FIRST_SYNAPSE
+    except InvalidVersion:
+        is_too_old = False  # somebody's own build
+    if not is_too_old:
         return None
     return (
-        f"synapse-sticky needs Synapse 1.163 or later, this is {version('matrix-synapse')}. "
+        f"synapse-sticky needs Synapse 1.163 or later, this is {found}. "
         "Upgrade Synapse, or take the module out of `modules:`."
     )
 

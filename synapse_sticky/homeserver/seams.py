@@ -9,7 +9,7 @@ import ast
 import functools
 import inspect
 from collections.abc import Iterator
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import Any
 
@@ -44,7 +44,10 @@ class Seam:
 
 @attr.s(auto_attribs=True, frozen=True, slots=True, str=False)
 class Method(Seam):
-    """A function or method, by the call as the module makes it or passes it on.
+    """A function or method, by the call as the module makes it.
+
+    Of one that the module replaces, only the arguments that the module's own function uses are
+    named: that passes on all others.
 
     by_position: the names of the arguments that are passed by position (without self), where only
         the position matters.
@@ -143,12 +146,20 @@ def _is_private(path: str) -> bool:
     )
 
 
+def synapse_version() -> str:
+    """The version of the Synapse that is installed, as its package has it."""
+    try:
+        return version("matrix-synapse")
+    except PackageNotFoundError:
+        return "of an unknown version"
+
+
 class SeamMismatchError(ConfigError):
     """A private part of Synapse is not what this version of the module knows."""
 
     def __init__(self, problems: list[str]) -> None:
         super().__init__(
-            f"synapse-sticky does not fit Synapse {version('matrix-synapse')}:"
+            f"synapse-sticky does not fit Synapse {synapse_version()}:"
             f" {'; '.join(problems)}. "
             "Install a version of synapse-sticky that supports this Synapse, or take the module "
             "out of `modules:` until there is one."

@@ -41,17 +41,8 @@ SEAMS = {
     ),
     "changes": (
         method(STORE, "_invalidate_local_get_event_cache(event_id)", is_replaced=True),
-        method(
-            STORE,
-            "_invalidate_caches_for_event(stream_ordering, event_id, room_id, etype, state_key, "
-            "redacts, relates_to, backfilled)",
-            is_replaced=True,
-        ),
-        method(
-            STORE,
-            "process_replication_rows(stream_name, instance_name, token, rows)",
-            is_replaced=True,
-        ),
+        method(STORE, "_invalidate_caches_for_event(stream_ordering, event_id)", is_replaced=True),
+        method(STORE, "process_replication_rows(stream_name)", is_replaced=True),
     ),
     "stream": (
         method("synapse.notifier.Notifier", "add_replication_callback(cb, /)"),

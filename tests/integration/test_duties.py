@@ -78,13 +78,6 @@ def database_was_asked(server: Homeserver) -> int:
     return sum(round(float(line.split()[-1])) for line in lines if line.startswith(name))
 
 
-def redacted_ones_are_in_the_section(stage: Stage) -> None:
-    alice, room_id = stage.scene.alice, stage.scene.room_id
-    event_id = alice.send_sticky(room_id)
-    alice.redact(room_id, event_id)
-    assert event_id in stage.scene.sections()[0]
-
-
 def sliding_sync_lacks_what_was_before_the_join(stage: Stage) -> None:
     old, new, seen = join_with_sliding_sync(stage.scene)
     assert new in seen
@@ -254,7 +247,6 @@ class Row:
     other: shows that another duty is done all the same.
     needs: the duties without which it is off as well.
     config: the module's other options.
-    plain_if_unfit: what shows it where the sections are guarded all the same.
     """
 
     duty: str
@@ -263,17 +255,15 @@ class Row:
     other: Callable[[Stage], None]
     needs: tuple[str, ...] = ()
     config: dict[str, Any] = attr.Factory(dict)
-    plain_if_unfit: Callable[[Stage], None] | None = None
 
 
 ROWS = (
     Row("index", ("D1", "D2"), new_events_are_asked_of_the_database, hidden_history_shows_them),
     Row(
         "delivery",
-        ("D1", "D2", "D4", "D8", "S5"),
-        redacted_ones_are_in_the_section,
+        ("D1", "D2", "D4", "S5"),
+        new_events_are_asked_of_the_database,
         newcomers_are_pushed_to,
-        plain_if_unfit=new_events_are_asked_of_the_database,
     ),
     Row("sliding", ("D5",), sliding_sync_lacks_what_was_before_the_join, newcomers_are_pushed_to),
     Row("visibility", ("C1",), history_visibility_hides_them, newcomers_are_pushed_to),
@@ -351,7 +341,7 @@ def test_unfit(lab: Lab, servers: Servers, peer: Peer, newcomer: Peer, row: Row)
     (server,) = servers(options)
     unfit = dict.fromkeys(duties_unfit_with(row.duty), "unfit")
     is_told(server, {**unfit, **dict.fromkeys(those_that_need(row), "off")})
-    is_as_without(row, Stage(enter(server, peer), newcomer), row.plain_if_unfit or row.plain)
+    is_as_without(row, Stage(enter(server, peer), newcomer), row.plain)
 
 
 def those_that_need(row: Row) -> list[str]:

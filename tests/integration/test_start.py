@@ -6,6 +6,7 @@ import pytest
 
 from tests.conftest import Servers
 from tests.lab import Lab, Peer, wait_until
+from tests.lab.client import WITHOUT_TIMELINE, sticky_events
 from tests.lab.homeserver import StartError
 
 pytestmark = pytest.mark.one_process
@@ -128,6 +129,22 @@ def test_strict_about_access(lab: Lab, servers: Servers) -> None:
     (server,) = servers({"module_name": "tests.lab.variants.InSynapseWithOneLayer"})
     assert server.log_has("Only one layer guards the sections: ")
     assert server.log_has("receipt, deferral, sending, extremities\n")
+
+
+@pytest.mark.requirement("D8", "S5", "H6")
+def test_the_sections_are_guarded_unless_they_are_left_to_synapse(servers: Servers) -> None:
+    """To switch a duty off says nothing of who gets what."""
+    off = {"delivery": {"enabled": False}, "sliding": {"enabled": False}}
+    guarded, native = servers({"config": off}, {"config": {"native": ["delivery", "sliding"]}})
+    assert guarded.log_has("; off: delivery, sliding\n")
+    assert native.log_has("; off: access; native: delivery, sliding\n")
+    for server in (guarded, native):
+        alice = server.user()
+        room_id = alice.create_room()
+        redacted, event_id = alice.send_sticky(room_id), alice.send_sticky(room_id)
+        alice.redact(room_id, redacted)
+        section = sticky_events(alice.sync(filter_=WITHOUT_TIMELINE), room_id)
+        assert section == ([event_id] if server is guarded else [redacted, event_id])
 
 
 @pytest.mark.requirement("H5", "H6")

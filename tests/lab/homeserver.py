@@ -138,7 +138,10 @@ class Homeserver:
                 }
             },
             "root": {"level": "INFO", "handlers": ["file"]},
-            "loggers": {name: {"level": "WARNING"} for name in _CLOCKWORK},
+            "loggers": {
+                **{name: {"level": "WARNING"} for name in _CLOCKWORK},
+                "synapse_sticky.backoff": {"level": "DEBUG"},
+            },
         }
         (self.folder / "log.yaml").write_text(json.dumps(log))
         certificate, key = self._certificate

@@ -11,18 +11,16 @@ from synapse.storage.databases.main import DataStore
 from synapse_sticky import StickyEventsModule
 from synapse_sticky.config import StickyConfig
 from synapse_sticky.duties import ALL, DUTIES, seams_of
-from synapse_sticky.homeserver import access
+from synapse_sticky.homeserver import access, process
 from synapse_sticky.homeserver.fitting import resolve
 from synapse_sticky.homeserver.seams import STORE, Attribute, Method, Seam, table
 
 
 class InOlderSynapse(StickyEventsModule):
-    """Synapse before 1.163 has no backlog of sticky events."""
+    """A Synapse before 1.163."""
 
     def __init__(self, config: StickyConfig, api: ModuleApi) -> None:
-        store: Any = DataStore
-        name = "get_backlogged_sticky_events_for_destination"
-        delattr(next(cls for cls in store.__mro__ if name in vars(cls)), name)
+        vars(process)["synapse_version"] = lambda: "1.162.0"
         super().__init__(config, api)
 
 
@@ -56,7 +54,7 @@ class InExtendedSynapse(StickyEventsModule):
         super().__init__(config, api)
 
 
-# A Synapse in which whatever one duty alone uses wants one more argument.
+# A Synapse in which whatever one duty alone uses takes other arguments.
 
 
 def only_of(name: str) -> list[Method]:
@@ -80,7 +78,7 @@ def duties_unfit_with(name: str) -> set[str]:
     }
 
 
-def demand_one_more(seam: Method) -> None:
+def take_others(seam: Method) -> None:
     """Changes what the function says that it takes, if that can be. Synapse's calls go on."""
     owner = resolve(seam.owner)
     for holder in owner.__mro__ if inspect.isclass(owner) else [owner]:
@@ -89,13 +87,17 @@ def demand_one_more(seam: Method) -> None:
             break
     else:
         return  # cached, built in, or a method of the class itself
-    parameters = [
-        *inspect.signature(original).parameters.values(),
-        inspect.Parameter("another_one", inspect.Parameter.KEYWORD_ONLY),
-    ]
-    in_order = sorted(parameters, key=lambda parameter: parameter.kind)
+    parameters = list(inspect.signature(original).parameters.values())
+    if seam.is_replaced:
+        # What takes its place would pass on one more.
+        used = {*seam.by_position, *seam.arguments, *seam.keywords}
+        parameters = [
+            p.replace(name=f"other_{p.name}") if p.name in used else p for p in parameters
+        ]
+    else:
+        parameters.append(inspect.Parameter("another_one", inspect.Parameter.KEYWORD_ONLY))
     changed = _like(original)
-    changed.__signature__ = inspect.Signature(in_order)
+    changed.__signature__ = inspect.Signature(sorted(parameters, key=lambda p: p.kind))
     setattr(holder, seam.name, changed)
 
 
@@ -120,7 +122,7 @@ class _InSynapseThatDoesNotFit(StickyEventsModule):
 
     def __init__(self, config: StickyConfig, api: ModuleApi) -> None:
         for seam in only_of(self.duty):
-            demand_one_more(seam)
+            take_others(seam)
         super().__init__(config, api)
 
 
@@ -167,7 +169,7 @@ class InSynapseThatNobodyGuards(StickyEventsModule):
         for layer in self.LAYERS:
             for seam in access.SEAMS[layer]:
                 if isinstance(seam, Method) and seam.is_replaced:
-                    demand_one_more(seam)
+                    take_others(seam)
         super().__init__(config, api)
 
 

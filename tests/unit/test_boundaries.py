@@ -26,7 +26,7 @@ SYNAPSE_ALLOWED = {
 OF_A_DUTY = {"_core", "backoff", "config", "homeserver", "index", "limits", "metrics"}
 MAY_IMPORT = {
     "__init__": {"module"},
-    "module": {"config", "wiring"},
+    "module": {"config", "metrics", "wiring"},
     "wiring": {
         *("backoff", "config", "duties", "handlers", "homeserver", "index", "limits", "metrics"),
         "plan",

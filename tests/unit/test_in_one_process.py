@@ -12,10 +12,9 @@ from synapse.app.homeserver import SynapseHomeServer
 from synapse.config.homeserver import HomeServerConfig
 from synapse.module_api.errors import ConfigError
 
-from synapse_sticky import StickyEventsModule
-from synapse_sticky.config import StickyConfig
-from synapse_sticky.duties import all_seams
-from synapse_sticky.homeserver import Homeserver
+from synapse_sticky import StickyEventsModule, metrics, plan, wiring
+from synapse_sticky.duties import Duty, all_seams
+from synapse_sticky.homeserver import Homeserver, process
 from synapse_sticky.homeserver.fitting import resolve
 from synapse_sticky.homeserver.process import require_sticky_events
 from synapse_sticky.homeserver.seams import Method
@@ -164,16 +163,18 @@ def test_what_nobody_thought_of_does_not_stop_the_start(
 ) -> None:
     hs = make_homeserver(tmp_path, "odd")
 
-    def fails(config: object, duty: str) -> bool:
-        if duty == "extremities":
+    def fails(duty: Duty, *args: Any) -> plan.Decision:
+        if duty.name == "extremities":
             raise RuntimeError("nobody thought of this")
-        return True
+        return plan.decide(duty, *args)
 
-    monkeypatch.setattr(StickyConfig, "is_on", fails)
+    monkeypatch.setattr(wiring, "decide", fails)
     load_module(hs)
     assert replaced_on(hs) == {}
     assert entries_on(hs) == set()
     assert caplog.text.count("synapse-sticky is off: ") == 1
+    assert metrics.DUTY.labels("extremities", "unfit")._value.get() == 1
+    assert metrics.DUTY.labels("access", "unfit")._value.get() == 1
     with pytest.raises(ConfigError, match="nobody thought of this"):
         StickyEventsModule(StickyEventsModule.parse_config({"strict": True}), hs.get_module_api())
     assert replaced_on(hs) == {}
@@ -229,14 +230,22 @@ print(*(duty.name for duty in DUTIES.values() if duty.misfits()))
 
 
 @pytest.mark.requirement("H5")
-def test_a_synapse_in_which_the_feature_is_stable_is_not_too_old() -> None:
-    """It has the parts, and no option for them any more."""
-    store = SimpleNamespace(get_backlogged_sticky_events_for_destination=None)
+@pytest.mark.parametrize("version", ["1.163.0rc1", "1.163.0", "1.170.2", "2.0", "our own build"])
+def test_a_synapse_in_which_the_feature_is_stable_is_not_too_old(
+    version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no option for it any more."""
+    monkeypatch.setattr(process, "synapse_version", lambda: version)
     config: Any = SimpleNamespace(experimental=SimpleNamespace())
-    require_sticky_events(store, config)
+    require_sticky_events(config)
     config.experimental.msc4354_enabled = False
     with pytest.raises(ConfigError, match="msc4354_enabled: true"):
-        require_sticky_events(store, config)
-    del store.get_backlogged_sticky_events_for_destination
-    with pytest.raises(ConfigError, match=r"needs Synapse 1\.163 or later"):
-        require_sticky_events(store, config)
+        require_sticky_events(config)
+
+
+@pytest.mark.parametrize("version", ["1.162.9", "1.99.0"])
+def test_a_synapse_that_is_too_old(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "synapse_version", lambda: version)
+    config: Any = SimpleNamespace(experimental=SimpleNamespace(msc4354_enabled=True))
+    with pytest.raises(ConfigError, match=rf"needs Synapse 1\.163 or later, this is {version}"):
+        require_sticky_events(config)

@@ -185,7 +185,9 @@ def mutations_of_method(seam: Method) -> Iterator[tuple[str, bool, object]]:
     yield "gone", False, None
     yield "a number", False, 5
     yield "sync or async", False, of_the_other_kind(seam)
-    yield "one more that is required", False, like(seam, added(inspect.Parameter.empty))
+    # What the module replaces passes it on.
+    required = like(seam, added(inspect.Parameter.empty))
+    yield "one more that is required", seam.is_replaced, required
     yield "one more that is optional", True, like(seam, added(None))
     for name in (*seam.arguments, *seam.keywords):
         yield f"{name} renamed", False, like(seam, renamed(name))

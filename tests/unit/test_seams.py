@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import pytest
 from prometheus_client import Counter
@@ -34,6 +34,15 @@ from synapse_sticky.homeserver.seams import (
 from tests.unit.test_boundaries import PACKAGE, ROOT, may_touch_synapse, sources
 
 MOST_SEAMS = 216
+
+
+class Counts(OrderedDict[str, int]):
+    pass
+
+
+class Pair(NamedTuple):
+    first: int
+    second: int
 
 
 class Base:
@@ -62,6 +71,10 @@ class Owner(Base):
 
     def perhaps(self) -> "str | None":
         return None
+
+    def of_a_class(self) -> Counts: ...  # type: ignore[empty-body]
+
+    def named(self) -> Pair: ...  # type: ignore[empty-body]
 
     def strange(self) -> Annotated[str, object()]:
         return ""
@@ -94,6 +107,8 @@ COLUMNS = {"there": {"number": "integer", "word": "text", "truth": "boolean", "r
         method(OWNER, "lookup(key, /) -> Mapping | None"),
         method(OWNER, "pair() -> tuple[_, _]"),
         method(OWNER, "perhaps() -> str | None"),
+        method(OWNER, "of_a_class() -> dict"),
+        method(OWNER, "named() -> tuple[_, _]"),
         method(OWNER, "strange() -> str"),
         method(__name__, "sources_of_synapse()"),
         Attribute(OWNER, "constant"),
@@ -129,6 +144,8 @@ def test_a_seam_that_fits(seam: Seam) -> None:
         (method(OWNER, "method(a, /) -> str"), r"method returns int, not str"),
         (method(OWNER, "lookup(key, /) -> list"), r"lookup returns .*Mapping.*, not list"),
         (method(OWNER, "pair() -> tuple[_, _, _]"), r"pair returns tuple.*, not tuple"),
+        (method(OWNER, "of_a_class() -> list"), r"of_a_class returns .*Counts, not list"),
+        (method(OWNER, "named() -> tuple[_, _, _]"), r"named returns .*Pair, not tuple"),
         (method(OWNER, "perhaps() -> str"), r"perhaps returns .*str.*None.*, not str"),
         (method("builtins", "getattr(a, b, /)"), r"getattr cannot be looked into"),
         (Attribute(OWNER, "gone"), r"Owner\.gone is not there"),

@@ -71,15 +71,12 @@ SEAMS = (
     method(
         STORE,
         "async mark_backlogged_sticky_events_after_catchup_transaction(destination, *, "
-        "old_last_successfully_sent_stream_ordering, "
-        "new_last_successfully_sent_stream_ordering, "
-        "event_stream_orderings_sent_in_transaction)",
+        f"{_CAUGHT_UP_TO})",
         is_replaced=True,
     ),
     method(
         STORE,
-        "async set_destination_last_successful_stream_ordering(destination, "
-        "last_successful_stream_ordering)",
+        "async set_destination_last_successful_stream_ordering(destination)",
         is_replaced=True,
     ),
     method(STORE, "async get_partial_state_servers_at_join(room_id, /) -> AbstractSet | None"),

@@ -126,6 +126,7 @@ class ReceiptHandler:
             "receipt counts staged events only, not deferred ones",
             self._look_for_table,
             _LOOK_BACKOFF,
+            is_said_once=True,
         )
         # What each origin was charged for last: its transaction may fail and come again.
         self._charged: OrderedDict[str, tuple[str, bytes]] = OrderedDict()

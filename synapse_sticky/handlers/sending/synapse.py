@@ -39,8 +39,7 @@ SEAMS = (
     method(HOMESERVER, "get_delayed_events_handler() -> DelayedEventsHandler"),
     method(
         _DELAYED,
-        "async add(requester, *, room_id, event_type, state_key, origin_server_ts, content, "
-        "delay, sticky_duration_ms) -> str",
+        "async add(requester, *, room_id, sticky_duration_ms) -> str",
         is_replaced=True,
     ),
     method(HOMESERVER, "get_auth() -> Auth"),
@@ -53,17 +52,17 @@ SEAMS = (
     # The parameter
     method(
         _SEND_SERVLET,
-        "async _do(request, requester, room_id, event_type, txn_id) -> tuple[_, _]",
+        "async _do(request) -> tuple[_, _]",
         is_replaced=True,
     ),
     Attribute(_SEND_SERVLET, "event_creation_handler"),
     method(
         _STATE_SERVLET,
-        "async on_PUT(request, room_id, event_type, *, state_key) -> tuple[_, _]",
+        "async on_PUT(request, room_id, event_type) -> tuple[_, _]",
         is_replaced=True,
     ),
     *attributes(_STATE_SERVLET, "event_creation_handler", "delayed_events_handler"),
-    method(_EVENTS, "async deduplicate_state_event(event, context)", is_replaced=True),
+    method(_EVENTS, "async deduplicate_state_event(event)", is_replaced=True),
 )
 
 # What the servlets, whose classes all homeservers of a process share, do for one of them.

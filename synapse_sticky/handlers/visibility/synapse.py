@@ -30,9 +30,8 @@ SEAMS = (
     ),
     method(
         "synapse.visibility",
-        "async filter_events_for_server(storage, target_server_name, local_server_name, "
-        "events, *, redact, filter_out_erased_senders, "
-        "filter_out_remote_partial_state_events) -> list",
+        "async filter_events_for_server(storage, target_server_name, local_server_name, events)"
+        " -> list",
         is_replaced=True,
     ),
     Attribute("synapse.storage.controllers.StorageControllers", "main"),

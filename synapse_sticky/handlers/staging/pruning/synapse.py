@@ -20,7 +20,9 @@ logger = logging.getLogger(__name__)
 
 SEAMS = (
     method(
-        STORE, "async prune_staged_events_in_room(room_id, room_version) -> bool", is_replaced=True
+        STORE,
+        "async prune_staged_events_in_room(room_id, room_version) -> bool",
+        is_replaced=True,
     ),
     Attribute("synapse.api.room_versions.RoomVersion", "event_format"),
     table(

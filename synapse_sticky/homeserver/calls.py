@@ -1,0 +1,57 @@
+"""Calls of what stands in the place of one of Synapse's functions."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+_BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+_NAMELESS = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
+
+
+def in_place_of(
+    original: Callable[..., Any], replacement: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The replacement, which may be called in each way that the original may; with the name and the
+    signature of that.
+
+    The replacement gets each argument by its name, however it was passed. An argument that both
+    have by position has the replacement's name for it; all others have the original's name.
+
+    Args:
+        original: takes no argument by position only.
+    """
+    signature = inspect.signature(original)
+    parameters = signature.parameters.values()
+    if any(parameter.kind in _NAMELESS for parameter in parameters):
+        # Somebody else's replacement, which passes on what comes.
+        return functools.wraps(original)(replacement)
+    own = inspect.signature(replacement).parameters.values()
+    own_names = dict(
+        zip(
+            (parameter.name for parameter in parameters if parameter.kind in _BY_POSITION),
+            (parameter.name for parameter in own if parameter.kind in _BY_POSITION),
+            strict=False,
+        )
+    )
+    rest = next((p.name for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD), "")
+
+    def by_name(*args: Any, **options: Any) -> dict[str, Any]:
+        arguments = signature.bind(*args, **options).arguments
+        unnamed = arguments.pop(rest, {})
+        named = {own_names.get(name, name): value for name, value in arguments.items()}
+        return {**named, **unnamed}
+
+    if inspect.iscoroutinefunction(original):
+
+        @functools.wraps(original)
+        async def call_later(*args: Any, **options: Any) -> Any:
+            return await replacement(**by_name(*args, **options))
+
+        return call_later
+
+    @functools.wraps(original)
+    def call(*args: Any, **options: Any) -> Any:
+        return replacement(**by_name(*args, **options))
+
+    return call

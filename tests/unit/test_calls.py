@@ -1,0 +1,89 @@
+"""What stands in the place of a function is called in each way that the function may be (H5)."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from synapse_sticky.homeserver.calls import in_place_of
+
+pytestmark = pytest.mark.requirement("H5")
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Synapse:
+    """Functions as a Synapse may have them by now; each gives what it got."""
+
+    def all_by_either(self, one: int, two: int, three: int = 3) -> Any:
+        return one, two, three
+
+    def last_by_name(self, one: int, two: int, *, three: int = 3) -> Any:
+        return one, two, three
+
+    def of_other_names(self, first: int, second: int, three: int = 3) -> Any:
+        return first, second, three
+
+    def with_more(self, one: int, two: int, three: int = 3, *, four: int = 0, **rest: int) -> Any:
+        return one, two, three, *([four, rest] if four else [])
+
+    async def later(self, one: int, two: int, three: int = 3) -> Any:
+        return one, two, three
+
+
+def adding(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Uses the first by position, and the third by its name."""
+
+    def replacement(one: int, *args: Any, three: int = 3, **options: Any) -> Any:
+        return original(one + 10, *args, three=three + 10, **options)
+
+    async def later(*args: Any, **options: Any) -> Any:
+        return await replacement(*args, **options)
+
+    return later if inspect.iscoroutinefunction(original) else replacement
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "expected"),
+    [
+        ("all_by_either", ((1, 2), {}), (11, 2, 13)),
+        ("all_by_either", ((1, 2, 3), {}), (11, 2, 13)),
+        ("all_by_either", ((1,), {"three": 4, "two": 2}), (11, 2, 14)),
+        ("all_by_either", ((), {"three": 4, "two": 2, "one": 1}), (11, 2, 14)),
+        ("last_by_name", ((1, 2), {"three": 4}), (11, 2, 14)),
+        ("of_other_names", ((1, 2, 3), {}), (11, 2, 13)),
+        ("of_other_names", ((), {"second": 2, "first": 1}), (11, 2, 13)),
+        ("with_more", ((1, 2, 3), {"four": 4, "five": 5}), (11, 2, 13, 4, {"five": 5})),
+    ],
+)
+def test_every_way_of_calling_it(name: str, call: Call, expected: object) -> None:
+    original = getattr(Synapse(), name)
+    replacement = in_place_of(original, adding(original))
+    args, options = call
+    assert replacement(*args, **options) == expected
+
+
+def test_a_call_that_the_function_would_refuse_is_refused() -> None:
+    original = Synapse().all_by_either
+    with pytest.raises(TypeError, match="missing a required argument: 'two'"):
+        in_place_of(original, adding(original))(1)
+
+
+def test_it_has_the_name_and_the_signature() -> None:
+    original = Synapse().later
+    replacement = in_place_of(original, adding(original))
+    assert replacement.__name__ == "later"
+    assert inspect.signature(replacement) == inspect.signature(original)
+    assert inspect.iscoroutinefunction(replacement)
+    coroutine = replacement(1, 2)
+    with pytest.raises(StopIteration) as ended:
+        coroutine.send(None)
+    assert ended.value.value == (11, 2, 13)
+
+
+def test_somebody_elses_replacement_passes_on_what_comes() -> None:
+    def anything(*args: int, **options: int) -> Any:
+        return args, options
+
+    assert in_place_of(anything, adding(anything))(1, 2, three=3) == ((11, 2), {"three": 13})

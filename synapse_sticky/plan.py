@@ -8,9 +8,10 @@ from collections.abc import Mapping
 import attr
 
 from synapse_sticky.config import StickyConfig, Strict
-from synapse_sticky.duties import Duty, State
+from synapse_sticky.duties import DUTIES, Duty, State
 from synapse_sticky.homeserver.access import LAYERS, fitting_layers
 from synapse_sticky.homeserver.fitting import Columns
+from synapse_sticky.homeserver.place import Place
 
 ACCESS = "access"
 """By this name the log, the metric and ``check`` say whether the sections are guarded (D8)."""
@@ -49,6 +50,11 @@ def decide(
     if problems := duty.misfits(columns):
         return Decision(State.UNFIT, misfits=problems)
     return Decision(State.ON)
+
+
+def is_done_in(name: str, place: Place) -> bool:
+    """Does the duty of this name, or the guard of the sections, belong in the process?"""
+    return place.serves("client") if name == ACCESS else DUTIES[name].where(place)
 
 
 def guarded(states: Mapping[str, State]) -> list[str]:

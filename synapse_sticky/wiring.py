@@ -33,7 +33,7 @@ from synapse_sticky.homeserver.layout import NewerLayoutError
 from synapse_sticky.homeserver.seams import SeamMismatchError
 from synapse_sticky.index import IndexFollower
 from synapse_sticky.limits import LimitReport
-from synapse_sticky.plan import ACCESS, WITHOUT_ACCESS, decide, guarded, that_stop
+from synapse_sticky.plan import ACCESS, WITHOUT_ACCESS, decide, guarded, is_done_in, that_stop
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ class Wiring:
 
     def _begin(self, duty: Duty) -> None:
         """Installs the duty in this process, or says why not."""
-        if not duty.where(self._homeserver.place):
+        if not is_done_in(duty.name, self._homeserver.place):
             return
         decision = decide(duty, self._config, self.states, self._columns)
         if decision.missing:
@@ -126,7 +126,7 @@ class Wiring:
 
     def _begin_access(self) -> None:
         """Guards the sections, unless they are left to Synapse."""
-        if not self._homeserver.place.serves("client"):
+        if not is_done_in(ACCESS, self._homeserver.place):
             return
         guard = Access(self._homeserver)
         names = guarded(self.states)

@@ -1,15 +1,22 @@
 """Whether the module fits a Synapse, before that goes live (H5)."""
 
+import io
+import os
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from synapse_sticky.cli.report import Report
 from synapse_sticky.config import StickyConfig, Strict
-from synapse_sticky.homeserver.seams import SeamMismatchError
 
 if TYPE_CHECKING:
     from synapse_sticky.cli.synapse import Configuration
+    from synapse_sticky.homeserver.fitting import Columns
+
+# What needs Synapse's private parts is imported where it is used: that one is gone is to be said
+# like any other misfit.
 
 
 def check(paths: Sequence[str], *, as_json: bool = False) -> int:
@@ -17,14 +24,16 @@ def check(paths: Sequence[str], *, as_json: bool = False) -> int:
 
     Args:
         paths: the files of the configuration; without any, nothing but Synapse is looked at.
-        as_json: whether to print one JSON object.
+        as_json: whether to print one JSON object, and nothing else.
     """
-    report = look(paths)
-    if as_json:
-        print(report.as_json())
-    else:
-        for line in report.lines():
-            print(line)
+    # Synapse prints while it loads its configuration.
+    with redirect_stdout(sys.stderr):
+        report = look(paths)
+    try:
+        print(report.as_json() if as_json else "\n".join(report.lines()), flush=True)
+    except BrokenPipeError:
+        # The reader has seen enough. Python would complain once more as it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return report.exit_code()
 
 
@@ -32,28 +41,62 @@ def look(paths: Sequence[str]) -> Report:
     """What ``check`` prints."""
     report = Report(version("matrix-synapse"), version("synapse-sticky"))
     try:
-        # Here, so that a name that Synapse no longer has is said like any other misfit.
         from synapse_sticky.cli import synapse
+        from synapse_sticky.duties import CHECK, seams_of
+        from synapse_sticky.homeserver.fitting import misfits
     except Exception as e:
-        report.stops += [f"it lacks what every duty needs: {e}"]
+        report.is_off = True
+        report.problems.append(
+            "synapse-sticky cannot be loaded with this Synapse. All of it would be off, and nobody"
+            f" would guard the sticky sections: {e}"
+        )
         return report
-    configuration: Configuration | None = None
     if problem := synapse.problem_of_version():
         report.stops.append(problem)
         return report
-    if paths:
-        try:
-            configuration = synapse.Configuration(paths)
-        except Exception as e:
-            report.stops.append(f"the configuration is wrong: {_said(e)}")
+    columns = _new_columns(report)
+    configuration: Configuration | None = None
+    if paths and (changes := misfits(seams_of(CHECK))):
+        report.problems.append(
+            f"the check cannot load the configuration with this Synapse: {'; '.join(changes)}"
+        )
+    elif paths:
+        configuration = _configuration(paths, report)
+        if configuration is None:
             return report
         if configuration.sticky is None:
             report.problems.append(
-                "synapse_sticky.StickyEventsModule is not listed under `modules:`: nothing runs"
+                "synapse_sticky.StickyEventsModule is not listed under `modules:`. No duty would"
+                " run."
             )
-        _look_into_database(configuration, report)
-    _decide(configuration, report)
+        if columns is not None:
+            _look_into_database(configuration, columns, report)
+    _decide(configuration, columns, report)
+    if configuration is not None:
+        running = {name for duties in report.processes.values() for name in duties}
+        report.problems += configuration.problems_of_tables(running)
     return report
+
+
+def _configuration(paths: Sequence[str], report: Report) -> "Configuration | None":
+    """The configuration; None if Synapse would not start with it."""
+    from synapse_sticky.cli.synapse import Configuration
+
+    printed = io.StringIO()
+    try:
+        with redirect_stderr(printed):
+            return Configuration(paths)
+    except SystemExit as e:
+        # Synapse has said why, as a program does whose arguments are wrong.
+        said = [f"exit code {e.code}", *printed.getvalue().splitlines()]
+        reason = e.code if isinstance(e.code, str) else said[-1].rpartition("error: ")[2]
+    except Exception as e:
+        reason = _said(e)
+    finally:
+        sys.stderr.write(printed.getvalue())
+    stop = f"the configuration ({', '.join(paths)}) is wrong: {reason}"
+    report.stops.append(" ".join(stop.split()))  # one line
+    return None
 
 
 def _said(e: BaseException) -> str:
@@ -63,21 +106,59 @@ def _said(e: BaseException) -> str:
     return f"{said}: {_said(e.__cause__)}" if e.__cause__ else said
 
 
-def _look_into_database(configuration: "Configuration", report: Report) -> None:
+def _new_columns(report: Report) -> "Columns | None":
+    """The columns of the tables that this Synapse makes; None if they cannot be known."""
+    from synapse_sticky.homeserver import database
+    from synapse_sticky.homeserver.fitting import misfits
+
+    changes = misfits(database.SEAMS)
+    if not changes:
+        try:
+            return database.new_columns()
+        except Exception as e:
+            changes = [f"{type(e).__name__}: {e}"]
+    report.problems.append(
+        f"the check cannot look at the tables of this Synapse: {'; '.join(changes)}"
+    )
+    return None
+
+
+def _look_into_database(configuration: "Configuration", columns: "Columns", report: Report) -> None:
     try:
-        configuration.read_database()
+        refusal = configuration.read_database()
     except Exception as e:
-        report.stops.append(f"its database cannot be read: {type(e).__name__}: {e}")
+        report.stops.append(f"Synapse's database cannot be read: {type(e).__name__}: {e}")
         return
-    report.problems += configuration.problems_of_tables()
+    if refusal:
+        report.stops.append(refusal)
+    if _is_to_be_migrated(configuration.columns, columns):
+        report.remarks.append(
+            "Synapse has not made or migrated its tables in this database yet. What is said of the"
+            " duties goes by the tables that this Synapse makes."
+        )
 
 
-def _decide(configuration: "Configuration | None", report: Report) -> None:
+def _is_to_be_migrated(there: "Columns", new: "Columns") -> bool:
+    """Does the database lack what the module needs and this Synapse will put there?"""
+    from synapse_sticky.duties import all_seams
+    from synapse_sticky.homeserver.fitting import misfits
+    from synapse_sticky.homeserver.seams import Table
+
+    try:
+        tables = [seam for seam in all_seams() if isinstance(seam, Table)]
+    except Exception:
+        return False  # a file of a duty cannot be loaded, which its line says
+    return not {*misfits(tables, there)} <= {*misfits(tables, new)}
+
+
+def _decide(
+    configuration: "Configuration | None", columns: "Columns | None", report: Report
+) -> None:
     from synapse_sticky import plan
     from synapse_sticky.duties import DUTIES, State, number_of_seams, shared_misfits
+    from synapse_sticky.homeserver.seams import SeamMismatchError
 
     sticky = (configuration and configuration.sticky) or StickyConfig()
-    columns = configuration.columns if configuration else None
     states: dict[str, State] = {}
     problems = shared_misfits()
     for duty in DUTIES.values():
@@ -88,25 +169,31 @@ def _decide(configuration: "Configuration | None", report: Report) -> None:
         )
         report.duties[duty.name] = decision
         states[duty.name] = decision.state
-    report.duties[plan.ACCESS] = (
+    report.access = (
         # Nothing is installed then, and so no guard.
         plan.Decision(State.UNFIT, misfits=problems) if problems else plan.decide_access(states)
     )
-    states[plan.ACCESS] = report.duties[plan.ACCESS].state
-    if stopping := plan.that_stop(sticky.strict, states):
-        misfits = [m for name in stopping for m in report.duties[name].misfits]
-        is_all = sticky.strict is Strict.ALL
-        option = "strict: true" if is_all else "strict: access"
-        report.stops.append(f"by `{option}`: {SeamMismatchError(misfits).msg}")
-    if configuration is not None and configuration.sticky is not None:
+    states[plan.ACCESS] = report.access.state
+    if configuration is not None and configuration.sticky is not None and not problems:
+        places = configuration.places()
         report.processes = {
             place.name: [
-                duty.name
-                for duty in DUTIES.values()
-                if duty.where(place) and states[duty.name] is State.ON
+                name for name in DUTIES if states[name] is State.ON and plan.is_done_in(name, place)
             ]
-            for place in configuration.places
+            for place in places
         }
+        report.idle = [
+            name for name in states if not any(plan.is_done_in(name, place) for place in places)
+        ]
+    counted = {name: state for name, state in states.items() if name not in report.idle}
+    if stopping := plan.that_stop(sticky.strict, counted):
+        decisions = report.decisions()
+        misfits = [problem for name in stopping for problem in decisions[name].misfits]
+        option = "strict: true" if sticky.strict is Strict.ALL else "strict: access"
+        report.stops.append(
+            f"`{option}` stops the start, as {', '.join(stopping)} would be off:"
+            f" {SeamMismatchError(misfits).msg}"
+        )
     try:
         report.seams = number_of_seams()
     except Exception:

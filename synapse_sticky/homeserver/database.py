@@ -2,6 +2,8 @@
 
 import logging
 import sqlite3
+from contextlib import closing
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from synapse_sticky.homeserver.fitting import Columns, kind_of_column, misfits, resolve
@@ -54,11 +56,8 @@ def read_columns(config: "HomeServerConfig") -> Columns | None:
         logger.warning("Not checking the database's columns: %s", "; ".join(problems))
         return None
     try:
-        connection = connect(config)
-        try:
+        with closing(connect(config)) as connection:
             return columns_in(connection.cursor())
-        finally:
-            connection.close()
     except Exception:
         logger.warning("Not checking the database's columns", exc_info=True)
         return None
@@ -76,13 +75,31 @@ def connect(config: "HomeServerConfig") -> Any:
     Raises:
         Exception: whatever the database's driver raises if it cannot be reached.
     """
-    database = main_database(config)
+    return _connect(main_database(config), config.server.server_name)
+
+
+def new_columns() -> Columns:
+    """The columns of the tables that the running Synapse makes: those of a new database in memory.
+
+    A database that Synapse has yet to migrate has these afterwards.
+
+    Raises:
+        Exception: this Synapse cannot make the tables.
+    """
+    # Synapse makes its tables at once where they are in memory.
+    in_memory = {"name": "sqlite3", "args": {"database": ":memory:"}}
+    database = SimpleNamespace(config=in_memory)
+    with closing(_connect(database, "synapse_sticky_check")) as connection:
+        return columns_in(connection.cursor())
+
+
+def _connect(database: Any, server_name: str) -> Any:
     create_engine = resolve(f"{_ENGINES}.create_engine")
     return resolve(f"{_DATABASE}.make_conn")(
         db_config=database,
         engine=create_engine(database.config),
         default_txn_name="synapse_sticky_check",
-        server_name=config.server.server_name,
+        server_name=server_name,
     )
 
 

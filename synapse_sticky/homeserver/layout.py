@@ -26,6 +26,8 @@ restarted.
 _TABLE = r"CREATE TABLE IF NOT EXISTS (\w+)\s*\(\s*(\w+)"
 """A table that a migration makes, and its first column."""
 
+LAYOUTS_TABLE = "synapse_sticky_layouts"
+
 
 class NewerLayoutError(Exception):
     """A later version of the module made the tables."""
@@ -36,6 +38,16 @@ class HasLayout(Protocol):
 
     duty: str
     migrations: Migrations
+
+
+def tables_of(migrations: Migrations) -> dict[str, str]:
+    """The tables that the migrations make, each with its first column."""
+    return dict(
+        found
+        for statements in migrations
+        for statement in statements
+        for found in re.findall(_TABLE, statement)
+    )
 
 
 async def migrate(homeserver: Homeserver, tables: HasLayout) -> None:
@@ -72,11 +84,10 @@ async def migrate(homeserver: Homeserver, tables: HasLayout) -> None:
                 " ON CONFLICT (duty) DO UPDATE SET version = EXCLUDED.version",
                 (duty, len(migrations)),
             )
-        for statement in (statement for statements in migrations for statement in statements):
-            for table, column in re.findall(_TABLE, statement):
-                # No row is touched, but the database checks what this role may do.
-                txn.execute(f"INSERT INTO {table} SELECT * FROM {table} WHERE 1 = 0")
-                txn.execute(f"UPDATE {table} SET {column} = {column} WHERE 1 = 0")
-                txn.execute(f"DELETE FROM {table} WHERE 1 = 0")
+        for table, column in tables_of(migrations).items():
+            # No row is touched, but the database checks what this role may do.
+            txn.execute(f"INSERT INTO {table} SELECT * FROM {table} WHERE 1 = 0")
+            txn.execute(f"UPDATE {table} SET {column} = {column} WHERE 1 = 0")
+            txn.execute(f"DELETE FROM {table} WHERE 1 = 0")
 
     await homeserver.transact_alone(f"migrate_{duty}", migrate_txn)

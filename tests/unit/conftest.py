@@ -3,11 +3,14 @@
 import gc
 import inspect
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from synapse import visibility
 from synapse.rest.client.room import RoomSendEventRestServlet, RoomStateEventRestServlet
+
+from tests.unit.configuration import Files
 
 _SHARED = (
     (visibility, "filter_and_transform_events_for_client"),
@@ -32,3 +35,9 @@ def restored() -> Iterator[None]:
             if isinstance(holder, dict) and holder.keys() >= {"__name__", "__builtins__"}:
                 found = [key for key, value in holder.items() if value is replacement]
                 holder.update(dict.fromkeys(found, original))
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Files:
+    """The configuration of a homeserver that has not been started yet."""
+    return Files(tmp_path)

@@ -1,14 +1,15 @@
 """``synapse-sticky check``: what it says of a Synapse and a configuration, and its exit code."""
 
 import json
-import sqlite3
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+from synapse.config.homeserver import HomeServerConfig
+from synapse.module_api.errors import ConfigError
 
 from synapse_sticky import plan
 from synapse_sticky.cli import main
@@ -19,55 +20,19 @@ from synapse_sticky.duties import State
 from synapse_sticky.homeserver import access, process
 from synapse_sticky.homeserver.fitting import resolve
 from synapse_sticky.homeserver.seams import Method
-from tests.unit.configuration import configuration
+from tests.unit.configuration import Files
+from tests.unit.test_in_one_process import set_up
 from tests.unit.test_mutations import put, stand_in
 
 pytestmark = pytest.mark.requirement("H5")
-
-OWN_TABLES = (
-    "CREATE TABLE synapse_sticky_layouts (duty TEXT NOT NULL PRIMARY KEY, version BIGINT NOT NULL)"
-)
-
-
-class Files:
-    """A homeserver's configuration, in files."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.options = {
-            **configuration(folder, "here", "client", "federation"),
-            "modules": [{"module": "synapse_sticky.StickyEventsModule", "config": {}}],
-        }
-        self.database = Path(self.options["database"]["args"]["database"])
-
-    def write(self, **options: Any) -> str:
-        """Writes homeserver.yaml, with these options in place of others, and gives its path."""
-        path = self.folder / "homeserver.yaml"
-        path.write_text(yaml.safe_dump({**self.options, **options}))
-        return str(path)
-
-    def write_worker(self, name: str, **options: Any) -> str:
-        path = self.folder / f"{name}.yaml"
-        common = {"worker_app": "synapse.app.generic_worker", "worker_name": name}
-        path.write_text(yaml.safe_dump({**common, **options}))
-        return str(path)
-
-    def with_module(self, **config: Any) -> str:
-        modules = [{"module": "synapse_sticky.StickyEventsModule", "config": config}]
-        return self.write(modules=modules)
 
 
 def listener(*resources: str) -> dict[str, Any]:
     return {"port": 8008, "type": "http", "tls": False, "resources": [{"names": [*resources]}]}
 
 
-@pytest.fixture
-def files(tmp_path: Path) -> Files:
-    return Files(tmp_path)
-
-
 def states(report: Report) -> dict[str, State]:
-    return {name: decision.state for name, decision in report.duties.items()}
+    return {name: decision.state for name, decision in report.decisions().items()}
 
 
 def gone(monkeypatch: pytest.MonkeyPatch, *seams: Method) -> None:
@@ -75,11 +40,23 @@ def gone(monkeypatch: pytest.MonkeyPatch, *seams: Method) -> None:
         put(monkeypatch, seam.owner, stand_in(resolve(seam.owner), seam.name))
 
 
+def start(path: str) -> list[Any]:
+    """Loads the modules of the configuration into a homeserver, as Synapse does at its start."""
+    hs = set_up(HomeServerConfig.load_config("start", ["-c", path]))
+    api = hs.get_module_api()
+    return [module(config, api) for module, config in hs.config.modules.loaded_modules]
+
+
 def replaced_in(layer: str) -> Method:
     return next(s for s in access.SEAMS[layer] if isinstance(s, Method) and s.is_replaced)
 
 
 JOINS = Method("synapse.federation.sender.FederationSender", "_get_per_destination_queue")
+WITH_WORKERS = {
+    "instance_map": {name: {"host": "127.0.0.1", "port": 1} for name in ("main", "writer")},
+    "redis": {"enabled": True},
+    "worker_replication_secret": "secret",
+}
 
 
 def test_all_fits(capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,7 +64,7 @@ def test_all_fits(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     assert "joins        on" in said
     assert "private parts of Synapse" in said
-    assert said.endswith("All is well.\n")
+    assert "All is well" in said.splitlines()[-1]
 
 
 def test_as_json(capsys: pytest.CaptureFixture[str], files: Files) -> None:
@@ -128,24 +105,57 @@ def test_as_a_program(tmp_path: Path) -> None:
         assert ("joins        on" in run.stdout) is (code == 0)
 
 
+def test_what_no_part_can_be_loaded_without(tmp_path: Path) -> None:
+    """Nothing of the module runs then, and so nobody guards the sections."""
+    changed = tmp_path / "changed.py"
+    changed.write_text(
+        "import sys\n"
+        "from synapse.app import homeserver\n"
+        "from synapse.util import async_helpers\n"
+        "del async_helpers.timeout_deferred\n"
+        "from synapse_sticky.cli import main\n"
+        "sys.exit(main())\n"
+    )
+    command = [sys.executable, str(changed), "check", "--json"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    (problem,) = json.loads(run.stdout)["problems"]
+    assert "cannot import name 'timeout_deferred'" in problem
+    assert run.returncode == 2
+
+
+def test_a_reader_that_has_seen_enough() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        command = [sys.executable, "-m", "synapse_sticky", "check"]
+        run = subprocess.run(
+            command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False
+        )
+    finally:
+        os.close(writing)
+    assert (run.returncode, run.stderr) == (0, "")
+
+
 def test_a_duty_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     gone(monkeypatch, JOINS)
     report = look([])
     assert report.exit_code() == 1
     assert {n for n, state in states(report).items() if state is not State.ON} == {"joins"}
     lines = list(report.lines())
-    assert "joins        unfit, as this Synapse does not fit:" in lines
+    assert "joins        unfit, as this Synapse lacks what it needs:" in lines
     assert any(line.endswith("_get_per_destination_queue is not there") for line in lines)
 
 
 @pytest.mark.requirement("D8")
-def test_sections_that_nobody_guards(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sections_that_nobody_guards(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     gone(monkeypatch, replaced_in("sync_section"))
     assert look([]).exit_code() == 0
     gone(monkeypatch, replaced_in("sync_response"))
     report = look([])
     assert states(report)[plan.ACCESS] is State.UNFIT
     assert report.exit_code() == 2
+    nobody_asks = look([files.write(listeners=[])])
+    assert (nobody_asks.idle.count(plan.ACCESS), nobody_asks.exit_code()) == (1, 0)
 
 
 @pytest.mark.requirement("D8")
@@ -164,6 +174,35 @@ def test_strict(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
         assert bool(report.stops) is (code == 2)
 
 
+@pytest.mark.parametrize(
+    ("sender", "code"), [("master", 2), ("elsewhere", 0)], ids=["it would run", "it would not"]
+)
+@pytest.mark.usefixtures("restored")
+def test_strict_and_a_duty_of_another_process(
+    files: Files, monkeypatch: pytest.MonkeyPatch, sender: str, code: int
+) -> None:
+    """The start does not look at it either."""
+    monkeypatch.delattr(JOINS.owner + "." + JOINS.name)
+    modules = [{"module": "synapse_sticky.StickyEventsModule", "config": {"strict": True}}]
+    path = files.write(
+        modules=modules,
+        federation_sender_instances=[sender],
+        **WITH_WORKERS,
+    )
+    report = look([path])
+    assert states(report)["joins"] is State.UNFIT
+    assert (bool(report.stops), report.exit_code()) == (bool(code), code)
+    assert ("joins" in report.idle) is (code == 0)
+    says_so = any("no process of this configuration does this" in s for s in report.lines())
+    assert says_so is (code == 0)
+    assert ("idle" in json.loads(report.as_json())["duties"]["joins"]) is (code == 0)
+    if code:
+        with pytest.raises(ConfigError, match="joins would be off"):
+            start(path)
+    else:
+        start(path)
+
+
 def test_a_duty_that_is_left_to_synapse(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     gone(monkeypatch, JOINS)
     report = look([files.with_module(native=["joins"])])
@@ -175,6 +214,12 @@ def test_a_duty_that_is_left_to_synapse(files: Files, monkeypatch: pytest.Monkey
 def test_a_duty_that_is_off_and_what_needs_it(files: Files) -> None:
     report = look([files.with_module(sending={"enabled": False})])
     assert (states(report)["sending"], report.exit_code()) == (State.OFF, 0)
+    assert "sending      off, by the configuration" in list(report.lines())
+    report = look([files.with_module(native=["delivery"], sliding={"enabled": False})])
+    assert "delivery     native, left to Synapse" in list(report.lines())
+    assert "access       on" in list(report.lines())
+    report = look([files.with_module(native=["delivery", "sliding"])])
+    assert "access       off, as delivery and sliding are left to Synapse" in list(report.lines())
     report = look([files.with_module(index={"enabled": False})])
     assert {n for n, s in states(report).items() if s is State.OFF} == {
         "index",
@@ -218,23 +263,83 @@ def test_a_file_that_is_not_there(files: Files) -> None:
     assert report.exit_code() == 2
 
 
+@pytest.mark.parametrize("what", ["a folder without files", "the file of a worker alone"])
+def test_a_configuration_that_is_not_whole(
+    files: Files, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    """Synapse ends with its usage where it is given no file at all."""
+    if what == "a folder without files":
+        path, said = str(files.folder), "Must supply a config file."
+    else:
+        path, said = files.write_worker("worker"), "Missing mandatory `server_name` config option."
+    assert main(["check", "-c", path]) == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert f"Synapse would not start: the configuration ({path}) is wrong: {said}" in lines
+
+
+class Exiting:
+    """A module that ends the process where it should raise an error."""
+
+    @staticmethod
+    def parse_config(config: object) -> None:
+        sys.exit("no such thing")
+
+
+def test_another_module_ends_the_process(files: Files) -> None:
+    report = look([files.write(modules=[{"module": f"{__name__}.Exiting"}])])
+    assert report.stops[0].endswith("homeserver.yaml) is wrong: no such thing")
+    assert report.exit_code() == 2
+
+
+def test_a_worker_whose_file_has_everything(files: Files) -> None:
+    path = files.write_worker(
+        "worker",
+        **files.options,
+        worker_listeners=[listener("client")],
+        **WITH_WORKERS,
+    )
+    report = look([path])
+    assert report.stops == []
+    assert "sliding" in report.processes["worker"]
+
+
+def test_what_synapse_prints_is_not_mixed_in(
+    files: Files, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (files.folder / "notes.txt").write_text("Synapse says that it ignores this file.")
+    files.write()
+    assert main(["check", "--json", "-c", str(files.folder)]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["stops"] == []
+    assert "notes.txt" in printed.err
+
+
+@pytest.mark.requirement("H2")
+@pytest.mark.usefixtures("restored")
+def test_the_module_is_listed_twice(files: Files) -> None:
+    path = files.write(modules=2 * files.options["modules"])
+    report = look([path])
+    (stop,) = report.stops
+    assert "synapse_sticky.StickyEventsModule is listed twice in `modules:`" in stop
+    assert report.exit_code() == 2
+    with pytest.raises(ConfigError, match="listed twice"):
+        start(path)
+
+
 def test_a_configuration_without_the_module(files: Files) -> None:
     report = look([files.write(modules=[])])
     assert "not listed under `modules:`" in report.problems[0]
     assert (report.processes, report.exit_code()) == ({}, 1)
+    report = look([files.write(modules=[], experimental_features={})])
+    assert report.stops == [], "Synapse starts without the module"
 
 
 def test_what_runs_in_which_process(files: Files) -> None:
     shared = files.write(
         listeners=[listener("client")],
-        instance_map={
-            "main": {"host": "127.0.0.1", "port": 1},
-            "writer": {"host": "127.0.0.1", "port": 2},
-        },
+        **WITH_WORKERS,
         stream_writers={"events": ["writer"]},
         federation_sender_instances=["sender"],
-        redis={"enabled": True},
-        worker_replication_secret="secret",
     )
     workers = [
         files.write_worker("writer", worker_listeners=[listener("replication")]),
@@ -250,30 +355,6 @@ def test_what_runs_in_which_process(files: Files) -> None:
         "receiver": {"receipt"},
     }
     assert all(everywhere <= {*duties} for duties in found.values())
-
-
-def test_the_database(files: Files) -> None:
-    path = files.write()
-    connection = sqlite3.connect(files.database)
-    connection.execute(OWN_TABLES)
-    connection.execute("INSERT INTO synapse_sticky_layouts VALUES ('parking', 1), ('joins', 99)")
-    connection.commit()
-    report = look([path])
-    (problem,) = report.problems
-    assert problem.startswith("the tables of joins have layout 99")
-    # It has no table of Synapse's either.
-    assert states(report)["extremities"] is State.OFF
-    assert "table sticky_events is not there" in report.duties["index"].misfits
-    assert states(report)["sending"] is State.ON
-    assert report.exit_code() == 1
-
-
-def test_a_database_that_cannot_be_read(files: Files) -> None:
-    path = files.write()
-    files.database.write_bytes(b"no database at all, but long enough to be taken for one" * 20)
-    report = look([path])
-    assert "its database cannot be read" in report.stops[0]
-    assert report.exit_code() == 2
 
 
 def test_a_synapse_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,8 +38,12 @@ def make_homeserver(folder: Path, name: str) -> SynapseHomeServer:
     config = HomeServerConfig()
     options = configuration(folder, name, "client", "federation")
     config.parse_config_dict(options, "", "")
+    return set_up(config)
+
+
+def set_up(config: HomeServerConfig) -> SynapseHomeServer:
     reactor: Any = EndingReactor()  # type: ignore[no-untyped-call]
-    hs = SynapseHomeServer(name, config=config, reactor=reactor)
+    hs = SynapseHomeServer(config.server.server_name, config=config, reactor=reactor)
     hs.setup()
     run_synchronously(hs)
     return hs

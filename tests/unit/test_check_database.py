@@ -1,0 +1,204 @@
+"""What ``synapse-sticky check`` says of the database, and that a start finds it so."""
+
+import inspect
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import attr
+import pytest
+from psycopg2.errors import InsufficientPrivilege
+from synapse.config.homeserver import HomeServerConfig
+from synapse.storage.prepare_database import prepare_database
+
+from synapse_sticky.cli.check import look
+from synapse_sticky.duties import State, all_seams
+from synapse_sticky.handlers.deferral.tables import DeferredTable
+from synapse_sticky.handlers.sliding.tables import PageTable
+from synapse_sticky.homeserver import database as synapse_database
+from synapse_sticky.homeserver.fitting import resolve
+from synapse_sticky.homeserver.seams import Method, Table
+from tests.lab.postgres import Postgres, Settings, change_in
+from tests.unit.configuration import Files
+from tests.unit.test_mutations import added, like, put, stand_in
+
+pytestmark = pytest.mark.requirement("H5")
+
+LAYOUTS = (
+    "CREATE TABLE synapse_sticky_layouts (duty TEXT NOT NULL PRIMARY KEY, version BIGINT NOT NULL)"
+)
+TO_BE_MIGRATED = "Synapse has not made or migrated its tables in this database yet."
+
+
+def change(database: Path, *statements: str) -> None:
+    with closing(sqlite3.connect(database)) as connection:
+        for statement in statements:
+            connection.execute(statement)
+        connection.commit()
+
+
+def test_a_later_layout(files: Files) -> None:
+    path = files.write()
+    change(
+        files.database,
+        LAYOUTS,
+        "INSERT INTO synapse_sticky_layouts VALUES ('parking', 1), ('joins', 99)",
+    )
+    report = look([path])
+    (problem,) = report.problems
+    assert problem.startswith("joins would be off: the tables of joins have layout 99")
+    assert report.exit_code() == 1
+
+
+@pytest.mark.parametrize("off", [{"native": ["deferral"]}, {"deferral": {"enabled": False}}])
+def test_the_tables_of_a_duty_that_does_not_run(files: Files, off: dict[str, object]) -> None:
+    """A start does not look at them, but for receipt, which counts what is deferred."""
+    change(files.database, LAYOUTS, "INSERT INTO synapse_sticky_layouts VALUES ('deferral', 99)")
+    (problem,) = look([files.with_module(**off)]).problems
+    assert problem.startswith("receipt would count staged events only, not deferred ones: ")
+    report = look([files.with_module(**off, receipt={"enabled": False})])
+    assert (report.problems, report.exit_code()) == ([], 0)
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_database_that_is_still_empty(files: Files, is_there: bool) -> None:
+    path = files.write()
+    if is_there:
+        change(files.database, LAYOUTS)
+    report = look([path])
+    assert {decision.state for decision in report.decisions().values()} == {State.ON}
+    (remark,) = report.remarks
+    assert TO_BE_MIGRATED in remark
+    assert f"Remark: {remark}" in list(report.lines())
+    assert (report.problems, report.exit_code()) == ([], 0)
+
+
+def test_a_database_before_and_after_an_upgrade_of_synapse(files: Files) -> None:
+    path = files.write()
+    make_tables(files.database)
+    assert look([path]).remarks == []
+    change(files.database, "DROP TABLE sticky_events")
+    report = look([path])
+    assert len(report.remarks) == 1
+    assert report.exit_code() == 0
+
+
+def make_tables(path: Path) -> None:
+    """Those that the duties need of Synapse, as it makes them."""
+    columns = synapse_database.new_columns()
+    names = {seam.name for seam in all_seams() if isinstance(seam, Table)}
+    for name in names:
+        declared = ", ".join(f"{column} {kind}" for column, kind in columns[name].items())
+        change(path, f"CREATE TABLE {name} ({declared})")
+
+
+def test_a_table_that_synapse_no_longer_makes(
+    files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it is there still: the start of that Synapse would drop it."""
+    path = files.write()
+    make_tables(files.database)
+    columns = synapse_database.new_columns()
+    monkeypatch.setattr(
+        synapse_database,
+        "new_columns",
+        lambda: {name: found for name, found in columns.items() if name != "sticky_events"},
+    )
+    for report in look([]), look([path]):
+        assert "table sticky_events is not there" in report.duties["index"].misfits
+        assert (report.remarks, report.exit_code()) == ([], 1)
+
+
+def test_a_database_that_cannot_be_read(files: Files) -> None:
+    path = files.write()
+    files.database.write_bytes(b"no database at all, but long enough to be taken for one" * 20)
+    report = look([path])
+    assert "Synapse's database cannot be read" in report.stops[0]
+    assert report.exit_code() == 2
+
+
+def test_synapse_connects_in_another_way(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rest is checked all the same. The start goes on as well, without looking at columns."""
+    path = files.write()
+    (seam,) = (s for s in synapse_database.SEAMS if s.name == "make_conn")
+    assert isinstance(seam, Method)
+    changed = like(seam, added(inspect.Parameter.empty))
+    put(monkeypatch, seam.owner, stand_in(resolve(seam.owner), seam.name, changed))
+    for report in look([]), look([path]):
+        (problem,) = report.problems
+        assert problem.startswith("the check cannot look at the tables of this Synapse: ")
+        assert "make_conn takes" in problem
+        assert {decision.state for decision in report.decisions().values()} == {State.ON}
+        assert (report.stops, report.exit_code()) == ([], 1)
+    assert report.processes
+
+
+# Postgres, where a role may be forbidden something
+
+
+@attr.s(auto_attribs=True)
+class Role:
+    """Synapse's own, which is not the owner of the database."""
+
+    name: str
+    database: Settings
+    _admin: Settings
+
+    def change(self, *statements: str) -> None:
+        """As an operator who may do anything."""
+        change_in(self._admin, *statements)
+
+
+@pytest.fixture
+def role() -> Iterator[Role]:
+    with Postgres() as postgres:
+        settings = postgres.new_database_of_a_role()
+        yield Role(settings["args"]["user"], settings, postgres.as_admin(settings))
+
+
+def test_tables_of_another_role(files: Files, role: Role) -> None:
+    migrations = [*PageTable.migrations, *DeferredTable.migrations]
+    statements = [statement for statements in migrations for statement in statements]
+    # The last is of version 0.1.0, and nothing reads it.
+    role.change(*statements, "CREATE TABLE synapse_sticky_layout (version BIGINT)")
+    path = files.write(database=role.database)
+    may_not = f"the database user {role.name} may not read and write"
+    of_receipt = f"receipt would count staged events only, not deferred ones: {may_not}"
+    assert look([path]).problems == [
+        f"deferral would be off: {may_not} synapse_sticky_deferred",
+        f"{of_receipt} synapse_sticky_deferred",
+        f"sliding would be off: {may_not} synapse_sticky_pages",
+    ]
+    role.change(
+        f"GRANT SELECT ON synapse_sticky_deferred TO {role.name}",
+        f"GRANT SELECT, INSERT, UPDATE, DELETE ON synapse_sticky_pages TO {role.name}",
+    )
+    assert len(look([path]).problems) == 2, "it may read, and not write, what is deferred"
+    role.change(LAYOUTS)
+    problems = look([path]).problems
+    assert [problem.split()[0] for problem in problems] == [
+        *("deferral", "receipt", "joins", "sliding", "parking")
+    ]
+    assert f"sliding would be off: {may_not} synapse_sticky_layouts" in problems
+
+
+def test_a_role_that_may_not_make_tables(files: Files, role: Role) -> None:
+    """Synapse itself asks for that at each start, whether there is something to make or not."""
+    path = files.write(database=role.database)
+    config = HomeServerConfig.load_config("start", ["-c", path])
+    assert look([path]).exit_code() == 0
+    with closing(synapse_database.connect(config)) as connection:
+        prepare_database(connection, connection.engine, config)
+    role.change(f"REVOKE CREATE ON SCHEMA public FROM {role.name}")
+    report = look([path])
+    (stop,) = report.stops
+    assert stop.startswith(
+        f"the database user {role.name} may not create tables in the schema public"
+    )
+    assert (report.remarks, report.exit_code()) == ([], 2)
+    with (
+        closing(synapse_database.connect(config)) as connection,
+        pytest.raises(InsufficientPrivilege),
+    ):
+        prepare_database(connection, connection.engine, config)

@@ -45,6 +45,7 @@ def syncs_until(client: Client, room_id: str, event_id: str, since: str) -> int:
     raise AssertionError("not within 50 syncs")
 
 
+@pytest.mark.slow
 @pytest.mark.requirement("L1", "L4", "D7")
 @pytest.mark.timeout(900)
 def test_flood_of_one_server(servers: Servers) -> None:
@@ -130,7 +131,7 @@ def test_each_limit_holds_up_its_own(servers: Servers) -> None:
 
 
 @pytest.mark.requirement("L3", "E4")
-@pytest.mark.parametrize("end", ["stop", "kill"])
+@pytest.mark.parametrize("end", [pytest.param("stop", marks=pytest.mark.slow), "kill"])
 def test_restart_in_the_middle(servers: Servers, end: str) -> None:
     # Slower than any machine takes events in, so that some wait.
     a, c = servers(PLAIN, {"config": limits(per_server=limit(2, 10))})

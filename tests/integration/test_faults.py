@@ -34,17 +34,22 @@ some waits; of one user no more than 12."""
 
 MOMENTS = ["before", "inside", "after"]
 _BEFORE, _AFTER = (pytest.param(moment, marks=pytest.mark.slow) for moment in ("before", "after"))
-WHILE_IT_RUNS = ["persist", "release", "record_joins", "backlog", "settle"]
-WHILE_IT_RUNS += ["store_page", "read_page", "drop_deferred"]
-AT_THE_START = ["migrate_deferral", "migrate_joins", "deferred", "newcomers", "state_position"]
-KILLED = [
-    (name, "inside") for name in ("persist", "release", "record_joins", "settle", "store_page")
-]
+WHILE_IT_RUNS = ["persist", "release", "backlog", "store_page", "drop_deferred"]
+WHILE_IT_RUNS_SLOW = ["record_joins", "settle", "read_page"]
+AT_THE_START = ["migrate_deferral", "newcomers"]
+AT_THE_START_SLOW = ["migrate_joins", "deferred", "state_position"]
+KILLED = [(name, "inside") for name in ("persist", "release", "settle")]
 KILLED_SLOW = [
     *(("persist", moment) for moment in ("before", "after")),
     *(("release", moment) for moment in ("before", "after")),
-    *((name, "after") for name in ("record_joins", "settle", "store_page")),
+    *((name, moment) for name in ("record_joins", "store_page") for moment in ("inside", "after")),
+    ("settle", "after"),
 ]
+
+
+def with_slow(quick: list[Any], slow: list[Any]) -> list[Any]:
+    """All of them, of which some are for make test-slow."""
+    return [*quick, *(pytest.param(each, marks=pytest.mark.slow) for each in slow)]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +70,7 @@ def tell_with(fault: Fault, server: Homeserver, peer: Peer, newcomer: Peer) -> N
 
 @pytest.mark.requirement("L3", "L4", "P3", "P7", "D5")
 @pytest.mark.parametrize("moment", [_AFTER, "inside", _BEFORE])
-@pytest.mark.parametrize("transaction", WHILE_IT_RUNS)
+@pytest.mark.parametrize("transaction", with_slow(WHILE_IT_RUNS, WHILE_IT_RUNS_SLOW))
 def test_the_database_fails(
     faulty: Homeserver, peer: Peer, newcomer: Peer, transaction: str, moment: str
 ) -> None:
@@ -88,7 +93,7 @@ def test_the_process_is_killed(
 @pytest.mark.one_process
 @pytest.mark.requirement("E4")
 @pytest.mark.parametrize("kind", [pytest.param("kill", marks=pytest.mark.slow), "error"])
-@pytest.mark.parametrize("transaction", AT_THE_START)
+@pytest.mark.parametrize("transaction", with_slow(AT_THE_START, AT_THE_START_SLOW))
 def test_the_start_fails(
     lab: Lab, servers: Servers, peer: Peer, newcomer: Peer, transaction: str, kind: str
 ) -> None:

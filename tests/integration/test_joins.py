@@ -41,6 +41,7 @@ def test_newcomer_among_two(three: list[Homeserver], history_visibility: str) ->
     assert set(carol.collect_sticky(room_id, old)) == old
 
 
+@pytest.mark.slow
 @pytest.mark.requirement("P3")
 def test_newcomer_among_four(servers: Servers) -> None:
     *residents, newcomer = servers(5)

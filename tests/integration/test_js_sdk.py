@@ -20,6 +20,7 @@ _INSTALLED = Path(__file__).parents[2] / "target" / "js_sdk"  # git ignores it
 _SHORT_MS = 20_000  # long enough to be seen before its end, also on a busy machine
 
 
+@pytest.mark.slow
 @pytest.mark.requirement("D1", "D5")
 def test_js_sdk_sees_the_members_of_a_call(servers: Servers) -> None:
     program = installed()

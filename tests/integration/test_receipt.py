@@ -42,6 +42,7 @@ def traces(server: Homeserver, event_ids: list[str]) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.requirement("L1", "L2", "L6")
 def test_transactions_past_the_limit_leave_no_trace(servers: Servers) -> None:
     options = refusing(per_server={"per_second": 1, "burst_count": 10})

@@ -42,6 +42,7 @@ def sticky_count(server: Homeserver, room_id: str) -> int:
     return int(count)
 
 
+@pytest.mark.slow
 @pytest.mark.requirement("L3")
 def test_flood_of_sticky_events(servers: Servers) -> None:
     a, b, c = servers({"module": False}, {"module": False}, {"config": NO_LIMITS})
@@ -138,7 +139,7 @@ def begin_to_join(user: Client, room_id: str, resident: Homeserver) -> Callable[
 
 
 @pytest.mark.requirement("L3", "P3", "P7")
-@pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_while_the_room_is_being_joined(servers: Servers, peer: Peer, killed: bool) -> None:
     """What comes then is in memory only, or ignored. Who sent it was told that it was taken."""
     resident, server = servers(

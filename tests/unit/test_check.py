@@ -20,8 +20,8 @@ from synapse_sticky.duties import State
 from synapse_sticky.homeserver import access
 from synapse_sticky.homeserver.fitting import resolve
 from synapse_sticky.homeserver.seams import Method
+from tests.mutations import put, stand_in
 from tests.unit.configuration import configuration
-from tests.unit.test_mutations import put, stand_in
 
 pytestmark = pytest.mark.requirement("H5")
 

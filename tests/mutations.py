@@ -57,10 +57,14 @@ class Mutation:
     def __str__(self) -> str:
         return f"{self.seam}: {self.name} {self.kind}"
 
+    @property
+    def path(self) -> str:
+        """What has changed."""
+        return self.seam.owner if self.kind == CLASS_GONE else f"{self.seam.owner}.{self.seam.name}"
+
     def is_about(self, seam: Seam) -> bool:
         """Is it in what has changed?"""
-        path = self.seam.owner if self.kind == CLASS_GONE else f"{self.seam.owner}.{self.seam.name}"
-        return f"{seam.owner}.{seam.name}.".startswith(f"{path}.")
+        return f"{seam.owner}.{seam.name}.".startswith(f"{self.path}.")
 
 
 def is_of(seam: Seam) -> Harms:

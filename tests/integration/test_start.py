@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import Servers
-from tests.lab import Lab, Peer, wait_until
+from tests.lab import Lab, Peer, extended, wait_until
 from tests.lab.homeserver import StartError
 
 pytestmark = pytest.mark.one_process
@@ -78,7 +78,8 @@ def test_a_synapse_with_another_signature_is_without_that_duty_only(
 
 @pytest.mark.requirement("H5")
 def test_one_more_optional_argument_changes_nothing(servers: Servers) -> None:
-    (server,) = servers({"module_name": "tests.lab.variants.InExtendedSynapse"})
+    """Of all functions at once; test_extended.py tells a longer story."""
+    (server,) = servers({"module_name": extended.MODULE})
     assert server.log_has("receipt, deferral, sending, extremities\n")
     alice = server.user()
     room_id = alice.create_room()

@@ -7,6 +7,7 @@ module has replaced, so that a replacement that does not hand it on is seen.
 import functools
 import inspect
 import logging
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -29,11 +30,12 @@ class InExtendedSynapse(StickyEventsModule):
     """A later Synapse might be like that."""
 
     def __init__(self, config: StickyConfig, api: ModuleApi) -> None:
-        seams = {(seam.owner, seam.name): seam for seam in all_seams() if isinstance(seam, Method)}
-        fixed = [str(seam) for seam in seams.values() if not _extend(seam)]
-        logger.info("%d functions take one more, but for %s", len(seams) - len(fixed), fixed)
+        methods = [seam for seam in all_seams() if isinstance(seam, Method)]
+        once = {(seam.owner, seam.name): seam for seam in methods}
+        fixed = [str(seam) for seam in once.values() if not _extend(seam)]
+        logger.info("%d functions take one more, but for %s", len(once) - len(fixed), fixed)
         super().__init__(config, api)
-        replaced = {seam.name for seam in seams.values() if seam.is_replaced}
+        replaced = {seam.name for seam in methods if seam.is_replaced}
         for owner in _owners(api._hs):
             for name in replaced & vars(owner).keys():
                 setattr(owner, name, _passing_one_more(vars(owner)[name]))
@@ -60,7 +62,11 @@ def _extend(seam: Method) -> bool:
     elif hasattr(found, "orig"):  # a cached method
         found.orig = _taking_one_more(found.orig)
     elif inspect.isfunction(found):
-        setattr(holder, seam.name, _taking_one_more(found))
+        extended = _taking_one_more(found)
+        setattr(holder, seam.name, extended)
+        for module in list(sys.modules.values()):
+            if vars(module).get(seam.name) is found:
+                setattr(module, seam.name, extended)
     else:
         return False
     return True
@@ -81,7 +87,7 @@ def _taking_one_more(original: Callable[..., Any]) -> Callable[..., Any]:
             note(one_more)
             return await original(*args, **options)
 
-        extended: Any = asynchronous
+        extended: Callable[..., Any] = asynchronous
     else:
 
         @functools.wraps(original)
@@ -94,7 +100,7 @@ def _taking_one_more(original: Callable[..., Any]) -> Callable[..., Any]:
     parameters = list(signature.parameters.values())
     more = inspect.Parameter("one_more", inspect.Parameter.KEYWORD_ONLY, default=None)
     in_order = sorted([*parameters, more], key=lambda parameter: parameter.kind)
-    extended.__signature__ = signature.replace(parameters=in_order)
+    vars(extended)["__signature__"] = signature.replace(parameters=in_order)
     return extended
 
 

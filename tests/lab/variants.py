@@ -42,20 +42,6 @@ class InChangedSynapse(StickyEventsModule):
         super().__init__(config, api)
 
 
-class InExtendedSynapse(StickyEventsModule):
-    """A later Synapse might take one more argument, which may be left out."""
-
-    def __init__(self, config: StickyConfig, api: ModuleApi) -> None:
-        store: Any = DataStore
-        original = store.insert_sticky_events_txn
-
-        def insert_sticky_events_txn(self: Any, txn: Any, events: Any, more: bool = False) -> None:
-            original(self, txn, events)
-
-        store.insert_sticky_events_txn = insert_sticky_events_txn
-        super().__init__(config, api)
-
-
 def demand_one_more(seam: Method) -> None:
     """Changes what the function says that it takes, if that can be. Synapse's calls go on."""
     owner = resolve(seam.owner)

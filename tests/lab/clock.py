@@ -1,4 +1,4 @@
-"""The module with a clock that tests set ahead, so that what is due in an hour is due now."""
+"""The module with a clock that tests set ahead: what is deferred for an hour is released now."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from tests import lab
 
 MODULE = f"{__name__}.WithItsOwnClock"
 _LOOKS_EVERY_MS = 200
-"""Who waits for a time looks as often whether it has come."""
+_LOOK = ("release", "observe")
+"""Who waits for the turn of what is deferred looks as often whether it has come."""
 
 _FILE = "ahead_ms"
 """In the server's folder, which it runs in."""
@@ -31,8 +32,9 @@ class WithItsOwnClock(StickyEventsModule):
 
         call_later = Homeserver.call_later
 
-        def call_soon(homeserver: Homeserver, delay_ms: int, *args: Any) -> Cancellable:
-            return call_later(homeserver, min(delay_ms, _LOOKS_EVERY_MS), *args)
+        def call_soon(homeserver: Homeserver, delay_ms: int, what: str, *args: Any) -> Cancellable:
+            at_most_ms = _LOOKS_EVERY_MS if what in _LOOK else delay_ms
+            return call_later(homeserver, min(delay_ms, at_most_ms), what, *args)
 
         setattr(Homeserver, "now_ms", later_ms)  # noqa: B010
         setattr(Homeserver, "call_later", call_soon)  # noqa: B010

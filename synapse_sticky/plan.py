@@ -3,7 +3,7 @@
 The start and ``synapse-sticky check`` both go by this.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import attr
 
@@ -12,6 +12,9 @@ from synapse_sticky.duties import DUTIES, Duty, State
 from synapse_sticky.homeserver.access import LAYERS, fitting_layers
 from synapse_sticky.homeserver.fitting import Columns
 from synapse_sticky.homeserver.place import Place
+
+TABLES = "tables"
+"""By this name a strict start says that it cannot know the columns of Synapse's tables."""
 
 ACCESS = "access"
 """By this name the log, the metric and ``check`` say whether the sections are guarded (D8)."""
@@ -70,20 +73,30 @@ def decide_access(states: Mapping[str, State]) -> Decision:
     names = guarded(states)
     if not names:
         return Decision(State.OFF)
-    problems: list[str] = []
-    for name in names:
-        layers, found = fitting_layers(name)
-        problems += [] if layers else found
-    return Decision(State.UNFIT if problems else State.ON, misfits=problems)
+    by_name = {name: fitting_layers(name) for name in names}
+    is_guarded = all(layers for layers, _ in by_name.values())
+    problems = [problem for _, found in by_name.values() for problem in found]
+    return Decision(State.ON if is_guarded else State.UNFIT, misfits=problems)
 
 
-def that_stop(strict: Strict, states: Mapping[str, State]) -> list[str]:
-    """The names of what does not fit and therefore stops the start."""
-    unfit = sorted(name for name, state in states.items() if state is State.UNFIT)
+def that_stop(
+    strict: Strict, states: Mapping[str, State], misfits: Mapping[str, Collection[str]]
+) -> list[str]:
+    """The names of what does not fit and therefore stops the start.
+
+    Args:
+        misfits: what the running Synapse lacks, by the name of a duty, ``access`` or ``tables``.
+            Something is on in spite of one: access, which has another layer.
+    """
     match strict:
         case Strict.ALL:
-            return unfit
-        case Strict.ACCESS:
-            return [name for name in unfit if name == ACCESS]
+            return sorted(name for name, lacks in misfits.items() if lacks)
+        case Strict.ACCESS if states.get(ACCESS) is State.UNFIT:
+            return [ACCESS]
         case _:
             return []
+
+
+def by_name(names: Iterable[str], misfits: Mapping[str, Collection[str]]) -> list[str]:
+    """What the running Synapse lacks for each of these, one line each."""
+    return [f"{name}: {'; '.join(misfits[name])}" for name in names]

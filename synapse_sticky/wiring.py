@@ -26,14 +26,24 @@ from synapse_sticky.handlers.staging.parking.handler import ParkingHandler
 from synapse_sticky.handlers.staging.parking.tables import ParkedTable
 from synapse_sticky.handlers.staging.pruning.handler import PruningHandler
 from synapse_sticky.handlers.visibility.handler import VisibilityHandler
-from synapse_sticky.homeserver import Homeserver
+from synapse_sticky.homeserver import Homeserver, database
 from synapse_sticky.homeserver.access import Access
 from synapse_sticky.homeserver.database import read_columns
+from synapse_sticky.homeserver.fitting import misfits
 from synapse_sticky.homeserver.layout import NewerLayoutError
 from synapse_sticky.homeserver.seams import SeamMismatchError
 from synapse_sticky.index import IndexFollower
 from synapse_sticky.limits import LimitReport
-from synapse_sticky.plan import ACCESS, WITHOUT_ACCESS, decide, guarded, is_done_in, that_stop
+from synapse_sticky.plan import (
+    ACCESS,
+    TABLES,
+    WITHOUT_ACCESS,
+    by_name,
+    decide,
+    guarded,
+    is_done_in,
+    that_stop,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +70,8 @@ class Wiring:
         # Duties with tables of their own are loaded once these are there. Until then Synapse does
         # as it does without the module.
         self._loads: dict[str, Load] = {}
-        self._misfits: list[str] = []
+        # What the running Synapse lacks, by who needs it.
+        self._misfits: dict[str, list[str]] = {}
         self._made_follower: IndexFollower | None = None
         if problems := shared_misfits():
             self._all_unfit(problems)
@@ -74,6 +85,8 @@ class Wiring:
         self._ended: set[str] = set()
         self._deferral_ended = self._homeserver.new_signal()
         self._columns = read_columns(self._homeserver.hs.config)
+        if self._columns is None:
+            self._misfits[TABLES] = misfits(database.SEAMS)
         try:
             for duty in DUTIES.values():
                 self._begin(duty)
@@ -87,7 +100,6 @@ class Wiring:
             self._homeserver.in_background("load", self._load_all)
 
     def _all_unfit(self, problems: list[str]) -> None:
-        self._misfits += problems
         if self._config.strict is not Strict.NO:
             raise SeamMismatchError(problems)
         logger.error("synapse-sticky is off, as this Synapse does not fit: %s", "; ".join(problems))
@@ -130,12 +142,17 @@ class Wiring:
             return
         guard = Access(self._homeserver)
         names = guarded(self.states)
-        if problems := [problem for name in names for problem in guard.guard(name)]:
+        guards = [guard.guard(name) for name in names]
+        problems = [problem for _, found in guards for problem in found]
+        if not all(is_guarded for is_guarded, _ in guards):
             self._say_unfit(ACCESS, problems, WITHOUT_ACCESS)
-        self._set(ACCESS, State.UNFIT if problems else State.ON if names else State.OFF)
+            self._set(ACCESS, State.UNFIT)
+            return
+        self._misfits[ACCESS] = problems
+        self._set(ACCESS, State.ON if names else State.OFF)
 
     def _say_unfit(self, name: str, problems: list[str], without: str) -> None:
-        self._misfits += problems
+        self._misfits[name] = problems
         logger.error(
             "%s is off, as this Synapse does not fit: %s. Without it %s.",
             name,
@@ -148,8 +165,8 @@ class Wiring:
         metrics.set_duty(name, state.value)
 
     def _raise_if_strict(self) -> None:
-        if stopping := that_stop(self._config.strict, self.states):
-            raise SeamMismatchError([f"{', '.join(stopping)} would be off", *self._misfits])
+        if stopping := that_stop(self._config.strict, self.states, self._misfits):
+            raise SeamMismatchError(by_name(stopping, self._misfits))
 
     def _tell(self) -> None:
         # Access is no duty that anybody chooses: it is named where it is missing.

@@ -156,6 +156,8 @@ def _decide(
 ) -> None:
     from synapse_sticky import plan
     from synapse_sticky.duties import DUTIES, State, number_of_seams, shared_misfits
+    from synapse_sticky.homeserver import database
+    from synapse_sticky.homeserver.fitting import misfits
     from synapse_sticky.homeserver.seams import SeamMismatchError
 
     sticky = (configuration and configuration.sticky) or StickyConfig()
@@ -186,14 +188,12 @@ def _decide(
             name for name in states if not any(plan.is_done_in(name, place) for place in places)
         ]
     counted = {name: state for name, state in states.items() if name not in report.idle}
-    if stopping := plan.that_stop(sticky.strict, counted):
-        decisions = report.decisions()
-        misfits = [problem for name in stopping for problem in decisions[name].misfits]
+    lacks = {name: d.misfits for name, d in report.decisions().items() if name in counted}
+    lacks[plan.TABLES] = misfits(database.SEAMS)
+    if stopping := plan.that_stop(sticky.strict, counted, lacks):
         option = "strict: true" if sticky.strict is Strict.ALL else "strict: access"
-        report.stops.append(
-            f"`{option}` stops the start, as {', '.join(stopping)} would be off:"
-            f" {SeamMismatchError(misfits).msg}"
-        )
+        reason = SeamMismatchError(plan.by_name(stopping, lacks)).msg
+        report.stops.append(f"`{option}` stops the start: {reason}")
     try:
         report.seams = number_of_seams()
     except Exception:

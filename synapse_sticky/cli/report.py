@@ -56,7 +56,9 @@ class Report:
         missing = {
             name
             for name, decision in self.decisions().items()
-            if (decision.misfits or decision.missing) and name not in self.idle
+            if decision.state.value != "on"
+            and (decision.misfits or decision.missing)
+            and name not in self.idle
         }
         if self.stops or self.is_off or "access" in missing:
             return NO_START
@@ -111,7 +113,8 @@ def _why(name: str, decision: "Decision") -> str:
     if decision.missing:
         return f", as it needs {', '.join(decision.missing)}"
     if decision.misfits:
-        return ", as this Synapse lacks what it needs:"
+        layer = " on one of its two layers" if decision.state.value == "on" else ""
+        return f", as this Synapse lacks what it needs{layer}:"
     match decision.state.value:
         case "native":
             return ", left to Synapse"

@@ -108,10 +108,11 @@ class Access:
         self._homeserver = homeserver
         self._store = homeserver.store
 
-    def guard(self, duty: str) -> list[str]:
+    def guard(self, duty: str) -> tuple[bool, list[str]]:
         """Guards the sections of this duty from the next sync on, on each layer that fits.
 
-        Gives what the running Synapse lacks if none does; then the sections are as it makes them.
+        Gives whether any does, and what the running Synapse lacks on others. If none does, the
+        sections are as Synapse makes them.
         """
         layers, problems = fitting_layers(duty)
         is_guarded = False
@@ -126,7 +127,7 @@ class Access:
                 problems.append(f"{type(e).__name__}: {e}")
         if is_guarded and problems:
             logger.warning("Only one layer guards the sections: %s", "; ".join(problems))
-        return [] if is_guarded else problems
+        return is_guarded, problems
 
     async def _joined(self, sync_config: Any) -> frozenset[str]:
         joined: frozenset[str] = await self._store.get_rooms_for_user(sync_config.user.to_string())

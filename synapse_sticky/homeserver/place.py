@@ -16,6 +16,8 @@ SEAMS = (
     *attributes(_WORKER, "send_federation", "run_background_tasks"),
     Attribute("synapse.config.workers.WriterLocations", "events"),
     *attributes(_SERVER, "listeners", "cleanup_extremities_with_dummy_events"),
+    Attribute("synapse.config.server.TCPListenerConfig", "http_options"),
+    Attribute("synapse.config.server.UnixListenerConfig", "http_options"),
     Attribute("synapse.config.server.HttpListenerConfig", "resources"),
     Attribute("synapse.config.server.HttpResourceConfig", "names"),
 )
@@ -42,8 +44,8 @@ class Place:
         self._resources = {
             name
             for listener in listeners
-            if (options := getattr(listener, "http_options", None)) is not None
-            for served in options.resources
+            if listener.http_options is not None
+            for served in listener.http_options.resources
             for name in served.names
         }
 

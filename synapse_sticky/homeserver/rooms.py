@@ -9,6 +9,7 @@ from synapse.util.stringutils import parse_server_name
 from synapse_sticky.homeserver.process import Cursor, Homeserver
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, method, table
 
+_MEMBER, _JOIN = EventTypes.Member, Membership.JOIN
 _STATE = "synapse.storage.controllers.state.StateStorageController"
 
 SEAMS = (
@@ -58,7 +59,7 @@ class Rooms:
             txn.execute(
                 "SELECT 1 FROM current_state_events WHERE room_id = ? AND type = ?"
                 " AND membership = ? AND state_key LIKE ? LIMIT 1",
-                (room_id, EventTypes.Member, Membership.JOIN, f"%:{server}"),
+                (room_id, _MEMBER, _JOIN, f"%:{server}"),
             )
             return txn.fetchone() is not None
 

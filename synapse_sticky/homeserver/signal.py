@@ -6,8 +6,12 @@ from synapse.logging.context import PreserveLoggingContext
 from synapse.util.async_helpers import timeout_deferred
 from twisted.internet import defer
 
+from synapse_sticky.homeserver.seams import method
+
 if TYPE_CHECKING:
     from synapse.util.clock import Clock
+
+SEAMS = (method("synapse.util.async_helpers", "timeout_deferred(*, deferred, timeout, clock)"),)
 
 
 class Signal:

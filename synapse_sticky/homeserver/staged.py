@@ -9,6 +9,8 @@ from synapse_sticky.homeserver.seams import HOMESERVER, Attribute, method
 
 _SERVER = "synapse.federation.federation_server.FederationServer"
 
+_MINUTE = Duration(minutes=1)
+
 SEAMS = (
     method(HOMESERVER, "get_federation_server() -> FederationServer"),
     Attribute(_SERVER, "_started_handling_of_staged_events"),
@@ -26,6 +28,4 @@ def begin_on_staged_pdus(homeserver: Homeserver) -> None:
     if not server._started_handling_of_staged_events:
         server._started_handling_of_staged_events = True
         server._handle_old_staged_events()
-        homeserver.hs.get_clock().looping_call(
-            server._handle_old_staged_events, Duration(minutes=1)
-        )
+        homeserver.hs.get_clock().looping_call(server._handle_old_staged_events, _MINUTE)

@@ -51,6 +51,7 @@ SEAMS = {
 }
 """By what is used: Synapse's tokens, the rows, changes of single events, the stream itself."""
 
+_NAME = StickyEventsStream.NAME
 _COLUMNS = """
     SELECT se.stream_id, se.instance_name, se.room_id, se.event_id, se.sender, se.expires_at,
         ej.internal_metadata,
@@ -160,7 +161,7 @@ class SynapseStickyStream:
 
     def _noting_new_rows(self, original: Callable[..., None]) -> Callable[..., None]:
         def process_replication_rows(stream_name: str, *args: Any, **options: Any) -> None:
-            self._takes_new_rows = stream_name == StickyEventsStream.NAME
+            self._takes_new_rows = stream_name == _NAME
             try:
                 original(stream_name, *args, **options)
             finally:

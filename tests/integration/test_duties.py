@@ -29,7 +29,6 @@ from tests.lab import Homeserver, Lab, Peer, wait_until
 from tests.lab.client import TTL, WITHOUT_TIMELINE, ApiError, sliding_sticky_events, sticky_events
 from tests.lab.homeserver import PROJECT
 from tests.lab.scene import Scene, enter
-from tests.lab.variants import duties_unfit_with, unfit_for
 
 pytestmark = pytest.mark.one_process
 
@@ -330,17 +329,6 @@ def test_off(lab: Lab, servers: Servers, peer: Peer, newcomer: Peer, row: Row) -
     config = {**row.config, row.duty: {**row.config.get(row.duty, {}), "enabled": False}}
     (server,) = servers({"config": config, "metrics": True})
     is_told(server, dict.fromkeys((row.duty, *those_that_need(row)), "off"))
-    is_as_without(row, Stage(enter(server, peer), newcomer), row.plain)
-
-
-@pytest.mark.slow
-@each_row("H5")
-def test_unfit(lab: Lab, servers: Servers, peer: Peer, newcomer: Peer, row: Row) -> None:
-    """The same in a Synapse in which all that only this duty uses has changed."""
-    options = {"config": row.config, "metrics": True, "module_name": unfit_for(row.duty)}
-    (server,) = servers(options)
-    unfit = dict.fromkeys(duties_unfit_with(row.duty), "unfit")
-    is_told(server, {**unfit, **dict.fromkeys(those_that_need(row), "off")})
     is_as_without(row, Stage(enter(server, peer), newcomer), row.plain)
 
 

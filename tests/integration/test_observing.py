@@ -1,5 +1,6 @@
 """Limits that are observed without being applied, from the same real flood in each mode (H6)."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,15 +16,21 @@ from tests.integration.rooms import (
 )
 from tests.integration.test_deferral import HOURLY, PLAIN, limit
 from tests.integration.test_sending import SLOW, is_refused
-from tests.lab import Client, Homeserver, wait_until
+from tests.lab import Client, Homeserver, clock, wait_until
 from tests.lab.client import HOUR_MS, STICKY_PARAMETER, sticky_events
 
 _WAITING = "synapse_sticky_deferred_waiting"
+_RELEASED = "synapse_sticky_released_total"
+
+BURST = 3
+UNTIL_BURST_MS = 3_000_000
+"""By then each sender may send as many again, and nothing has expired."""
 
 
 def server_in(mode: str) -> dict[str, Any]:
     # Counts that hang on nothing but the events: neither on their order nor on the time.
-    return {"config": limits(mode, per_sender=limit(HOURLY, 3)), "metrics": True}
+    config = limits(mode, per_sender=limit(HOURLY, BURST))
+    return {"config": config, "metrics": True, "module_name": clock.MODULE}
 
 
 def counted(server: Homeserver) -> dict[str, float]:
@@ -89,14 +96,39 @@ def test_counts_as_if_and_touches_nothing(servers: Servers) -> None:
     assert defer.log_has(f": deferred 1 sticky events of {a.name} in {room_id}")
     assert not observe.log_has(": deferred ")
 
-    # A redacted event waits no longer: not even as if.
-    mallory.redact(room_id, max(deferred(defer)))
+    # Later some of each sender's events have their turn, which is as if for the one that observes.
+    # And a redacted event waits no longer.
+    for server in (off, defer, observe):
+        clock.set_ahead(server, UNTIL_BURST_MS)
     for server in (defer, observe):
-        wait_until_counted(server, {**past, _WAITING: 13})
+        wait_until_counted(server, {**past, _RELEASED: 2 * BURST, _WAITING: 14 - 2 * BURST})
+    assert set(entered(defer, room_id)) == {*by_mallory[: 2 * BURST], *by_mary[: 2 * BURST]}
+    redacted = by_mallory[-1]
+    mallory.redact(room_id, redacted)
+    for server in (defer, observe):
+        wait_until_counted(server, {**past, _RELEASED: 2 * BURST, _WAITING: 13 - 2 * BURST})
+
+    # Still nothing is different from a server without limits.
+    for reader in (readers[0], readers[2]):
+        wait_until(partial(is_without, reader, room_id, redacted), "the redacted event to be gone")
+    assert left_behind(observe, room_id) == left_behind(off, room_id)
+    assert set(entered(observe, room_id)) == flood
+    by_observe = shown(readers[2], room_id, flood - {redacted}, since[2])
+    assert by_observe == shown(readers[0], room_id, flood - {redacted}, since[0])
+    assert by_observe == (sorted(flood - {redacted}),) * 2
+    assert counted(off) == {}
+
+
+def is_without(reader: Client, room_id: str, event_id: str) -> bool:
+    return event_id not in sticky_events(reader.sync(), room_id)
 
 
 def wait_until_counted(server: Homeserver, expected: dict[str, float]) -> None:
-    wait_until(lambda: counted(server) == expected, f"{server.name} to have counted {expected}")
+    wait_until(
+        lambda: counted(server) == expected,
+        f"{server.name} to have counted {expected}",
+        look=lambda: counted(server),
+    )
 
 
 @pytest.mark.requirement("H6", "L2")

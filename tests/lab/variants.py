@@ -10,7 +10,7 @@ from synapse.storage.databases.main import DataStore
 
 from synapse_sticky import StickyEventsModule
 from synapse_sticky.config import StickyConfig
-from synapse_sticky.duties import ALL, DUTIES, seams_of
+from synapse_sticky.duties import DUTIES
 from synapse_sticky.homeserver import access, process
 from synapse_sticky.homeserver.fitting import resolve
 from synapse_sticky.homeserver.seams import STORE, Attribute, Method, Seam, table
@@ -38,44 +38,6 @@ class InChangedSynapse(StickyEventsModule):
         changed.__signature__ = inspect.signature(lambda self, txn: None)
         store.insert_sticky_events_txn = changed
         super().__init__(config, api)
-
-
-class InExtendedSynapse(StickyEventsModule):
-    """A later Synapse might take one more argument, which may be left out."""
-
-    def __init__(self, config: StickyConfig, api: ModuleApi) -> None:
-        store: Any = DataStore
-        original = store.insert_sticky_events_txn
-
-        def insert_sticky_events_txn(self: Any, txn: Any, events: Any, more: bool = False) -> None:
-            original(self, txn, events)
-
-        store.insert_sticky_events_txn = insert_sticky_events_txn
-        super().__init__(config, api)
-
-
-# A Synapse in which whatever one duty alone uses takes other arguments.
-
-
-def only_of(name: str) -> list[Method]:
-    """The functions that this duty uses and no other, beside those that need it. Where there is
-    none: those that it replaces."""
-    others = {(s.owner, s.name) for file in ALL for s in seams_of(file)}
-    others |= {(s.owner, s.name) for layer in access.SEAMS.values() for s in layer}
-    for duty in DUTIES.values():
-        if duty.name != name and name not in duty.needs:
-            others |= {(s.owner, s.name) for s in duty.seams()}
-    used = [s for s in DUTIES[name].seams() if isinstance(s, Method)]
-    only = [s for s in used if (s.owner, s.name) not in others]
-    return only or [s for s in used if s.is_replaced]
-
-
-def duties_unfit_with(name: str) -> set[str]:
-    """The duties that use any of these."""
-    changed = {(s.owner, s.name) for s in only_of(name)}
-    return {
-        duty.name for duty in DUTIES.values() if changed & {(s.owner, s.name) for s in duty.seams()}
-    }
 
 
 def take_others(seam: Method) -> None:
@@ -115,28 +77,6 @@ def _like(original: Any) -> Any:
         return original(*args, **options)
 
     return synchronous
-
-
-class _InSynapseThatDoesNotFit(StickyEventsModule):
-    duty: ClassVar[str]
-
-    def __init__(self, config: StickyConfig, api: ModuleApi) -> None:
-        for seam in only_of(self.duty):
-            take_others(seam)
-        super().__init__(config, api)
-
-
-def unfit_for(duty: str) -> str:
-    """The dotted path of the module in a Synapse that does not fit this duty."""
-    return f"{__name__}.UnfitFor{duty.capitalize()}"
-
-
-globals().update(
-    {
-        f"UnfitFor{duty.capitalize()}": type("Unfit", (_InSynapseThatDoesNotFit,), {"duty": duty})
-        for duty in DUTIES
-    }
-)
 
 
 class InSynapseWithItsOwn(StickyEventsModule):

@@ -24,6 +24,11 @@ _SHARED = (
 def restored() -> Iterator[None]:
     """Puts back afterwards what all homeservers of the process share."""
     yield
+    restore()
+
+
+def restore() -> None:
+    """Puts back what all homeservers of the process share, wherever it is held."""
     for owner, name in _SHARED:
         replacement: Any = getattr(owner, name)
         original = inspect.unwrap(replacement)

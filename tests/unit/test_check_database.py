@@ -20,8 +20,8 @@ from synapse_sticky.homeserver import database as synapse_database
 from synapse_sticky.homeserver.fitting import resolve
 from synapse_sticky.homeserver.seams import Method, Table
 from tests.lab.postgres import Postgres, Settings, change_in
+from tests.mutations import added, changed, put, stand_in
 from tests.unit.configuration import Files
-from tests.unit.test_mutations import added, like, put, stand_in
 
 pytestmark = pytest.mark.requirement("H5")
 
@@ -123,8 +123,8 @@ def test_synapse_connects_in_another_way(files: Files, monkeypatch: pytest.Monke
     path = files.write()
     (seam,) = (s for s in synapse_database.SEAMS if s.name == "make_conn")
     assert isinstance(seam, Method)
-    changed = like(seam, added(inspect.Parameter.empty))
-    put(monkeypatch, seam.owner, stand_in(resolve(seam.owner), seam.name, changed))
+    other = changed(seam, added(inspect.Parameter.empty))
+    put(monkeypatch, seam.owner, stand_in(resolve(seam.owner), seam.name, other))
     for report in look([]), look([path]):
         (problem,) = report.problems
         assert problem.startswith("the check cannot look at the tables of this Synapse: ")

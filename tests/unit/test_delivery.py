@@ -983,7 +983,7 @@ def test_sections_as_they_go_out(world: World, monkeypatch: pytest.MonkeyPatch) 
     with world.example(), monkeypatch.context() as patched:
         patched.setattr(handler, "wait_for_sync_for_user", wait_for_sync_for_user)
         patched.setattr(world.store, "get_rooms_for_user", get_rooms_for_user)
-        assert Access(world.process).guard("delivery") == []
+        assert Access(world.process).guard("delivery") == (True, [])
         whole = {
             ROOMS[0]: [a.event_id, d.event_id],
             ROOMS[1]: [b.event_id],

@@ -234,6 +234,32 @@ print(*(duty.name for duty in DUTIES.values() if duty.misfits()))
 
 
 @pytest.mark.requirement("H5")
+def test_a_part_of_an_imported_name_that_is_gone() -> None:
+    """A file reads it as it is loaded, and not later, in the dark."""
+    gone = {
+        "joins": "synapse.api.constants.EventTypes.Create",
+        "sliding": "synapse.api.constants.StickyEvent.MAX_EVENTS_IN_SYNC",
+        "pruning": "synapse.api.room_versions.EventFormatVersions.ROOM_V1_V2",
+        "index": "synapse.replication.tcp.streams._base.StickyEventsStream.NAME",
+        "parking": "synapse.api.constants.EventContentFields.LABELS",
+    }
+    script = f"""
+from synapse.app import homeserver
+from synapse_sticky.homeserver.fitting import resolve
+for path in {list(gone.values())!r}:
+    owner, _, name = path.rpartition(".")
+    delattr(resolve(owner), name)
+from synapse_sticky.duties import DUTIES, shared_misfits
+assert shared_misfits() == []
+print(*(duty.name for duty in DUTIES.values() if duty.misfits()))
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    unfit = set(run.stdout.split())
+    assert gone.keys() <= unfit
+    assert "sending" not in unfit
+
+
+@pytest.mark.requirement("H5")
 @pytest.mark.parametrize("version", ["1.163.0rc1", "1.163.0", "1.170.2", "2.0", "our own build"])
 def test_a_synapse_in_which_the_feature_is_stable_is_not_too_old(
     version: str, monkeypatch: pytest.MonkeyPatch

@@ -4,56 +4,40 @@ The table of seams says what can change. Each seam is changed in every way that 
 and a seam that cannot be changed fails the suite.
 """
 
-import ast
-import functools
 import importlib
-import inspect
-import itertools
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from types import FunctionType
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import attr
 import pytest
+from synapse.module_api import ModuleApi
 
-from synapse_sticky import plan
-from synapse_sticky.config import StickyConfig
+from synapse_sticky import plan, wiring
+from synapse_sticky.config import StickyConfig, Strict
 from synapse_sticky.duties import ALL, CHECK, DUTIES, State, all_seams, seams_of, shared_misfits
-from synapse_sticky.homeserver import access, database
-from synapse_sticky.homeserver.fitting import Columns, misfits, resolve
-from synapse_sticky.homeserver.seams import Attribute, Import, Method, Seam, Table
+from synapse_sticky.homeserver import access, database, fitting
+from synapse_sticky.homeserver.fitting import Columns, misfits
+from synapse_sticky.homeserver.seams import Import, Method, Seam, SeamMismatchError, Table
+from tests.mutations import CLASS_GONE, HOLDER, Mutation, is_replaced_everywhere, mutations
+from tests.unit.conftest import restore
+from tests.unit.test_in_one_process import make_homeserver
 
 pytestmark = pytest.mark.requirement("H5")
 
-MODULE = "module"  # a part that is not a class's
-LEFT_OUT = {"__dict__", "__weakref__", "__slots__", "__classcell__", "__init_subclass__"}
-
-
-@attr.s(auto_attribs=True, frozen=True)
-class Mutation:
-    """A change of the Synapse that is looked at.
-
-    is_harmless: whether the module goes on as before.
-    parts: what is in a class's or module's place, by dotted path.
-    columns: those of the database.
-    """
-
-    what: str
-    is_harmless: bool = False
-    parts: Mapping[str, object] = {}
-    columns: Columns | None = None
+States = Mapping[str, State]
+SHARED, COLUMNS, COMMAND = "shared", "columns", "check"
 
 
 def seams_by_user() -> dict[str, tuple[Seam, ...]]:
-    """What each duty needs for itself, by its name; what all need under ``*``; and the layers."""
+    """What each duty needs for itself and each layer, by its name; and what all duties need, who
+    reads the columns, and the command that checks."""
     found: dict[str, tuple[Seam, ...]] = {d.name: d.seams() for d in DUTIES.values()}
-    found["*"] = tuple(seam for file in ALL for seam in seams_of(file))
-    return {**found, **access.SEAMS, "columns": database.SEAMS, "check": seams_of(CHECK)}
+    found[SHARED] = tuple(seam for file in ALL for seam in seams_of(file))
+    return {**found, **access.SEAMS, COLUMNS: database.SEAMS, COMMAND: seams_of(CHECK)}
 
 
 USERS = seams_by_user()
 SEAMS = sorted(all_seams(), key=repr)
+EVERYWHERE = [seam for seam in SEAMS if is_replaced_everywhere(seam)]
 
 
 def columns_of_all() -> dict[str, dict[str, str]]:
@@ -65,265 +49,242 @@ def columns_of_all() -> dict[str, dict[str, str]]:
     return columns
 
 
-# Making mutated parts
-
-
-def stand_in(owner: Any, name: str, member: object = None) -> object:
-    """What is in the owner's place: the same but for the member, which is gone if None is given."""
-    if inspect.isclass(owner):
-        members = {
-            key: value
-            for cls in reversed(owner.__mro__[:-1])
-            for key, value in vars(cls).items()
-            if key not in LEFT_OUT
-        }
-        # Nobody looks for the source of a class that is of no module.
-        members["__module__"] = "nowhere"
-        names = {key for cls in owner.__mro__ for key in names_set_in(cls)}
-        sections = {c.section for c in getattr(owner, "config_classes", ())}
-        annotations = dict.fromkeys((names | sections) - {name}, "Any")
-        members.pop("config_classes", None)
-        members.pop(name, None)
-        members["__annotations__"] = annotations
-        if member is not None:
-            members[name] = member
-        return type(owner.__name__, (), members)
-    copy: Any = type(sys)(owner.__name__)
-    copy.__dict__.update({k: v for k, v in vars(owner).items() if k != name})
-    if member is not None:
-        copy.__dict__[name] = member
-    return copy
-
-
-@functools.cache
-def names_set_in(cls: type) -> set[str]:
-    """The names of what its instances get, as far as its source or its annotations say."""
-    names = {*getattr(cls, "__annotations__", ())}
-    try:
-        tree = ast.parse(inspect.cleandoc("\n" + inspect.getsource(cls)))
-    except (OSError, TypeError):
-        return names
-    return names | {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
-
-
-def like(seam: Method, change: Callable[[inspect.Signature], inspect.Signature]) -> object:
-    """The function with another signature."""
-    found = inspect.getattr_static(resolve(seam.owner), seam.name)
-    function = getattr(found, "orig", found)
-    is_class_method = isinstance(function, classmethod)
-    function = inspect.unwrap(getattr(function, "__func__", function))
-
-    async def coroutine_function(*args: Any, **options: Any) -> None: ...
-
-    def plain_function(*args: Any, **options: Any) -> None: ...
-
-    changed: Any = coroutine_function if inspect.iscoroutinefunction(function) else plain_function
-    changed.__signature__ = change(inspect.signature(function))
-    return classmethod(changed) if is_class_method else changed
-
-
-def with_parameters(
-    change: Callable[[list[inspect.Parameter]], list[inspect.Parameter]],
-) -> Callable[[inspect.Signature], inspect.Signature]:
-    return lambda signature: signature.replace(
-        parameters=change(list(signature.parameters.values()))
+def each(seams: Iterable[Seam]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(
+        "seam", seams, ids=lambda seam: f"{seam.owner.split('.')[-1]}.{seam.name}"
     )
 
 
-def added(default: object) -> Callable[[inspect.Signature], inspect.Signature]:
-    more = inspect.Parameter("another_one", inspect.Parameter.KEYWORD_ONLY, default=default)
-
-    def change(parameters: list[inspect.Parameter]) -> list[inspect.Parameter]:
-        last = [p for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD]
-        return [*(p for p in parameters if p not in last), more, *last]
-
-    return with_parameters(change)
+# What is expected, by the table alone
 
 
-def renamed(name: str) -> Callable[[inspect.Signature], inspect.Signature]:
-    return with_parameters(
-        lambda parameters: [
-            p.replace(name="of_another_name") if p.name == name else p for p in parameters
-        ]
-    )
+def harmed(*changes: Mutation) -> set[str]:
+    """Who needs any of what has changed."""
+    return {
+        user
+        for user, seams in USERS.items()
+        if any(mutation.harms(seam) for mutation in changes for seam in seams)
+    }
 
 
-def removed(name: str) -> Callable[[inspect.Signature], inspect.Signature]:
-    return with_parameters(lambda parameters: [p for p in parameters if p.name != name])
+def expected(users: set[str]) -> States:
+    """What becomes of each duty where Synapse does not fit these users."""
+    if SHARED in users:
+        return dict.fromkeys((*DUTIES, plan.ACCESS), State.UNFIT)
+    states: dict[str, State] = {}
+    for name, duty in DUTIES.items():
+        if any(states[needed] is not State.ON for needed in duty.needs):
+            states[name] = State.OFF
+        else:
+            states[name] = State.UNFIT if name in users else State.ON
+    unguarded = any(users >= {*layers} for layers in access.LAYERS.values())
+    return {**states, plan.ACCESS: State.UNFIT if unguarded else State.ON}
 
 
-def swapped(one: str, other: str) -> Callable[[inspect.Signature], inspect.Signature]:
-    def change(parameters: list[inspect.Parameter]) -> list[inspect.Parameter]:
-        names = {one: other, other: one}
-        by_name = {p.name: p for p in parameters}
-        return [
-            p.replace(name=names[p.name], annotation=by_name[names[p.name]].annotation)
-            if p.name in names
-            else p
-            for p in parameters
-        ]
-
-    return with_parameters(change)
+# What comes of it
 
 
-def of_the_other_kind(seam: Method) -> object:
-    changed: Any = like(seam, lambda signature: signature)
-    function: FunctionType = getattr(changed, "__func__", changed)
-    signature = inspect.signature(function)
-
-    async def coroutine_function(*args: Any, **options: Any) -> None: ...
-
-    def plain_function(*args: Any, **options: Any) -> None: ...
-
-    other: Any = plain_function if seam.is_async else coroutine_function
-    other.__signature__ = signature
-    return classmethod(other) if isinstance(changed, classmethod) else other
-
-
-def mutations_of_method(seam: Method) -> Iterator[tuple[str, bool, object]]:
-    """What becomes of it, whether that is harmless, and the member that is there then."""
-    yield "gone", False, None
-    yield "a number", False, 5
-    yield "sync or async", False, of_the_other_kind(seam)
-    # What the module replaces passes it on.
-    required = like(seam, added(inspect.Parameter.empty))
-    yield "one more that is required", seam.is_replaced, required
-    yield "one more that is optional", True, like(seam, added(None))
-    for name in (*seam.arguments, *seam.keywords):
-        yield f"{name} renamed", False, like(seam, renamed(name))
-    for name in seam.by_position:
-        # Nobody passes it by its name.
-        yield f"{name} renamed", True, like(seam, renamed(name))
-    first = (*seam.by_position, *seam.arguments)
-    for name in (*first, *seam.keywords):
-        yield f"{name} removed", False, like(seam, removed(name))
-    for one, other in itertools.pairwise(first):
-        yield f"{one} and {other} swapped", False, like(seam, swapped(one, other))
-    if seam.returns is not None:
-        returned = "tuple[int, int, int, int, int]"
-        yield (
-            "another result",
-            False,
-            like(seam, lambda signature: signature.replace(return_annotation=returned)),
-        )
-
-
-def mutations(seam: Seam) -> Iterator[Mutation]:
-    """Every way in which this part may change."""
-    match seam:
-        case Table():
-            columns = columns_of_all()
-            yield Mutation("table gone", columns={**columns, seam.name: {}})
-            for name, kind in seam.columns:
-                rest = {c: k for c, k in columns[seam.name].items() if c != name}
-                yield Mutation(f"{name} gone", columns={**columns, seam.name: rest})
-                other = {**rest, name: "boolean" if kind != "boolean" else "text"}
-                yield Mutation(f"{name} of another kind", columns={**columns, seam.name: other})
-            more = {**columns[seam.name], "another_one": "text"}
-            yield Mutation("one more column", True, columns={**columns, seam.name: more})
-        case Import(owner=owner, name=""):
-            yield Mutation("gone", parts={owner: None})
-        case Import(owner=owner, name=name) if f"{owner}.{name}" in sys.modules:
-            yield Mutation("gone", parts={f"{owner}.{name}": None})
-        case Import(owner=owner, name=name) if name in vars(resolve(owner)):
-            yield Mutation("gone", parts={owner: stand_in(resolve(owner), name)})
-        case Attribute(owner=owner, name=name):
-            yield Mutation("gone", parts={owner: stand_in(resolve(owner), name)})
-        case Method(owner=owner, name=name):
-            for what, is_harmless, member in mutations_of_method(seam):
-                part = stand_in(resolve(owner), name, member)
-                yield Mutation(what, is_harmless, parts={owner: part})
-        case _:
-            pass
-
-
-# What comes of them
-
-
-def users_of(seam: Seam) -> set[str]:
-    """Whoever needs this very part: any of its declarations with the same owner and name."""
-    return {user for user, seams in USERS.items() if seam in seams}
-
-
-def users_that_do_not_fit(columns: Columns | None) -> set[str]:
-    found = {duty.name for duty in DUTIES.values() if duty.misfits(columns)}
+def planned(columns: Columns | None = None) -> States:
+    """The states as a start or ``synapse-sticky check`` plans them."""
     if shared_misfits():
-        found.add("*")
-    found |= {layer for layer, seams in access.SEAMS.items() if misfits(seams)}
-    found |= {"columns"} if misfits(database.SEAMS) else set()
-    return found | ({"check"} if misfits(seams_of(CHECK)) else set())
-
-
-@pytest.mark.parametrize("seam", SEAMS, ids=lambda s: f"{s.owner.split('.')[-1]}.{s.name}")
-def test_what_does_not_fit(seam: Seam, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Another declaration of the same part may ask for more of it, or for less.
-    same = {s for s in SEAMS if (s.owner, s.name) == (seam.owner, seam.name)}
-    # And with a class that is gone, what is in it is gone.
-    same |= {s for s in SEAMS if f"{s.owner}.".startswith(f"{seam.owner}.{seam.name}.")}
-    may_be_unfit = {user for s in same for user in users_of(s)}
-    was_gone = False
-    for mutation in mutations(seam):
-        with monkeypatch.context() as patched:
-            for path, part in mutation.parts.items():
-                put(patched, path, part)
-            problems = misfits([seam], mutation.columns)
-            assert bool(problems) is not mutation.is_harmless, (mutation.what, problems)
-            if not was_gone:
-                # The first is that it is gone. Who is off is the same for all others.
-                unfit = users_that_do_not_fit(mutation.columns or columns_of_all())
-                assert users_of(seam) <= unfit <= may_be_unfit, mutation.what
-                was_gone = True
-    assert was_gone, "no way is known in which this seam may change"
-
-
-def put(monkeypatch: pytest.MonkeyPatch, path: str, part: object) -> None:
-    """Puts a class or a module in the place of the one of this path, for who looks it up."""
-    parent, _, name = path.rpartition(".")
-    if path in sys.modules:
-        monkeypatch.setitem(sys.modules, path, part)
-        if not parent:
-            return
-        if part is None:
-            monkeypatch.delattr(sys.modules[parent], name, raising=False)
-        elif vars(sys.modules[parent]).get(name) is not None:
-            monkeypatch.setattr(sys.modules[parent], name, part)
-        return
-    monkeypatch.setattr(resolve(parent), name, part)
-
-
-def states_with(columns: Columns | None = None) -> dict[str, State]:
+        return dict.fromkeys((*DUTIES, plan.ACCESS), State.UNFIT)
     states: dict[str, State] = {}
     for duty in DUTIES.values():
         states[duty.name] = plan.decide(duty, StickyConfig(), states, columns).state
     return {**states, plan.ACCESS: plan.decide_access(states).state}
 
 
-def test_what_needs_a_duty_that_does_not_fit_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    store = "synapse.storage.databases.main.DataStore"
-    put(monkeypatch, store, stand_in(resolve(store), "process_replication_rows"))
-    states = states_with()
-    assert states["index"] is State.UNFIT
-    assert (states["joins"], states["extremities"]) == (State.OFF, State.OFF)
-    assert states["sending"] is states[plan.ACCESS] is State.ON
+@attr.s(auto_attribs=True)
+class Process:
+    """A process of a homeserver in which the module starts, as often as it is asked to."""
+
+    api: ModuleApi
+
+    def start(self, strict: Strict = Strict.NO) -> States:
+        """Starts the module, ends it, and gives the states of the duties.
+
+        Raises:
+            SeamMismatchError: something does not fit, and the start is strict.
+        """
+        started = wiring.Wiring(StickyConfig(strict=strict), self.api)
+        if not started.states:  # what all duties need does not fit
+            return dict.fromkeys((*DUTIES, plan.ACCESS), State.UNFIT)
+        started._homeserver.close()
+        return started.states
+
+
+@pytest.fixture(scope="module")
+def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    hs = make_homeserver(tmp_path_factory.mktemp("homeserver"), "mutated")
+    yield Process(hs.get_module_api())
+    restore()
+
+
+Quick = Callable[[Mutation], None]
+
+
+@pytest.fixture(scope="module")
+def known() -> dict[tuple[Seam, bool], str | None]:
+    """What is known of the parts of the Synapse that nothing has changed in."""
+    return {}
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch, known: dict[tuple[Seam, bool], str | None]) -> Quick:
+    """From a mutation on, has only that be looked at which the mutation is about."""
+    look: Callable[[Seam, Columns | None], str | None] = fitting._problem
+    mutation: list[Mutation] = []
+
+    def look_or_know(seam: Seam, columns: Columns | None) -> str | None:
+        if not mutation or mutation[-1].is_about(seam):
+            return look(seam, columns)
+        key = seam, columns is None
+        if key not in known:
+            known[key] = look(seam, columns)
+        return known[key]
+
+    monkeypatch.setattr(fitting, "_problem", look_or_know)
+    return mutation.append
+
+
+@each(SEAMS)
+def test_exactly_what_needs_a_part_is_off(
+    seam: Seam,
+    process: Process,
+    quick: Quick,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kinds: list[str] = []
+    for mutation in mutations(seam):
+        # The first, that it is gone, is looked at with all parts.
+        if kinds:
+            quick(mutation)
+        kinds.append(mutation.kind)
+        users = harmed(mutation)
+        columns = mutation.columns(columns_of_all())
+        with monkeypatch.context() as patched:
+            if mutation.is_seen_late:
+                restore()
+                patched.setattr(wiring, "read_columns", lambda config, columns=columns: columns)
+                mutation.put(patched)
+                assert planned(columns) == expected(set()), str(mutation)
+                assert process.start() == expected(users), str(mutation)
+                continue
+            mutation.put(patched)
+            assert bool(misfits([seam], columns)) is mutation.harms(seam), str(mutation)
+            assert planned(columns) == expected(users), str(mutation)
+    assert kinds, "no way is known in which this seam may change"
+
+
+def lacking(users: set[str]) -> list[str]:
+    """Which duties lack something, and whether the guard of the sections does, on either layer."""
+    unfit = {name for name, state in expected(users).items() if state is State.UNFIT}
+    return sorted(unfit | ({plan.ACCESS} if users & access.SEAMS.keys() else set()))
+
+
+STOPPING = [seam for seam in SEAMS if lacking(harmed(next(mutations(seam))))]
+"""What the start does not need is not its matter."""
+
+
+@each(STOPPING)
+def test_a_strict_start_stops_and_says_which(
+    seam: Seam, process: Process, quick: Quick, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = next(mutations(seam))
+    quick(gone)
+    columns = gone.columns(columns_of_all())
+    monkeypatch.setattr(wiring, "read_columns", lambda config: columns)
+    with monkeypatch.context() as patched:
+        gone.put(patched)
+        with pytest.raises(SeamMismatchError) as error:
+            process.start(Strict.ALL)
+    assert (f"table {seam.name}" if isinstance(seam, Table) else str(seam)) in error.value.msg
+    users = harmed(gone)
+    if SHARED not in users:
+        named = [name for name in (*DUTIES, plan.ACCESS) if f" {name}: " in error.value.msg]
+        assert sorted(named) == lacking(users)
+
+
+@each(list(database.SEAMS))
+def test_a_strict_start_stops_if_the_tables_cannot_be_looked_at(
+    seam: Seam, process: Process, quick: Quick, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = next(mutations(seam))
+    quick(gone)
+    with monkeypatch.context() as patched:
+        gone.put(patched)
+        with pytest.raises(SeamMismatchError) as error:
+            process.start(Strict.ALL)
+    assert str(seam) in error.value.msg
+
+
+@each(EVERYWHERE)
+def test_a_strict_start_stops_for_another_holder(
+    seam: Seam, process: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    restore()
+    (held,) = (mutation for mutation in mutations(seam) if mutation.is_seen_late)
+    held.put(monkeypatch)
+    with pytest.raises(SeamMismatchError) as error:
+        process.start(Strict.ALL)
+    assert f"{seam} is held by a functools.partial of {HOLDER}.held" in error.value.msg
+
+
+def test_functions_that_are_replaced_everywhere_are_among_the_seams() -> None:
+    assert [str(seam) for seam in EVERYWHERE] == [
+        "synapse.visibility.filter_and_transform_events_for_client",
+        "synapse.visibility.filter_events_for_server",
+    ]
+
+
+@pytest.mark.parametrize("duty", DUTIES)
+def test_a_start_goes_on_without_the_duty(
+    duty: str, process: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that it uses has changed, each part in another way; what is in a class before that."""
+    seams = [seam for seam in DUTIES[duty].seams() if SHARED not in harmed(next(mutations(seam)))]
+    by_part = {(seam.owner, seam.name): seam for seam in seams}
+    in_order = sorted(by_part.values(), key=lambda s: (isinstance(s, Import), -s.owner.count(".")))
+    changes = []
+    for number, seam in enumerate(in_order):
+        of_seam = [
+            mutation
+            for mutation in mutations(seam)
+            if mutation.harms(seam) and not mutation.is_seen_late and mutation.kind != CLASS_GONE
+        ]
+        changes.append(of_seam[number % len(of_seam)])
+    columns: Columns = columns_of_all()
+    for mutation in changes:
+        mutation.put(monkeypatch)
+        columns = mutation.columns(columns)
+    monkeypatch.setattr(wiring, "read_columns", lambda config: columns)
+    assert planned(columns) == expected(harmed(*changes))
+    assert process.start() == expected(harmed(*changes))
 
 
 @pytest.mark.requirement("D8")
-@pytest.mark.parametrize(("section", "response"), access.LAYERS.values())
+@pytest.mark.parametrize("layers", access.LAYERS.values())
 def test_one_layer_suffices_to_guard_the_sections(
-    section: str, response: str, monkeypatch: pytest.MonkeyPatch
+    layers: tuple[str, str], process: Process, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def own_part(layer: str) -> Seam:
         return next(s for s in access.SEAMS[layer] if isinstance(s, Method) and s.is_replaced)
 
-    for layers, state in (
-        ([section], State.ON),
-        ([response], State.ON),
-        ([section, response], State.UNFIT),
-    ):
+    for of_these in ([layers[0]], [layers[1]], layers):
         with monkeypatch.context() as patched:
-            for seam in map(own_part, layers):
-                put(patched, seam.owner, stand_in(resolve(seam.owner), seam.name))
-            assert states_with()[plan.ACCESS] is state
+            gone = [next(mutations(own_part(layer))) for layer in of_these]
+            for mutation in gone:
+                mutation.put(patched)
+            states = process.start()
+            assert states == planned() == expected(harmed(*gone))
+            both = of_these == layers
+            assert states[plan.ACCESS] is (State.UNFIT if both else State.ON)
+            if not both:
+                process.start(Strict.ACCESS)
+            for strict in (Strict.ALL, Strict.ACCESS) if both else (Strict.ALL,):
+                with pytest.raises(SeamMismatchError, match=r" access: ") as error:
+                    process.start(strict)
+                assert all(str(mutation.seam) in error.value.msg for mutation in gone)
 
 
 def test_an_import_that_is_gone_is_found_where_it_is_written() -> None:

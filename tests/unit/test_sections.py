@@ -92,7 +92,7 @@ def test_a_room_that_is_left_while_the_response_is_made(monkeypatch: pytest.Monk
         return SlidingPage(reached, is_due=True)
 
     SynapseSliding(homeserver).page(pager)
-    assert Access(homeserver).guard("sliding") == []
+    assert Access(homeserver).guard("sliding") == (True, [])
     section = asyncio.run(
         extensions.get_sticky_events_extension_response(
             sync_config=SimpleNamespace(

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Collection, Sequence
 from collections.abc import Set as AbstractSet
-from typing import Any
+from typing import Any, Final
 
 from synapse.api.constants import StickyEvent
 from synapse.module_api import EventBase, LoggingTransaction
@@ -49,6 +49,7 @@ SEAMS = (
 )
 
 _FIELD: str = StickyEvent.EVENT_FIELD_NAME
+_STREAM: Final = StreamKeyType.STICKY_EVENTS
 _COLUMNS = "event_id, room_id, sender, expires_at, event_stream_ordering"
 
 
@@ -182,7 +183,7 @@ class SynapseWriter:
 
     def wake(self, room_ids: Collection[str]) -> None:
         self._notifier.on_new_event(
-            StreamKeyType.STICKY_EVENTS,
+            _STREAM,
             self._store.get_sticky_events_stream_token(),
             rooms=list(room_ids),
         )

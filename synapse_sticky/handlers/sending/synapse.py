@@ -69,6 +69,8 @@ SEAMS = (
 _CHECKS_PARAMETER = "_synapse_sticky_checks_parameter"
 _ACCEPTS_STICKY_STATE = "_synapse_sticky_accepts_sticky_state"
 
+_MEMBER = EventTypes.Member
+_FIELD = StickyEvent.EVENT_FIELD_NAME
 _PARAMETER = StickyEvent.QUERY_PARAM_NAME
 _MAX_DURATION_MS = 2**53 - 1  # the largest integer that an event can hold
 
@@ -103,7 +105,7 @@ class SynapseSending:
             ) -> Any:
                 # A delayed event that is due was accepted when it was scheduled.
                 if (
-                    StickyEvent.EVENT_FIELD_NAME in event_dict
+                    _FIELD in event_dict
                     and options.get("ratelimit", True)
                     and options.get("delay_id") is None
                 ):
@@ -178,7 +180,7 @@ def _accepting_sticky_state(original: Callable[..., Any]) -> Callable[..., Any]:
         accepts = getattr(servlet.event_creation_handler, _ACCEPTS_STICKY_STATE, False)
         duration_ms = sticky_duration_ms(request) if accepts else None
         if duration_ms is not None:
-            if event_type == EventTypes.Member:
+            if event_type == _MEMBER:
                 raise _invalid(f"is not possible for {event_type}")
             # The servlet itself serves other requests meanwhile.
             servlet = copy.copy(servlet)
@@ -231,7 +233,7 @@ class _StickyEvents:
     async def create_and_send_nonmember_event(
         self, requester: Requester, event_dict: dict[str, Any], *args: Any, **options: Any
     ) -> Any:
-        event_dict = {**event_dict, StickyEvent.EVENT_FIELD_NAME: self._field}
+        event_dict = {**event_dict, _FIELD: self._field}
         return await self._events.create_and_send_nonmember_event(
             requester, event_dict, *args, **options
         )

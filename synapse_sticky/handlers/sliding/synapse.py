@@ -88,6 +88,9 @@ SEAMS = (
 
 _ONLY_WRITER = 0
 _HOUR_MS = StickyEvent.MAX_DURATION.as_millis()
+_MOST_IN_SECTION = StickyEvent.MAX_EVENTS_IN_SYNC
+_MEMBER = EventTypes.Member
+_JOIN, _LEAVE = Membership.JOIN, Membership.LEAVE
 _Section = SlidingSyncResult.Extensions.StickyEventsExtension
 
 
@@ -192,8 +195,8 @@ class SynapseSliding:
                     AND m.membership = ? AND COALESCE(before.membership, ?) != ? AND {clause}
                 """,
                 (
-                    *(EventTypes.Member, user_id, after.stream),
-                    *(Membership.JOIN, Membership.LEAVE, Membership.JOIN, *args),
+                    *(_MEMBER, user_id, after.stream),
+                    *(_JOIN, _LEAVE, _JOIN, *args),
                 ),
             )
             return {
@@ -266,7 +269,7 @@ class _Response:
         device_id: str = sync_config.requester.device_id or ""
         self.connection = (self._user_id, device_id, sync_config.conn_id or "")
         self.room_ids = room_ids
-        self.limit: int = min(request.limit, StickyEvent.MAX_EVENTS_IN_SYNC)
+        self.limit: int = min(request.limit, _MOST_IN_SECTION)
         self.since = since
         self.up_to = position_of(to_token.sticky_events_key)
 

@@ -57,6 +57,7 @@ _PLAIN = (
 _TO_USERS = "_synapse_sticky_allowed_to_users"
 _TO_SERVERS = "_synapse_sticky_allowed_to_servers"
 
+_FIELD = StickyEvent.EVENT_FIELD_NAME
 _FAILED = "Could not decide which sticky events %s may see, adding none"
 
 
@@ -96,7 +97,7 @@ def _in_our_words(event: "EventBase") -> HiddenEvent:
         event_id=event.event_id,
         room_id=event.room_id,
         sender=event.sender,
-        sticky_field=event.get(StickyEvent.EVENT_FIELD_NAME),
+        sticky_field=event.get(_FIELD),
         origin_server_ts=event.origin_server_ts,
     )
 

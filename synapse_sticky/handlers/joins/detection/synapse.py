@@ -13,6 +13,8 @@ from synapse_sticky.homeserver.seams import STORE, attributes, method, table
 if TYPE_CHECKING:
     from synapse.storage.databases.main.state_deltas import StateDelta
 
+_MEMBER, _CREATE = EventTypes.Member, EventTypes.Create
+_JOIN = Membership.JOIN
 _PAGE = 100
 
 SEAMS = (
@@ -72,7 +74,7 @@ class SynapseStateChanges:
         position, deltas = await self._store.get_partial_current_state_deltas(
             after, up_to, limit=_PAGE
         )
-        changes = [d for d in deltas if d.event_type == EventTypes.Member and d.event_id]
+        changes = [d for d in deltas if d.event_type == _MEMBER and d.event_id]
         # When this server itself joins, the whole state of the room arrives as changes at one
         # position. Only then is a new create event among them; other changes may also share a
         # position. The members of that state are no newcomers to this server's events, unless this
@@ -80,7 +82,7 @@ class SynapseStateChanges:
         own_joins = {
             (d.stream_id, d.room_id)
             for d in deltas
-            if d.event_type == EventTypes.Create and d.event_id and d.prev_event_id is None
+            if d.event_type == _CREATE and d.event_id and d.prev_event_id is None
         }
         joins = {
             ServerJoin(self._homeserver.server_name, room_id): None for _, room_id in own_joins
@@ -119,7 +121,7 @@ class SynapseStateChanges:
             txn.execute(
                 "SELECT MAX(stream_id) FROM current_state_delta_stream"
                 " WHERE room_id = ? AND stream_id < ? AND type = ? AND event_id IS NULL",
-                (room_id, before, EventTypes.Create),
+                (room_id, before, _CREATE),
             )
             row = txn.fetchone()
             if row is None or row[0] is None:
@@ -138,7 +140,7 @@ class SynapseStateChanges:
                 " INNER JOIN room_memberships AS m ON m.event_id = d.prev_event_id"
                 " WHERE d.room_id = ? AND d.stream_id = ? AND d.type = ? AND d.event_id IS NULL"
                 " AND m.membership = ?",
-                (room_id, left_at, EventTypes.Member, Membership.JOIN),
+                (room_id, left_at, _MEMBER, _JOIN),
             )
             return {server for (user_id,) in txn.fetchall() if (server := _domain(user_id))}
 
@@ -173,8 +175,8 @@ class SynapseStateChanges:
                 " AND (event_stream_ordering IS NULL OR event_stream_ordering < ?)",
                 (
                     new.room_id,
-                    EventTypes.Member,
-                    Membership.JOIN,
+                    _MEMBER,
+                    _JOIN,
                     f"%:{_domain(new.user_id)}",
                     new.user_id,
                     new.stream_ordering,
@@ -194,8 +196,8 @@ class SynapseStateChanges:
                 " WHERE c.room_id = ? AND c.type = ? AND c.membership = ? AND c.state_key LIKE ?",
                 (
                     new.room_id,
-                    EventTypes.Member,
-                    Membership.JOIN,
+                    _MEMBER,
+                    _JOIN,
                     f"%:{self._homeserver.server_name}",
                 ),
             )
@@ -211,10 +213,10 @@ def _is_join(
     memberships: dict[str, _Membership],
     not_before_ms: int,
 ) -> bool:
-    if new.membership != Membership.JOIN or new.received_ts_ms < not_before_ms:
+    if new.membership != _JOIN or new.received_ts_ms < not_before_ms:
         return False
     old = memberships.get(change.prev_event_id or "")
-    return old is None or old.membership != Membership.JOIN  # else a profile change
+    return old is None or old.membership != _JOIN  # else a profile change
 
 
 def _domain(user_id: str) -> str | None:

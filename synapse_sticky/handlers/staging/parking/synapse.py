@@ -42,6 +42,7 @@ SEAMS = (
 )
 
 _FIELD: str = StickyEvent.EVENT_FIELD_NAME
+_LABELS = EventContentFields.LABELS
 _MAX_PDU_SIZE = 65_536  # bytes; the specification's limit
 _MAX_PREV_EVENTS = 20  # Synapse refuses a PDU with more
 _MAX_AUTH_EVENTS = 10  # likewise
@@ -216,7 +217,7 @@ def _is_possible(pdu: EventBase) -> bool:
 
 def _texts(pdu: EventBase) -> Iterator[str]:
     """What of the PDU goes into columns of its own."""
-    labels = pdu.content.get(EventContentFields.LABELS)
+    labels = pdu.content.get(_LABELS)
     listed = labels if isinstance(labels, list | tuple) else ()
     related: tuple[str, ...] = ()
     match pdu.content.get("m.relates_to"):

@@ -32,6 +32,7 @@ SEAMS = (
 )
 
 _FIELD: str = StickyEvent.EVENT_FIELD_NAME
+_V1_FORMAT = EventFormatVersions.ROOM_V1_V2
 _PRUNE_FROM = 100
 """How many PDUs may be staged for a room before Synapse prunes."""
 
@@ -124,7 +125,7 @@ class SynapsePruning:
             self._known.pop(room_id, None)
             return set()
         staged, new = found
-        v1_format = room_version.event_format == EventFormatVersions.ROOM_V1_V2
+        v1_format = room_version.event_format == _V1_FORMAT
         now_known = {event_id: known[event_id] for event_id in staged if event_id in known}
         for event_id, event_json, received_ts_ms in new:
             content = json.loads(event_json)

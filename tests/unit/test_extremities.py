@@ -345,7 +345,9 @@ def event(version: RoomVersion, kind: str, sender: str, content: Any, **fields: 
 
 
 MEMBERS = [f"@{name}:here" for name in "abcdef"]
-LEVELS = st.one_of(st.integers(-1, 3), st.sampled_from(["2", "x", None, [], 10**20]))
+LEVELS: st.SearchStrategy[Any] = st.one_of(
+    st.integers(-1, 3), st.sampled_from(["2", "x", None, [], 10**20])
+)
 
 
 @given(

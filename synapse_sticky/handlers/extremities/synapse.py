@@ -12,8 +12,8 @@ from synapse.module_api.errors import SynapseError
 from synapse.types import create_requester
 
 from synapse_sticky.handlers.extremities.senders import Able
-from synapse_sticky.homeserver import Homeserver
-from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, method
+from synapse_sticky.homeserver import Cursor, Homeserver
+from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, method, table
 
 if TYPE_CHECKING:
     from synapse.module_api import EventBase, StateMap
@@ -34,7 +34,11 @@ SEAMS = (
     ),
     method(HOMESERVER, "get_event_creation_handler() -> EventCreationHandler"),
     Attribute(_CREATION, "_rooms_to_exclude_from_dummy_event_insertion"),
-    method(_CREATION, "async create_event(requester, event_dict, /) -> tuple[_, _]"),
+    method(
+        _CREATION, "async create_event(requester, event_dict, /, *, prev_event_ids) -> tuple[_, _]"
+    ),
+    table("event_forward_extremities", "event_id text, room_id text"),
+    table("events", "event_id text, stream_ordering integer"),
     method("synapse.events.snapshot.UnpersistedEventContextBase", "async persist(event, /)"),
     Attribute("synapse.synapse_rust.events.EventInternalMetadata", "proactively_send"),
     method(
@@ -43,6 +47,9 @@ SEAMS = (
         "ignore_shadow_ban)",
     ),
 )
+
+_MAX_PREV_EVENTS = 10
+"""Synapse makes no event with more."""
 
 _CREATE = (EventTypes.Create, "")
 _POWER_LEVELS = (EventTypes.PowerLevels, "")
@@ -94,7 +101,9 @@ class SynapseExtremities:
             async with self._hs.get_worker_locks_handler().acquire_read_write_lock(
                 NEW_EVENT_DURING_PURGE_LOCK_NAME, room_id, write=False
             ):
-                event, unpersisted = await creation.create_event(requester, content)
+                event, unpersisted = await creation.create_event(
+                    requester, content, prev_event_ids=await self._to_merge(room_id, user_id)
+                )
                 context = await unpersisted.persist(event)
                 event.internal_metadata.proactively_send = False
                 await creation.handle_new_client_event(
@@ -105,6 +114,27 @@ class SynapseExtremities:
                 raise
             return f"{type(e).__name__}: {e}"
         return None
+
+    async def _to_merge(self, room_id: str, user_id: str) -> list[str]:
+        """The forward extremities that the user's dummy event is to refer to.
+
+        The event is allowed by the state that these have. Synapse would take any ten, and might
+        leave out those that have the change of power levels, or the join, which allows it.
+        """
+        keys = [_POWER_LEVELS, (EventTypes.Member, user_id)]
+        state = await self._homeserver.api.get_room_state(room_id, keys)
+        clause, args = self._homeserver.in_list("e.event_id", [e.event_id for e in state.values()])
+
+        def read_txn(txn: Cursor) -> list[str]:
+            txn.execute(
+                "SELECT e.event_id FROM event_forward_extremities AS f"
+                " INNER JOIN events AS e ON e.event_id = f.event_id WHERE f.room_id = ?"
+                f" ORDER BY CASE WHEN {clause} THEN 0 ELSE 1 END, e.stream_ordering DESC LIMIT ?",
+                (room_id, *args, _MAX_PREV_EVENTS),
+            )
+            return [event_id for (event_id,) in txn.fetchall()]
+
+        return await self._homeserver.transact("to_merge", read_txn)
 
     def _passes(self, error: Exception) -> bool:
         """Has it failed for a cause that is not the room's or the sender's?"""

@@ -113,7 +113,7 @@ def test_where_nobody_may_send(servers: Servers, peer: Peer) -> None:
     """Nothing is tried; and all is as it should be at once when it is mended in the room."""
     (server,) = servers(UNLIMITED)
     bob, dan = server.user("bob"), server.user("dan")
-    others = [server.user() for _ in range(10)]
+    others = [server.user() for _ in range(2)]
     mended_by_power = forked_room_where_nobody_may_send(server, peer, dan, bob, *others)
     mended_by_join = forked_room_where_nobody_may_send(server, peer, dan, bob)
     rooms = [mended_by_power.room_id, mended_by_join.room_id]

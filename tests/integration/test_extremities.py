@@ -108,6 +108,7 @@ def forked_room_where_nobody_may_send(
     return attr.evolve(scene, room=room)
 
 
+@pytest.mark.slow
 @pytest.mark.requirement("F2", "H2", "H7")
 def test_where_nobody_may_send(servers: Servers, peer: Peer) -> None:
     """Nothing is tried; and all is as it should be at once when it is mended in the room."""

@@ -1,4 +1,4 @@
-"""A spam checker, loaded into a homeserver beside whatever else: for tests only."""
+"""Spam checkers and a rule, loaded into a homeserver beside whatever else: for tests only."""
 
 import os
 from pathlib import Path
@@ -9,7 +9,9 @@ from synapse.module_api import NOT_SPAM, ModuleApi, errors
 
 SPAM_CHECKER = "tests.lab.spam.SpamChecker"
 JOIN_HOLDER = "tests.lab.spam.JoinHolder"
+DUMMY_RULE = "tests.lab.spam.DummyRule"
 _HOLD, _HELD = "hold", "held"
+_REFUSED = "refused"
 
 
 class SpamChecker:
@@ -53,3 +55,28 @@ class JoinHolder:
             Path(_HELD).touch()
             await self._api.defer_to_thread(Path(_HOLD).read_bytes)
         return NOT_SPAM
+
+
+def refuse_dummy_events(folder: Path, room_id: str) -> None:
+    """Has the server whose folder this is refuse all dummy events to the room."""
+    (folder / _REFUSED).write_text(room_id)
+
+
+def allow_dummy_events(folder: Path) -> None:
+    """Ends that."""
+    (folder / _REFUSED).unlink()
+
+
+class DummyRule:
+    """Refuses dummy events when it is told."""
+
+    def __init__(self, config: Any, api: ModuleApi) -> None:
+        api.register_third_party_rules_callbacks(check_event_allowed=self._check)
+
+    async def _check(self, event: EventBase, state: Any) -> Any:
+        is_dummy = event.type == "org.matrix.dummy_event"
+        refused = Path(_REFUSED)
+        return (
+            not is_dummy or not refused.exists() or refused.read_text() != event.room_id,
+            None,
+        )

@@ -69,7 +69,7 @@ CHANGES: dict[str, tuple[tuple[str, str, str], ...]] = {
     ),
     "extremities": (
         ("dummy_events_threshold", "attribute gone", ""),
-        ("_send_dummy_event_for_room", "function gone", ""),
+        ("handle_new_client_event", "function gone", ""),
         ("acquire_read_write_lock", "one more is required", ""),
     ),
 }

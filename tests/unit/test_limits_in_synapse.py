@@ -508,4 +508,54 @@ def test_forward_extremities_are_counted(homeserver: Homeserver) -> None:
     assert extremities.threshold == 10
     assert done(extremities.count(ROOM)) == 0
     # No local user is there who could send one.
-    assert done(extremities.merge(ROOM)) is False
+    assert done(extremities.able(ROOM)).users == ()
+
+
+@pytest.mark.requirement("F2", "H2")
+def test_synapse_leaves_out_what_the_module_does(homeserver: Homeserver) -> None:
+    """Synapse's own list is what it asks the database by."""
+    extremities = SynapseExtremities(homeserver)
+    assert extremities.left_out_since_ms(ROOM) is None
+    extremities.leave_out(ROOM)
+    asked: list[Any] = []
+
+    async def get_rooms_with_many_extremities(
+        min_count: int, limit: int, room_id_filter: Collection[str]
+    ) -> list[str]:
+        asked.append(list(room_id_filter))
+        return []
+
+    creation: Any = homeserver.hs.get_event_creation_handler()
+    homeserver.enter(
+        creation.store, "get_rooms_with_many_extremities", get_rooms_with_many_extremities
+    )
+    done(creation._send_dummy_events_to_fill_extremities())
+    assert extremities.left_out_since_ms(ROOM) == homeserver.now_ms()
+    extremities.leave_in(ROOM)
+    extremities.leave_in(ROOM)
+    done(creation._send_dummy_events_to_fill_extremities())
+    assert asked == [[ROOM], []]
+
+
+@pytest.mark.requirement("H2")
+def test_a_change_of_a_rooms_state_is_noticed(
+    homeserver: Homeserver, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As it comes from this process, and from another one."""
+    changed: list[str] = []
+
+    def note(room_id: str) -> None:
+        changed.append(room_id)
+        raise OSError("out of order")
+
+    SynapseExtremities(homeserver).on_state_changed(note)
+    store: Any = homeserver.store
+
+    def change_txn(txn: Any) -> None:
+        store._invalidate_state_caches_and_stream(txn, ROOM, {"@a:here"})
+
+    done(store.db_pool.runInteraction("test", change_txn))
+    row = SimpleNamespace(cache_func="cs_cache_fake", keys=["!other:there"], invalidation_ts=1)
+    store.process_replication_rows("caches", "other", 1, [row])
+    assert changed == [ROOM, "!other:there"]
+    assert f"Could not note that the state of {ROOM} changed" in caplog.text

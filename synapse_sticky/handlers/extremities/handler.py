@@ -6,10 +6,11 @@ hundreds of extremities. Fails open: Synapse merges what this duty does not.
 
 import logging
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Protocol
 
 from synapse_sticky.config import ExtremitiesConfig
+from synapse_sticky.handlers.extremities.senders import DummyEvents, Senders
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.index import IndexFollower
 
@@ -20,8 +21,11 @@ _MINUTE_MS = 60_000
 _MAX_ROOMS = 1_000
 """While so many rooms are dirty, this duty ignores others."""
 
+_MAX_FAILURES = 50
+"""In so many rooms of a round there may be nobody who can send."""
 
-class Extremities(Protocol):
+
+class Extremities(DummyEvents, Protocol):
     """The forward extremities of rooms.
 
     threshold: how many a room may have.
@@ -32,9 +36,8 @@ class Extremities(Protocol):
     async def count(self, room_id: str) -> int:
         """How many the room has."""
 
-    async def merge(self, room_id: str) -> bool:
-        """Sends a dummy event that refers to the latest ten, as some local user. Gives False if no
-        local user may send it."""
+    def on_state_changed(self, callback: Callable[[str], None]) -> None:
+        """Calls back with the ID of each room whose current state has changed, in any way."""
 
 
 class ExtremitiesHandler:
@@ -50,20 +53,27 @@ class ExtremitiesHandler:
         self._homeserver = homeserver
         self._extremities = extremities
         self._follower = follower
+        self._senders = Senders(homeserver.now_ms, extremities)
         self._per_round = max(1, config.per_minute * _ROUND_MS // _MINUTE_MS)
         # In the order in which the rooms have their turn.
         self._dirty: dict[str, None] = {}
         self._is_scheduled = False
+        self._failures_left = 0
 
     def install(self) -> None:
         """Takes effect from the next sticky event of a room on."""
         self._follower.on_new_events(self._add)
+        self._extremities.on_state_changed(self._state_changed)
 
     def _add(self, room_ids: Collection[str]) -> None:
         for room_id in room_ids:
-            if len(self._dirty) < _MAX_ROOMS:
+            if len(self._dirty) < _MAX_ROOMS and not self._senders.is_left_out(room_id):
                 self._dirty[room_id] = None
         self._schedule()
+
+    def _state_changed(self, room_id: str) -> None:
+        if self._senders.doubt(room_id):
+            self._add([room_id])
 
     def _schedule(self) -> None:
         if self._dirty and not self._is_scheduled:
@@ -74,14 +84,15 @@ class ExtremitiesHandler:
         rooms = deque(self._dirty)
         self._dirty.clear()
         left = self._per_round
+        self._failures_left = _MAX_FAILURES
         try:
-            while rooms:
+            while rooms and self._failures_left:
                 left -= await self._bring_down(rooms[0], left)
                 if left == 0:
+                    # The room that used the round up comes last in the next one.
+                    rooms.rotate(-1)
                     break
                 rooms.popleft()
-            # The room that used the round up comes last in the next one.
-            rooms.rotate(-1)
             self._dirty = dict.fromkeys([*rooms, *self._dirty])
         except Exception:
             logger.exception("Could not merge forward extremities, leaving them to Synapse")
@@ -98,8 +109,8 @@ class ExtremitiesHandler:
         extremities = self._extremities
         sent = 0
         while sent < at_most and await extremities.count(room_id) > extremities.threshold:
-            if not await extremities.merge(room_id):
-                logger.info("Nobody here can send a dummy event to %s", room_id)
+            if not await self._senders.send(room_id):
+                self._failures_left -= 1
                 break
             sent += 1
         if sent:

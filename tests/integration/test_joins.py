@@ -57,7 +57,7 @@ def test_newcomer_among_four(servers: Servers) -> None:
 @pytest.mark.parametrize(
     ("history_visibility", "with_module"),
     [
-        ("joined", True),
+        pytest.param("joined", True, marks=pytest.mark.slow),
         pytest.param("shared", False, marks=pytest.mark.slow),
         pytest.param("shared", True, marks=pytest.mark.slow),
         pytest.param("joined", False, marks=pytest.mark.slow),

@@ -8,7 +8,7 @@ from tests.conftest import Servers
 from tests.integration.rooms import room_of
 from tests.lab import Homeserver, Lab, Peer, extended, wait_until
 from tests.lab.client import WITHOUT_TIMELINE, sticky_events
-from tests.lab.homeserver import StartError
+from tests.lab.homeserver import REPEATS, StartError
 
 pytestmark = pytest.mark.one_process
 
@@ -103,15 +103,13 @@ def test_strict_about_access_does_not_mind_limits(servers: Servers) -> None:
     assert server.log_has("; unfit: deferral\n")
 
 
-REPEATS = {"sync_response_cache_duration": "2m"}
-"""As by default, Synapse gives its answer to the same request once more."""
 UNGUARDED = "tests.lab.variants.InSynapseThatNobodyGuards"
 
 
 @pytest.mark.requirement("D8", "H5")
 def test_sections_that_nobody_guards(servers: Servers) -> None:
     """The homeserver starts, and the sections are as it makes them; that is an error."""
-    options: dict[str, Any] = {"extra": {"caches": REPEATS}, "metrics": True}
+    options: dict[str, Any] = {"extra": REPEATS, "metrics": True}
     server, guarded = servers({**options, "module_name": UNGUARDED}, options)
     said = server.log_path.read_text()
     assert said.count(" ERROR ") == said.count("access is off, as this Synapse does not fit: ") == 1

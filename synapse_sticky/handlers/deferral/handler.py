@@ -18,7 +18,7 @@ from synapse_sticky import metrics
 from synapse_sticky.backoff import Backoff
 from synapse_sticky.config import FederationConfig, Mode
 from synapse_sticky.handlers.deferral.alarm import Alarm
-from synapse_sticky.handlers.deferral.waiting import Waiting
+from synapse_sticky.handlers.deferral.waiting import PastLimit, Waiting
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.layout import migrate
 from synapse_sticky.index import Stream
@@ -68,6 +68,13 @@ class Writer(Protocol):
         raises, the transaction fails.
         """
 
+    def attempt_txn(self, txn: Cursor, change: Callable[[], None]) -> Exception | None:
+        """Calls ``change``; gives the error if the database refuses its statements.
+
+        Then these are undone, and the transaction goes on. Any other error of the database fails
+        the transaction.
+        """
+
     def enter_txn(self, txn: Cursor, events: Sequence[NewStickyEvent]) -> None:
         """Enters events into the stream as new, in this order. Leaves out those that were purged,
         and those that are in the stream."""
@@ -109,6 +116,8 @@ class DeferralHandler:
         self._is_releasing = False
         self._failures = 0
         self._not_before_ms = 0
+        self._refusals = 0
+        self._no_insert_before_ms = 0
 
     def install(self) -> None:
         """Takes effect once the deferred events are loaded. In mode ``off`` none is added."""
@@ -139,7 +148,8 @@ class DeferralHandler:
     def defer_txn(self, txn: Cursor, events: Sequence[NewStickyEvent]) -> Collection[str]:
         """Adds to the table those of the new events that are past a limit, and gives their IDs.
 
-        An error of the database fails the transaction, as it would without this module.
+        None of them if the database does not take the rows, as when somebody took away the right
+        to write them. What fails a transaction without this module fails this one, too.
         """
         if not self._is_loaded or not events:
             return ()
@@ -148,12 +158,36 @@ class DeferralHandler:
         except Exception:
             logger.exception("Could not decide on %d sticky events, delivering them", len(events))
             return ()
+        if deferred and not self._insert_txn(txn, deferred):
+            deferred = []
         # Also if none is deferred: a decision is not needed any more once it is final.
         txn.call_after(self._waiting.committed, events, deferred)
         if deferred:
             txn.call_after(self._schedule)
-            self._table.insert_txn(txn, [(new.event, new.server) for new in deferred])
         return {new.event.event_id for new in deferred}
+
+    def _insert_txn(self, txn: Cursor, deferred: Sequence[PastLimit]) -> bool:
+        """Gives whether the database took the rows. Does not ask again for a while if not."""
+        now_ms = self._homeserver.now_ms()
+        # The clock may have been set back since then.
+        if now_ms < min(self._no_insert_before_ms, now_ms + _BACKOFF.max_ms):
+            return False
+        rows = [(new.event, new.server) for new in deferred]
+        problem = self._writer.attempt_txn(txn, lambda: self._table.insert_txn(txn, rows))
+        if problem is None:
+            self._refusals = 0
+            return True
+        self._refusals += 1
+        delay_ms = _BACKOFF.after(self._refusals)
+        self._no_insert_before_ms = now_ms + delay_ms
+        logger.error(
+            "Could not defer %d sticky events, so they are delivered now, and so are all that come"
+            " in the next %d ms: %s",
+            len(rows),
+            delay_ms,
+            str(problem).strip(),
+        )
+        return False
 
     # Releasing
 

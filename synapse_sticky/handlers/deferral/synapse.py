@@ -32,7 +32,7 @@ SEAMS = (
     method(STORE, "get_sticky_events_stream_id_generator() -> MultiWriterIdGenerator"),
     method(
         "synapse.storage.util.id_generators.MultiWriterIdGenerator",
-        "get_next_mult_txn(txn, n, /) -> list",
+        "get_next_mult_txn(txn, n, /) -> list[int]",
     ),
     method(STORE, "insert_sticky_events_txn(txn, events)", is_replaced=True),
     method(STORE, "un_soft_fail_sticky_events_txn(txn, sticky_event_ids)", is_replaced=True),

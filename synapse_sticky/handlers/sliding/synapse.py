@@ -61,10 +61,10 @@ SEAMS = (
     method(
         "synapse.visibility",
         "async filter_and_transform_events_for_client(storage, user_id, events, /, *, "
-        "always_include_ids) -> list",
+        "always_include_ids) -> list[FilteredEvent]",
     ),
     Attribute("synapse.events.utils.FilteredEvent", "event"),
-    method(STORE, "async get_events_as_list(event_ids, /) -> list"),
+    method(STORE, "async get_events_as_list(event_ids, /) -> list[EventBase]"),
     method(STORE, "get_sticky_events_stream_token() -> MultiWriterStreamToken"),
     method(
         STORE,

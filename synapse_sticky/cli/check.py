@@ -9,14 +9,14 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from synapse_sticky.cli.report import Report
-from synapse_sticky.config import StickyConfig, Strict
+from synapse_sticky.versions import synapse_version
 
 if TYPE_CHECKING:
     from synapse_sticky.cli.synapse import Configuration
     from synapse_sticky.homeserver.fitting import Columns
 
-# What needs Synapse's private parts is imported where it is used: that one is gone is to be said
-# like any other misfit.
+# What needs any part of Synapse is imported where it is used: that one is gone is to be said like
+# any other misfit.
 
 
 def check(paths: Sequence[str], *, as_json: bool = False) -> int:
@@ -39,7 +39,12 @@ def check(paths: Sequence[str], *, as_json: bool = False) -> int:
 
 def look(paths: Sequence[str]) -> Report:
     """What ``check`` prints."""
-    report = Report(version("matrix-synapse"), version("synapse-sticky"))
+    report = Report(synapse_version(), version("synapse-sticky"))
+    try:
+        import synapse_sticky.module  # noqa: F401  only whether it can be
+    except Exception as e:
+        report.stops.append(f"it cannot load synapse_sticky.StickyEventsModule: {e}")
+        return report
     try:
         from synapse_sticky.cli import synapse
         from synapse_sticky.duties import CHECK, seams_of
@@ -155,6 +160,7 @@ def _decide(
     configuration: "Configuration | None", columns: "Columns | None", report: Report
 ) -> None:
     from synapse_sticky import plan
+    from synapse_sticky.config import StickyConfig, Strict
     from synapse_sticky.duties import DUTIES, State, number_of_seams, shared_misfits
     from synapse_sticky.homeserver import database
     from synapse_sticky.homeserver.fitting import misfits

@@ -59,7 +59,6 @@ def look(paths: Sequence[str]) -> Report:
     if problem := synapse.problem_of_version():
         report.stops.append(problem)
         return report
-    columns = _new_columns(report)
     configuration: Configuration | None = None
     if paths and (changes := misfits(seams_of(CHECK))):
         report.problems.append(
@@ -74,9 +73,7 @@ def look(paths: Sequence[str]) -> Report:
                 "synapse_sticky.StickyEventsModule is not listed under `modules:`. No duty would"
                 " run."
             )
-        if columns is not None:
-            _look_into_database(configuration, columns, report)
-    _decide(configuration, columns, report)
+    _decide(configuration, _columns(configuration, report), report)
     if configuration is not None:
         running = {name for duties in report.processes.values() for name in duties}
         report.problems += configuration.problems_of_tables(running)
@@ -111,13 +108,17 @@ def _said(e: BaseException) -> str:
     return f"{said}: {_said(e.__cause__)}" if e.__cause__ else said
 
 
-def _new_columns(report: Report) -> "Columns | None":
-    """The columns of the tables that this Synapse makes; None if they cannot be known."""
+def _columns(configuration: "Configuration | None", report: Report) -> "Columns | None":
+    """The columns that the duties would find; None if they cannot be known."""
     from synapse_sticky.homeserver import database
     from synapse_sticky.homeserver.fitting import misfits
 
     changes = misfits(database.SEAMS)
     if not changes:
+        if configuration is not None:
+            _look_into_database(configuration, report)
+            if not configuration.is_to_be_migrated:
+                return configuration.columns
         try:
             return database.new_columns()
         except Exception as e:
@@ -128,7 +129,7 @@ def _new_columns(report: Report) -> "Columns | None":
     return None
 
 
-def _look_into_database(configuration: "Configuration", columns: "Columns", report: Report) -> None:
+def _look_into_database(configuration: "Configuration", report: Report) -> None:
     try:
         refusal = configuration.read_database()
     except Exception as e:
@@ -136,24 +137,19 @@ def _look_into_database(configuration: "Configuration", columns: "Columns", repo
         return
     if refusal:
         report.stops.append(refusal)
-    if _is_to_be_migrated(configuration.columns, columns):
-        report.remarks.append(
-            "Synapse has not made or migrated its tables in this database yet. What is said of the"
-            " duties goes by the tables that this Synapse makes."
+    by_new = (
+        "What is said of the duties goes by the tables that this Synapse makes in a new SQLite"
+        " database."
+    )
+    if configuration.problems:
+        report.problems.append(
+            "the check cannot know whether this Synapse has yet to migrate the database:"
+            f" {'; '.join(configuration.problems)}. {by_new}"
         )
-
-
-def _is_to_be_migrated(there: "Columns", new: "Columns") -> bool:
-    """Does the database lack what the module needs and this Synapse will put there?"""
-    from synapse_sticky.duties import all_seams
-    from synapse_sticky.homeserver.fitting import misfits
-    from synapse_sticky.homeserver.seams import Table
-
-    try:
-        tables = [seam for seam in all_seams() if isinstance(seam, Table)]
-    except Exception:
-        return False  # a file of a duty cannot be loaded, which its line says
-    return not {*misfits(tables, there)} <= {*misfits(tables, new)}
+    elif configuration.is_to_be_migrated:
+        report.remarks.append(
+            f"Synapse has not made or migrated its tables in this database yet. {by_new}"
+        )
 
 
 def _decide(

@@ -15,10 +15,12 @@ from synapse_sticky.handlers.joins.tables import NewcomerTable
 from synapse_sticky.handlers.sliding.tables import PageTable
 from synapse_sticky.handlers.staging.parking.tables import ParkedTable
 from synapse_sticky.homeserver.database import columns_in, connect, is_postgres, main_database
-from synapse_sticky.homeserver.fitting import Columns
+from synapse_sticky.homeserver.fitting import Columns, misfits
 from synapse_sticky.homeserver.layout import LAYOUTS_TABLE, Migrations, tables_of
 from synapse_sticky.homeserver.place import Place
 from synapse_sticky.homeserver.process import require_enabled, too_old
+from synapse_sticky.homeserver.schema import SEAMS as SCHEMA
+from synapse_sticky.homeserver.schema import is_to_be_migrated
 from synapse_sticky.homeserver.seams import Attribute, method
 
 SEAMS = (
@@ -50,6 +52,8 @@ class Configuration:
 
     sticky: the module's own; None if it is not listed.
     columns: those of the database, once it was read; none if there is no database yet.
+    is_to_be_migrated: whether Synapse has yet to make or change tables in it, once it was read.
+    problems: why that cannot be known, one line each; it is taken to be so then.
 
     Raises:
         ConfigError: Synapse, or the module, refuses the configuration.
@@ -70,6 +74,8 @@ class Configuration:
         if self.sticky is not None:
             require_enabled(self._config)
         self.columns: Columns = {}
+        self.is_to_be_migrated = True
+        self.problems: list[str] = []
         self._layouts: dict[str, int] = {}
         self._forbidden: set[str] = set()
         self._role = ""
@@ -92,6 +98,7 @@ class Configuration:
         with closing(connect(self._config)) as connection:
             cursor = connection.cursor()
             self.columns = columns_in(cursor)
+            self._look_at_schema(cursor)
             own = [name for name in self.columns if name.startswith("synapse_sticky_")]
             if is_postgres(cursor.database_engine):
                 cursor.execute(_FORBIDDEN, (own,))
@@ -109,6 +116,13 @@ class Configuration:
                 cursor.execute(f"SELECT duty, version FROM {LAYOUTS_TABLE}")
                 self._layouts = dict(cursor.fetchall())
         return refusal
+
+    def _look_at_schema(self, cursor: Any) -> None:
+        there = "schema_version" in self.columns
+        self.problems = misfits(SCHEMA, self.columns if there else None)
+        if not self.problems:
+            databases = main_database(self._config).databases
+            self.is_to_be_migrated = is_to_be_migrated(cursor, self.columns, databases)
 
     def _is_there(self) -> bool:
         """Is there a database? To connect to SQLite would make one."""

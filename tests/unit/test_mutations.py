@@ -14,7 +14,7 @@ from synapse.module_api import ModuleApi
 from synapse_sticky import plan, wiring
 from synapse_sticky.config import StickyConfig, Strict
 from synapse_sticky.duties import ALL, CHECK, DUTIES, State, all_seams, seams_of, shared_misfits
-from synapse_sticky.homeserver import access, database, fitting
+from synapse_sticky.homeserver import access, database, fitting, schema
 from synapse_sticky.homeserver.fitting import Columns, misfits
 from synapse_sticky.homeserver.seams import Import, Method, Seam, SeamMismatchError, Table
 from tests.mutations import CLASS_GONE, HOLDER, Mutation, is_replaced_everywhere, mutations
@@ -32,7 +32,8 @@ def seams_by_user() -> dict[str, tuple[Seam, ...]]:
     reads the columns, and the command that checks."""
     found: dict[str, tuple[Seam, ...]] = {d.name: d.seams() for d in DUTIES.values()}
     found[SHARED] = tuple(seam for file in ALL for seam in seams_of(file))
-    return {**found, **access.SEAMS, COLUMNS: database.SEAMS, COMMAND: seams_of(CHECK)}
+    of_check = (*schema.SEAMS, *seams_of(CHECK))
+    return {**found, **access.SEAMS, COLUMNS: database.SEAMS, COMMAND: of_check}
 
 
 USERS = seams_by_user()

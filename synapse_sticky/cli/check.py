@@ -74,9 +74,8 @@ def look(paths: Sequence[str]) -> Report:
                 " run."
             )
     _decide(configuration, _columns(configuration, report), report)
-    if configuration is not None:
-        running = {name for duties in report.processes.values() for name in duties}
-        report.problems += configuration.problems_of_tables(running)
+    if configuration is not None and configuration.sticky is not None:
+        report.problems += configuration.problems_of_tables(report.running())
     return report
 
 
@@ -186,9 +185,15 @@ def _decide(
             ]
             for place in places
         }
-        report.idle = [
-            name for name in states if not any(plan.is_done_in(name, place) for place in places)
-        ]
+        if not_given := configuration.not_given():
+            report.remarks.append(
+                f"the files of these processes were not given: {not_given}. What may run there is"
+                " judged as if it ran."
+            )
+        else:
+            report.idle = [
+                name for name in states if not any(plan.is_done_in(name, place) for place in places)
+            ]
     counted = {name: state for name, state in states.items() if name not in report.idle}
     lacks = {name: d.misfits for name, d in report.decisions().items() if name in counted}
     lacks[plan.TABLES] = misfits(database.SEAMS)

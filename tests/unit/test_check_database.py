@@ -64,6 +64,13 @@ def test_the_tables_of_a_duty_that_does_not_run(files: Files, off: dict[str, obj
     assert (report.problems, report.exit_code()) == ([], 0)
 
 
+def test_the_tables_of_a_duty_that_runs_where_no_file_was_given_of(files: Files) -> None:
+    path = files.write(federation_sender_instances=["sender"])
+    change(files.database, LAYOUTS, "INSERT INTO synapse_sticky_layouts VALUES ('joins', 99)")
+    (problem,) = look([path]).problems
+    assert problem.startswith("joins would be off: ")
+
+
 @pytest.mark.parametrize("is_there", [False, True])
 def test_a_database_that_is_still_empty(files: Files, is_there: bool) -> None:
     path = files.write()

@@ -26,10 +26,9 @@ from synapse_sticky.handlers.staging.parking.handler import ParkingHandler
 from synapse_sticky.handlers.staging.parking.tables import ParkedTable
 from synapse_sticky.handlers.staging.pruning.handler import PruningHandler
 from synapse_sticky.handlers.visibility.handler import VisibilityHandler
-from synapse_sticky.homeserver import Homeserver, database
+from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.homeserver.access import Access
 from synapse_sticky.homeserver.database import read_columns
-from synapse_sticky.homeserver.fitting import misfits
 from synapse_sticky.homeserver.layout import NewerLayoutError
 from synapse_sticky.homeserver.seams import SeamMismatchError
 from synapse_sticky.index import IndexFollower
@@ -84,9 +83,7 @@ class Wiring:
         self._deferred = DeferredTable(self._homeserver)
         self._ended: set[str] = set()
         self._deferral_ended = self._homeserver.new_signal()
-        self._columns = read_columns(self._homeserver.hs.config)
-        if self._columns is None:
-            self._misfits[TABLES] = misfits(database.SEAMS)
+        self._columns, self._misfits[TABLES] = read_columns(self._homeserver.hs.config)
         try:
             for duty in DUTIES.values():
                 self._begin(duty)

@@ -50,6 +50,14 @@ class Report:
         """The duties and the guard of the sections, by name."""
         return self.duties if self.access is None else {**self.duties, "access": self.access}
 
+    def running(self) -> list[str]:
+        """The duties that would run in any process."""
+        return [
+            name
+            for name, decision in self.duties.items()
+            if decision.state.value == "on" and name not in self.idle
+        ]
+
     def exit_code(self) -> int:
         """0 if all fit, 1 if something is off that should be on, 2 if Synapse would not start or
         does not guard the sections."""

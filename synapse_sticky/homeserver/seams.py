@@ -9,12 +9,13 @@ import ast
 import functools
 import inspect
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import Any
 
 import attr
 from synapse.module_api.errors import ConfigError
+
+from synapse_sticky.versions import synapse_version
 
 HOMESERVER = "synapse.server.HomeServer"
 STORE = "synapse.storage.databases.main.DataStore"
@@ -144,14 +145,6 @@ def _is_private(path: str) -> bool:
     return path.split(".", maxsplit=1)[0] == "synapse" and not any(
         path == public or path.startswith(f"{public}.") for public in PUBLIC_MODULES
     )
-
-
-def synapse_version() -> str:
-    """The version of the Synapse that is installed, as its package has it."""
-    try:
-        return version("matrix-synapse")
-    except PackageNotFoundError:
-        return "of an unknown version"
 
 
 class SeamMismatchError(ConfigError):

@@ -106,12 +106,12 @@ class _InSynapseThatDoesNotFit(StickyEventsModule):
     def __init__(self, config: StickyConfig, api: ModuleApi) -> None:
         changes = changes_for(self.duty)
 
-        def read_changed(config: Any) -> Columns:
-            columns = read_columns(config)
-            assert columns is not None
+        def read_changed(config: Any) -> tuple[Columns, list[str]]:
+            columns, problems = read_columns(config)
+            assert columns is not None, problems
             for change in changes:
                 columns = change.columns(columns)
-            return columns
+            return columns, []
 
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(wiring, "read_columns", read_changed)

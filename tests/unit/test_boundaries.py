@@ -32,17 +32,18 @@ MAY_IMPORT = {
         "plan",
     },
     "plan": {"config", "duties", "homeserver"},
-    "cli": {"config", "duties", "handlers", "homeserver", "plan"},
+    "cli": {"config", "duties", "handlers", "homeserver", "module", "plan", "versions"},
     "__main__": {"cli"},
     "duties": {"homeserver"},
     "handlers": OF_A_DUTY,
     "limits": {"_core", "config", "metrics"},
     "metrics": set[str](),
     "index": {"_core", "backoff", "homeserver"},
-    "homeserver": set[str](),
+    "homeserver": {"versions"},
     "backoff": set[str](),
     "config": {"options"},
     "options": set[str](),
+    "versions": set[str](),
 }
 
 LONGEST_FILE = 350

@@ -14,7 +14,7 @@ from synapse.module_api import ModuleApi
 from synapse_sticky import plan, wiring
 from synapse_sticky.config import StickyConfig, Strict
 from synapse_sticky.duties import ALL, CHECK, DUTIES, State, all_seams, seams_of, shared_misfits
-from synapse_sticky.homeserver import access, database, fitting
+from synapse_sticky.homeserver import access, database, fitting, schema
 from synapse_sticky.homeserver.fitting import Columns, misfits
 from synapse_sticky.homeserver.seams import Import, Method, Seam, SeamMismatchError, Table
 from tests.mutations import CLASS_GONE, HOLDER, Mutation, is_replaced_everywhere, mutations
@@ -32,7 +32,8 @@ def seams_by_user() -> dict[str, tuple[Seam, ...]]:
     reads the columns, and the command that checks."""
     found: dict[str, tuple[Seam, ...]] = {d.name: d.seams() for d in DUTIES.values()}
     found[SHARED] = tuple(seam for file in ALL for seam in seams_of(file))
-    return {**found, **access.SEAMS, COLUMNS: database.SEAMS, COMMAND: seams_of(CHECK)}
+    of_check = (*schema.SEAMS, *seams_of(CHECK))
+    return {**found, **access.SEAMS, COLUMNS: database.SEAMS, COMMAND: of_check}
 
 
 USERS = seams_by_user()
@@ -165,7 +166,9 @@ def test_exactly_what_needs_a_part_is_off(
         with monkeypatch.context() as patched:
             if mutation.is_seen_late:
                 restore()
-                patched.setattr(wiring, "read_columns", lambda config, columns=columns: columns)
+                patched.setattr(
+                    wiring, "read_columns", lambda config, columns=columns: (columns, [])
+                )
                 mutation.put(patched)
                 assert planned(columns) == expected(set()), str(mutation)
                 assert process.start() == expected(users), str(mutation)
@@ -193,7 +196,7 @@ def test_a_strict_start_stops_and_says_which(
     gone = next(mutations(seam))
     quick(gone)
     columns = gone.columns(columns_of_all())
-    monkeypatch.setattr(wiring, "read_columns", lambda config: columns)
+    monkeypatch.setattr(wiring, "read_columns", lambda config: (columns, []))
     with monkeypatch.context() as patched:
         gone.put(patched)
         with pytest.raises(SeamMismatchError) as error:
@@ -216,6 +219,24 @@ def test_a_strict_start_stops_if_the_tables_cannot_be_looked_at(
         with pytest.raises(SeamMismatchError) as error:
             process.start(Strict.ALL)
     assert str(seam) in error.value.msg
+
+
+def test_a_strict_start_stops_if_the_columns_cannot_be_read(
+    process: Process, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(config: object) -> None:
+        raise OSError("connection\nrefused")
+
+    monkeypatch.setattr(database, "connect", refuse)
+    with pytest.raises(SeamMismatchError) as error:
+        process.start(Strict.ALL)
+    reason = "the columns of the database cannot be read: OSError: connection refused"
+    assert f": tables: {reason}." in error.value.msg
+    caplog.clear()
+    for strict in (Strict.NO, Strict.ACCESS):
+        assert process.start(strict) == expected(set())
+    warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert warnings == 2 * ["Not checking the database's columns"]
 
 
 @each(EVERYWHERE)
@@ -257,7 +278,7 @@ def test_a_start_goes_on_without_the_duty(
     for mutation in changes:
         mutation.put(monkeypatch)
         columns = mutation.columns(columns)
-    monkeypatch.setattr(wiring, "read_columns", lambda config: columns)
+    monkeypatch.setattr(wiring, "read_columns", lambda config: (columns, []))
     assert planned(columns) == expected(harmed(*changes))
     assert process.start() == expected(harmed(*changes))
 

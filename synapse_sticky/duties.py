@@ -96,11 +96,11 @@ ALL = ("homeserver.process", "homeserver.place", "homeserver.signal")
 CHECK = "cli.synapse"
 """What ``synapse-sticky check`` needs to read a configuration."""
 
-_TOKENS = ("index.synapse:tokens",)
-_ROWS = (*_TOKENS, "index.synapse:rows")
-_CHANGES = (*_ROWS, "index.synapse:changes")
-_INDEX = (*_CHANGES, "index.synapse:stream")
-_ROOMS = ("homeserver.rooms",)
+_ROWS = "index.synapse:rows"
+_CHANGES = ("homeserver.stream", "index.synapse:changes")
+_INDEX = (_ROWS, *_CHANGES, "index.synapse:stream")
+_MEMBERS = "homeserver.rooms:members"
+_SERVERS = (_MEMBERS, "homeserver.rooms:servers", "homeserver.rooms:erased")
 
 
 def _everywhere(place: Place) -> bool:
@@ -117,25 +117,25 @@ DUTIES: Mapping[str, Duty] = {
         Duty("index", _INDEX, "each /sync asks the database for sticky events", _everywhere),
         Duty(
             "delivery",
-            (*_TOKENS, "handlers.delivery.synapse"),
+            ("homeserver.tokens", "handlers.delivery.synapse"),
             "each /sync asks the database for sticky events",
             _everywhere,
         ),
         Duty(
             "sliding",
-            (*_TOKENS, "handlers.sliding.synapse"),
+            ("homeserver.tokens", "handlers.sliding.synapse"),
             "users of sliding sync who join a room miss the sticky events of before",
             _serves_clients,
         ),
         Duty(
             "visibility",
-            (*_ROWS, *_ROOMS, "handlers.visibility.synapse"),
+            (_ROWS, *_SERVERS, "homeserver.rooms:users", "handlers.visibility.synapse"),
             "history visibility hides sticky events from joined users and servers",
             _everywhere,
         ),
         Duty(
             "joins",
-            (*_INDEX, *_ROOMS, "handlers.joins.synapse", "handlers.joins.detection.synapse"),
+            (*_INDEX, *_SERVERS, "handlers.joins.synapse", "handlers.joins.detection.synapse"),
             "servers that newly join a room do not get its sticky events",
             lambda place: place.sends,
             needs=("index",),
@@ -148,7 +148,7 @@ DUTIES: Mapping[str, Duty] = {
         ),
         Duty(
             "parking",
-            (*_ROOMS, "handlers.staging.parking.synapse", "homeserver.staged"),
+            (_MEMBERS, "handlers.staging.parking.synapse", "homeserver.staged"),
             "acknowledged sticky events are dropped if they cannot be persisted at once",
             _everywhere,
         ),

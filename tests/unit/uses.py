@@ -89,6 +89,10 @@ class Allowed:
     seams: tuple[Seam, ...]
     own: frozenset[str]
 
+    def imports(self, owner: str, name: str) -> bool:
+        """Is it declared, or something of it?"""
+        return self.has(owner, name) or any(s.owner == f"{owner}.{name}" for s in self.seams)
+
     def has(self, owner: str, name: str) -> bool:
         return any((seam.owner, seam.name) == (owner, name) for seam in self.seams)
 
@@ -221,6 +225,12 @@ class _Reader:
                 yield from self._in_call(node)
             case ast.FunctionDef() | ast.AsyncFunctionDef():
                 yield from self._in_replacement(node)
+            case ast.ImportFrom(module=str(owner), names=names) if id(
+                node
+            ) not in self._at_load and is_private(owner):
+                for alias in names:
+                    if not self._allowed.imports(owner, alias.name):
+                        yield "import", f"{owner}.{alias.name}"
             case _:
                 pass
 

@@ -1,0 +1,118 @@
+"""What a change in Synapse takes away is what needs the changed part, and the log says so (H5)."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from synapse.module_api import ModuleApi
+from synapse.types import MultiWriterStreamToken
+
+from synapse_sticky.config import parse
+from synapse_sticky.duties import DUTIES
+from synapse_sticky.homeserver.seams import Import
+from synapse_sticky.wiring import Wiring
+from tests.mutations import with_member
+from tests.unit.test_in_one_process import make_homeserver
+from tests.unit.test_limits_in_synapse import done
+
+pytestmark = [pytest.mark.usefixtures("restored"), pytest.mark.requirement("H5")]
+
+STREAM = Import("synapse.replication.tcp.streams._base", "StickyEventsStream")
+FOLLOWING = {"index": "unfit", "joins": "off", "deferral": "unfit", "extremities": "off"}
+"""What follows the stream, and what becomes of it without."""
+
+
+@pytest.fixture
+def api(tmp_path: Path) -> ModuleApi:
+    return make_homeserver(tmp_path, "parts").get_module_api()
+
+
+@pytest.fixture
+def started(api: ModuleApi) -> Iterator[list[Wiring]]:
+    """What was started; it is ended with the test."""
+    found: list[Wiring] = []
+    yield found
+    for wiring in found:
+        wiring._homeserver.close()
+
+
+def start(api: ModuleApi, started: list[Wiring], **config: Any) -> dict[str, str]:
+    started.append(Wiring(parse(config), api))
+    return {name: state.value for name, state in started[-1].states.items()}
+
+
+def not_on(states: dict[str, str]) -> dict[str, str]:
+    return {name: state for name, state in states.items() if state != "on"}
+
+
+# The name of the stream
+
+
+def test_without_the_name_of_the_stream_only_what_follows_it_is_off() -> None:
+    """In a process of its own: the files that could read it are loaded anew, without that name."""
+    script = f"""
+import pathlib, sys, tempfile
+from tests.unit.test_in_one_process import make_homeserver
+from synapse.replication.tcp.streams import _base
+del _base.{STREAM.name}
+for file in ("homeserver.stream", "homeserver.tokens", "index.synapse"):
+    sys.modules.pop("synapse_sticky." + file, None)
+from synapse_sticky.config import parse
+from synapse_sticky.wiring import Wiring
+with tempfile.TemporaryDirectory() as folder:
+    hs = make_homeserver(pathlib.Path(folder), "without")
+    states = Wiring(parse({{}}), hs.get_module_api()).states
+print({{name: state.value for name, state in states.items() if state.value != "on"}})
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines()[-1] == str(FOLLOWING)
+
+
+@pytest.mark.requirement("D1", "C1")
+def test_without_the_index_delivery_and_visibility_ask_the_database(
+    api: ModuleApi, started: list[Wiring], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_member(STREAM)(monkeypatch)
+    store: Any = api._hs.get_datastores().main
+    token = MultiWriterStreamToken(stream=5)
+    asked: list[dict[str, Any]] = []
+
+    async def by_sql(room_ids: Any, **question: Any) -> Any:
+        asked.append(question)
+        return token, {}
+
+    monkeypatch.setattr(store, "get_sticky_events_in_rooms", by_sql)
+    assert not_on(start(api, started)) == FOLLOWING
+    question = {"from_token": MultiWriterStreamToken(stream=1), "to_token": token, "now": 5}
+    done(store.get_sticky_events_in_rooms(["!room:here"], **question, limit=10))
+    assert asked == [{**question, "limit": 10}]
+
+    now_ms = started[0]._homeserver.now_ms()
+    rows = {
+        "sticky_events": (1, "master", "!room:here", "$event", "@me:here", now_ms + 60_000, 1),
+        "event_json": ("$event", "!room:here", "{}", "{}", 1),
+    }
+    columns = {
+        "sticky_events": "stream_id, instance_name, room_id, event_id, sender, expires_at,"
+        " event_stream_ordering",
+        "event_json": "event_id, room_id, json, internal_metadata, format_version",
+    }
+
+    def enter(txn: Any) -> None:
+        for table, row in rows.items():
+            marks = ", ".join("?" * len(row))
+            txn.execute(f"INSERT INTO {table} ({columns[table]}) VALUES ({marks})", row)
+
+    done(api.run_db_interaction("enter", enter))
+    found = done(started[0]._follower.rows_of(["$event"]))
+    assert [row.event_id for row in found.values()] == ["$event"]
+
+
+def test_parking_needs_no_acl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It only asks whether this server is in the room."""
+    with_member(Import("synapse.util.stringutils", "parse_server_name"))(monkeypatch)
+    unfit = {duty.name for duty in DUTIES.values() if duty.misfits()}
+    assert unfit == {"visibility", "joins"}

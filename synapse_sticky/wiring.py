@@ -42,6 +42,7 @@ from synapse_sticky.plan import (
     decide,
     guarded,
     is_done_in,
+    of_part,
     that_stop,
 )
 
@@ -112,17 +113,20 @@ class Wiring:
         decision = decide(duty, self._config, self.states, self._columns)
         if decision.missing:
             logger.warning("%s is off, as it needs %s", duty.name, ", ".join(decision.missing))
-        state, problems = decision.state, decision.misfits
-        if state is State.ON and (problems := self._install(duty.name)):
-            state = State.UNFIT
-        if problems:
-            self._say_unfit(duty.name, problems, duty.without)
+        state = decision.state
+        for part, lacks in decision.parts:
+            if problems := lacks or self._install(duty.name, part.name):
+                state = State.UNFIT
+                self._misfits.setdefault(duty.name, []).extend(of_part(part, problems))
+                name = f"{duty.name} ({part.name})" if part.name else duty.name
+                _say_unfit(name, problems, part.without)
         self._set(duty.name, state)
 
-    def _install(self, duty: str) -> list[str]:
-        """Installs it; or leaves no trace of it, and says why."""
+    def _install(self, duty: str, part: str) -> list[str]:
+        """Installs a part of it; or leaves no trace of that, and says why."""
         mark = self._homeserver.mark()
-        install: Callable[[], None] = getattr(self, f"_install_{duty}")
+        name = f"_install_{duty}_{part}" if part else f"_install_{duty}"
+        install: Callable[[], None] = getattr(self, name)
         try:
             install()
         except Exception as e:
@@ -143,21 +147,12 @@ class Wiring:
         names = guarded(self.states)
         guards = [guard.guard(name) for name in names]
         problems = [problem for _, found in guards for problem in found]
+        self._misfits[ACCESS] = problems
         if not all(is_guarded for is_guarded, _ in guards):
-            self._say_unfit(ACCESS, problems, WITHOUT_ACCESS)
+            _say_unfit(ACCESS, problems, WITHOUT_ACCESS)
             self._set(ACCESS, State.UNFIT)
             return
-        self._misfits[ACCESS] = problems
         self._set(ACCESS, State.ON if names else State.OFF)
-
-    def _say_unfit(self, name: str, problems: list[str], without: str) -> None:
-        self._misfits[name] = problems
-        logger.error(
-            "%s is off, as this Synapse does not fit: %s. Without it %s.",
-            name,
-            "; ".join(problems),
-            without,
-        )
 
     def _set(self, name: str, state: State) -> None:
         self.states[name] = state
@@ -276,18 +271,22 @@ class Wiring:
             report = LimitReport(homeserver.now_ms, observes=True)
             Observer(homeserver, writer, stream, config, report).install()
 
-    def _install_sending(self) -> None:
+    def _install_sending_limit(self) -> None:
         from synapse_sticky.handlers.sending.synapse import SynapseSending
 
-        homeserver, config = self._homeserver, self._config
-        sending = SynapseSending(homeserver)
-        sending.check_parameter()
-        if config.state_events:
-            sending.accept_sticky_state()
-        local = config.local
-        if local.per_user is not None and local.mode is not LocalMode.OFF:
-            report = LimitReport(homeserver.now_ms, observes=local.mode is LocalMode.OBSERVE)
-            SendingHandler(homeserver, sending, local, report).install()
+        homeserver, local = self._homeserver, self._config.local
+        report = LimitReport(homeserver.now_ms, observes=local.mode is LocalMode.OBSERVE)
+        SendingHandler(homeserver, SynapseSending(homeserver), local, report).install()
+
+    def _install_sending_parameter(self) -> None:
+        from synapse_sticky.handlers.sending.synapse import SynapseSending
+
+        SynapseSending(self._homeserver).check_parameter()
+
+    def _install_sending_state_events(self) -> None:
+        from synapse_sticky.handlers.sending.synapse import SynapseSending
+
+        SynapseSending(self._homeserver).accept_sticky_state()
 
     def _install_extremities(self) -> None:
         from synapse_sticky.handlers.extremities.synapse import SynapseExtremities
@@ -338,3 +337,12 @@ class Wiring:
         self._ended.add(duty)
         if duty == "deferral":
             self._deferral_ended.fire()
+
+
+def _say_unfit(name: str, problems: list[str], without: str) -> None:
+    logger.error(
+        "%s is off, as this Synapse does not fit: %s. Without it %s.",
+        name,
+        "; ".join(problems),
+        without,
+    )

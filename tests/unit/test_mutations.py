@@ -38,8 +38,14 @@ SHARED, COLUMNS, COMMAND = "shared", "columns", "check"
 
 def seams_by_user() -> dict[str, tuple[Seam, ...]]:
     """What each duty needs for itself and each layer, by its name; and what all duties need, who
-    reads the columns, and the command that checks."""
-    found: dict[str, tuple[Seam, ...]] = {d.name: d.seams() for d in DUTIES.values()}
+    reads the columns, and the command that checks. Nobody needs what the configuration of these
+    tests does not ask for, which has a name of its own."""
+    found: dict[str, tuple[Seam, ...]] = {}
+    for duty in DUTIES.values():
+        wanted = plan.wanted(duty, StickyConfig())
+        found[duty.name] = tuple(seam for part in wanted for seam in part.seams())
+        others = [part for part in duty.parts if part not in wanted]
+        found.update({f"{duty.name}:{part.name}": part.seams() for part in others})
     found[SHARED] = tuple(seam for file in ALL for seam in seams_of(file))
     return {**found, **access.SEAMS, COLUMNS: database.SEAMS, COMMAND: seams_of(CHECK)}
 

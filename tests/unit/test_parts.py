@@ -8,13 +8,17 @@ from typing import Any
 
 import pytest
 from synapse.module_api import ModuleApi
+from synapse.rest.client import room as servlets
 from synapse.types import MultiWriterStreamToken
 
-from synapse_sticky.config import parse
+from synapse_sticky import metrics
+from synapse_sticky.cli.check import look
+from synapse_sticky.config import StickyConfig, Strict, parse
 from synapse_sticky.duties import DUTIES
-from synapse_sticky.homeserver.seams import Import
+from synapse_sticky.homeserver.seams import Import, SeamMismatchError
 from synapse_sticky.wiring import Wiring
 from tests.mutations import with_member
+from tests.unit.configuration import Files
 from tests.unit.test_in_one_process import make_homeserver
 from tests.unit.test_limits_in_synapse import done
 
@@ -109,6 +113,70 @@ def test_without_the_index_delivery_and_visibility_ask_the_database(
     done(api.run_db_interaction("enter", enter))
     found = done(started[0]._follower.rows_of(["$event"]))
     assert [row.event_id for row in found.values()] == ["$event"]
+
+
+# Parts of a duty
+
+
+def replaced(api: ModuleApi) -> bool:
+    """Are local users limited?"""
+    return "create_and_send_nonmember_event" in vars(api._hs.get_event_creation_handler())
+
+
+@pytest.mark.requirement("E1")
+def test_what_state_events_need_counts_only_with_them(
+    api: ModuleApi,
+    started: list[Wiring],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.delattr(servlets.RoomStateEventRestServlet, "on_PUT")
+    assert not_on(start(api, started)) == {}
+    assert replaced(api)
+    started.pop()._homeserver.close()
+    assert not_on(start(api, started, state_events=True)) == {"sending": "unfit"}
+    assert replaced(api)
+    assert caplog.text.count("sending (state_events) is off, as this Synapse does not fit: ") == 1
+    assert "RoomStateEventRestServlet.on_PUT is not there" in caplog.text
+    assert "Without it `state_events` has no effect." in caplog.text
+
+
+@pytest.mark.requirement("E1")
+def test_local_users_are_limited_also_where_the_parameter_cannot_be_checked(
+    api: ModuleApi,
+    started: list[Wiring],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    files: Files,
+) -> None:
+    monkeypatch.delattr(servlets.RoomSendEventRestServlet, "_do")
+    # What is missing is to be seen, though the rest is done.
+    assert not_on(start(api, started)) == {"sending": "unfit"}
+    assert metrics.DUTY.labels("sending", "unfit")._value.get() == 1
+    assert replaced(api)
+    assert caplog.text.count("sending (parameter) is off, as this Synapse does not fit: ") == 1
+    started.pop()._homeserver.close()
+    with pytest.raises(SeamMismatchError, match=r"sending: parameter: .*_do is not there"):
+        Wiring(StickyConfig(strict=Strict.ALL), api)
+    report = look([files.write()])
+    assert report.exit_code() == 1
+    (lack,) = report.duties["sending"].misfits
+    assert lack.startswith("parameter: ")
+    assert lack.endswith("RoomSendEventRestServlet._do is not there")
+
+
+@pytest.mark.requirement("S3")
+def test_what_the_limit_needs_counts_only_with_limits(
+    api: ModuleApi, started: list[Wiring], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(api._hs.get_delayed_events_handler().__class__, "add")
+    config: dict[str, Any] = {"local": {"mode": "off"}}
+    assert not_on(start(api, started, **config)) == {}
+    started.pop()._homeserver.close()
+    assert not_on(start(api, started)) == {"sending": "unfit"}
+    assert not replaced(api)
+    events = api._hs.get_event_creation_handler()
+    assert vars(events)["_synapse_sticky_checks_parameter"], "the parameter is checked all the same"
 
 
 def test_parking_needs_no_acl(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,7 +117,11 @@ def allowed(path: str) -> Allowed:
     for _, module, _ in imports(path, ast.parse((ROOT / path).read_text())):
         if module.startswith(f"{PACKAGE}.homeserver."):
             seams += _declared_in(module)
-    users = [d.seams() for d in DUTIES.values() if file in {f.split(":")[0] for f in d.files}]
+    users = [
+        duty.seams()
+        for duty in DUTIES.values()
+        if file in {f.split(":")[0] for part in duty.parts for f in part.files}
+    ]
     if users:
         in_all = set.intersection(*({(s.owner, s.name) for s in of_user} for of_user in users))
         seams += [s for of_user in users for s in of_user if (s.owner, s.name) in in_all]

@@ -51,6 +51,7 @@ logger = logging.getLogger(__name__)
 _LOAD_BACKOFF = Backoff(5_000, 30_000, spread=0)
 _PATIENCE_MS = 60_000
 _LOADED = "_synapse_sticky_is_loaded"
+_LOADING = "loading"
 
 Load = Callable[[], Awaitable[None]]
 
@@ -120,7 +121,8 @@ class Wiring:
                 self._misfits.setdefault(duty.name, []).extend(of_part(part, problems))
                 name = f"{duty.name} ({part.name})" if part.name else duty.name
                 _say_unfit(name, problems, part.without)
-        self._set(duty.name, state)
+        # One with tables is on once these are there.
+        self._set(duty.name, State.OFF if duty.name in self._loads else state)
 
     def _install(self, duty: str, part: str) -> list[str]:
         """Installs a part of it; or leaves no trace of that, and says why."""
@@ -165,10 +167,12 @@ class Wiring:
     def _tell(self) -> None:
         # Access is no duty that anybody chooses: it is named where it is missing.
         shown = (*DUTIES, *([] if self.states.get(ACCESS) is State.ON else [ACCESS]))
+        told = {name: state.value for name, state in self.states.items() if name in shown}
+        told.update(dict.fromkeys(self._loads, _LOADING))
         parts = []
-        for state in State:
-            if names := [name for name in shown if self.states.get(name) is state]:
-                of_state = "" if state is State.ON else f"{state.value}: "
+        for state in (State.ON.value, _LOADING, *(s.value for s in State if s is not State.ON)):
+            if names := [name for name in shown if told.get(name) == state]:
+                of_state = "" if state == State.ON.value else f"{state}: "
                 parts.append(of_state + ", ".join(names))
         logger.info(
             "synapse-sticky runs in %s: %s", self._homeserver.instance_name, "; ".join(parts)
@@ -303,9 +307,6 @@ class Wiring:
         Parking waits a while for deferral: the PDUs that it has processed at once are under the
         limits then.
         """
-        for duty in self._loads:
-            # It was installed; the metric says what is.
-            self._set(duty, State.OFF)
         for duty in self._loads:
             if duty != "parking":
                 self._begin_to_load(duty)

@@ -332,6 +332,10 @@ def test_off(lab: Lab, servers: Servers, peer: Peer, newcomer: Peer, row: Row) -
     is_as_without(row, Stage(enter(server, peer), newcomer), row.plain)
 
 
+LOADED = ("sliding", "joins", "parking", "deferral")
+"""What has tables is not on before these are there."""
+
+
 def those_that_need(row: Row) -> list[str]:
     return [other.duty for other in ROWS if row.duty in other.needs]
 
@@ -349,7 +353,10 @@ def is_as_without(row: Row, stage: Stage, plain: Callable[[Stage], None]) -> Non
 
 def is_told(server: Homeserver, states: dict[str, str]) -> None:
     """The start line and the metric say which duties are not on, and the log why."""
-    parts = [", ".join(duty for duty in DUTIES if duty not in states)]
+    on = [duty for duty in DUTIES if duty not in states]
+    parts = [", ".join(duty for duty in on if duty not in LOADED)]
+    if loaded := [duty for duty in on if duty in LOADED]:
+        parts.append(f"loading: {', '.join(loaded)}")
     for state in ("off", "unfit"):
         if duties := [duty for duty in DUTIES if states.get(duty) == state]:
             parts.append(f"{state}: {', '.join(duties)}")

@@ -1,5 +1,6 @@
 """What a change in Synapse takes away is what needs the changed part, and the log says so (H5)."""
 
+import logging
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,8 @@ from synapse.types import MultiWriterStreamToken
 from synapse_sticky import metrics
 from synapse_sticky.cli.check import look
 from synapse_sticky.config import StickyConfig, Strict, parse
-from synapse_sticky.duties import DUTIES
+from synapse_sticky.duties import DUTIES, State
+from synapse_sticky.handlers.joins.handler import JoinsHandler
 from synapse_sticky.homeserver.seams import Import, SeamMismatchError
 from synapse_sticky.wiring import Wiring
 from tests.mutations import with_member
@@ -184,3 +186,37 @@ def test_parking_needs_no_acl(monkeypatch: pytest.MonkeyPatch) -> None:
     with_member(Import("synapse.util.stringutils", "parse_server_name"))(monkeypatch)
     unfit = {duty.name for duty in DUTIES.values() if duty.misfits()}
     assert unfit == {"visibility", "joins"}
+
+
+# The start line
+
+
+@pytest.mark.requirement("H6")
+def test_what_still_loads_is_told_as_such(
+    api: ModuleApi,
+    started: list[Wiring],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The start line, the metric and the lines that come later agree."""
+    caplog.set_level(logging.INFO)
+
+    async def cannot(handler: JoinsHandler) -> None:
+        raise PermissionError("nobody may read this")
+
+    monkeypatch.setattr(JoinsHandler, "load", cannot)
+    states = start(api, started, receipt={"enabled": False})
+    lines = [
+        record.getMessage() for record in caplog.records if record.name == "synapse_sticky.wiring"
+    ]
+    assert (
+        "synapse-sticky runs in master: index, delivery, visibility, pruning, sending, extremities;"
+        " loading: sliding, joins, parking, deferral; off: receipt"
+    ) in lines
+    for duty in ("sliding", "parking", "deferral"):
+        assert lines.count(f"{duty} is on") == 1
+        assert states[duty] == "on"
+    assert "joins is on" not in lines
+    assert states["joins"] == State.OFF.value
+    assert metrics.DUTY.labels("joins", "off")._value.get() == 1
+    assert caplog.text.count("Could not load joins, which is off until then") == 1

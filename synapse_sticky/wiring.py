@@ -41,6 +41,7 @@ from synapse_sticky.plan import (
     decide,
     guarded,
     is_done_in,
+    of_part,
     that_stop,
 )
 
@@ -49,6 +50,7 @@ logger = logging.getLogger(__name__)
 _LOAD_BACKOFF = Backoff(5_000, 30_000, spread=0)
 _PATIENCE_MS = 60_000
 _LOADED = "_synapse_sticky_is_loaded"
+_LOADING = "loading"
 
 Load = Callable[[], Awaitable[None]]
 
@@ -109,17 +111,21 @@ class Wiring:
         decision = decide(duty, self._config, self.states, self._columns)
         if decision.missing:
             logger.warning("%s is off, as it needs %s", duty.name, ", ".join(decision.missing))
-        state, problems = decision.state, decision.misfits
-        if state is State.ON and (problems := self._install(duty.name)):
-            state = State.UNFIT
-        if problems:
-            self._say_unfit(duty.name, problems, duty.without)
-        self._set(duty.name, state)
+        state = decision.state
+        for part, lacks in decision.parts:
+            if problems := lacks or self._install(duty.name, part.name):
+                state = State.UNFIT
+                self._misfits.setdefault(duty.name, []).extend(of_part(part, problems))
+                name = f"{duty.name} ({part.name})" if part.name else duty.name
+                _say_unfit(name, problems, part.without)
+        # One with tables is on once these are there.
+        self._set(duty.name, State.OFF if duty.name in self._loads else state)
 
-    def _install(self, duty: str) -> list[str]:
-        """Installs it; or leaves no trace of it, and says why."""
+    def _install(self, duty: str, part: str) -> list[str]:
+        """Installs a part of it; or leaves no trace of that, and says why."""
         mark = self._homeserver.mark()
-        install: Callable[[], None] = getattr(self, f"_install_{duty}")
+        name = f"_install_{duty}_{part}" if part else f"_install_{duty}"
+        install: Callable[[], None] = getattr(self, name)
         try:
             install()
         except Exception as e:
@@ -140,21 +146,12 @@ class Wiring:
         names = guarded(self.states)
         guards = [guard.guard(name) for name in names]
         problems = [problem for _, found in guards for problem in found]
+        self._misfits[ACCESS] = problems
         if not all(is_guarded for is_guarded, _ in guards):
-            self._say_unfit(ACCESS, problems, WITHOUT_ACCESS)
+            _say_unfit(ACCESS, problems, WITHOUT_ACCESS)
             self._set(ACCESS, State.UNFIT)
             return
-        self._misfits[ACCESS] = problems
         self._set(ACCESS, State.ON if names else State.OFF)
-
-    def _say_unfit(self, name: str, problems: list[str], without: str) -> None:
-        self._misfits[name] = problems
-        logger.error(
-            "%s is off, as this Synapse does not fit: %s. Without it %s.",
-            name,
-            "; ".join(problems),
-            without,
-        )
 
     def _set(self, name: str, state: State) -> None:
         self.states[name] = state
@@ -167,10 +164,12 @@ class Wiring:
     def _tell(self) -> None:
         # Access is no duty that anybody chooses: it is named where it is missing.
         shown = (*DUTIES, *([] if self.states.get(ACCESS) is State.ON else [ACCESS]))
+        told = {name: state.value for name, state in self.states.items() if name in shown}
+        told.update(dict.fromkeys(self._loads, _LOADING))
         parts = []
-        for state in State:
-            if names := [name for name in shown if self.states.get(name) is state]:
-                of_state = "" if state is State.ON else f"{state.value}: "
+        for state in (State.ON.value, _LOADING, *(s.value for s in State if s is not State.ON)):
+            if names := [name for name in shown if told.get(name) == state]:
+                of_state = "" if state == State.ON.value else f"{state}: "
                 parts.append(of_state + ", ".join(names))
         logger.info(
             "synapse-sticky runs in %s: %s", self._homeserver.instance_name, "; ".join(parts)
@@ -273,18 +272,22 @@ class Wiring:
             report = LimitReport(homeserver.now_ms, observes=True)
             Observer(homeserver, writer, stream, config, report).install()
 
-    def _install_sending(self) -> None:
+    def _install_sending_limit(self) -> None:
         from synapse_sticky.handlers.sending.synapse import SynapseSending
 
-        homeserver, config = self._homeserver, self._config
-        sending = SynapseSending(homeserver)
-        sending.check_parameter()
-        if config.state_events:
-            sending.accept_sticky_state()
-        local = config.local
-        if local.per_user is not None and local.mode is not LocalMode.OFF:
-            report = LimitReport(homeserver.now_ms, observes=local.mode is LocalMode.OBSERVE)
-            SendingHandler(homeserver, sending, local, report).install()
+        homeserver, local = self._homeserver, self._config.local
+        report = LimitReport(homeserver.now_ms, observes=local.mode is LocalMode.OBSERVE)
+        SendingHandler(homeserver, SynapseSending(homeserver), local, report).install()
+
+    def _install_sending_parameter(self) -> None:
+        from synapse_sticky.handlers.sending.synapse import SynapseSending
+
+        SynapseSending(self._homeserver).check_parameter()
+
+    def _install_sending_state_events(self) -> None:
+        from synapse_sticky.handlers.sending.synapse import SynapseSending
+
+        SynapseSending(self._homeserver).accept_sticky_state()
 
     def _install_extremities(self) -> None:
         from synapse_sticky.handlers.extremities.synapse import SynapseExtremities
@@ -301,9 +304,6 @@ class Wiring:
         Parking waits a while for deferral: the PDUs that it has processed at once are under the
         limits then.
         """
-        for duty in self._loads:
-            # It was installed; the metric says what is.
-            self._set(duty, State.OFF)
         for duty in self._loads:
             if duty != "parking":
                 self._begin_to_load(duty)
@@ -335,3 +335,12 @@ class Wiring:
         self._ended.add(duty)
         if duty == "deferral":
             self._deferral_ended.fire()
+
+
+def _say_unfit(name: str, problems: list[str], without: str) -> None:
+    logger.error(
+        "%s is off, as this Synapse does not fit: %s. Without it %s.",
+        name,
+        "; ".join(problems),
+        without,
+    )

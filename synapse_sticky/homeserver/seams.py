@@ -1,8 +1,9 @@
 """Seams: every private part of Synapse that the module uses, declared beside its use.
 
-A file that uses private parts of Synapse declares them in its ``SEAMS``. A plain import of a
-private name is declared by the import itself: ``imports_of`` reads it off the source. ``fitting``
-says which of them the running Synapse lacks.
+A file that uses private parts of Synapse declares them in its ``SEAMS``. An import of a private
+name that loads with the file is declared by itself: ``imports_of`` reads it off the source. One in
+a function is not, as only a part of the file may need it: what is used of it is declared.
+``fitting`` says which of them the running Synapse lacks.
 """
 
 import ast
@@ -123,7 +124,7 @@ def attributes(owner: str, *names: str) -> tuple[Attribute, ...]:
 
 @functools.cache
 def imports_of(module: ModuleType) -> tuple[Import, ...]:
-    """The private names of Synapse that a module imports to run."""
+    """The private names of Synapse that a module imports as it is loaded."""
     return tuple(imports_in(ast.parse(inspect.getsource(module))))
 
 
@@ -132,6 +133,8 @@ def imports_in(tree: ast.AST) -> Iterator[Import]:
     for node in ast.iter_child_nodes(tree):
         match node:
             case ast.If(test=ast.Name(id="TYPE_CHECKING")):
+                continue
+            case ast.FunctionDef() | ast.AsyncFunctionDef():
                 continue
             case ast.ImportFrom(module=str(path), names=names) if _is_private(path):
                 yield from (Import(path, alias.name) for alias in names)

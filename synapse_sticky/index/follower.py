@@ -15,7 +15,7 @@ import attr
 from synapse_sticky._core import StickyIndex
 from synapse_sticky.backoff import Backoff, Retrying
 from synapse_sticky.homeserver import Homeserver
-from synapse_sticky.index.position import Position
+from synapse_sticky.homeserver.position import Position
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +46,9 @@ class StickyRow:
 class Stream(Protocol):
     """Synapse's sticky events stream, as this process sees it."""
 
-    writers: Sequence[str]
-    """The instances that write to it."""
+    @property
+    def writers(self) -> Sequence[str]:
+        """The instances that write to it."""
 
     def positions(self) -> dict[str, int]:
         """Up to where each writer's rows are visible here, by instance name."""
@@ -112,7 +113,7 @@ class IndexFollower:
 
     def in_step(self) -> bool:
         """Does the index hold all that is visible to this process right now?"""
-        return self._is_true_up_to(self.stream.positions())
+        return self._is_started and self._is_true_up_to(self.stream.positions())
 
     def has_taken_in(self, last_rows: Mapping[str, int]) -> bool:
         """Has the index taken in the rows of each writer up to this stream ID?"""
@@ -123,6 +124,8 @@ class IndexFollower:
 
     def holds(self, up_to: Position) -> bool:
         """Does the index hold all there is up to this position, and nothing that changed since?"""
+        if not self._is_started:
+            return False
         writers = self.stream.writers
         positions = {writer: up_to.of(writer) for writer in writers}
         others = {writer: at for writer, at in up_to.writers.items() if writer not in writers}
@@ -138,7 +141,7 @@ class IndexFollower:
             await self._progress.wait(_CATCH_UP_MS)
 
     def _is_true_up_to(self, positions: Mapping[str, int]) -> bool:
-        is_clean = self._is_started and not self._changed and not self._rechecking
+        is_clean = not self._changed and not self._rechecking
         return is_clean and self.index.in_step(positions)
 
     async def rows_of(self, event_ids: Collection[str]) -> dict[str, StickyRow]:

@@ -65,6 +65,7 @@ CHANGES: dict[str, tuple[tuple[str, str, str], ...]] = {
     "sending": (
         ("add", "removed", "sticky_duration_ms"),
         ("messages_per_second", "class gone", ""),
+        ("_do", "sync or async", ""),
         ("on_PUT", "one more is required", ""),
     ),
     "extremities": (

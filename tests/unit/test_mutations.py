@@ -6,6 +6,8 @@ and a seam that cannot be changed fails the suite.
 
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from inspect import isclass
 
 import attr
 import pytest
@@ -15,8 +17,15 @@ from synapse_sticky import plan, wiring
 from synapse_sticky.config import StickyConfig, Strict
 from synapse_sticky.duties import ALL, CHECK, DUTIES, State, all_seams, seams_of, shared_misfits
 from synapse_sticky.homeserver import access, database, fitting, schema
-from synapse_sticky.homeserver.fitting import Columns, misfits
-from synapse_sticky.homeserver.seams import Import, Method, Seam, SeamMismatchError, Table
+from synapse_sticky.homeserver.fitting import Columns, misfits, resolve
+from synapse_sticky.homeserver.seams import (
+    Attribute,
+    Import,
+    Method,
+    Seam,
+    SeamMismatchError,
+    Table,
+)
 from tests.mutations import CLASS_GONE, HOLDER, Mutation, is_replaced_everywhere, mutations
 from tests.unit.conftest import restore
 from tests.unit.test_in_one_process import make_homeserver
@@ -29,8 +38,14 @@ SHARED, COLUMNS, COMMAND = "shared", "columns", "check"
 
 def seams_by_user() -> dict[str, tuple[Seam, ...]]:
     """What each duty needs for itself and each layer, by its name; and what all duties need, who
-    reads the columns, and the command that checks."""
-    found: dict[str, tuple[Seam, ...]] = {d.name: d.seams() for d in DUTIES.values()}
+    reads the columns, and the command that checks. Nobody needs what the configuration of these
+    tests does not ask for, which has a name of its own."""
+    found: dict[str, tuple[Seam, ...]] = {}
+    for duty in DUTIES.values():
+        wanted = plan.wanted(duty, StickyConfig())
+        found[duty.name] = tuple(seam for part in wanted for seam in part.seams())
+        others = [part for part in duty.parts if part not in wanted]
+        found.update({f"{duty.name}:{part.name}": part.seams() for part in others})
     found[SHARED] = tuple(seam for file in ALL for seam in seams_of(file))
     of_check = (*schema.SEAMS, *seams_of(CHECK))
     return {**found, **access.SEAMS, COLUMNS: database.SEAMS, COMMAND: of_check}
@@ -179,6 +194,59 @@ def test_exactly_what_needs_a_part_is_off(
     assert kinds, "no way is known in which this seam may change"
 
 
+SYNAPSES_OWN = (
+    "synapse.storage.database.LoggingDatabaseConnection",
+    "synapse.types.MultiWriterStreamToken",
+)
+"""Without any of what is in these, Synapse itself can do nothing."""
+
+IN_CLASSES = [
+    seam
+    for seam in SEAMS
+    if isinstance(seam, Method | Attribute)
+    and isclass(resolve(seam.owner))
+    and seam.owner not in SYNAPSES_OWN
+]
+
+
+@each(IN_CLASSES)
+def test_a_start_does_what_was_planned(
+    seam: Seam, process: Process, quick: Quick, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also the homeserver that runs lacks the part: what a duty takes of it to install itself is
+    declared for this very duty, not only for another that uses the same file."""
+    columns = columns_of_all()
+    monkeypatch.setattr(wiring, "read_columns", lambda config: (columns, []))
+    gone = next(mutations(seam))
+    quick(gone)
+    with removed(seam), monkeypatch.context() as patched:
+        gone.put(patched)
+        assert process.start() == planned(columns) == expected(harmed(gone))
+
+
+@contextmanager
+def removed(seam: Seam) -> Iterator[None]:
+    """Takes it from what is of the class already: a property comes before what an instance has."""
+    cls = resolve(seam.owner)
+    had = vars(cls).get(seam.name)
+    try:
+        setattr(cls, seam.name, property(is_gone))
+    except TypeError:  # it is compiled, and cannot be changed
+        yield
+        return
+    try:
+        yield
+    finally:
+        if had is None:
+            delattr(cls, seam.name)
+        else:
+            setattr(cls, seam.name, had)
+
+
+def is_gone(instance: object) -> None:
+    raise AttributeError("gone")
+
+
 def lacking(users: set[str]) -> list[str]:
     """Which duties lack something, and whether the guard of the sections does, on either layer."""
     unfit = {name for name, state in expected(users).items() if state is State.UNFIT}
@@ -310,6 +378,6 @@ def test_one_layer_suffices_to_guard_the_sections(
 
 def test_an_import_that_is_gone_is_found_where_it_is_written() -> None:
     """Not only by the table: the file itself is loaded then."""
-    assert importlib.import_module("synapse_sticky.index.synapse")
-    seams = [s for s in USERS["index"] if isinstance(s, Import)]
+    assert importlib.import_module("synapse_sticky.homeserver.tokens")
+    seams = [s for s in USERS["delivery"] if isinstance(s, Import)]
     assert Import("synapse.types", "MultiWriterStreamToken") in seams

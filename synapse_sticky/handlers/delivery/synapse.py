@@ -10,7 +10,7 @@ from synapse_sticky.handlers.delivery.handler import Answer, Question
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.homeserver.access import still_sticky
 from synapse_sticky.homeserver.seams import STORE, method
-from synapse_sticky.index.synapse import position_of, token_of
+from synapse_sticky.homeserver.tokens import position_of, token_of
 
 if TYPE_CHECKING:
     from synapse.types import MultiWriterStreamToken

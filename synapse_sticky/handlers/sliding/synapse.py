@@ -13,8 +13,8 @@ from synapse.types.rest.client import SlidingSyncStickyEventsToken
 from synapse_sticky.handlers.sliding.handler import SlidingPage, SlidingRequest
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, attributes, method, table
+from synapse_sticky.homeserver.tokens import position_of, token_of
 from synapse_sticky.index import Position
-from synapse_sticky.index.synapse import position_of, token_of
 
 _SLIDING_SYNC = "synapse.handlers.sliding_sync"
 _EXTENSIONS = f"{_SLIDING_SYNC}.extensions.SlidingSyncExtensionHandler"

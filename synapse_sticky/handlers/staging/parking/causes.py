@@ -71,8 +71,10 @@ class Cause:
         return None
 
     def __str__(self) -> str:
+        # The others say where in the database.
+        line = next(iter(self.text.strip().splitlines()), "")
         code = self.sqlstate or self.sqlite_name
-        return f"{self.text.strip()} ({code})" if code else self.text.strip()
+        return f"{line} ({code})" if code else line
 
     def to_json(self) -> dict[str, Any]:
         """What an event persister hands on to the process that received the PDU: not the text."""

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from typing import Any
 
@@ -44,7 +45,6 @@ SEAMS = (
     method(STORE, "async try_acquire_lock(lock_name, lock_key, /) -> Lock | None"),
     method(STORE, "async have_events_in_timeline(event_ids, /) -> set"),
     method(STORE, "async is_host_joined(room_id, host, /) -> bool"),
-    method(STORE, "async record_event_failed_pull_attempt(room_id, event_id, cause, /)"),
     Attribute("synapse.storage.engines._base.BaseDatabaseEngine", "module"),
     table(
         "federation_inbound_events_staging",
@@ -61,6 +61,10 @@ _MAX_AUTH_EVENTS = 10  # likewise
 
 _DEPTH = 5
 """So many errors, each the cause of the one before, are looked at."""
+
+_MOST_REFUSED = 10_000
+_REFUSED_FOR_MS = 600_000
+"""How long an event that the database refused is passed over. Someone may have mended that then."""
 
 _CAUSE = "org.matrix.msc4354.synapse_sticky.cause"
 """The field of an event persister's answer with the cause of its error."""
@@ -79,6 +83,8 @@ class SynapseStaging:
         self._store = homeserver.store
         self._handler: Any = homeserver.hs.get_federation_event_handler()
         self.receives = homeserver.place.serves("federation")
+        # When the database refused which event last, as far as others may come after it.
+        self._refused: OrderedDict[str, int] = OrderedDict()
         self._database_error: type[Exception] = self._store.database_engine.module.Error
 
     # Processing
@@ -159,20 +165,26 @@ class SynapseStaging:
         async def _process_pulled_event(
             origin: str, event: EventBase, backfilled: bool, *args: Any, **options: Any
         ) -> None:
+            now_ms = self._homeserver.now_ms()
+            if now_ms - self._refused.get(event.event_id, -_REFUSED_FOR_MS) < _REFUSED_FOR_MS:
+                return
             try:
                 await original(origin, event, backfilled, *args, **options)
             except Exception as e:
                 cause = self._cause_of(e)
                 if backfilled or cause is None or cause.verdict() is not Verdict.REFUSED:
                     raise
-                # Else whatever comes after it in the room could not be persisted either. Synapse
-                # does the same with an event whose signatures or auth_events are not in order.
+                # Else nothing that comes after it in the room could be persisted. Synapse does the
+                # same with an event that it refuses itself.
+                self._remember_refused(event)
                 logger.warning("Passing over %s of %s: %s", event.event_id, origin, cause)
-                await self._store.record_event_failed_pull_attempt(
-                    event.room_id, event.event_id, str(cause).replace("\0", "")
-                )
 
         return _process_pulled_event
+
+    def _remember_refused(self, event: EventBase) -> None:
+        self._refused[event.event_id] = self._homeserver.now_ms()
+        while len(self._refused) > _MOST_REFUSED:
+            self._refused.popitem(last=False)
 
     async def _verdict_on(self, pdu: EventBase, e: Exception) -> tuple[str, Verdict] | None:
         """Why it was not persisted, and whether that passes; None if Synapse itself refuses it."""
@@ -184,6 +196,7 @@ class SynapseStaging:
             # What is refused may be one of these.
             return "its prev_events cannot be fetched", Verdict.PASSES
         if verdict is Verdict.REFUSED:
+            self._remember_refused(pdu)
             return f"it cannot be persisted: {cause}", verdict
         return None
 

@@ -3,6 +3,7 @@
 A trigger in a Postgres of the test's own raises the SQLSTATE that it is told for an event.
 """
 
+import secrets
 from collections.abc import Iterator
 from contextlib import closing
 
@@ -122,6 +123,19 @@ def test_what_is_refused_is_dropped(
     assert event_id not in parked(scene.server)
     (line,) = drops_of(scene.server, event_id)
     assert sqlstate in line
+    assert tries_of(scene.server, event_id) == 1
+
+
+@pytest.mark.requirement("L3", "H1", "H2")
+def test_an_index_row_that_is_too_large(scene: Scene[Homeserver], other: Scene[Homeserver]) -> None:
+    """What the peer can bring about by itself."""
+    relation = {"rel_type": secrets.token_hex(9_000), "event_id": scene.room.extremities[0]}
+    event_id, pdu = scene.peer.sticky(scene.room, scene.eve, content={"m.relates_to": relation})
+    assert scene.send(pdu) == {event_id: {}}
+    others_come_in(scene, other, scene.sticky())
+    wait_until(lambda: drops_of(scene.server, event_id), "it to be dropped")
+    (line,) = drops_of(scene.server, event_id)
+    assert "54000" in line
     assert tries_of(scene.server, event_id) == 1
 
 

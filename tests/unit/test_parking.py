@@ -10,6 +10,7 @@ from synapse.api.room_versions import RoomVersions
 from synapse.events import make_event_from_dict, relation_from_event
 
 from synapse_sticky.handlers.staging.parking import synapse, tables
+from synapse_sticky.handlers.staging.parking.causes import Verdict
 from synapse_sticky.handlers.staging.parking.handler import ParkingHandler
 from synapse_sticky.handlers.staging.parking.tables import ParkedPdu, ParkedTable, ScheduledPdu
 from synapse_sticky.handlers.staging.pdu import StagedPdu
@@ -40,6 +41,8 @@ class _Staging:
 
     async def process(self, room_id: str) -> None: ...
 
+    def verdict_of(self, e: Exception) -> None: ...
+
     def stage_txn(self, txn: object, room_id: str, pdus: list[ParkedPdu]) -> None:
         assert room_id == ROOM
         self.staged += [pdu.event_id for pdu in pdus]
@@ -60,7 +63,7 @@ class _Homeserver:
     async def is_in_room(self, room_id: str) -> bool:
         return self.in_room
 
-    def call_later(self, *args: object) -> None: ...
+    def call_later(self, *args: Any) -> Any: ...
 
     async def transact(self, what: str, function: Callable[..., T], *args: Any) -> T:
         with self._connection:
@@ -274,13 +277,13 @@ def test_what_comes_before_the_table_is_there_is_parked_then(
     handler = handler_of(homeserver, table)
     homeserver.staging.receives = False
     homeserver.staging.begin_on_staged_pdus = lambda: None
-    monkeypatch.setattr("synapse_sticky.handlers.staging.parking.handler._MOST_IN_MEMORY", 2)
+    monkeypatch.setattr("synapse_sticky.handlers.staging.parking.writing._MOST_IN_MEMORY", 2)
 
     async def park_three() -> None:
         for event_id in ("$1", "$2", "$3"):
             staged = StagedPdu(event_id, {"duration_ms": 60_000}, 0, 0)
             pdu = ParkedPdu("a.test", event_id, ROOM, "{}", "{}", ("$before",))
-            await handler.park(pdu, staged, "a reason")
+            await handler.fail(pdu, staged, "a reason", Verdict.PASSES)
 
     asyncio.run(park_three())
     assert parked(table, "a.test") == []

@@ -86,14 +86,17 @@ class ParkedTable:
     def __init__(self, homeserver: Homeserver) -> None:
         self._homeserver = homeserver
 
-    async def park(self, pdu: ParkedPdu, until_ms: int, due_ms: int) -> bool:
+    async def park(
+        self, pdu: ParkedPdu, until_ms: int, due_ms: int, *, postpones: bool = False
+    ) -> bool:
         """Parks a PDU until it expires; False if too many PDUs are parked.
 
         Where all places are taken, the server with the most parked PDUs loses its last one.
 
         Args:
-            until_ms: when it expires.
-            due_ms: when it is tried again first.
+            until_ms: when it expires, in ms since the epoch.
+            due_ms: when it is tried again first, likewise.
+            postpones: whether one that is parked already is tried then as well, and not before.
         """
 
         def write_txn(txn: Cursor) -> bool:
@@ -101,6 +104,12 @@ class ParkedTable:
             where = "synapse_sticky_incomplete WHERE origin = ? AND event_id = ?"
             txn.execute(f"SELECT 1 FROM {where}", key)
             if txn.fetchone() is not None:
+                if postpones:
+                    txn.execute(
+                        "UPDATE synapse_sticky_incomplete SET due_ms = ?"
+                        " WHERE origin = ? AND event_id = ?",
+                        (due_ms, *key),
+                    )
                 return True
             txn.execute(
                 "SELECT origin, COUNT(*) FROM synapse_sticky_incomplete"
@@ -132,6 +141,17 @@ class ParkedTable:
             return True
 
         return await self._homeserver.transact("park", write_txn)
+
+    async def remove(self, origin: str, event_id: str) -> None:
+        """The PDU is not parked any more, if it was."""
+
+        def write_txn(txn: Cursor) -> None:
+            txn.execute(
+                "DELETE FROM synapse_sticky_incomplete WHERE origin = ? AND event_id = ?",
+                (origin, event_id),
+            )
+
+        await self._homeserver.transact("remove_parked", write_txn)
 
     async def due(self) -> list[tuple[str, str]]:
         """The origins and rooms that have PDUs to be tried now: ``(origin, room_id)``, at most 50,

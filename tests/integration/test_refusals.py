@@ -1,0 +1,184 @@
+"""The database refuses single events, for good or for now: only these wait (L3, H1, H2).
+
+A trigger in a Postgres of the test's own raises the SQLSTATE that it is told for an event.
+"""
+
+import secrets
+from collections.abc import Iterator
+from contextlib import closing
+
+import pytest
+
+from tests.integration.rooms import NO_LIMITS
+from tests.integration.test_staging import parked
+from tests.lab import Homeserver, Lab, Peer, wait_until
+from tests.lab.impatient import IMPATIENT_MODULE
+from tests.lab.postgres import Postgres
+from tests.lab.scene import Scene, enter
+
+PASSING = ["08006", "40001", "53200", "55P03", "57P01", "58030", "25006"]
+REFUSING = ["54000", "22021", "23514", "42703"]
+CANCELED = "57014"
+
+_TRIGGER = (
+    "CREATE TABLE refusals (event_id TEXT NOT NULL, code TEXT NOT NULL)",
+    """
+    CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$
+    DECLARE
+        refusal TEXT;
+    BEGIN
+        SELECT code INTO refusal FROM refusals WHERE event_id = NEW.event_id;
+        IF refusal IS NOT NULL THEN
+            RAISE EXCEPTION USING ERRCODE = refusal, MESSAGE = 'refused by a test';
+        END IF;
+        RETURN NEW;
+    END $$
+    """,
+    "CREATE TRIGGER refuse BEFORE INSERT ON event_json FOR EACH ROW EXECUTE FUNCTION refuse()",
+)
+
+
+@pytest.fixture(scope="module")
+def server(lab: Lab) -> Iterator[Homeserver]:
+    with Postgres() as postgres:
+        (started,) = lab.servers(
+            {
+                "module_name": IMPATIENT_MODULE,
+                "config": NO_LIMITS,
+                "extra": {"database": postgres.new_database()},
+            }
+        )
+        started.change(*_TRIGGER)
+        yield started
+        lab.close_servers([started])
+
+
+@pytest.fixture
+def scene(server: Homeserver, peer: Peer) -> Scene[Homeserver]:
+    return enter(server, peer)
+
+
+@pytest.fixture
+def other(lab: Lab, scene: Scene[Homeserver]) -> Iterator[Scene[Homeserver]]:
+    """Another peer in the same room."""
+    with closing(lab.peer()) as peer:
+        carol = peer.user("carol")
+        room = peer.join(scene.server, scene.room_id, carol)
+        wait_until(lambda: carol in scene.alice.members(scene.room_id), "the other to be joined")
+        yield Scene(scene.server, peer, scene.alice, carol, room)
+
+
+def refused(scene: Scene[Homeserver], sqlstate: str) -> str:
+    """The peer sends a sticky event that the database does not take. Gives its ID."""
+    event_id, pdu = scene.peer.sticky(scene.room, scene.eve)
+    scene.server.change(f"INSERT INTO refusals VALUES ('{event_id}', '{sqlstate}')")
+    assert scene.send(pdu) == {event_id: {}}
+    return event_id
+
+
+def lines_with(server: Homeserver, *texts: str) -> list[str]:
+    """What its processes logged of this."""
+    lines = (line for log in server.logs().values() for line in log.splitlines())
+    return [line for line in lines if all(text in line for text in texts)]
+
+
+def tries_of(server: Homeserver, event_id: str) -> int:
+    return len(lines_with(server, "Failed to handle PDU", event_id))
+
+
+def drops_of(server: Homeserver, event_id: str) -> list[str]:
+    return lines_with(server, " WARNING ", "Dropping the sticky PDU", event_id)
+
+
+def others_come_in(scene: Scene[Homeserver], other: Scene[Homeserver], *more: str) -> None:
+    """What anybody else sends does."""
+    sent = [other.sticky(), scene.alice.send_sticky(scene.room_id), *more]
+    wait_until(lambda: all(scene.is_there(event_id) for event_id in sent), "the others", 30)
+
+
+@pytest.mark.requirement("L3", "H1")
+@pytest.mark.parametrize("sqlstate", PASSING)
+def test_what_passes_is_parked_at_once(
+    scene: Scene[Homeserver], other: Scene[Homeserver], sqlstate: str
+) -> None:
+    event_id = refused(scene, sqlstate)
+    others_come_in(scene, other, scene.sticky())
+    wait_until(lambda: event_id in parked(scene.server), "it to be parked")
+    assert not scene.is_there(event_id)
+    scene.server.change("DELETE FROM refusals")
+    scene.wait_until_there(event_id)
+    wait_until(lambda: event_id not in parked(scene.server), "it not to be parked any more")
+    wait_until(lambda: event_id in scene.sections()[0], "it to be in the section")
+    assert drops_of(scene.server, event_id) == []
+
+
+@pytest.mark.requirement("L3", "H1", "H2")
+@pytest.mark.parametrize("sqlstate", REFUSING)
+def test_what_is_refused_is_dropped(
+    scene: Scene[Homeserver], other: Scene[Homeserver], sqlstate: str
+) -> None:
+    event_id = refused(scene, sqlstate)
+    others_come_in(scene, other, scene.sticky())
+    wait_until(lambda: drops_of(scene.server, event_id), "it to be dropped")
+    assert event_id not in parked(scene.server)
+    (line,) = drops_of(scene.server, event_id)
+    assert sqlstate in line
+    assert tries_of(scene.server, event_id) == 1
+
+
+@pytest.mark.requirement("L3", "H1", "H2")
+def test_an_index_row_that_is_too_large(scene: Scene[Homeserver], other: Scene[Homeserver]) -> None:
+    """What the peer can bring about by itself."""
+    relation = {"rel_type": secrets.token_hex(9_000), "event_id": scene.room.extremities[0]}
+    event_id, pdu = scene.peer.sticky(scene.room, scene.eve, content={"m.relates_to": relation})
+    assert scene.send(pdu) == {event_id: {}}
+    others_come_in(scene, other, scene.sticky())
+    wait_until(lambda: drops_of(scene.server, event_id), "it to be dropped")
+    (line,) = drops_of(scene.server, event_id)
+    assert "54000" in line
+    assert tries_of(scene.server, event_id) == 1
+
+
+@pytest.mark.requirement("L3", "H1", "H2")
+def test_what_nobody_knows_is_tried_three_times(
+    scene: Scene[Homeserver], other: Scene[Homeserver]
+) -> None:
+    event_id = refused(scene, CANCELED)
+    others_come_in(scene, other, scene.sticky())
+    wait_until(lambda: drops_of(scene.server, event_id), "it to be dropped")
+    assert event_id not in parked(scene.server)
+    (line,) = drops_of(scene.server, event_id)
+    assert CANCELED in line
+    # Each process that receives PDUs counts by itself.
+    assert 3 <= tries_of(scene.server, event_id) <= 1 + 2 * scene.server.receivers
+
+
+@pytest.mark.requirement("L3", "F1", "H1")
+def test_what_comes_after_a_refused_event(
+    scene: Scene[Homeserver], other: Scene[Homeserver]
+) -> None:
+    """An honest server that has it sends its own on top of it. Synapse goes on from the state that
+    it asks for at one of these; it cannot at the first."""
+    event_id = refused(scene, "54000")
+    scene.peer.advance(scene.room, event_id)
+    first, *later = scene.flood(6)
+    others_come_in(scene, other, *later[-2:])
+    assert first in parked(scene.server)
+    wait_until(lambda: not parked(scene.server) & set(later[-2:]), "the last not to be parked")
+    # It is not tried again each time that something comes after it.
+    assert len(drops_of(scene.server, event_id)) == 1
+    assert not lines_with(scene.server, "Passing over") or scene.server.receivers > 1
+
+
+@pytest.mark.requirement("L3", "F1", "H1")
+def test_what_comes_after_an_event_that_waits(
+    scene: Scene[Homeserver], other: Scene[Homeserver]
+) -> None:
+    event_id = refused(scene, "53200")
+    scene.peer.advance(scene.room, event_id)
+    later = scene.flood(5)
+    others_come_in(scene, other)
+    wait_until(lambda: {event_id, *later} <= parked(scene.server), "all to be parked")
+    scene.server.change("DELETE FROM refusals")
+    scene.wait_until_there(event_id, *later)
+    wait_until(lambda: not parked(scene.server) & {event_id, *later}, "nothing to be left")

@@ -2,9 +2,9 @@
 
 from synapse.module_api import ModuleApi
 
-import synapse_sticky.handlers.staging.parking.handler
 from synapse_sticky import StickyEventsModule
 from synapse_sticky.config import StickyConfig
+from synapse_sticky.handlers.staging.parking import causes
 
 IMPATIENT_MODULE = "tests.lab.impatient.ImpatientModule"
 
@@ -13,6 +13,5 @@ class ImpatientModule(StickyEventsModule):
     """Where nobody knows whether a cause passes, it tries again after one and three seconds."""
 
     def __init__(self, config: StickyConfig, api: ModuleApi) -> None:
-        parking = synapse_sticky.handlers.staging.parking.handler
-        setattr(parking, "_UNKNOWN_AFTER_MS", (1_000, 3_000))  # noqa: B010
+        setattr(causes, "UNKNOWN_AFTER_MS", (1_000, 3_000))  # noqa: B010
         super().__init__(config, api)

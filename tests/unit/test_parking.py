@@ -12,7 +12,12 @@ from synapse.events import make_event_from_dict, relation_from_event
 from synapse_sticky.handlers.staging.parking import synapse, tables
 from synapse_sticky.handlers.staging.parking.causes import Verdict
 from synapse_sticky.handlers.staging.parking.handler import ParkingHandler
-from synapse_sticky.handlers.staging.parking.tables import ParkedPdu, ParkedTable, ScheduledPdu
+from synapse_sticky.handlers.staging.parking.tables import (
+    Outcome,
+    ParkedPdu,
+    ParkedTable,
+    ScheduledPdu,
+)
 from synapse_sticky.handlers.staging.pdu import StagedPdu
 from synapse_sticky.homeserver.layout import migrate
 
@@ -50,6 +55,8 @@ class _Staging:
 
 class _Homeserver:
     """A database of its own, and a clock that stands still until it is set."""
+
+    is_postgres = False
 
     def __init__(self) -> None:
         self.now = 0
@@ -94,6 +101,7 @@ def park(table: ParkedTable, origin: str, *event_ids: str, due_ms: int = 0) -> l
             await table.park(
                 ParkedPdu(origin, event_id, ROOM, "{}", "{}", ("$before",)), 3_600_000, due_ms
             )
+            is Outcome.PARKED
             for event_id in event_ids
         ]
 
@@ -128,11 +136,16 @@ def test_what_is_staged_again_stays_parked_until_it_has_ended(
     stage_txn = homeserver.staging.stage_txn
     assert park(table, "a.test", "$1", "$2") == [True, True]
     assert asyncio.run(table.due()) == [("a.test", ROOM)]
-    asyncio.run(
-        table.stage_again(
-            "a.test", ROOM, ["$2", "$1"], ended=[], due={"$1": 50, "$2": 60}, stage_txn=stage_txn
+    first, second = asyncio.run(table.of_room("a.test", ROOM))
+    for _ in range(2):  # also by another process that has read the same
+        asyncio.run(
+            table.stage_again(
+                *("a.test", ROOM, [second, first]),
+                ended=[],
+                due_ms={first: 50, second: 60},
+                stage_txn=stage_txn,
+            )
         )
-    )
     assert homeserver.staging.staged == ["$2", "$1"]
     assert parked(table, "a.test") == ["$1", "$2"]
     assert asyncio.run(table.due()) == []
@@ -141,7 +154,7 @@ def test_what_is_staged_again_stays_parked_until_it_has_ended(
     assert park(table, "a.test", "$1", due_ms=7) == [True]
     assert asyncio.run(table.next_due_ms()) == 50
     asyncio.run(
-        table.stage_again("a.test", ROOM, [], ended=["$1", "$2"], due={}, stage_txn=stage_txn)
+        table.stage_again("a.test", ROOM, [], ended=[first, second], due_ms={}, stage_txn=stage_txn)
     )
     assert asyncio.run(table.next_due_ms()) is None
 

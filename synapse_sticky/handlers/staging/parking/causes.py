@@ -21,6 +21,9 @@ class Verdict(enum.Enum):
     """Nobody can tell. A few tries are worth it."""
 
 
+UNKNOWN_AFTER_MS = (15_000, 120_000)
+"""The delays between the tries where nobody can tell. It is given up after the last try."""
+
 _PASSES = ("08", "40", "53", "55P03", "57P", "58", "25006")
 """How SQLSTATEs begin: the connection, a transaction that lost against another, no resources, a
 lock, a shutdown, the machine, a server that is read-only after a failover."""

@@ -39,10 +39,6 @@ logger = logging.getLogger(__name__)
 
 _BACKOFF = Backoff(1_000, 60_000, spread=0)
 
-_UNKNOWN_AFTER_MS = (15_000, 120_000)
-"""The delays between the tries of a PDU that failed for a reason that may pass or not. Each process
-counts its own tries, from its start on."""
-
 _CHECK_AFTER_MS = 1_000
 """After an attempt: by then it has gone well, or the other server does not answer."""
 
@@ -111,15 +107,13 @@ class ParkingHandler:
         self._rooms = rooms
         self._staging = staging
         self._table = table
-        self._writer = ParkedWriter(homeserver, table, staging.verdict_of, self._try_within)
+        self._writer = ParkedWriter(homeserver, table, staging.verdict_of, self._on_parked)
         self._timer: Cancellable | None = None
         self._timer_due_ms = 0
         self._is_trying = False
         self._failures_to_try = 0
         # What this process tried when its prev_events were there.
         self._tried: OrderedDict[_Key, None] = OrderedDict()
-        # How often a PDU failed in this process for a reason that may pass or not.
-        self._failures: OrderedDict[_Key, int] = OrderedDict()
 
     def install(self) -> None:
         """Takes effect from the next PDU on."""
@@ -152,20 +146,13 @@ class ParkingHandler:
             why: for the log.
             verdict: whether the reason passes.
         """
-        key = (pdu.origin, pdu.event_id)
-        if verdict is Verdict.PASSES:
-            await self._writer.park(ToPark(pdu, staged, why, _BACKOFF.min_ms))
-            return
-        failures = self._failures.pop(key, 0) + 1
-        if verdict is Verdict.REFUSED or failures > len(_UNKNOWN_AFTER_MS):
-            tries = f" (tried {failures} times)" if verdict is Verdict.UNKNOWN else ""
-            await self._writer.drop(pdu, why + tries)
-            return
-        self._failures[key] = failures
-        while len(self._failures) > _MOST_TRIED:
-            self._failures.popitem(last=False)
-        delay_ms = _UNKNOWN_AFTER_MS[failures - 1]
-        await self._writer.park(ToPark(pdu, staged, why, delay_ms, postpones=True))
+        if verdict is Verdict.REFUSED:
+            await self._writer.drop(pdu, why)
+        else:
+            await self._writer.park(ToPark(pdu, staged, why, verdict is Verdict.UNKNOWN))
+
+    def _on_parked(self) -> None:
+        self._try_within(_BACKOFF.min_ms)
 
     # Trying again
 
@@ -211,8 +198,8 @@ class ParkingHandler:
             # Until the room is joined Synapse would drop all, or have them in memory only.
             await self._table.stage_again(
                 *(origin, room_id, []),
-                ended=[pdu.event_id for pdu in parked if pdu.until_ms <= now_ms],
-                due={pdu.event_id: _next_ms(pdu, now_ms) for pdu in parked},
+                ended=[pdu for pdu in parked if pdu.until_ms <= now_ms],
+                due_ms={pdu: _next_ms(pdu, now_ms) for pdu in parked},
                 stage_txn=self._staging.stage_txn,
             )
             return
@@ -220,28 +207,26 @@ class ParkingHandler:
         persisted = await self._staging.persisted({*prevs, *(pdu.event_id for pdu in parked)})
         ended = [pdu for pdu in parked if pdu.event_id in persisted or pdu.until_ms <= now_ms]
         left = [pdu for pdu in parked if pdu not in ended]
-        counted = [pdu for pdu in left if (origin, pdu.event_id) in self._failures]
-        left = [pdu for pdu in left if pdu not in counted]
+        counted = [pdu for pdu in left if pdu.tries]
+        left = [pdu for pdu in left if not pdu.tries]
         to_stage = self._complete(origin, left, persisted)
         others = [pdu for pdu in left if pdu not in to_stage]
         # These are tried when they are due, and no more often.
         to_stage += [pdu for pdu in counted if pdu.due_ms <= now_ms]
-        due = {pdu.event_id: _next_ms(pdu, now_ms) for pdu in to_stage}
+        due_ms = {pdu: _next_ms(pdu, now_ms) for pdu in to_stage}
         if others:
             oldest = others[0]
             again_ms = oldest.due_ms
             if oldest.due_ms <= now_ms:
                 turn = (now_ms - oldest.received_ts_ms) // _TURN_MS
                 to_stage.append(others[-1 - turn // 2 % len(others)] if turn % 2 else oldest)
-                due[oldest.event_id] = _next_ms(oldest, now_ms)
+                due_ms[oldest] = _next_ms(oldest, now_ms)
                 again_ms = now_ms + _CHECK_AFTER_MS
-            due.update((pdu.event_id, again_ms) for pdu in others[1:])
+            due_ms.update((pdu, again_ms) for pdu in others[1:])
         await self._table.stage_again(
-            origin,
-            room_id,
-            [pdu.event_id for pdu in to_stage],
-            ended=[pdu.event_id for pdu in ended],
-            due=due,
+            *(origin, room_id, to_stage),
+            ended=ended,
+            due_ms=due_ms,
             stage_txn=self._staging.stage_txn,
         )
         if to_stage:

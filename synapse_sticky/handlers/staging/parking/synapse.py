@@ -2,7 +2,6 @@
 
 import json
 import logging
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from synapse.module_api.errors import Codes, SynapseError
 from synapse.replication.http.federation import ReplicationFederationSendEventsRestServlet
 
 from synapse_sticky.handlers.staging.parking.causes import Cause, Verdict
+from synapse_sticky.handlers.staging.parking.passed_over import PassedOver
 from synapse_sticky.handlers.staging.parking.tables import ParkedPdu
 from synapse_sticky.handlers.staging.pdu import StagedPdu
 from synapse_sticky.homeserver import Cursor, Homeserver
@@ -62,10 +62,6 @@ _MAX_AUTH_EVENTS = 10  # likewise
 _DEPTH = 5
 """So many errors, each the cause of the one before, are looked at."""
 
-_MOST_REFUSED = 10_000
-_REFUSED_FOR_MS = 600_000
-"""How long an event that the database refused is passed over. Someone may have mended that then."""
-
 _CAUSE = "org.matrix.msc4354.synapse_sticky.cause"
 """The field of an event persister's answer with the cause of its error."""
 
@@ -83,8 +79,7 @@ class SynapseStaging:
         self._store = homeserver.store
         self._handler: Any = homeserver.hs.get_federation_event_handler()
         self.receives = homeserver.place.serves("federation")
-        # When the database refused which event last, as far as others may come after it.
-        self._refused: OrderedDict[str, int] = OrderedDict()
+        self._passed_over = PassedOver(homeserver.now_ms)
         self._database_error: type[Exception] = self._store.database_engine.module.Error
 
     # Processing
@@ -165,40 +160,34 @@ class SynapseStaging:
         async def _process_pulled_event(
             origin: str, event: EventBase, backfilled: bool, *args: Any, **options: Any
         ) -> None:
-            now_ms = self._homeserver.now_ms()
-            if now_ms - self._refused.get(event.event_id, -_REFUSED_FOR_MS) < _REFUSED_FOR_MS:
+            if event.event_id in self._passed_over:
                 return
             try:
                 await original(origin, event, backfilled, *args, **options)
             except Exception as e:
                 cause = self._cause_of(e)
-                if backfilled or cause is None or cause.verdict() is not Verdict.REFUSED:
-                    raise
+                verdict = None if backfilled or cause is None else cause.verdict()
                 # Else nothing that comes after it in the room could be persisted. Synapse does the
                 # same with an event that it refuses itself.
-                self._remember_refused(event)
+                if not verdict or not self._passed_over.failed(event.event_id, verdict):
+                    raise
                 logger.warning("Passing over %s of %s: %s", event.event_id, origin, cause)
 
         return _process_pulled_event
-
-    def _remember_refused(self, event: EventBase) -> None:
-        self._refused[event.event_id] = self._homeserver.now_ms()
-        while len(self._refused) > _MOST_REFUSED:
-            self._refused.popitem(last=False)
 
     async def _verdict_on(self, pdu: EventBase, e: Exception) -> tuple[str, Verdict] | None:
         """Why it was not persisted, and whether that passes; None if Synapse itself refuses it."""
         cause = self._cause_of(e)
         verdict = None if cause is None else cause.verdict()
-        if verdict in (Verdict.PASSES, Verdict.UNKNOWN):
-            return f"it could not be persisted for now: {cause}", verdict
+        if verdict is Verdict.PASSES:
+            return f"it cannot be persisted for now: {cause}", verdict
         if await self._lacks_prev_events(pdu):
-            # What is refused may be one of these.
+            # Synapse has not come to the PDU itself. One of these failed.
             return "its prev_events cannot be fetched", Verdict.PASSES
-        if verdict is Verdict.REFUSED:
-            self._remember_refused(pdu)
-            return f"it cannot be persisted: {cause}", verdict
-        return None
+        if verdict is None:
+            return None
+        self._passed_over.failed(pdu.event_id, verdict)
+        return f"it cannot be persisted: {cause}", verdict
 
     async def _fail(
         self,

@@ -11,14 +11,17 @@ from collections.abc import Callable
 import attr
 
 from synapse_sticky.backoff import Backoff, Retrying
+from synapse_sticky.handlers.staging.parking import causes
 from synapse_sticky.handlers.staging.parking.causes import Verdict
-from synapse_sticky.handlers.staging.parking.tables import ParkedPdu, ParkedTable
+from synapse_sticky.handlers.staging.parking.tables import Outcome, ParkedPdu, ParkedTable
 from synapse_sticky.handlers.staging.pdu import StagedPdu
 from synapse_sticky.homeserver import Homeserver
 
 logger = logging.getLogger(__name__)
 
 _BACKOFF = Backoff(1_000, 60_000, spread=0)
+
+_DROPPING = "Dropping the sticky PDU %s of %s: %s"
 
 _MOST_IN_MEMORY = 500
 """As many as may be parked of one server, about 100 MB at the worst."""
@@ -29,15 +32,13 @@ class ToPark:
     """A PDU that is to be parked.
 
     why: for the log.
-    delay_ms: until it is tried again first.
-    postpones: whether it is tried that late also if it is parked already.
+    counts: whether this failure is one of the few after which it is given up.
     """
 
     pdu: ParkedPdu
     staged: StagedPdu
     why: str
-    delay_ms: int
-    postpones: bool = False
+    counts: bool = False
 
 
 class ParkedWriter:
@@ -48,12 +49,12 @@ class ParkedWriter:
         homeserver: Homeserver,
         table: ParkedTable,
         verdict_of: Callable[[Exception], Verdict | None],
-        on_parked: Callable[[int], None],
+        on_parked: Callable[[], None],
     ) -> None:
         """
         Args:
             verdict_of: whether the cause of an error passes.
-            on_parked: is called with the delay in ms after which the PDU is to be tried again.
+            on_parked: is called after a PDU was parked.
         """
         self._homeserver = homeserver
         self._table = table
@@ -101,7 +102,7 @@ class ParkedWriter:
 
     async def drop(self, pdu: ParkedPdu, why: str) -> None:
         """The PDU is given up."""
-        logger.warning("Dropping the sticky PDU %s of %s: %s", pdu.event_id, pdu.origin, why)
+        logger.warning(_DROPPING, pdu.event_id, pdu.origin, why)
         self._waiting.pop((pdu.origin, pdu.event_id), None)
         if not self._is_loaded:
             return
@@ -131,17 +132,21 @@ class ParkedWriter:
         if until_ms <= now_ms:
             return
         try:
-            is_parked = await self._table.park(
-                pdu, until_ms, now_ms + to_park.delay_ms, postpones=to_park.postpones
+            outcome = await self._table.park(
+                *(pdu, until_ms, now_ms + _BACKOFF.min_ms),
+                [now_ms + after_ms for after_ms in causes.UNKNOWN_AFTER_MS if to_park.counts],
             )
         except Exception as e:
             if self._verdict_of(e) in (Verdict.PASSES, Verdict.UNKNOWN):
                 raise
             logger.warning("Could not park the sticky PDU %s: %r", pdu.event_id, e)
             return
-        if is_parked:
+        if outcome is Outcome.PARKED:
             logger.info("Parked the sticky PDU %s: %s", pdu.event_id, to_park.why)
-            self._on_parked(to_park.delay_ms)
+            self._on_parked()
+        elif outcome is Outcome.GIVEN_UP:
+            why = f"{to_park.why} (tried {len(causes.UNKNOWN_AFTER_MS) + 1} times)"
+            logger.warning(_DROPPING, pdu.event_id, pdu.origin, why)
         else:
             logger.warning(
                 "Too many sticky PDUs of %s are parked, not parking %s: %s",

@@ -88,7 +88,7 @@ def _run_txn(txn: Cursor, statement: str, is_postgres: bool) -> None:
     added = None if is_postgres else _ADDED_COLUMN.match(statement)
     if added:
         # SQLite does not know IF NOT EXISTS here.
-        txn.execute("SELECT 1 FROM pragma_table_info(?) WHERE name = ?", added.groups())
+        txn.execute("SELECT 1 FROM pragma_table_info(?) WHERE name = ?", (added[1], added[2]))
         if txn.fetchone() is not None:
             return
         statement = statement.replace(" IF NOT EXISTS", "", 1)

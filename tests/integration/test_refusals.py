@@ -1,10 +1,12 @@
 """The database refuses single events, for good or for now: only these wait (L3, H1, H2).
 
-A trigger in a Postgres of the test's own raises the SQLSTATE that it is told for an event.
+A trigger in a Postgres of the test's own raises the SQLSTATE that it is told for an event. An event
+that says so takes a while.
 """
 
 import secrets
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import pytest
@@ -27,6 +29,9 @@ _TRIGGER = (
     DECLARE
         refusal TEXT;
     BEGIN
+        IF NEW.json LIKE '%takes a while%' THEN
+            PERFORM pg_sleep(3);
+        END IF;
         SELECT code INTO refusal FROM refusals WHERE event_id = NEW.event_id;
         IF refusal IS NOT NULL THEN
             RAISE EXCEPTION USING ERRCODE = refusal, MESSAGE = 'refused by a test';
@@ -137,6 +142,27 @@ def test_an_index_row_that_is_too_large(scene: Scene[Homeserver], other: Scene[H
     (line,) = drops_of(scene.server, event_id)
     assert "54000" in line
     assert tries_of(scene.server, event_id) == 1
+
+
+@pytest.mark.requirement("H1")
+def test_what_is_persisted_together_does_not_fail_together(scene: Scene[Homeserver]) -> None:
+    """Meanwhile Synapse makes one batch of whatever comes for the room."""
+    alice, room_id = scene.alice, scene.room_id
+    with ThreadPoolExecutor(5) as threads:
+        first = threads.submit(alice.send, room_id, {"body": "takes a while"})
+        sleeping = "SELECT 1 FROM pg_stat_activity WHERE wait_event = 'PgSleep'"
+        wait_until(lambda: scene.server.query(sleeping), "the room to be busy")
+        event_id = refused(scene, "54000")
+        begun = ("handling received PDU", event_id)
+        wait_until(lambda: lines_with(scene.server, *begun), "it to be looked at")
+        sent = [first, *(threads.submit(alice.send, room_id) for _ in range(4))]
+        assert all(scene.is_there(sending.result()) for sending in sent)
+    wait_until(lambda: drops_of(scene.server, event_id), "it to be dropped")
+    assert tries_of(scene.server, event_id) == 1
+    assert lines_with(scene.server, "parts of a batch", room_id)
+    assert scene.alice.sync()["rooms"]["join"][room_id]["timeline"]["events"][-1]["event_id"] in {
+        sending.result() for sending in sent
+    }
 
 
 @pytest.mark.requirement("L3", "H1", "H2")

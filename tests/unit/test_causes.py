@@ -9,6 +9,7 @@ import psycopg2
 import pytest
 from canonicaljson import encode_canonical_json
 from synapse.api.errors import FederationError, HttpResponseException, SynapseError
+from twisted.enterprise.adbapi import ConnectionLost
 
 from synapse_sticky.handlers.staging.parking import synapse
 from synapse_sticky.handlers.staging.parking.causes import Cause, Verdict
@@ -101,6 +102,7 @@ def test_the_sqlstate_tells_whatever_the_class(verdict: Verdict, sqlstate: str |
     ("verdict", "error"),
     [
         (PASSES, psycopg2.InterfaceError("connection already closed")),
+        (PASSES, ConnectionLost()),
         (UNKNOWN, psycopg2.ProgrammingError("no results to fetch")),
         (PASSES, raised_from(OSError("refused"), SynapseError(502, "Failed to talk to it"))),
         (UNKNOWN, SynapseError(502, "Bad Gateway")),

@@ -34,8 +34,9 @@ _REFUSED = ("54000", "22", "23", "42")
 _SQLITE_PASSES = ("BUSY", "LOCKED", "FULL", "IOERR", "READONLY", "CANTOPEN")
 _SQLITE_REFUSED = ("TOOBIG", "CONSTRAINT", "MISMATCH")
 
-_WITHOUT_CODE = frozenset({"OperationalError", "InterfaceError"})
-"""These come without an SQLSTATE if the connection was lost, or refused."""
+_WITHOUT_CODE = frozenset({"OperationalError", "InterfaceError", "ConnectionLost"})
+"""These come without an SQLSTATE if the connection was lost, or refused. The last one is Twisted's:
+Synapse raises it in place of the driver's if the connection is lost in a transaction."""
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)

@@ -11,6 +11,7 @@ from synapse.federation.federation_server import _INBOUND_EVENT_HANDLING_LOCK_NA
 from synapse.module_api import EventBase
 from synapse.module_api.errors import Codes, SynapseError
 from synapse.replication.http.federation import ReplicationFederationSendEventsRestServlet
+from twisted.enterprise.adbapi import ConnectionLost
 
 from synapse_sticky.handlers.staging.parking.causes import Cause, Verdict
 from synapse_sticky.handlers.staging.parking.passed_over import PassedOver
@@ -80,7 +81,7 @@ class SynapseStaging:
         self._handler: Any = homeserver.hs.get_federation_event_handler()
         self.receives = homeserver.place.serves("federation")
         self._passed_over = PassedOver(homeserver.now_ms)
-        self._database_error: type[Exception] = self._store.database_engine.module.Error
+        self._database_errors = (self._store.database_engine.module.Error, ConnectionLost)
 
     # Processing
 
@@ -229,7 +230,7 @@ class SynapseStaging:
     def _cause_of(self, e: BaseException | None) -> Cause | None:
         """The first of the error and its causes that the table of causes knows; None if none is."""
         for _ in range(_DEPTH):
-            if isinstance(e, self._database_error):
+            if isinstance(e, self._database_errors):
                 return Cause(
                     frozenset(cls.__name__ for cls in type(e).__mro__),
                     sqlstate=getattr(e, "pgcode", None),

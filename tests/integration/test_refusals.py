@@ -105,33 +105,28 @@ def others_come_in(scene: Scene[Homeserver], other: Scene[Homeserver], *more: st
 
 
 @pytest.mark.requirement("L3", "H1")
-@pytest.mark.parametrize("sqlstate", PASSING)
-def test_what_passes_is_parked_at_once(
-    scene: Scene[Homeserver], other: Scene[Homeserver], sqlstate: str
-) -> None:
-    event_id = refused(scene, sqlstate)
+def test_what_passes_is_parked_at_once(scene: Scene[Homeserver], other: Scene[Homeserver]) -> None:
+    sent = {refused(scene, sqlstate): sqlstate for sqlstate in PASSING}
     others_come_in(scene, other, scene.sticky())
-    wait_until(lambda: event_id in parked(scene.server), "it to be parked")
-    assert not scene.is_there(event_id)
+    wait_until(lambda: sent.keys() <= parked(scene.server), "all to be parked")
+    assert not any(scene.is_there(event_id) for event_id in sent)
     scene.server.change("DELETE FROM refusals")
-    scene.wait_until_there(event_id)
-    wait_until(lambda: event_id not in parked(scene.server), "it not to be parked any more")
-    wait_until(lambda: event_id in scene.sections()[0], "it to be in the section")
-    assert drops_of(scene.server, event_id) == []
+    scene.wait_until_there(*sent)
+    wait_until(lambda: not sent.keys() & parked(scene.server), "none to be parked any more")
+    wait_until(lambda: sent.keys() <= {*scene.sections()[0]}, "all to be in the section")
+    assert not any(drops_of(scene.server, event_id) for event_id in sent)
 
 
 @pytest.mark.requirement("L3", "H1", "H2")
-@pytest.mark.parametrize("sqlstate", REFUSING)
-def test_what_is_refused_is_dropped(
-    scene: Scene[Homeserver], other: Scene[Homeserver], sqlstate: str
-) -> None:
-    event_id = refused(scene, sqlstate)
+def test_what_is_refused_is_dropped(scene: Scene[Homeserver], other: Scene[Homeserver]) -> None:
+    sent = {refused(scene, sqlstate): sqlstate for sqlstate in REFUSING}
     others_come_in(scene, other, scene.sticky())
-    wait_until(lambda: drops_of(scene.server, event_id), "it to be dropped")
-    assert event_id not in parked(scene.server)
-    (line,) = drops_of(scene.server, event_id)
-    assert sqlstate in line
-    assert tries_of(scene.server, event_id) == 1
+    wait_until(lambda: all(drops_of(scene.server, event_id) for event_id in sent), "the drops")
+    assert not sent.keys() & parked(scene.server)
+    for event_id, sqlstate in sent.items():
+        (line,) = drops_of(scene.server, event_id)
+        assert sqlstate in line
+        assert tries_of(scene.server, event_id) == 1
 
 
 @pytest.mark.requirement("L3", "H1", "H2")

@@ -148,7 +148,10 @@ DUTIES: Mapping[str, Duty] = {
         ),
         Duty(
             "parking",
-            (*_ROOMS, "handlers.staging.parking.synapse", "homeserver.staged"),
+            (
+                *(*_ROOMS, "handlers.staging.parking.synapse", "handlers.staging.batches.synapse"),
+                "homeserver.staged",
+            ),
             "acknowledged sticky events are dropped if they cannot be persisted at once",
             _everywhere,
         ),

@@ -245,6 +245,7 @@ class Wiring:
         PruningHandler(self._homeserver, SynapsePruning(self._homeserver)).install()
 
     def _install_parking(self) -> None:
+        from synapse_sticky.handlers.staging.batches.synapse import Batches
         from synapse_sticky.handlers.staging.parking.synapse import SynapseStaging
         from synapse_sticky.homeserver.rooms import Rooms
 
@@ -252,6 +253,7 @@ class Wiring:
         staging, table = SynapseStaging(homeserver), ParkedTable(homeserver)
         parking = ParkingHandler(homeserver, Rooms(homeserver), staging, table)
         parking.install()
+        Batches(homeserver, staging.verdict_of).install()
         self._loads["parking"] = parking.load
 
     def _install_receipt(self) -> None:

@@ -261,7 +261,9 @@ class Peer:
 
     def _is_state(self, event_id: str, room_id: str) -> bool:
         pdu = self.events[event_id]
-        return pdu.get("room_id") == room_id and "state_key" in pdu
+        # The event that makes a room of version 12 names no room: its ID is the room's.
+        in_room = pdu.get("room_id", f"!{event_id[1:]}") == room_id
+        return in_room and "state_key" in pdu
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -10,8 +10,14 @@ from synapse.api.room_versions import RoomVersions
 from synapse.events import make_event_from_dict, relation_from_event
 
 from synapse_sticky.handlers.staging.parking import synapse, tables
+from synapse_sticky.handlers.staging.parking.causes import Verdict
 from synapse_sticky.handlers.staging.parking.handler import ParkingHandler
-from synapse_sticky.handlers.staging.parking.tables import ParkedPdu, ParkedTable, ScheduledPdu
+from synapse_sticky.handlers.staging.parking.tables import (
+    Outcome,
+    ParkedPdu,
+    ParkedTable,
+    ScheduledPdu,
+)
 from synapse_sticky.handlers.staging.pdu import StagedPdu
 from synapse_sticky.homeserver.layout import migrate
 
@@ -40,6 +46,8 @@ class _Staging:
 
     async def process(self, room_id: str) -> None: ...
 
+    def verdict_of(self, e: Exception) -> None: ...
+
     def stage_txn(self, txn: object, room_id: str, pdus: list[ParkedPdu]) -> None:
         assert room_id == ROOM
         self.staged += [pdu.event_id for pdu in pdus]
@@ -47,6 +55,8 @@ class _Staging:
 
 class _Homeserver:
     """A database of its own, and a clock that stands still until it is set."""
+
+    is_postgres = False
 
     def __init__(self) -> None:
         self.now = 0
@@ -60,7 +70,7 @@ class _Homeserver:
     async def is_in_room(self, room_id: str) -> bool:
         return self.in_room
 
-    def call_later(self, *args: object) -> None: ...
+    def call_later(self, *args: Any) -> Any: ...
 
     async def transact(self, what: str, function: Callable[..., T], *args: Any) -> T:
         with self._connection:
@@ -91,6 +101,7 @@ def park(table: ParkedTable, origin: str, *event_ids: str, due_ms: int = 0) -> l
             await table.park(
                 ParkedPdu(origin, event_id, ROOM, "{}", "{}", ("$before",)), 3_600_000, due_ms
             )
+            is Outcome.PARKED
             for event_id in event_ids
         ]
 
@@ -125,11 +136,16 @@ def test_what_is_staged_again_stays_parked_until_it_has_ended(
     stage_txn = homeserver.staging.stage_txn
     assert park(table, "a.test", "$1", "$2") == [True, True]
     assert asyncio.run(table.due()) == [("a.test", ROOM)]
-    asyncio.run(
-        table.stage_again(
-            "a.test", ROOM, ["$2", "$1"], ended=[], due={"$1": 50, "$2": 60}, stage_txn=stage_txn
+    first, second = asyncio.run(table.of_room("a.test", ROOM))
+    for _ in range(2):  # also by another process that has read the same
+        asyncio.run(
+            table.stage_again(
+                *("a.test", ROOM, [second, first]),
+                ended=[],
+                due_ms={first: 50, second: 60},
+                stage_txn=stage_txn,
+            )
         )
-    )
     assert homeserver.staging.staged == ["$2", "$1"]
     assert parked(table, "a.test") == ["$1", "$2"]
     assert asyncio.run(table.due()) == []
@@ -138,7 +154,7 @@ def test_what_is_staged_again_stays_parked_until_it_has_ended(
     assert park(table, "a.test", "$1", due_ms=7) == [True]
     assert asyncio.run(table.next_due_ms()) == 50
     asyncio.run(
-        table.stage_again("a.test", ROOM, [], ended=["$1", "$2"], due={}, stage_txn=stage_txn)
+        table.stage_again("a.test", ROOM, [], ended=[first, second], due_ms={}, stage_txn=stage_txn)
     )
     assert asyncio.run(table.next_due_ms()) is None
 
@@ -274,13 +290,13 @@ def test_what_comes_before_the_table_is_there_is_parked_then(
     handler = handler_of(homeserver, table)
     homeserver.staging.receives = False
     homeserver.staging.begin_on_staged_pdus = lambda: None
-    monkeypatch.setattr("synapse_sticky.handlers.staging.parking.handler._MOST_IN_MEMORY", 2)
+    monkeypatch.setattr("synapse_sticky.handlers.staging.parking.writing._MOST_IN_MEMORY", 2)
 
     async def park_three() -> None:
         for event_id in ("$1", "$2", "$3"):
             staged = StagedPdu(event_id, {"duration_ms": 60_000}, 0, 0)
             pdu = ParkedPdu("a.test", event_id, ROOM, "{}", "{}", ("$before",))
-            await handler.park(pdu, staged, "a reason")
+            await handler.fail(pdu, staged, "a reason", Verdict.PASSES)
 
     asyncio.run(park_three())
     assert parked(table, "a.test") == []

@@ -1,0 +1,154 @@
+"""PDUs on their way into the table: in memory until it is there, and while it cannot be written.
+
+Whoever parks a PDU holds the room's lock. So there is one attempt to write it; whatever follows is
+done in the background, and waits by itself (H1).
+"""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+
+import attr
+
+from synapse_sticky.backoff import Backoff, Retrying
+from synapse_sticky.handlers.staging.parking import causes
+from synapse_sticky.handlers.staging.parking.causes import Verdict
+from synapse_sticky.handlers.staging.parking.tables import Outcome, ParkedPdu, ParkedTable
+from synapse_sticky.handlers.staging.pdu import StagedPdu
+from synapse_sticky.homeserver import Homeserver
+
+logger = logging.getLogger(__name__)
+
+_BACKOFF = Backoff(1_000, 60_000, spread=0)
+
+_DROPPING = "Dropping the sticky PDU %s of %s: %s"
+
+_MOST_IN_MEMORY = 500
+"""As many as may be parked of one server, about 100 MB at the worst."""
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class ToPark:
+    """A PDU that is to be parked.
+
+    why: for the log.
+    counts: whether this failure is one of the few after which it is given up.
+    """
+
+    pdu: ParkedPdu
+    staged: StagedPdu
+    why: str
+    counts: bool = False
+
+
+class ParkedWriter:
+    """Writes PDUs into the table, now or as soon as that can be done."""
+
+    def __init__(
+        self,
+        homeserver: Homeserver,
+        table: ParkedTable,
+        verdict_of: Callable[[Exception], Verdict | None],
+        on_parked: Callable[[], None],
+    ) -> None:
+        """
+        Args:
+            verdict_of: whether the cause of an error passes.
+            on_parked: is called after a PDU was parked.
+        """
+        self._homeserver = homeserver
+        self._table = table
+        self._verdict_of = verdict_of
+        self._on_parked = on_parked
+        self._is_loaded = False
+        self._is_off = False
+        self._waiting: OrderedDict[tuple[str, str], ToPark] = OrderedDict()
+        self._writing = Retrying(
+            homeserver, "park", "Could not park sticky PDUs yet", self._write_waiting, _BACKOFF
+        )
+
+    async def load(self) -> None:
+        """The table is there: writes what waits for it. What cannot be written waits on."""
+        self._is_loaded = True
+        if self._waiting:
+            await self._writing.run()
+
+    def switch_off(self) -> None:
+        """There will be no table."""
+        self._is_off = True
+        for to_park in self._waiting.values():
+            logger.warning("Not parking the sticky PDU %s", to_park.pdu.event_id)
+        self._waiting.clear()
+
+    async def park(self, to_park: ToPark) -> None:
+        """Parks the PDU: in the table, or in memory if that cannot be written now."""
+        key = (to_park.pdu.origin, to_park.pdu.event_id)
+        if self._is_loaded:
+            try:
+                await self._write(to_park)
+                return
+            except Exception:
+                name = to_park.pdu.event_id
+                logger.info("Could not park the sticky PDU %s yet", name, exc_info=True)
+        if self._is_off or (key not in self._waiting and len(self._waiting) >= _MOST_IN_MEMORY):
+            logger.warning(
+                "There is no table, or it cannot be written; not parking the sticky PDU %s: %s",
+                *(to_park.pdu.event_id, to_park.why),
+            )
+            return
+        self._waiting[key] = to_park
+        if self._is_loaded:
+            self._writing.wake()
+
+    async def drop(self, pdu: ParkedPdu, why: str) -> None:
+        """The PDU is given up."""
+        logger.warning(_DROPPING, pdu.event_id, pdu.origin, why)
+        self._waiting.pop((pdu.origin, pdu.event_id), None)
+        if not self._is_loaded:
+            return
+        try:
+            await self._table.remove(pdu.origin, pdu.event_id)
+        except Exception:
+            # If it is parked it is tried once more, and dropped then.
+            logger.info("Could not delete the parked PDU %s", pdu.event_id, exc_info=True)
+
+    async def _write_waiting(self) -> None:
+        while self._waiting:
+            key, to_park = next(iter(self._waiting.items()))
+            try:
+                await self._write(to_park)
+            except Exception:
+                if key in self._waiting:
+                    # Should it be the fault of this one, the others do not wait for it.
+                    self._waiting.move_to_end(key)
+                raise
+            if self._waiting.get(key) is to_park:
+                del self._waiting[key]
+
+    async def _write(self, to_park: ToPark) -> None:
+        """Raises what may pass."""
+        pdu, now_ms = to_park.pdu, self._homeserver.now_ms()
+        until_ms = to_park.staged.until_ms()
+        if until_ms <= now_ms:
+            return
+        try:
+            outcome = await self._table.park(
+                *(pdu, until_ms, now_ms + _BACKOFF.min_ms),
+                [now_ms + after_ms for after_ms in causes.UNKNOWN_AFTER_MS if to_park.counts],
+            )
+        except Exception as e:
+            if self._verdict_of(e) in (Verdict.PASSES, Verdict.UNKNOWN):
+                raise
+            logger.warning("Could not park the sticky PDU %s: %r", pdu.event_id, e)
+            return
+        if outcome is Outcome.PARKED:
+            logger.info("Parked the sticky PDU %s: %s", pdu.event_id, to_park.why)
+            self._on_parked()
+        elif outcome is Outcome.GIVEN_UP:
+            why = f"{to_park.why} (tried {len(causes.UNKNOWN_AFTER_MS) + 1} times)"
+            logger.warning(_DROPPING, pdu.event_id, pdu.origin, why)
+        else:
+            logger.warning(
+                "Too many sticky PDUs of %s are parked, not parking %s: %s",
+                *(pdu.origin, pdu.event_id, to_park.why),
+            )

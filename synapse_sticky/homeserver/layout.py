@@ -102,5 +102,5 @@ def _run_txn(txn: Cursor, statement: str, is_postgres: bool) -> None:
         txn.execute("SELECT 1 FROM pragma_table_info(?) WHERE name = ?", (added[1], added[2]))
         if txn.fetchone() is not None:
             return
-        statement = _ADDED_COLUMN.sub(r"ALTER TABLE \1 ADD COLUMN \2", statement)
+        statement = re.sub(_ADDED_COLUMN, r"ALTER TABLE \1 ADD COLUMN \2", statement)
     txn.execute(statement)

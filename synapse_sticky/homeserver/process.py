@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 SEAMS = (
     Attribute("synapse.module_api.ModuleApi", "_hs"),
-    *attributes(HOMESERVER, "config", "get_datastores", "get_clock"),
+    *attributes(HOMESERVER, "config", "get_datastores", "get_clock", "get_reactor"),
     method(HOMESERVER, "register_sync_shutdown_handler(*, phase, eventType, shutdown_func)"),
     Attribute("synapse.storage.databases.Databases", "main"),
     Attribute("synapse.storage._base.SQLBaseStore", "database_engine"),
@@ -125,6 +125,10 @@ class Homeserver:
         return self.api.delayed_background_call(
             delay_ms, function, *args, desc=f"synapse_sticky_{what}"
         )
+
+    def in_reactor(self, function: Callable[..., object], *args: Any) -> None:
+        """Calls the function in the reactor's thread soon; from whatever thread."""
+        self.hs.get_reactor().callFromThread(function, *args)
 
     def new_signal(self) -> Signal:
         """A signal that nobody waits for yet."""

@@ -3,6 +3,7 @@
 import logging
 import sqlite3
 from collections.abc import Awaitable, Callable, Collection
+from functools import partial
 from typing import Any
 
 import pytest
@@ -121,6 +122,7 @@ class Here:
         self.failed = 0
         self.spares = 0
         self.hooks = 0
+        self.in_next_turn: list[Callable[[], object]] = []
 
     def now_ms(self) -> int:
         return self.now
@@ -147,6 +149,12 @@ class Here:
         self.due = [function]
         self.due_ms = self.now + delay_ms
         return self
+
+    def in_background(self, what: str, function: Any, *args: Any) -> None:
+        done(function(*args))
+
+    def in_reactor(self, function: Callable[..., object], *args: Any) -> None:
+        self.in_next_turn.append(partial(function, *args))
 
     def active(self) -> bool:
         return bool(self.due)

@@ -105,15 +105,25 @@ class Stragglers(Generic[T]):
         del self._since_ms[item]
 
     async def _try(self) -> None:
-        while self._since_ms:
-            item, since_ms = next(iter(self._since_ms.items()))
+        failed: Exception | None = None
+        fault_is_gone = False
+        for item in list(self._since_ms):
             try:
                 await self._do(item)
-            except Exception:
-                if self._since_ms.pop(item, None) is not None:
-                    # The others have their turn first.
-                    self._since_ms[item] = since_ms
-                    if self._clock.now_ms() - since_ms >= _HOUR_MS:
-                        self._give_up(item, "it has failed for an hour")
-                raise
-            self._since_ms.pop(item, None)
+            except Exception as e:
+                self._put_last(item)
+                if not fault_is_gone:
+                    raise
+                failed, fault_is_gone = e, False
+            else:
+                self._since_ms.pop(item, None)
+                fault_is_gone = True
+        if failed is not None:
+            raise failed
+
+    def _put_last(self, item: T) -> None:
+        since_ms = self._since_ms.pop(item, None)
+        if since_ms is not None:
+            self._since_ms[item] = since_ms
+            if self._clock.now_ms() - since_ms >= _HOUR_MS:
+                self._give_up(item, "it has failed for an hour")

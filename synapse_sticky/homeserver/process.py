@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 SEAMS = (
     Attribute("synapse.module_api.ModuleApi", "_hs"),
-    *attributes(HOMESERVER, "config", "get_datastores", "get_clock", "get_reactor"),
+    *attributes(HOMESERVER, "config", "get_datastores", "get_clock"),
     method(HOMESERVER, "register_sync_shutdown_handler(*, phase, eventType, shutdown_func)"),
     Attribute("synapse.storage.databases.Databases", "main"),
     Attribute("synapse.storage._base.SQLBaseStore", "database_engine"),
@@ -128,7 +128,10 @@ class Homeserver:
 
     def in_reactor(self, function: Callable[..., object], *args: Any) -> None:
         """Calls the function in the reactor's thread soon; from whatever thread."""
-        self.hs.get_reactor().callFromThread(function, *args)
+        # Whoever imports it earlier decides on which one it is.
+        from twisted.internet import reactor
+
+        reactor.callFromThread(function, *args)
 
     def new_signal(self) -> Signal:
         """A signal that nobody waits for yet."""

@@ -3,7 +3,6 @@
 import logging
 import sqlite3
 from collections.abc import Awaitable, Callable, Collection
-from functools import partial
 from typing import Any
 
 import pytest
@@ -122,7 +121,7 @@ class Here:
         self.failed = 0
         self.spares = 0
         self.hooks = 0
-        self.in_next_turn: list[Callable[[], object]] = []
+        self.on_commit: Callable[[], None] = lambda: None
 
     def now_ms(self) -> int:
         return self.now
@@ -152,9 +151,6 @@ class Here:
 
     def in_background(self, what: str, function: Any, *args: Any) -> None:
         done(function(*args))
-
-    def in_reactor(self, function: Callable[..., object], *args: Any) -> None:
-        self.in_next_turn.append(partial(function, *args))
 
     def active(self) -> bool:
         return bool(self.due)
@@ -190,6 +186,7 @@ class Here:
         deferred = set(handler.defer_txn(txn, events))  # type: ignore[arg-type]  # as far as needed
         txn.execute("COMMIT" if commits else "ROLLBACK")
         if commits:
+            self.on_commit()
             for callback, args in txn.after:
                 callback(*args)
         return deferred

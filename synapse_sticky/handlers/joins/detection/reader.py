@@ -147,7 +147,8 @@ class JoinReader:
     async def _read_page(self, after: int, up_to: int) -> None:
         position, rooms = await self._changes.page(after=after, up_to=up_to)
         # A room that fails is not tried at every page.
-        failing = {left.what.room_id for left in self._stragglers.items()}
+        left = [left.what for left in self._stragglers.items()]
+        failing = {what.room_id for what in left if isinstance(what, RoomChanges)}
         waiting = [room for room in rooms if room.room_id in failing]
         rooms = [room for room in rooms if room.room_id not in failing]
 

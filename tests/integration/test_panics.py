@@ -19,6 +19,8 @@ CONFIG = {
     "local": {"per_user": {"per_second": 0.001, "burst_count": 3}},
 }
 
+_SLOW = pytest.param("field", marks=pytest.mark.slow)
+
 pytestmark = [pytest.mark.one_process, pytest.mark.requirement("H1")]
 
 
@@ -101,7 +103,7 @@ def test_the_limiter_of_local_users_panics(server: Homeserver, peer: Peer) -> No
 
 
 @pytest.mark.requirement("S1", "L3")
-@pytest.mark.parametrize("what", ["sticky_until_ms", "field", "received_ts_ms"])
+@pytest.mark.parametrize("what", ["sticky_until_ms", _SLOW])
 def test_what_is_sticky_cannot_be_told(server: Homeserver, peer: Peer, what: str) -> None:
     scene = enter(server, peer)
     panic(server, what, 3)

@@ -254,6 +254,22 @@ def test_what_synapse_skips_is_pushed_after_the_watch() -> None:
     assert done(next_batch()).event_ids == ["$12"]
 
 
+@pytest.mark.requirement("P7", "H1")
+def test_while_the_index_is_made_anew_nothing_counts_as_gone() -> None:
+    here = Here(NOW_MS + HOUR_MS, [12, 13])
+    start(here)
+    next_batch = functools.partial(here.callbacks["serve_backlog_from"], "there", 50)
+    assert done(next_batch()).event_ids == ["$12", "$13"]
+    # Another one is in its place, and not filled yet.
+    filled, here.index, here.is_whole = here.index, StickyIndex("here"), False
+    here.callbacks["on_new_events"](["!room"])
+    with pytest.raises(NotLoadedError):
+        done(next_batch())
+    here.index, here.is_whole = filled, True
+    here.callbacks["on_new_events"](["!room"])
+    assert done(next_batch()) is None, "what is under way is not sent again"
+
+
 @pytest.mark.requirement("F3")
 def test_a_newcomer_that_cannot_be_reached_is_left_to_the_ordinary_queue() -> None:
     here = Here(NOW_MS + HOUR_MS, [])

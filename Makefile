@@ -76,11 +76,12 @@ clean: ## Removes everything that was built
 	rm -rf $(VENV) .venv-compat target synapse_sticky/_core*.so
 
 # The environment: the module itself (its Python files used where they are, its Rust core built),
-# Synapse, and what linting and testing need.
+# Synapse, and what linting and testing need. The core can be told to panic here, and in no wheel.
 $(VENV)/.built: pyproject.toml $(RUST_SOURCES)
 	@command -v $(PYTHON) >/dev/null || { echo "Python 3.10 or later is needed: $(PYTHON) is not there"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or later is needed, $(PYTHON) is older: make PYTHON=..."; exit 1; }
 	@command -v cargo >/dev/null || { echo "A Rust toolchain is needed: cargo is not there"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	MATURIN_PEP517_ARGS="--features extension-module,panics" \
+		$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@

@@ -126,6 +126,13 @@ class Homeserver:
             delay_ms, function, *args, desc=f"synapse_sticky_{what}"
         )
 
+    def in_reactor(self, function: Callable[..., object], *args: Any) -> None:
+        """Calls the function in the reactor's thread soon; from whatever thread."""
+        # Whoever imports it earlier decides on which one it is.
+        from twisted.internet import reactor
+
+        reactor.callFromThread(function, *args)
+
     def new_signal(self) -> Signal:
         """A signal that nobody waits for yet."""
         return Signal(self.hs.get_clock())

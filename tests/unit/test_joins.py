@@ -10,7 +10,7 @@ from twisted.internet import defer
 
 from synapse_sticky._core import StickyIndex
 from synapse_sticky.config import JoinsConfig
-from synapse_sticky.handlers.joins.detection.reader import ServerJoin
+from synapse_sticky.handlers.joins.detection.reader import RoomChanges
 from synapse_sticky.handlers.joins.federation import NotLoadedError
 from synapse_sticky.handlers.joins.handler import JoinsHandler
 from synapse_sticky.handlers.joins.push import GRACE_MS
@@ -38,6 +38,7 @@ class Here:
     """The homeserver, table and follower of a process that sends federation traffic."""
 
     server_name = instance_name = "here"
+    is_whole = True
     duty, migrations = NewcomerTable.duty, NewcomerTable.migrations
 
     def __init__(self, watch_until_ms: int, own: list[int]) -> None:
@@ -68,8 +69,8 @@ class Here:
     def in_background(self, what: str, function: Any, *args: Any) -> None:
         done(function(*args))
 
-    async def server_joins(self, **page: int) -> tuple[int, list[ServerJoin]]:
-        self.calls.append("server_joins")
+    async def page(self, **page: int) -> tuple[int, list[RoomChanges]]:
+        self.calls.append("page")
         return page["up_to"], []
 
     async def record_joins(self, *page: Any) -> None: ...
@@ -150,7 +151,7 @@ def test_no_join_falls_between_the_position_and_the_newcomers() -> None:
     here.before_newcomers = here.callbacks["on_advance"]
     done(handler.load())
     # Another process may store a join and go on at any time: the position is from before that.
-    assert here.calls == ["state_position", "newcomers", "server_joins"]
+    assert here.calls == ["state_position", "newcomers", "page"]
 
 
 @pytest.mark.requirement("E4")
@@ -166,13 +167,13 @@ def test_a_load_that_failed_starts_nothing_and_can_be_repeated() -> None:
     with pytest.raises(OSError, match="lost"):
         done(handler.load())
     here.callbacks["on_advance"]()
-    assert "server_joins" not in here.calls
+    assert "page" not in here.calls
     assert here.timers == []
     with pytest.raises(NotLoadedError):
         done(here.callbacks["serve_backlog_from"]("there", 50))
     here.before_newcomers = lambda: None
     done(handler.load())
-    assert here.calls.count("server_joins") == 1
+    assert here.calls.count("page") == 1
     assert done(here.callbacks["serve_backlog_from"]("there", 50)).event_ids == ["$12"]
     assert done(here.callbacks["serve_backlog_from"]("there", 50)) is None
 
@@ -251,6 +252,22 @@ def test_what_synapse_skips_is_pushed_after_the_watch() -> None:
     here.callbacks["on_skipped"]("there")
     here.in_database = 12
     assert done(next_batch()).event_ids == ["$12"]
+
+
+@pytest.mark.requirement("P7", "H1")
+def test_while_the_index_is_made_anew_nothing_counts_as_gone() -> None:
+    here = Here(NOW_MS + HOUR_MS, [12, 13])
+    start(here)
+    next_batch = functools.partial(here.callbacks["serve_backlog_from"], "there", 50)
+    assert done(next_batch()).event_ids == ["$12", "$13"]
+    # Another one is in its place, and not filled yet.
+    filled, here.index, here.is_whole = here.index, StickyIndex("here"), False
+    here.callbacks["on_new_events"](["!room"])
+    with pytest.raises(NotLoadedError):
+        done(next_batch())
+    here.index, here.is_whole = filled, True
+    here.callbacks["on_new_events"](["!room"])
+    assert done(next_batch()) is None, "what is under way is not sent again"
 
 
 @pytest.mark.requirement("F3")

@@ -121,6 +121,7 @@ class Here:
         self.failed = 0
         self.spares = 0
         self.hooks = 0
+        self.on_commit: Callable[[], None] = lambda: None
 
     def now_ms(self) -> int:
         return self.now
@@ -147,6 +148,9 @@ class Here:
         self.due = [function]
         self.due_ms = self.now + delay_ms
         return self
+
+    def in_background(self, what: str, function: Any, *args: Any) -> None:
+        done(function(*args))
 
     def active(self) -> bool:
         return bool(self.due)
@@ -182,6 +186,7 @@ class Here:
         deferred = set(handler.defer_txn(txn, events))  # type: ignore[arg-type]  # as far as needed
         txn.execute("COMMIT" if commits else "ROLLBACK")
         if commits:
+            self.on_commit()
             for callback, args in txn.after:
                 callback(*args)
         return deferred

@@ -9,9 +9,12 @@ from collections import deque
 from collections.abc import Callable, Collection
 from typing import Protocol
 
+from synapse_sticky.apart import Stragglers
+from synapse_sticky.backoff import Alarm, Backoff, Retrying
 from synapse_sticky.config import ExtremitiesConfig
 from synapse_sticky.handlers.extremities.senders import DummyEvents, Senders
 from synapse_sticky.homeserver import Homeserver
+from synapse_sticky.homeserver.outage import is_outage
 from synapse_sticky.index import IndexFollower
 
 logger = logging.getLogger(__name__)
@@ -20,6 +23,7 @@ _ROUND_MS = 5_000
 _MINUTE_MS = 60_000
 _MAX_ROOMS = 1_000
 """While so many rooms are dirty, this duty ignores others."""
+_BACKOFF = Backoff(5_000, 600_000)
 
 _MAX_FAILURES = 50
 """In so many rooms of a round there may be nobody who can send."""
@@ -57,8 +61,23 @@ class ExtremitiesHandler:
         self._per_round = max(1, config.per_minute * _ROUND_MS // _MINUTE_MS)
         # In the order in which the rooms have their turn.
         self._dirty: dict[str, None] = {}
-        self._is_scheduled = False
         self._failures_left = 0
+        self._rounds = Retrying(
+            homeserver,
+            "merge_extremities",
+            "Could not merge forward extremities",
+            self._run_round,
+            _BACKOFF,
+        )
+        self._alarm = Alarm(homeserver, "merge_extremities", self._rounds.run)
+        self._stragglers: Stragglers[str] = Stragglers(
+            homeserver,
+            "merge_extremities_of_one",
+            "Could not merge the forward extremities of",
+            self._try_again,
+            _BACKOFF,
+            _MAX_ROOMS,
+        )
 
     def install(self) -> None:
         """Takes effect from the next sticky event of a room on."""
@@ -67,7 +86,8 @@ class ExtremitiesHandler:
 
     def _add(self, room_ids: Collection[str]) -> None:
         for room_id in room_ids:
-            if len(self._dirty) < _MAX_ROOMS and not self._senders.is_left_out(room_id):
+            is_to_wait = room_id in self._stragglers or self._senders.is_left_out(room_id)
+            if len(self._dirty) < _MAX_ROOMS and not is_to_wait:
                 self._dirty[room_id] = None
         self._schedule()
 
@@ -76,9 +96,9 @@ class ExtremitiesHandler:
             self._add([room_id])
 
     def _schedule(self) -> None:
-        if self._dirty and not self._is_scheduled:
-            self._is_scheduled = True
-            self._homeserver.call_later(_ROUND_MS, "merge_extremities", self._run_round)
+        # After a round, or the delay that follows a failure, comes the next one by itself.
+        if self._dirty and not self._rounds.is_running and not self._rounds.is_failing:
+            self._alarm.ring_in(_ROUND_MS)
 
     async def _run_round(self) -> None:
         rooms = deque(self._dirty)
@@ -87,18 +107,41 @@ class ExtremitiesHandler:
         self._failures_left = _MAX_FAILURES
         try:
             while rooms and self._failures_left:
-                left -= await self._bring_down(rooms[0], left)
-                if left == 0:
+                left -= await self._bring_down_by_itself(rooms[0], left)
+                if left <= 0:
                     # The room that used the round up comes last in the next one.
                     rooms.rotate(-1)
                     break
                 rooms.popleft()
-            self._dirty = dict.fromkeys([*rooms, *self._dirty])
         except Exception:
-            logger.exception("Could not merge forward extremities, leaving them to Synapse")
+            # Likewise the one that failed with the database.
+            rooms.rotate(-1)
+            raise
         finally:
-            self._is_scheduled = False
-            self._schedule()
+            next_rooms = [*rooms, *self._dirty]
+            self._dirty = dict.fromkeys(r for r in next_rooms if r not in self._stragglers)
+        if self._dirty:
+            self._alarm.ring_in(_ROUND_MS)
+
+    async def _bring_down_by_itself(self, room_id: str, at_most: int) -> int:
+        """Does as ``_bring_down``; a room that fails is tried again by itself.
+
+        Raises:
+            Exception: the database is away.
+        """
+        try:
+            return await self._bring_down(room_id, at_most)
+        except Exception as e:
+            if is_outage(e):
+                raise
+            self._stragglers.add([(room_id, e)])
+            return 1  # a round has a bound of attempts, too
+
+    async def _try_again(self, room_id: str) -> None:
+        # If this goes well, the room has its turn among the others.
+        await self._bring_down(room_id, 1)
+        self._dirty[room_id] = None
+        self._schedule()
 
     async def _bring_down(self, room_id: str, at_most: int) -> int:
         """Sends at most so many dummy events, until the room has few enough extremities.

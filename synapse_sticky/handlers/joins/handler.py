@@ -51,7 +51,6 @@ class JoinsHandler:
         self._homeserver = homeserver
         self._rooms = rooms
         self._follower = follower
-        self._index = follower.index
         self._federation = federation
         self._table = table
         self._config = config
@@ -105,16 +104,15 @@ class JoinsHandler:
     # Newcomers
 
     def _joined(
-        self, mine: Sequence[ServerJoin], joins: Sequence[ServerJoin], watch_until_ms: int
+        self, mine: Sequence[ServerJoin], own: Sequence[ServerJoin], watch_until_ms: int
     ) -> None:
         for join in mine:
             logger.info("%s has newly joined %s", join.destination, join.room_id)
             self._add(join.destination, join.room_id, position=0, watch_until_ms=watch_until_ms)
             self._federation.wake(join.destination)
             self._destinations.schedule(join.destination)
-        for join in joins:
-            if join.destination == self._homeserver.server_name:
-                self._unblock(join.room_id)
+        for join in own:
+            self._unblock(join.room_id)
 
     def _unblock(self, room_id: str) -> None:
         """This server is in the room again: what it could not send meanwhile is due."""
@@ -143,7 +141,7 @@ class JoinsHandler:
         Raises:
             NotLoadedError: Synapse's own selection has to do.
         """
-        if not self._is_loaded:
+        if not self._is_loaded or not self._follower.is_whole:
             raise NotLoadedError
         await self._adopt(destination)
         state = self._destinations.get(destination)
@@ -213,14 +211,16 @@ class JoinsHandler:
         push.skip((position, event_id) for position, event_id, sender in own if sender in erased)
 
     def _update(self, push: Push) -> None:
+        if not self._follower.is_whole:
+            return  # what is missing in it is not gone; it tells of all rooms once it is whole
         now_ms = self._homeserver.now_ms()
-        pushing = self._index.server_count(push.room_id, now_ms)
+        pushing = self._follower.index.server_count(push.room_id, now_ms)
         window = max(1, self._config.window // max(1, pushing))
         push.update(self._own_events(push), now_ms, window)
 
     def _own_events(self, push: Push) -> list[tuple[int, str, str]]:
         now_ms = self._homeserver.now_ms()
-        return self._index.own_events(push.room_id, push.position, now_ms, _ALL)
+        return self._follower.index.own_events(push.room_id, push.position, now_ms, _ALL)
 
     async def _settle(self, push: Push) -> None:
         """Nothing is due. The push ends unless there is something to watch for."""

@@ -15,6 +15,7 @@ import logging
 import secrets
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from typing import Protocol
 
 import attr
@@ -25,6 +26,7 @@ from synapse_sticky.config import FederationConfig, Mode
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.layout import HasLayout, NewerLayoutError, migrate
 from synapse_sticky.limits import LimitReport, Refusal, federation_limiter
+from synapse_sticky.renewal import Renewed
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +120,7 @@ class ReceiptHandler:
         self._config = config
         self._report = report
         self._is_exempt = config.exempts()
-        self._limiter = federation_limiter(config)
+        self._limiter = Renewed(homeserver, "receipt", partial(federation_limiter, config))
         self._has_table: bool | None = None
         self._looking = Retrying(
             homeserver,
@@ -200,14 +202,14 @@ class ReceiptHandler:
             self._has_table = False
 
     def _past_a_limit(self, transaction: Transaction, claims: list[_Claim]) -> Refusal | None:
-        if self._config.mode is not Mode.REJECT:
+        if self._config.mode is not Mode.REJECT or not self._limiter.is_whole:
             return None
         origin = transaction.origin
         # The ID alone would not do: the origin may put other PDUs under it.
         receipt = (transaction.transaction_id, transaction.fingerprint())
         if self._charged.get(origin) == receipt:
             return None
-        refused = self._limiter.admit_transaction(origin, claims, self._homeserver.now_ms())
+        refused = self._limiter.it.admit_transaction(origin, claims, self._homeserver.now_ms())
         if refused is not None:
             return Refusal(*refused)
         self._charged[origin] = receipt

@@ -25,6 +25,7 @@ from synapse_sticky.handlers.sliding.tables import PageTable
 from synapse_sticky.handlers.staging.parking.handler import ParkingHandler
 from synapse_sticky.handlers.staging.parking.tables import ParkedTable
 from synapse_sticky.handlers.staging.pruning.handler import PruningHandler
+from synapse_sticky.handlers.staging.turns.handler import TurnsHandler
 from synapse_sticky.handlers.visibility.handler import VisibilityHandler
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.homeserver.access import Access
@@ -107,6 +108,12 @@ class Wiring:
         if problems:
             self._say_unfit(duty.name, problems, duty.without)
         self._set(duty.name, state)
+        if state is State.ON:
+            for part in duty.parts:
+                lacking = decision.parts.get(part.name) or self._install(part.name)
+                if lacking:
+                    self._say_unfit(part.name, lacking, part.without)
+                self._set(part.name, State.UNFIT if lacking else State.ON)
 
     def _install(self, duty: str) -> list[str]:
         """Installs it; or leaves no trace of it, and says why."""
@@ -152,8 +159,9 @@ class Wiring:
             raise SeamMismatchError([f"{', '.join(stopping)} would be off", *self._misfits])
 
     def _tell(self) -> None:
-        # Access is no duty that anybody chooses: it is named where it is missing.
-        shown = (*DUTIES, *([] if self.states.get(ACCESS) is State.ON else [ACCESS]))
+        # Access and parts are nothing that anybody chooses: they are named where they are missing.
+        others = [ACCESS, *(part.name for duty in DUTIES.values() for part in duty.parts)]
+        shown = (*DUTIES, *(name for name in others if self.states.get(name) is not State.ON))
         parts = []
         for state in State:
             if names := [name for name in shown if self.states.get(name) is state]:
@@ -225,7 +233,15 @@ class Wiring:
     def _install_pruning(self) -> None:
         from synapse_sticky.handlers.staging.pruning.synapse import SynapsePruning
 
-        PruningHandler(self._homeserver, SynapsePruning(self._homeserver)).install()
+        self._pruning = SynapsePruning(self._homeserver)
+        PruningHandler(self._homeserver, self._pruning).install()
+
+    def _install_turns(self) -> None:
+        from synapse_sticky.handlers.staging.turns.synapse import SynapseTurns
+
+        turns = TurnsHandler(self._homeserver, SynapseTurns(self._homeserver))
+        turns.install()
+        self._pruning.prune_only_if(turns.may_prune)
 
     def _install_parking(self) -> None:
         from synapse_sticky.handlers.staging.parking.synapse import SynapseStaging

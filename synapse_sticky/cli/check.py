@@ -88,13 +88,14 @@ def _decide(configuration: "Configuration | None", report: Report) -> None:
         )
         report.duties[duty.name] = decision
         states[duty.name] = decision.state
+        states.update(dict.fromkeys(decision.parts, State.UNFIT))
     report.duties[plan.ACCESS] = (
         # Nothing is installed then, and so no guard.
         plan.Decision(State.UNFIT, misfits=problems) if problems else plan.decide_access(states)
     )
     states[plan.ACCESS] = report.duties[plan.ACCESS].state
     if stopping := plan.that_stop(sticky.strict, states):
-        misfits = [m for name in stopping for m in report.duties[name].misfits]
+        misfits = [m for name in stopping for m in report.misfits_of(name)]
         is_all = sticky.strict is Strict.ALL
         option = "strict: true" if is_all else "strict: access"
         report.stops.append(f"by `{option}`: {SeamMismatchError(misfits).msg}")

@@ -36,8 +36,14 @@ class Report:
         access = self.duties.get(ACCESS)
         if self.stops or (access and access.state is State.UNFIT):
             return NO_START
-        off = [d for d in self.duties.values() if d.state is State.UNFIT or d.missing]
+        off = [d for d in self.duties.values() if d.state is State.UNFIT or d.missing or d.parts]
         return SOMETHING_OFF if off or self.problems else ALL_FIT
+
+    def misfits_of(self, name: str) -> list[str]:
+        """What Synapse lacks for a duty, for a part of one, or to guard the sections."""
+        if name in self.duties:
+            return self.duties[name].misfits
+        return [m for duty in self.duties.values() for m in duty.parts.get(name, [])]
 
     def as_json(self) -> str:
         """One JSON object."""
@@ -65,6 +71,9 @@ class Report:
         for name, decision in self.duties.items():
             yield f"{name:12} {decision.state.value}{_why(decision)}"
             yield from (f"{'':12} - {problem}" for problem in decision.misfits)
+            for part, problems in decision.parts.items():
+                yield f"{'':12} but its part {part} is off, as this Synapse does not fit:"
+                yield from (f"{'':12} - {problem}" for problem in problems)
         for name, duties in self.processes.items():
             yield f"In {name}: {', '.join(duties)}"
         for problem in self.problems:
@@ -80,7 +89,9 @@ class Report:
 
 def _as_dict(decision: Decision) -> dict[str, object]:
     found: dict[str, object] = {"state": decision.state.value, "misfits": decision.misfits}
-    return {**found, "missing": decision.missing} if decision.missing else found
+    if decision.missing:
+        found["missing"] = decision.missing
+    return {**found, "parts_off": dict(decision.parts)} if decision.parts else found
 
 
 def _why(decision: Decision) -> str:

@@ -261,7 +261,9 @@ class Peer:
 
     def _is_state(self, event_id: str, room_id: str) -> bool:
         pdu = self.events[event_id]
-        return pdu.get("room_id") == room_id and "state_key" in pdu
+        # From version 12 on the ID of a room is that of its create event, which does not have it.
+        in_room = pdu.get("room_id", f"!{event_id[1:]}") == room_id
+        return in_room and "state_key" in pdu
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -14,12 +14,18 @@ Fails open: if it cannot be chosen, Synapse takes the PDU that was received firs
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 import attr
 
-from synapse_sticky.handlers.staging.turns.room import Choice, Key, StagedRoom, WaitingPdu
+from synapse_sticky.handlers.staging.turns.room import (
+    Choice,
+    Key,
+    Persisted,
+    StagedRoom,
+    WaitingPdu,
+)
 from synapse_sticky.homeserver import Cursor, Homeserver
 
 PAGE = 100
@@ -46,7 +52,8 @@ _MOST_GONE = 5
 """How many choices may turn out to be staged no more, until all IDs are compared."""
 
 _RECENT = 50
-"""How many of a room's last events are looked at, for the turns of their servers."""
+"""How many of a room's last events are looked at, where a process begins with a room. They say
+whose turns there were."""
 
 
 class Area(Protocol):
@@ -72,9 +79,10 @@ class Area(Protocol):
     def persisted_txn(self, txn: Cursor, event_ids: Collection[str]) -> set[str]:
         """Those of the events that Synapse does not fetch any more."""
 
-    def last_persisted_txn(self, txn: Cursor, room_id: str, most: int) -> Mapping[str, int]:
-        """When, in ms since the epoch, the last event of each server was persisted, as far as it is
-        among so many last events of the room."""
+    def last_persisted_txn(
+        self, txn: Cursor, room_id: str, after: int, most: int
+    ) -> Sequence[Persisted]:
+        """The last events of the room after this place in the stream, at most so many, in order."""
 
 
 @attr.s(auto_attribs=True, slots=True)
@@ -89,6 +97,7 @@ class _Known:
     up_to_ms: int = 0
     compared_ms: int = 0
     chosen: Choice | None = None
+    chosen_ms: int = 0
 
 
 class TurnsHandler:
@@ -146,21 +155,25 @@ class TurnsHandler:
             if self._is_staged_txn(txn, room_id, known.chosen):
                 return known.chosen
             known.room.remove(known.chosen.pdu.key)
-            known.room.had_turn(known.chosen.turn_of, now_ms)
+            # Not now: others may have had a turn since, in other processes.
+            known.room.had_turn(known.chosen.turn_of, known.chosen_ms)
             known.chosen = None
         if known.room.number_of_origins() > 1:
-            known.room.learn_turns(self._area.last_persisted_txn(txn, room_id, _RECENT))
+            after = known.room.learnt_up_to
+            last = self._area.last_persisted_txn(txn, room_id, after, _RECENT)
+            known.room.learn_turns(last, now_ms)
         for _ in range(_MOST_GONE):
             choice = known.room.choose(now_ms, lambda ids: self._area.persisted_txn(txn, ids))
             if choice is None:
                 break
             if self._is_staged_txn(txn, room_id, choice):
-                known.chosen = choice
+                known.chosen, known.chosen_ms = choice, now_ms
                 return choice
             # Another process did, or Synapse pruned it.
             known.room.remove(choice.pdu.key)
         self._compare_txn(txn, room_id, known, now_ms)
         known.chosen = known.room.choose(now_ms, lambda ids: self._area.persisted_txn(txn, ids))
+        known.chosen_ms = now_ms
         return known.chosen
 
     def _is_staged_txn(self, txn: Cursor, room_id: str, choice: Choice) -> bool:
@@ -173,10 +186,10 @@ class TurnsHandler:
         if not 0 <= now_ms - known.compared_ms < _LOOK_AGAIN_AFTER_MS:
             self._compare_txn(txn, room_id, known, now_ms)
         else:
-            late = self._area.keys_txn(
-                txn, room_id, known.up_to_ms - _OVERLAP_MS, known.up_to_ms, 5 * PAGE
-            )
-            self._add_late_txn(txn, room_id, known, late)
+            from_ms = now_ms - _OVERLAP_MS
+            if from_ms < known.up_to_ms:
+                late = self._area.keys_txn(txn, room_id, from_ms, known.up_to_ms, 5 * PAGE)
+                self._add_late_txn(txn, room_id, known, late)
             self._read_pages_txn(txn, room_id, known)
 
     def _read_pages_txn(self, txn: Cursor, room_id: str, known: _Known) -> None:
@@ -196,8 +209,11 @@ class TurnsHandler:
         """Makes what is known of the room the same as what is staged."""
         known.compared_ms = now_ms
         staged = self._area.keys_txn(txn, room_id, 0, None, _MOST_KNOWN)
-        for key in known.room.keys() - set(staged):
+        for key in known.room.staged() - set(staged):
             known.room.remove(key)
+        if len(staged) == _MOST_KNOWN:
+            # Some that are staged may be among those.
+            known.up_to_ms = known.room.last_received_ms()
         self._read_pages_txn(txn, room_id, known)
         self._add_late_txn(txn, room_id, known, staged)
 

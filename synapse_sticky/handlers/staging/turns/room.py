@@ -17,7 +17,7 @@ tips once for each 100 PDUs that were received.
 
 import heapq
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 import attr
 
@@ -68,6 +68,16 @@ class WaitingPdu:
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
+class Persisted:
+    """An event of the room: its place in the stream, its sender's server, and when it was
+    persisted, in ms since the epoch."""
+
+    stream_ordering: int
+    server: str
+    at_ms: int
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
 class Choice:
     """What is processed next.
 
@@ -79,7 +89,10 @@ class Choice:
 
 
 class StagedRoom:
-    """The staged PDUs of one room."""
+    """The staged PDUs of one room.
+
+    learnt_up_to: the place in the stream of the last event that turns were learnt from.
+    """
 
     def __init__(self) -> None:
         self._pdus: dict[Key, WaitingPdu] = {}
@@ -95,6 +108,8 @@ class StagedRoom:
         self._first_until_ms = _FAR_MS
         self._turns: dict[str, Turn] = {}
         self._number = 0
+        self._now_ms = 0
+        self.learnt_up_to = 0
         # Up to when PDUs count as pruned by plain Synapse, and how many gaps it would have left.
         self._cut_ms = -1
         self._gaps_left = 0
@@ -105,9 +120,13 @@ class StagedRoom:
     def __contains__(self, key: Key) -> bool:
         return key in self._pdus
 
-    def keys(self) -> set[Key]:
+    def staged(self) -> set[Key]:
         """All PDUs that are staged, as far as it is known."""
         return set(self._pdus)
+
+    def last_received_ms(self) -> int:
+        """When the last of them was received, in ms since the epoch; 0 if there is none."""
+        return max((places[-1][0] for places in self._places.values()), default=0)
 
     def number_of_origins(self) -> int:
         """How many take turns."""
@@ -190,28 +209,29 @@ class StagedRoom:
     # Turns
 
     def had_turn(self, origin: str, at_ms: int) -> None:
-        """The origin goes behind all others that wait now."""
+        """The origin goes behind all others that wait then."""
         self._number += 1
-        self._turns[origin] = (at_ms, self._number)
+        self._turns[origin] = (max(at_ms, self._turns.get(origin, _NEVER)[0]), self._number)
 
-    def learn_turns(self, at_ms: Mapping[str, int]) -> None:
-        """When the last event of each origin was persisted, in this process or in another."""
-        for origin, ms in at_ms.items():
-            if ms > self._turns.get(origin, _NEVER)[0]:
-                self.had_turn(origin, ms)
+    def learn_turns(self, persisted: Iterable[Persisted], now_ms: int) -> None:
+        """Events that were persisted, by this process or another, in the order of the stream."""
+        for event in persisted:
+            self.learnt_up_to = max(self.learnt_up_to, event.stream_ordering)
+            at_ms = min(event.at_ms, now_ms)
+            if at_ms > self._turns.get(event.server, _NEVER)[0]:
+                self.had_turn(event.server, at_ms)
 
     def _forget_turns(self) -> None:
         # Of those who have nothing staged; they would be the first anyway when they have.
         if len(self._turns) > 2 * len(self._places) + 100:
             self._turns = {o: turn for o, turn in self._turns.items() if o in self._places}
 
-    def _waits_since(self, origin: str, now_ms: int) -> tuple[int, int, _Place]:
+    def _waits_since(self, origin: str) -> tuple[int, int, _Place]:
         first = self._places[origin][0]
+        received_ms = min(first[0], self._now_ms)
         at_ms, number = self._turns.get(origin, _NEVER)
-        # A clock that was set back must not keep the origin from its turns.
-        at_ms = min(at_ms, now_ms)
         # An origin that comes now does not go in front of those that wait already.
-        return (at_ms, number, first) if at_ms >= first[0] else (first[0], 0, first)
+        return max(at_ms, received_ms), number, first
 
     def choose(
         self, now_ms: int, persisted: Callable[[Collection[str]], Collection[str]]
@@ -224,8 +244,12 @@ class StagedRoom:
         if not self._pdus:
             return None
         self._forget_turns()
+        if now_ms < self._now_ms:
+            # A clock that was set back keeps no origin from its turns.
+            self._turns = {o: (min(ms, now_ms), n) for o, (ms, n) in self._turns.items()}
+        self._now_ms = now_ms
         looked_into = 0
-        for origin in sorted(self._places, key=lambda o: self._waits_since(o, now_ms)):
+        for origin in sorted(self._places, key=self._waits_since):
             choice = self._first_ready(origin)
             if choice is None and looked_into < _MOST_LOOKED_INTO:
                 looked_into += 1
@@ -302,7 +326,7 @@ class StagedRoom:
         if pdu.received_ts_ms > self._cut_ms or self._gaps_left == 0:
             if self._received_after(self._cut_ms) < PRUNE_FROM:
                 return False
-            self._cut_ms = max(places[-1][0] for places in self._places.values())
+            self._cut_ms = self.last_received_ms()
             self._gaps_left = self._number_of_tips()
         self._gaps_left -= 1
         return True

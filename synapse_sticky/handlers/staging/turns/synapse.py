@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from synapse.api.constants import StickyEvent
@@ -11,7 +11,7 @@ from synapse.module_api import EventBase
 
 from synapse_sticky.handlers.staging.pdu import StagedPdu
 from synapse_sticky.handlers.staging.turns.handler import PAGE
-from synapse_sticky.handlers.staging.turns.room import Key, WaitingPdu
+from synapse_sticky.handlers.staging.turns.room import Key, Persisted, WaitingPdu
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.seams import STORE, method, table
 
@@ -162,19 +162,18 @@ class SynapseTurns:
         txn.execute(f"SELECT event_id FROM events WHERE {clause} AND NOT outlier", args)
         return {event_id for (event_id,) in txn.fetchall()}
 
-    def last_persisted_txn(self, txn: Cursor, room_id: str, most: int) -> Mapping[str, int]:
+    def last_persisted_txn(
+        self, txn: Cursor, room_id: str, after: int, most: int
+    ) -> Sequence[Persisted]:
         txn.execute(
-            "SELECT sender, received_ts FROM events WHERE room_id = ?"
-            " ORDER BY stream_ordering DESC LIMIT ?",
-            (room_id, most),
+            "SELECT stream_ordering, sender, received_ts FROM events"
+            " WHERE room_id = ? AND stream_ordering > ? ORDER BY stream_ordering DESC LIMIT ?",
+            (room_id, after, most),
         )
-        # The oldest first, so that the last one of each is left, in order.
-        last: dict[str, int] = {}
-        for sender, received_ts_ms in reversed(txn.fetchall()):
-            server = sender.partition(":")[2]
-            last.pop(server, None)
-            last[server] = received_ts_ms or 0
-        return last
+        return [
+            Persisted(stream_ordering, sender.partition(":")[2], received_ts_ms or 0)
+            for stream_ordering, sender, received_ts_ms in reversed(txn.fetchall())
+        ]
 
 
 def _waiting_pdu_of(origin: str, event_id: str, received_ts_ms: int, event_json: str) -> WaitingPdu:

@@ -16,6 +16,7 @@ from typing import Any
 
 import attr
 import pytest
+import synapse.app.homeserver  # noqa: F401  # all that it imports, before any of that is gone
 
 from synapse_sticky import plan
 from synapse_sticky.config import StickyConfig
@@ -46,8 +47,10 @@ class Mutation:
 
 
 def seams_by_user() -> dict[str, tuple[Seam, ...]]:
-    """What each duty needs for itself, by its name; what all need under ``*``; and the layers."""
+    """What each duty, and each part of one, needs for itself, by its name; what all need under
+    ``*``; and the layers."""
     found: dict[str, tuple[Seam, ...]] = {d.name: d.seams() for d in DUTIES.values()}
+    found |= {part.name: part.seams() for duty in DUTIES.values() for part in duty.parts}
     found["*"] = tuple(seam for file in ALL for seam in seams_of(file))
     return {**found, **access.SEAMS, "columns": database.SEAMS, "check": seams_of(CHECK)}
 
@@ -246,7 +249,8 @@ def users_of(seam: Seam) -> set[str]:
 
 
 def users_that_do_not_fit(columns: Columns | None) -> set[str]:
-    found = {duty.name for duty in DUTIES.values() if duty.misfits(columns)}
+    needs = (needs for duty in DUTIES.values() for needs in (duty, *duty.parts))
+    found = {needs.name for needs in needs if needs.misfits(columns)}
     if shared_misfits():
         found.add("*")
     found |= {layer for layer, seams in access.SEAMS.items() if misfits(seams)}

@@ -30,7 +30,7 @@ SEAMS = (
     ),
     method(
         "synapse.events",
-        "make_event_from_dict(event_dict, room_version, internal_metadata_dict, /)",
+        "make_event_from_dict(event_dict, /, *, room_version, internal_metadata_dict)",
     ),
     table(
         "federation_inbound_events_staging",
@@ -101,7 +101,9 @@ class SynapseTurns:
                         return None
                     origin, _, event_json, metadata = found
                     event = make_event_from_dict(
-                        json.loads(event_json), room_version, json.loads(metadata)
+                        json.loads(event_json),
+                        room_version=room_version,
+                        internal_metadata_dict=json.loads(metadata),
                     )
                 except Exception:
                     self._say_failed(room_id)

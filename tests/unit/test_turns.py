@@ -4,6 +4,7 @@ Staged PDUs, and events, are rows in tables like Synapse's. ``Process`` is one p
 homeserver: it processes what it chooses, as Synapse does.
 """
 
+import asyncio
 import json
 import random
 import sqlite3
@@ -12,6 +13,7 @@ from typing import Any, cast
 
 import attr
 import pytest
+from synapse.api.room_versions import RoomVersions
 
 from synapse_sticky.handlers.staging.turns import handler
 from synapse_sticky.handlers.staging.turns.handler import TurnsHandler
@@ -85,6 +87,7 @@ class Database:
         """By default it was received a millisecond after the last."""
         self.now += received_ms is None
         content = {
+            "room_id": room_id,
             "prev_events": list(prev_event_ids),
             "depth": depth,
             "origin_server_ts": self.now,
@@ -422,6 +425,60 @@ def test_pdus_of_every_shape(database: Database, process: Process, fields: dict[
     odd = database.stage("a", "$odd", **fields)
     bob = database.stage("b", "$bob", "$nul\0", "$odd")
     assert {odd, bob} < set(process.until(None))
+
+
+class _Store:
+    """What Synapse does without the module."""
+
+    async def get_next_staged_event_id_for_room(self, room_id: str) -> Any:
+        return "original", room_id
+
+    async def get_next_staged_event_for_room(self, room_id: str, room_version: Any) -> Any:
+        return "original", room_version
+
+
+class _InPlace(Database):
+    def __init__(self) -> None:
+        super().__init__()
+        self.replaced: dict[str, Any] = {}
+
+    def replace(self, owner: object, name: str, make: Any) -> None:
+        self.replaced[name] = make(getattr(_Store(), name))
+
+    async def transact(self, what: str, function: Any, *args: Any) -> Any:
+        return function(self, *args)
+
+
+@pytest.mark.requirement("D7", "H1")
+def test_if_it_cannot_be_chosen_synapse_chooses(caplog: pytest.LogCaptureFixture) -> None:
+    database = _InPlace()
+    fails = True
+
+    def choose_txn(txn: Cursor, room_id: str) -> Key | None:
+        if fails:
+            raise ValueError(room_id)
+        return "a", "$1"
+
+    SynapseTurns(cast(Homeserver, database)).choose_by(choose_txn)
+    get_id = database.replaced["get_next_staged_event_id_for_room"]
+    get = database.replaced["get_next_staged_event_for_room"]
+    for _ in range(3):
+        assert asyncio.run(get_id(ROOM)) == ("original", ROOM)
+        assert asyncio.run(get(ROOM, RoomVersions.V11)) == ("original", RoomVersions.V11)
+    # Each PDU asks: what went wrong is said once, until it goes well again.
+    assert len(caplog.records) == 1
+    fails = False
+    required: dict[str, Any] = {"auth_events": [], "hashes": {}, "signatures": {}, "content": {}}
+    database.stage("a", "$1", type="m.room.message", sender="@a:a", **required)
+    assert asyncio.run(get_id(ROOM)) == ("a", "$1")
+    origin, event = asyncio.run(get(ROOM, RoomVersions.V11))
+    assert (origin, event.sender) == ("a", "@a:a")
+    database.unstage(("a", "$1"))
+    assert asyncio.run(get(ROOM, RoomVersions.V11)) is None
+    assert asyncio.run(get_id(ROOM)) is None
+    fails = True
+    asyncio.run(get_id(ROOM))
+    assert len(caplog.records) == 2
 
 
 def test_the_clock_is_set_back(database: Database, process: Process) -> None:

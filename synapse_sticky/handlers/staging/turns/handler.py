@@ -42,7 +42,7 @@ _LOOK_AGAIN_AFTER_MS = 10_000
 process may have processed some, and the clocks of two machines may differ by more than that."""
 
 _MOST_KNOWN = 20_000
-"""How many staged PDUs are remembered, of all rooms; about 10 MB. Of a room with more of them the
+"""How many staged PDUs are remembered, of all rooms; about 20 MB. Of a room with more of them the
 later ones take part when the first are processed."""
 
 _MOST_ROOMS = 256

@@ -219,6 +219,24 @@ def test_what_is_before_it_is_a_chain_that_is_staged(begin: Begin) -> None:
     assert stage.asked("get_missing_events") == 2
 
 
+@pytest.mark.slow
+@pytest.mark.requirement("D7", "L3")
+def test_its_server_does_not_say_what_is_before_it(begin: Begin) -> None:
+    """Then it is parked, and comes when the flood is through."""
+    stage = begin(1)
+    (eve,) = stage.flooders
+    stage.bob.peer.override = lambda method, path: (502, {}) if "/get_missing" in path else None
+    held = stage.hold_up(eve)
+    flood = eve.chain(105, *stage.base)
+    eve.send(stage.server, flood)
+    own = stage.bob.make(flood[-1][0])
+    stage.bob.send(stage.server, [own])
+    stage.gate.open()
+    stage.wait_until_all_are_there(*held, *ids(flood), own[0])
+    assert stage.server.log_has(f"Parked the sticky PDU {own[0]}")
+    assert stage.asked("state_ids") == 0
+
+
 @pytest.mark.requirement("D7", "L3")
 def test_what_is_before_it_is_staged_side_by_side(begin: Begin) -> None:
     """Nothing has to be fetched: plain Synapse takes all that came before."""

@@ -11,8 +11,8 @@ The origins take turns, by who has waited longest. An origin's turn is one PDU:
 
 One origin's PDUs have the order of when they were received, then of their depth, then of their IDs.
 
-Pure: no clock, no database. Nothing here is proportional to what is staged, but for counting the
-tips once for each 100 PDUs that were received.
+Pure: no clock, no database. A choice costs by the number of origins, not by that of PDUs. Only to
+count the tips all are gone through, once for each 100 that were received.
 """
 
 import heapq

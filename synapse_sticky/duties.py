@@ -28,24 +28,17 @@ class State(Enum):
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
-class Duty:
-    """What one duty needs.
+class Needs:
+    """What a duty, or a part of one, needs of Synapse.
 
     files: the modules of this package that use Synapse's private parts for it; ``file:part`` for
         one part of those that a file declares.
     without: what users notice while it is not done.
-    where: tells of a process whether the duty is done there.
-    needs: the duties without which there is nothing to do for it.
-    native: what a Synapse has that does this itself, an attribute, a table or an option; None while
-        that is not known yet.
     """
 
     name: str
     files: tuple[str, ...]
     without: str
-    where: Callable[[Place], bool]
-    needs: tuple[str, ...] = ()
-    native: Seam | None = None
 
     def seams(self) -> tuple[Seam, ...]:
         """The seams that its files declare for it.
@@ -69,6 +62,27 @@ class Duty:
                 # A file reads what it imports: a constant that is gone is an AttributeError.
                 problems[f"{file} cannot be loaded: {e}"] = None
         return list(problems)
+
+
+class Part(Needs):
+    """A part of a duty that can be missing while the rest of the duty is done (H5)."""
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class Duty(Needs):
+    """What one duty needs.
+
+    where: tells of a process whether the duty is done there.
+    needs: the duties without which there is nothing to do for it.
+    native: what a Synapse has that does this itself, an attribute, a table or an option; None while
+        that is not known yet.
+    parts: what of it is off by itself where Synapse lacks what it needs.
+    """
+
+    where: Callable[[Place], bool]
+    needs: tuple[str, ...] = ()
+    native: Seam | None = None
+    parts: tuple[Part, ...] = ()
 
     def is_native(self, columns: Columns | None = None) -> bool:
         """Does the running Synapse have what it would do this with itself?"""
@@ -145,6 +159,13 @@ DUTIES: Mapping[str, Duty] = {
             ("handlers.staging.pruning.synapse",),
             "acknowledged sticky events may be pruned in a flood",
             _everywhere,
+            parts=(
+                Part(
+                    "turns",
+                    ("handlers.staging.turns.synapse",),
+                    "a flood that is staged delays what other servers send later",
+                ),
+            ),
         ),
         Duty(
             "parking",
@@ -202,6 +223,8 @@ def _every_seam() -> Iterator[Seam]:
         yield from layer
     for duty in DUTIES.values():
         yield from duty.seams()
+        for part in duty.parts:
+            yield from part.seams()
 
 
 def number_of_seams() -> int:

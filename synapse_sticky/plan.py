@@ -28,11 +28,13 @@ class Decision:
 
     misfits: what the running Synapse lacks for it, one line each.
     missing: the duties that it needs and that are not on.
+    parts: by the name of each part of it that is off by itself, what Synapse lacks for that.
     """
 
     state: State
     misfits: list[str] = attr.Factory(list)
     missing: list[str] = attr.Factory(list)
+    parts: Mapping[str, list[str]] = attr.Factory(dict)
 
 
 def decide(
@@ -52,7 +54,8 @@ def decide(
         return Decision(State.OFF, missing=missing)
     if problems := duty.misfits(columns):
         return Decision(State.UNFIT, misfits=problems)
-    return Decision(State.ON)
+    lacking = {part.name: part.misfits(columns) for part in duty.parts}
+    return Decision(State.ON, parts={name: found for name, found in lacking.items() if found})
 
 
 def is_done_in(name: str, place: Place) -> bool:

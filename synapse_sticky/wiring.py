@@ -1,14 +1,12 @@
 """Which duty runs in which process, and what becomes of one that this Synapse does not fit."""
 
 import logging
-from collections.abc import Awaitable, Callable
-from functools import partial
+from collections.abc import Callable
 
 from synapse.module_api import ModuleApi
 from synapse.module_api.errors import ConfigError
 
 from synapse_sticky import metrics
-from synapse_sticky.backoff import Backoff, Retrying
 from synapse_sticky.config import LocalMode, Mode, StickyConfig, Strict
 from synapse_sticky.duties import DUTIES, Duty, State, shared_misfits
 from synapse_sticky.handlers.deferral.handler import DeferralHandler
@@ -25,15 +23,16 @@ from synapse_sticky.handlers.sliding.tables import PageTable
 from synapse_sticky.handlers.staging.parking.handler import ParkingHandler
 from synapse_sticky.handlers.staging.parking.tables import ParkedTable
 from synapse_sticky.handlers.staging.pruning.handler import PruningHandler
+from synapse_sticky.handlers.staging.turns.handler import TurnsHandler
 from synapse_sticky.handlers.visibility.handler import VisibilityHandler
 from synapse_sticky.homeserver import Homeserver, database
 from synapse_sticky.homeserver.access import Access
 from synapse_sticky.homeserver.database import read_columns
 from synapse_sticky.homeserver.fitting import misfits
-from synapse_sticky.homeserver.layout import NewerLayoutError
 from synapse_sticky.homeserver.seams import SeamMismatchError
 from synapse_sticky.index import IndexFollower
 from synapse_sticky.limits import LimitReport
+from synapse_sticky.loading import Loading
 from synapse_sticky.plan import (
     ACCESS,
     TABLES,
@@ -47,11 +46,7 @@ from synapse_sticky.plan import (
 
 logger = logging.getLogger(__name__)
 
-_LOAD_BACKOFF = Backoff(5_000, 30_000, spread=0)
-_PATIENCE_MS = 60_000
 _LOADED = "_synapse_sticky_is_loaded"
-
-Load = Callable[[], Awaitable[None]]
 
 # Files named ``synapse.py`` are imported where they are used: one that the running Synapse does not
 # fit is nobody else's business.
@@ -67,9 +62,6 @@ class Wiring:
     def __init__(self, config: StickyConfig, api: ModuleApi) -> None:
         self._config = config
         self.states: dict[str, State] = {}
-        # Duties with tables of their own are loaded once these are there. Until then Synapse does
-        # as it does without the module.
-        self._loads: dict[str, Load] = {}
         # What the running Synapse lacks, by who needs it.
         self._misfits: dict[str, list[str]] = {}
         self._made_follower: IndexFollower | None = None
@@ -82,8 +74,7 @@ class Wiring:
             raise ConfigError("synapse_sticky.StickyEventsModule is listed twice in `modules:`")
         self._homeserver.enter(self._homeserver.store, _LOADED, True)
         self._deferred = DeferredTable(self._homeserver)
-        self._ended: set[str] = set()
-        self._deferral_ended = self._homeserver.new_signal()
+        self._loading = Loading(self._homeserver, self._set)
         self._columns = read_columns(self._homeserver.hs.config)
         if self._columns is None:
             self._misfits[TABLES] = misfits(database.SEAMS)
@@ -96,8 +87,7 @@ class Wiring:
             self._homeserver.close()
             raise
         self._tell()
-        if self._loads:
-            self._homeserver.in_background("load", self._load_all)
+        self._loading.begin()
 
     def _all_unfit(self, problems: list[str]) -> None:
         if self._config.strict is not Strict.NO:
@@ -119,6 +109,12 @@ class Wiring:
         if problems:
             self._say_unfit(duty.name, problems, duty.without)
         self._set(duty.name, state)
+        if state is State.ON:
+            for part in duty.parts:
+                lacking = decision.parts.get(part.name) or self._install(part.name)
+                if lacking:
+                    self._say_unfit(part.name, lacking, part.without)
+                self._set(part.name, State.UNFIT if lacking else State.ON)
 
     def _install(self, duty: str) -> list[str]:
         """Installs it; or leaves no trace of it, and says why."""
@@ -128,7 +124,7 @@ class Wiring:
             install()
         except Exception as e:
             self._homeserver.undo_to(mark)
-            self._loads.pop(duty, None)
+            self._loading.duties.pop(duty, None)
             if duty == "index":
                 # What others use is another one, which has the database answer.
                 self._made_follower = None
@@ -169,8 +165,9 @@ class Wiring:
             raise SeamMismatchError(by_name(stopping, self._misfits))
 
     def _tell(self) -> None:
-        # Access is no duty that anybody chooses: it is named where it is missing.
-        shown = (*DUTIES, *([] if self.states.get(ACCESS) is State.ON else [ACCESS]))
+        # Access and parts are nothing that anybody chooses: they are named where they are missing.
+        others = [ACCESS, *(part.name for duty in DUTIES.values() for part in duty.parts)]
+        shown = (*DUTIES, *(name for name in others if self.states.get(name) is not State.ON))
         parts = []
         for state in State:
             if names := [name for name in shown if self.states.get(name) is state]:
@@ -207,7 +204,7 @@ class Wiring:
         homeserver = self._homeserver
         sliding = SlidingHandler(homeserver, SynapseSliding(homeserver), PageTable(homeserver))
         sliding.install()
-        self._loads["sliding"] = sliding.load
+        self._loading.duties["sliding"] = sliding.load
 
     def _install_visibility(self) -> None:
         from synapse_sticky.handlers.visibility.synapse import SynapseVisibility
@@ -237,12 +234,20 @@ class Wiring:
             self._config.joins,
         )
         joins.install()
-        self._loads["joins"] = joins.load
+        self._loading.duties["joins"] = joins.load
 
     def _install_pruning(self) -> None:
         from synapse_sticky.handlers.staging.pruning.synapse import SynapsePruning
 
-        PruningHandler(self._homeserver, SynapsePruning(self._homeserver)).install()
+        self._pruning = SynapsePruning(self._homeserver)
+        PruningHandler(self._homeserver, self._pruning).install()
+
+    def _install_turns(self) -> None:
+        from synapse_sticky.handlers.staging.turns.synapse import SynapseTurns
+
+        turns = TurnsHandler(self._homeserver, SynapseTurns(self._homeserver))
+        turns.install()
+        self._pruning.prune_only_if(turns.may_prune)
 
     def _install_parking(self) -> None:
         from synapse_sticky.handlers.staging.batches.synapse import Batches
@@ -254,7 +259,7 @@ class Wiring:
         parking = ParkingHandler(homeserver, Rooms(homeserver), staging, table)
         parking.install()
         Batches(homeserver, staging.verdict_of).install()
-        self._loads["parking"] = parking.load
+        self._loading.duties["parking"] = parking.load
 
     def _install_receipt(self) -> None:
         from synapse_sticky.handlers.receipt.synapse import SynapseReceipt
@@ -274,7 +279,7 @@ class Wiring:
         )
         # Without limits, too: events may be deferred from when there were some.
         deferral.install()
-        self._loads["deferral"] = deferral.load
+        self._loading.duties["deferral"] = deferral.load
         if config.mode is Mode.OBSERVE:
             report = LimitReport(homeserver.now_ms, observes=True)
             Observer(homeserver, writer, stream, config, report).install()
@@ -298,46 +303,3 @@ class Wiring:
         extremities = SynapseExtremities(self._homeserver)
         config = self._config.extremities
         ExtremitiesHandler(self._homeserver, extremities, self._follower, config).install()
-
-    # Loading
-
-    async def _load_all(self) -> None:
-        """Loads each duty by itself; one that cannot be loaded is tried again until it can.
-
-        Parking waits a while for deferral: the PDUs that it has processed at once are under the
-        limits then.
-        """
-        for duty in self._loads:
-            # It was installed; the metric says what is.
-            self._set(duty, State.OFF)
-        for duty in self._loads:
-            if duty != "parking":
-                self._begin_to_load(duty)
-        if "parking" in self._loads:
-            if "deferral" in self._loads.keys() - self._ended:
-                await self._deferral_ended.wait(_PATIENCE_MS)
-                if "deferral" not in self._ended:
-                    logger.warning("parking does not wait for deferral any longer")
-            self._begin_to_load("parking")
-
-    def _begin_to_load(self, duty: str) -> None:
-        Retrying(
-            self._homeserver,
-            f"load_{duty}",
-            f"Could not load {duty}, which is off until then",
-            partial(self._load, duty, self._loads[duty]),
-            _LOAD_BACKOFF,
-            is_said_once=True,
-        ).wake()
-
-    async def _load(self, duty: str, load: Load) -> None:
-        try:
-            await load()
-            self._set(duty, State.ON)
-            logger.info("%s is on", duty)
-        except NewerLayoutError as e:
-            # Trying again does not help.
-            logger.error("%s is off: %s", duty, e)
-        self._ended.add(duty)
-        if duty == "deferral":
-            self._deferral_ended.fire()

@@ -189,6 +189,8 @@ def _decide(
         ]
     counted = {name: state for name, state in states.items() if name not in report.idle}
     lacks = {name: d.misfits for name, d in report.decisions().items() if name in counted}
+    for name in counted.keys() & report.duties.keys():
+        lacks.update(report.duties[name].parts)
     lacks[plan.TABLES] = misfits(database.SEAMS)
     if stopping := plan.that_stop(sticky.strict, counted, lacks):
         option = "strict: true" if sticky.strict is Strict.ALL else "strict: access"

@@ -273,7 +273,7 @@ ROWS = (
         sliding_sync_has_what_was_before_the_join,
         needs=("index",),
     ),
-    Row("pruning", ("L3",), staged_ones_are_pruned, newcomers_are_pushed_to),
+    Row("pruning", ("L3", "D7"), staged_ones_are_pruned, newcomers_are_pushed_to),
     Row(
         "parking",
         ("L3", "F3"),

@@ -9,6 +9,7 @@ from tests.integration.rooms import room_of
 from tests.lab import Homeserver, Lab, Peer, extended, wait_until
 from tests.lab.client import WITHOUT_TIMELINE, sticky_events
 from tests.lab.homeserver import StartError
+from tests.lab.scene import enter
 
 pytestmark = pytest.mark.one_process
 
@@ -101,6 +102,24 @@ def test_strict_stops_the_start(lab: Lab) -> None:
 def test_strict_about_access_does_not_mind_limits(servers: Servers) -> None:
     (server,) = servers({"module_name": CHANGED, "config": {"strict": "access"}})
     assert server.log_has("; unfit: deferral\n")
+
+
+WITHOUT_TURNS = "tests.lab.variants.InSynapseWithoutTurns"
+
+
+@pytest.mark.requirement("D7", "H5")
+def test_a_part_of_a_duty_is_off_by_itself(servers: Servers, peer: Peer) -> None:
+    """PDUs are processed in Synapse's order; that none of them is pruned is another part."""
+    (server,) = servers({"module_name": WITHOUT_TURNS, "metrics": True})
+    said = server.log_path.read_text()
+    assert said.count(" ERROR ") == said.count("turns is off, as this Synapse does not fit: ") == 1
+    assert "DataStore.get_next_staged_event_for_room takes " in said
+    assert "Without it a flood that is staged delays what other servers send later." in said
+    assert server.log_has("pruning, parking, receipt, deferral, sending, extremities; unfit: turns")
+    for line in ('{duty="turns",state="unfit"} 1.0', '{duty="pruning",state="on"} 1.0'):
+        assert f"synapse_sticky_duty{line}\n" in server.metrics()[0]
+    scene = enter(server, peer)
+    scene.wait_until_there(*scene.flood(20))
 
 
 REPEATS = {"sync_response_cache_duration": "2m"}

@@ -32,8 +32,9 @@ MAY_IMPORT = {
     "module": {"config", "metrics", "wiring"},
     "wiring": {
         *("backoff", "config", "duties", "handlers", "homeserver", "index", "limits", "metrics"),
-        "plan",
+        *("loading", "plan"),
     },
+    "loading": {"backoff", "duties", "homeserver"},
     "plan": {"config", "duties", "homeserver"},
     "cli": {"config", "duties", "handlers", "homeserver", "plan"},
     "__main__": {"cli"},

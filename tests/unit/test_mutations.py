@@ -28,14 +28,16 @@ SHARED, COLUMNS, COMMAND = "shared", "columns", "check"
 
 
 def seams_by_user() -> dict[str, tuple[Seam, ...]]:
-    """What each duty needs for itself and each layer, by its name; and what all duties need, who
-    reads the columns, and the command that checks."""
+    """What each duty, each part of one and each layer needs for itself, by its name; and what all
+    duties need, who reads the columns, and the command that checks."""
     found: dict[str, tuple[Seam, ...]] = {d.name: d.seams() for d in DUTIES.values()}
+    found |= {part.name: part.seams() for duty in DUTIES.values() for part in duty.parts}
     found[SHARED] = tuple(seam for file in ALL for seam in seams_of(file))
     return {**found, **access.SEAMS, COLUMNS: database.SEAMS, COMMAND: seams_of(CHECK)}
 
 
 USERS = seams_by_user()
+PARTS = [part.name for duty in DUTIES.values() for part in duty.parts]
 SEAMS = sorted(all_seams(), key=repr)
 EVERYWHERE = [seam for seam in SEAMS if is_replaced_everywhere(seam)]
 
@@ -77,6 +79,9 @@ def expected(users: set[str]) -> States:
             states[name] = State.OFF
         else:
             states[name] = State.UNFIT if name in users else State.ON
+        if states[name] is State.ON:
+            for part in duty.parts:
+                states[part.name] = State.UNFIT if part.name in users else State.ON
     unguarded = any(users >= {*layers} for layers in access.LAYERS.values())
     return {**states, plan.ACCESS: State.UNFIT if unguarded else State.ON}
 
@@ -90,7 +95,12 @@ def planned(columns: Columns | None = None) -> States:
         return dict.fromkeys((*DUTIES, plan.ACCESS), State.UNFIT)
     states: dict[str, State] = {}
     for duty in DUTIES.values():
-        states[duty.name] = plan.decide(duty, StickyConfig(), states, columns).state
+        decision = plan.decide(duty, StickyConfig(), states, columns)
+        states[duty.name] = decision.state
+        if decision.state is State.ON:
+            for part in duty.parts:
+                lacks = part.name in decision.parts
+                states[part.name] = State.UNFIT if lacks else State.ON
     return {**states, plan.ACCESS: plan.decide_access(states).state}
 
 
@@ -201,7 +211,7 @@ def test_a_strict_start_stops_and_says_which(
     assert (f"table {seam.name}" if isinstance(seam, Table) else str(seam)) in error.value.msg
     users = harmed(gone)
     if SHARED not in users:
-        named = [name for name in (*DUTIES, plan.ACCESS) if f" {name}: " in error.value.msg]
+        named = [name for name in (*PARTS, *DUTIES, plan.ACCESS) if f" {name}: " in error.value.msg]
         assert sorted(named) == lacking(users)
 
 

@@ -387,6 +387,9 @@ class Sink:
     def count_staged_txn(self, txn: object, origin: str, at_most: int) -> int:
         return 0
 
+    def count_staged_in_rooms_txn(self, *args: object) -> dict[str, int]:
+        return {}
+
 
 @pytest.mark.requirement("L2")
 def test_transactions_are_accepted_while_the_limiter_is_made_anew() -> None:

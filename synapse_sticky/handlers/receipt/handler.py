@@ -1,7 +1,8 @@
 """Whether a transaction of another server is accepted at all (L1, L2, L6).
 
 In mode ``reject`` a transaction past a limit is refused whole, before Synapse touches it. In both
-modes a transaction is refused while its server has too many events deferred or staged. Only the
+modes a transaction is refused while its server has too many events deferred or staged, or too many
+staged in one of the transaction's rooms. Only the
 origin is proven here. So an event is charged to the origin, and to its sender if that is a user of
 the origin. The limit of a room (``per_room``) does not apply here, because refusals cannot share it
 fairly; it applies when events are persisted and released.
@@ -14,7 +15,7 @@ import json
 import logging
 import secrets
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -34,6 +35,9 @@ _MAX_ID_LENGTH = 255
 _MAX_ORIGINS = 10_000
 _RETRY_MIN_MS = 1_000
 _RETRY_MAX_MS = 60_000
+_PROCESSING_MS = 50
+"""About how long it takes to process a staged PDU in a busy room."""
+
 _LOOK_BACKOFF = Backoff(5_000, 30_000, spread=0)
 
 _Claim = tuple[str | None, str | None]
@@ -95,6 +99,11 @@ class Receipt(Protocol):
         A number up to ``at_most`` may be too large. It only says that there are not more.
         """
 
+    def count_staged_in_rooms_txn(
+        self, txn: Cursor, origin: str, room_ids: Collection[str], from_count: int
+    ) -> Mapping[str, int]:
+        """The same for each of these rooms that has so many of them or more."""
+
 
 class DeferredEvents(HasLayout, Protocol):
     """The table of deferred events."""
@@ -150,37 +159,48 @@ class ReceiptHandler:
             return None
         if await self._receipt.is_answered(origin, transaction.transaction_id):
             return None
-        refusal = await self._too_many(origin) or self._past_a_limit(transaction, claims)
+        refusal = await self._too_many(origin, claims) or self._past_a_limit(transaction, claims)
         if refusal is not None:
             self._report.refused(
                 refusal.limit, origin, _where(claims), refusal.retry_after_ms, len(claims)
             )
         return refusal
 
-    async def _too_many(self, origin: str) -> Refusal | None:
+    async def _too_many(self, origin: str, claims: list[_Claim]) -> Refusal | None:
         most = self._config.max_deferred_per_server
-        count = await self._count(origin)
-        if count < most:
-            return None
-        limits = (self._config.per_server, self._config.per_server_in_room)
-        per_second = min((limit.per_second for limit in limits if limit), default=1.0)
-        retry_after_ms = round((count - most + 1) * 1000 / per_second)
-        return Refusal(
-            "max_deferred_per_server", min(max(retry_after_ms, _RETRY_MIN_MS), _RETRY_MAX_MS)
+        count, in_rooms = await self._count(origin, {room_id for room_id, _ in claims if room_id})
+        if count >= most:
+            limits = (self._config.per_server, self._config.per_server_in_room)
+            per_second = min((limit.per_second for limit in limits if limit), default=1.0)
+            wait_ms = round((count - most + 1) * 1000 / per_second)
+            return Refusal("max_deferred_per_server", _retry_after_ms(wait_ms))
+        if in_rooms:
+            too_many = max(in_rooms.values()) - self._config.max_staged_per_server_in_room + 1
+            wait_ms = too_many * _PROCESSING_MS
+            return Refusal("max_staged_per_server_in_room", _retry_after_ms(wait_ms))
+        return None
+
+    async def _count(self, origin: str, room_ids: set[str]) -> tuple[int, Mapping[str, int]]:
+        """How many events of the origin are deferred or staged; exact from the most that there may
+        be. And how many are staged in each room where these are too many."""
+        counts_deferred = await self._has_deferred_table()
+        most, most_staged = (
+            self._config.max_deferred_per_server,
+            self._config.max_staged_per_server_in_room,
         )
 
-    async def _count(self, origin: str) -> int:
-        """How many events of the origin are deferred or staged; exact from the most that there may
-        be."""
-        counts_deferred = await self._has_deferred_table()
-        most = self._config.max_deferred_per_server
-
-        def count_txn(txn: Cursor) -> int:
+        def count_txn(txn: Cursor) -> tuple[int, Mapping[str, int]]:
             deferred = self._deferred.count_txn(txn, origin) if counts_deferred else 0
             if deferred >= most:
-                return deferred
+                return deferred, {}
             at_most = most - 1 - deferred
-            return deferred + self._receipt.count_staged_txn(txn, origin, at_most)
+            staged = self._receipt.count_staged_txn(txn, origin, at_most)
+            in_rooms: Mapping[str, int] = {}
+            if staged >= most_staged and room_ids:
+                in_rooms = self._receipt.count_staged_in_rooms_txn(
+                    txn, origin, room_ids, most_staged
+                )
+            return deferred + staged, in_rooms
 
         return await self._homeserver.transact("count_deferred", count_txn)
 
@@ -222,6 +242,10 @@ class ReceiptHandler:
         now_ms = self._homeserver.now_ms()
         until_ms = sticky_until_ms(pdu.sticky_field, pdu.origin_server_ts, now_ms)
         return until_ms is not None and now_ms < until_ms
+
+
+def _retry_after_ms(wait_ms: int) -> int:
+    return min(max(wait_ms, _RETRY_MIN_MS), _RETRY_MAX_MS)
 
 
 def _claim(pdu: ReceivedPdu, origin: str) -> _Claim:

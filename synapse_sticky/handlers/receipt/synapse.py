@@ -1,7 +1,7 @@
 """Transactions of other servers, before Synapse accepts them."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from synapse.api.constants import StickyEvent
@@ -24,10 +24,13 @@ SEAMS = (
     method(
         STORE, "async get_received_txn_response(transaction_id, origin, /) -> tuple[_, _] | None"
     ),
-    table("federation_inbound_events_staging", "origin text, event_json text"),
+    table("federation_inbound_events_staging", "origin text, room_id text, event_json text"),
 )
 
 _FIELD: str = StickyEvent.EVENT_FIELD_NAME
+_STICKY = f'%"{_FIELD}"%'
+"""The field's name elsewhere in a PDU counts as well. That costs its origin alone."""
+
 _MAX_PDUS = 50
 """Synapse answers a transaction of more with 400."""
 
@@ -97,9 +100,23 @@ class SynapseReceipt:
         count = _number(txn)
         if count <= at_most:
             return count
-        # The field's name elsewhere in a PDU counts as well. That costs its origin alone.
-        txn.execute(f"{sql} AND event_json LIKE ?", (origin, f'%"{_FIELD}"%'))
+        txn.execute(f"{sql} AND event_json LIKE ?", (origin, _STICKY))
         return _number(txn)
+
+    def count_staged_in_rooms_txn(
+        self, txn: Cursor, origin: str, room_ids: Collection[str], from_count: int
+    ) -> Mapping[str, int]:
+        of_rooms, args = self._homeserver.in_list("room_id", room_ids)
+        sql = (
+            "SELECT room_id, COUNT(*) FROM federation_inbound_events_staging"
+            f" WHERE origin = ? AND {of_rooms}%s GROUP BY room_id HAVING COUNT(*) >= ?"
+        )
+        # Most often there is none, which it takes no look into the PDUs to see.
+        txn.execute(sql % "", (origin, *args, from_count))
+        if not txn.fetchall():
+            return {}
+        txn.execute(sql % " AND event_json LIKE ?", (origin, *args, _STICKY, from_count))
+        return {room_id: int(count) for room_id, count in txn.fetchall()}
 
 
 def sticky_pdus(transaction_data: dict[str, Any]) -> list[dict[str, Any]]:

@@ -148,6 +148,8 @@ class World:
             push.acknowledge(event_id, now_ms)
         if chosen:
             self.confirmation.begin(push)
+        if push.worth_sending(now_ms):  # the first transaction has one event only
+            self.send(push)
 
     def _ids(self, push: Push) -> set[str]:
         return {event_id for _, event_id, _ in self.own[push.room_id]}

@@ -165,16 +165,16 @@ class Push:
     def choose(self, limit: int, now_ms: int) -> list[str]:
         """The event IDs to send now, oldest first; they count as sent from here on.
 
-        A newcomer that is still joining answers, and acknowledges nothing. Until it does, all
-        attempts after the first one are of one event, and of each in turn.
+        A newcomer that is still joining answers, and acknowledges nothing. Until it does, each
+        attempt is of one event, and of another one each time.
         """
         if not self._may_send(now_ms):
             return []
         candidates = sorted([(s.stream_id, s.event_id) for s in self._due(now_ms)] + self._to_send)
         free = max(min(limit, self.window - self._in_flight(now_ms)), 0)
-        if self._contact.is_awaited:
+        if not self._contact.is_made:
             candidates.sort(key=lambda c: (s.attempts if (s := self._sent.get(c[1])) else 0, c[0]))
-            free = 1
+            free = min(free, 1)
         chosen = candidates[:free]
         if chosen:
             self._contact.try_again(now_ms)

@@ -74,7 +74,7 @@ def test_hundreds_of_events_of_one_room(servers: Servers, unrouted: tuple[str, .
     if "/backfill/" in unrouted:
         assert len(questions(c)) == len(warnings(a)) == 1
     else:
-        check_questions(c, [a], 52)
+        check_questions(c, [a], 104)
         assert warnings(a) == []
 
 

@@ -154,7 +154,7 @@ class Confirmation:
             return max(min(self._in_vain(push), min(left_ms) + 1), APART_MS)
         took_ms = push.asked.takes(found, now_ms)
         push.asked.in_vain = push.asked.refusals = 0
-        return min(max(int(took_ms * push.missing_for_half(now_ms)), APART_MS), 2 * SOON_MS)
+        return min(max(int(took_ms * push.missing_for_half(now_ms)), APART_MS), 10 * SOON_MS)
 
     async def _ask_for_one(self, push: Push, late: list[Sent]) -> int | None:
         """Asks for the oldest of the events that the newcomer should have for long."""

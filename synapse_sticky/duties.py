@@ -149,7 +149,10 @@ DUTIES: Mapping[str, Duty] = {
         ),
         Duty(
             "joins",
-            (*_INDEX, *_ROOMS, "handlers.joins.synapse", "handlers.joins.detection.synapse"),
+            (
+                *(*_INDEX, *_ROOMS, "handlers.joins.synapse", "handlers.joins.detection.synapse"),
+                "handlers.joins.confirmation.synapse",
+            ),
             "servers that newly join a room do not get its sticky events",
             lambda place: place.sends,
             needs=("index",),

@@ -217,6 +217,7 @@ class Wiring:
         ).install()
 
     def _install_joins(self) -> None:
+        from synapse_sticky.handlers.joins.confirmation.synapse import SynapseAsking
         from synapse_sticky.handlers.joins.detection.synapse import SynapseStateChanges
         from synapse_sticky.handlers.joins.synapse import SynapseFederation
         from synapse_sticky.homeserver.rooms import Rooms
@@ -229,6 +230,7 @@ class Wiring:
             rooms,
             self._follower,
             federation,
+            SynapseAsking(homeserver),
             SynapseStateChanges(homeserver),
             NewcomerTable(homeserver),
             self._config.joins,

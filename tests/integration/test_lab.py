@@ -1,5 +1,6 @@
 """The lab itself, on plain Synapse."""
 
+import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from tests.integration.rooms import in_thread, room_of
 from tests.lab import Homeserver, Lab, wait_until
 from tests.lab.client import sticky_events
 from tests.lab.homeserver import StartError
+from tests.lab.overrides import OVERRIDES
 
 pytestmark = pytest.mark.one_process
 
@@ -163,3 +165,12 @@ def test_waiting_in_vain_says_for_what() -> None:
 def event_ids_of_timeline(sync: Any, room_id: str) -> list[str]:
     room = sync.get("rooms", {}).get("join", {}).get(room_id, {})
     return [event["event_id"] for event in room.get("timeline", {}).get("events", [])]
+
+
+def test_the_lab_is_as_synapse_is_but_for_five_reasons(two: list[Homeserver]) -> None:
+    """What other servers meet at a homeserver that nobody has tuned is what the tests meet (H4)."""
+    assert len(OVERRIDES) <= 5
+    config = json.loads((two[0].folder / "homeserver.yaml").read_text())
+    assert not {"rc_federation", "caches"} & config.keys()
+    limits = {key for key in config if key.startswith("rc_")}
+    assert limits <= set().union(*OVERRIDES.values())

@@ -267,7 +267,7 @@ class Peer:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """One connection: requests with JSON, answers with JSON."""
+    """One connection: requests with JSON, answers with JSON, or with the bytes given."""
 
     protocol_version = "HTTP/1.1"
     timeout = 300
@@ -280,9 +280,10 @@ class _Handler(BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length") or 0)
         body = json.loads(self.rfile.read(length)) if length else None
         status, answer = self._answer(self.command, self.path, body)
-        encoded = json.dumps(answer).encode()
+        is_html = isinstance(answer, bytes) and answer.startswith(b"<")
+        encoded = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", "text/html" if is_html else "application/json")
         self.send_header("Content-Length", str(len(encoded)))
         self.end_headers()
         self.wfile.write(encoded)

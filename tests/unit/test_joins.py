@@ -133,7 +133,7 @@ class Here:
 
 def install(here: Here) -> JoinsHandler:
     hs: Any = here
-    handler = JoinsHandler(hs, hs, hs, hs, hs, hs, JoinsConfig())
+    handler = JoinsHandler(hs, hs, hs, hs, hs, hs, hs, JoinsConfig())
     handler.install()
     return handler
 

@@ -70,6 +70,11 @@ class Destinations:
         state = self._destinations.get(destination)
         return list(state.pushes.values()) if state else []
 
+    def find(self, destination: str, room_id: str) -> Push | None:
+        """The push of the room to the destination, None if there is none."""
+        state = self._destinations.get(destination)
+        return state.pushes.get(room_id) if state else None
+
     def add(self, push: Push) -> None:
         """Adds the push, in the place of another one to the same room."""
         state = self._destinations.setdefault(push.destination, Destination())
@@ -86,8 +91,7 @@ class Destinations:
 
     def is_current(self, push: Push) -> bool:
         """Is the push still there, and not another one to the same room?"""
-        state = self._destinations.get(push.destination)
-        return state is not None and state.pushes.get(push.room_id) is push
+        return self.find(push.destination, push.room_id) is push
 
     def schedule(self, destination: str) -> None:
         """Sets the destination's timer. It fires when an event is due, when the watch of a settled

@@ -5,7 +5,6 @@ from typing import Protocol
 
 import attr
 
-from synapse_sticky.handlers.joins.confirmation import Asking
 from synapse_sticky.handlers.joins.detection.reader import HandledDestinations
 from synapse_sticky.homeserver import Cursor
 
@@ -32,7 +31,7 @@ class NotLoadedError(Exception):
     """The newcomers of an earlier run are not loaded yet."""
 
 
-class Federation(HandledDestinations, Asking, Protocol):
+class Federation(HandledDestinations, Protocol):
     """Sending to other servers, in a process that does so."""
 
     def wake(self, destination: str) -> None:

@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING
 from synapse_sticky._core import MAX_STICKY_DURATION_MS
 from synapse_sticky.backoff import Backoff
 from synapse_sticky.config import JoinsConfig
-from synapse_sticky.handlers.joins.confirmation import Confirmation
+from synapse_sticky.handlers.joins.confirmation.asking import Asking
+from synapse_sticky.handlers.joins.confirmation.confirmation import LATER_MS, Confirmation
 from synapse_sticky.handlers.joins.destinations import Destinations
 from synapse_sticky.handlers.joins.detection.reader import JoinReader, ServerJoin, StateChanges
+from synapse_sticky.handlers.joins.earlier import EarlierPushes
 from synapse_sticky.handlers.joins.federation import Batch, Federation, NotLoadedError
 from synapse_sticky.handlers.joins.push import Push
 from synapse_sticky.handlers.joins.tables import Newcomer, NewcomerTable
@@ -44,6 +46,7 @@ class JoinsHandler:
         rooms: "Rooms",
         follower: IndexFollower,
         federation: Federation,
+        asking: Asking,
         changes: StateChanges,
         table: NewcomerTable,
         config: JoinsConfig,
@@ -59,12 +62,16 @@ class JoinsHandler:
         self._reader = JoinReader(homeserver, changes, federation, table, self._joined)
         self._confirmation = Confirmation(
             homeserver,
-            federation,
-            self._destinations.is_current,
+            asking,
+            is_on=config.confirm,
+            find=self._destinations.find,
+            retry_at_ms=federation.retry_at_ms,
+            servers=lambda room_id: self._index.server_count(room_id, homeserver.now_ms()),
             update=self._update,
             on_progress=lambda push: federation.wake(push.destination),
             on_end=self._asking_ended,
         )
+        self._earlier = EarlierPushes()
         self._is_loaded = False
 
     def install(self) -> None:
@@ -108,7 +115,7 @@ class JoinsHandler:
     ) -> None:
         for join in mine:
             logger.info("%s has newly joined %s", join.destination, join.room_id)
-            self._add(join.destination, join.room_id, position=0, watch_until_ms=watch_until_ms)
+            self._add_newcomer(join.destination, join.room_id, watch_until_ms)
             self._federation.wake(join.destination)
             self._destinations.schedule(join.destination)
         for join in own:
@@ -122,7 +129,22 @@ class JoinsHandler:
                     push.is_blocked = False
                     self._federation.wake(destination)
 
-    def _add(self, destination: str, room_id: str, *, position: int, watch_until_ms: int) -> None:
+    def _add_newcomer(self, destination: str, room_id: str, watch_until_ms: int) -> None:
+        now_ms = self._homeserver.now_ms()
+        before = self._destinations.find(destination, room_id)
+        if before is not None:
+            self._update(before)
+            self._earlier.note(destination, room_id, before.position, now_ms)
+        position, not_before_ms = self._earlier.begin(destination, room_id, now_ms)
+        push = self._add(destination, room_id, position=0, watch_until_ms=watch_until_ms)
+        push.follow(position, before, not_before_ms)
+        has = [e for p, e, _ in self._index.own_events(room_id, 0, now_ms, _ALL) if p < position]
+        if has:
+            # It may have lost what it had, and what was under way when it left.
+            push.probe = has[-1]
+            self._confirmation.begin(push, max(not_before_ms - now_ms, LATER_MS))
+
+    def _add(self, destination: str, room_id: str, *, position: int, watch_until_ms: int) -> Push:
         push = Push(
             destination,
             room_id,
@@ -131,6 +153,7 @@ class JoinsHandler:
             backoff=self._backoff,
         )
         self._destinations.add(push)
+        return push
 
     # Sending
 
@@ -231,6 +254,8 @@ class JoinsHandler:
             or not self._follower.has_taken_in(push.last_rows)
         ):
             return  # the index may yet bring something, or the database has to be asked again
+        if push.probe is not None and now_ms < push.stored_watch_until_ms:
+            return  # the newcomer may yet say that it lacks everything
         watched = now_ms < push.watch_until_ms
         if push.delivered_count:
             logger.info(
@@ -240,6 +265,7 @@ class JoinsHandler:
                 push.room_id,
             )
         push.settle()
+        self._earlier.note(push.destination, push.room_id, push.position, now_ms)
         await self._end(push, still_watched=watched)
 
     async def _end(self, push: Push, *, still_watched: bool) -> None:
@@ -307,13 +333,9 @@ class JoinsHandler:
             if push.room_id not in rooms:
                 continue
             self._update(push)
-            for room_id, event_id in events:
-                if room_id != push.room_id or not push.acknowledge(event_id, now_ms):
-                    continue
-                if self._config.confirm:
-                    self._confirmation.begin(push)
-                else:
-                    push.mark_delivered(event_id)
+            acknowledged = [e for room_id, e in events if room_id == push.room_id]
+            if sum(push.acknowledge(event_id, now_ms) for event_id in acknowledged):
+                self._confirmation.begin(push)
         self._destinations.schedule(destination)
 
     def _asking_ended(self, push: Push) -> None:

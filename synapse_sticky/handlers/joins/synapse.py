@@ -1,18 +1,15 @@
 """Sending to other servers: Synapse's per-destination queues and its backlog of sticky events."""
 
 import logging
-import urllib.parse
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from synapse.api.errors import FederationDeniedError, HttpResponseException, RequestSendFailed
 from synapse.module_api import RoomID
 from synapse.module_api.callbacks.federation import (
     FederatedEventDeliveryMethod,
     FederationEventDeliveryEvent,
 )
 
-from synapse_sticky.handlers.joins.confirmation import Possession
 from synapse_sticky.handlers.joins.federation import BacklogSource, NotLoadedError
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, attributes, method, table
@@ -22,10 +19,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_ASK_TIMEOUT_MS = 10_000
 _CAUGHT_UP_TO = "new_last_successfully_sent_stream_ordering"
 
-_PREFIX = "/_matrix/federation/v1"
 _SENDER = "synapse.federation.sender"
 _QUEUE = f"{_SENDER}.per_destination_queue.PerDestinationQueue"
 _TRACKER = f"{_SENDER}.per_destination_queue.StickyEventBacklogTracker"
@@ -33,7 +28,6 @@ _FEDERATION_CONFIG = "synapse.config.federation.FederationConfig"
 
 SEAMS = (
     method(HOMESERVER, "get_federation_sender() -> AbstractFederationSender"),
-    method(HOMESERVER, "get_federation_http_client() -> MatrixFederationHttpClient"),
     Attribute("synapse.config.homeserver.HomeServerConfig", "federation"),
     Attribute("synapse.config.workers.WorkerConfig", "federation_shard_config"),
     method(
@@ -42,10 +36,6 @@ SEAMS = (
     ),
     method(
         _FEDERATION_CONFIG, "is_domain_allowed_according_to_federation_whitelist(domain, /) -> bool"
-    ),
-    method(
-        "synapse.http.matrixfederationclient.MatrixFederationHttpClient",
-        "async get_json(destination, /, *, path, timeout, ignore_backoff)",
     ),
     method(
         f"{_SENDER}.FederationSender",
@@ -94,11 +84,9 @@ class SynapseFederation:
         self._homeserver = homeserver
         self._rooms = rooms
         self._store = homeserver.store
-        hs = homeserver.hs
-        config = hs.config
+        config = homeserver.hs.config
         self._shards = config.worker.federation_shard_config
         self._is_whitelisted = config.federation.is_domain_allowed_according_to_federation_whitelist
-        self._client: Any = hs.get_federation_http_client()
 
     def handles(self, destination: str) -> bool:
         return (
@@ -117,31 +105,6 @@ class SynapseFederation:
     async def retry_at_ms(self, destination: str) -> int:
         timings = await self._store.get_destination_retry_timings(destination)
         return timings.retry_last_ts + timings.retry_interval if timings else 0
-
-    async def has_event(self, destination: str, event_id: str) -> Possession:
-        if await self.retry_at_ms(destination) > self._homeserver.now_ms():
-            return Possession.UNREACHABLE
-        path = f"{_PREFIX}/event/{urllib.parse.quote(event_id, safe='')}"
-        try:
-            # A failed request must not back the destination off: then Synapse would send nothing
-            # else there either.
-            answer = await self._client.get_json(
-                destination, path=path, timeout=_ASK_TIMEOUT_MS, ignore_backoff=True
-            )
-        except HttpResponseException as e:
-            if e.code == 404:
-                return Possession.LACKS
-            # 429 and 5xx pass with time; any other answer is the newcomer's last word.
-            temporary = e.code == 429 or e.code >= 500
-            return Possession.UNREACHABLE if temporary else Possession.REFUSES
-        except (RequestSendFailed, FederationDeniedError):
-            return Possession.UNREACHABLE
-        except Exception:
-            # An answer that cannot be understood counts as none.
-            logger.exception("Could not ask %s for %s", destination, event_id)
-            return Possession.UNREACHABLE
-        pdus = answer.get("pdus") if isinstance(answer, dict) else None
-        return Possession.HAS if isinstance(pdus, list) and pdus else Possession.LACKS
 
     def on_acknowledged(
         self, callback: Callable[[str, Sequence[tuple[str, str]]], Awaitable[None]]

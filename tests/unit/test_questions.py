@@ -1,0 +1,351 @@
+"""What newcomers are asked, how often, and what their answers lead to (P7, H2, H4).
+
+The clock, the timers and the other server are made up; the bookkeeping is the real one.
+"""
+
+import heapq
+import itertools
+from collections import Counter
+from collections.abc import Callable, Collection
+from typing import Any
+
+import attr
+import pytest
+
+from synapse_sticky.backoff import Backoff
+from synapse_sticky.handlers.joins.confirmation.asking import Answer, Kind
+from synapse_sticky.handlers.joins.confirmation.confirmation import Confirmation
+from synapse_sticky.handlers.joins.confirmation.questions import MOST_AT_ONCE, Questions
+from synapse_sticky.handlers.joins.push import Push
+from synapse_sticky.handlers.joins.sent import MOST_SENDS, PACE_MS, PATIENCE_MS
+from tests.unit.test_limits import done
+
+HOUR_MS = 3_600_000
+BEGIN_MS = 1_800_000_000_000
+BACKOFF = Backoff(500, 300_000)
+
+
+@attr.s(auto_attribs=True, eq=False)
+class Timer:
+    function: Callable[[], Any]
+    is_active: bool = True
+
+    def active(self) -> bool:
+        return self.is_active
+
+    def cancel(self) -> None:
+        self.is_active = False
+
+
+class Clock:
+    """A homeserver's time, which passes by ``run`` only."""
+
+    def __init__(self) -> None:
+        self.clock_ms = BEGIN_MS
+        self._timers: list[tuple[int, int, Timer]] = []
+        self._numbers = itertools.count()
+
+    def now_ms(self) -> int:
+        return self.clock_ms
+
+    def call_later(self, delay_ms: int, what: str, function: Any, *args: Any) -> Timer:
+        timer = Timer(lambda: done(function(*args)))
+        heapq.heappush(self._timers, (self.clock_ms + delay_ms, next(self._numbers), timer))
+        return timer
+
+    def pending(self) -> int:
+        return sum(timer.is_active for _, _, timer in self._timers)
+
+    def run(self, until_ms: int) -> None:
+        while self._timers and self._timers[0][0] <= until_ms:
+            self.clock_ms, _, timer = heapq.heappop(self._timers)
+            if timer.is_active:
+                timer.is_active = False
+                timer.function()
+        self.clock_ms = until_ms
+
+
+class World:
+    """Pushes of some rooms to one newcomer, which takes one event of a room each ``takes_ms``.
+
+    many, one: what it answers in place of the truth.
+    loses: what it acknowledges and does not take.
+    """
+
+    def __init__(self, rooms: int, events: int, *, takes_ms: int = 50, window: int = 48) -> None:
+        self.clock = Clock()
+        self.takes_ms = takes_ms
+        self.many: Callable[[], Answer | None] = lambda: None
+        self.one: Callable[[], Answer | None] = lambda: None
+        self.loses: set[str] = set()
+        self.own = {
+            f"!{r}": [(r * 1_000 + n, f"${r}.{n}", "@user:here") for n in range(1, events + 1)]
+            for r in range(rooms)
+        }
+        self.window = window
+        self.times_sent: Counter[str] = Counter()
+        self.asked: list[tuple[int, str, tuple[str, ...]]] = []
+        self.taken_ms: dict[str, int] = {}
+        self.ended: list[str] = []
+        self.pushes: dict[str, Push] = {}
+        for room_id in self.own:
+            push = Push(
+                "there",
+                room_id,
+                position=0,
+                watch_until_ms=BEGIN_MS + HOUR_MS,
+                backoff=BACKOFF,
+            )
+            push.take_in_last_rows({"here": 10**9}, push.dirty_marks, BEGIN_MS)
+            self.pushes[room_id] = push
+        hs: Any = self.clock
+        asking: Any = self
+        self.confirmation = Confirmation(
+            hs,
+            asking,
+            is_on=True,
+            find=lambda destination, room_id: self.pushes.get(room_id),
+            retry_at_ms=self.retry_at_ms,
+            servers=lambda room_id: 1,
+            update=self.update,
+            on_progress=self.send,
+            on_end=lambda push: self.ended.append(push.room_id),
+        )
+
+    def begin(self) -> "World":
+        for push in self.pushes.values():
+            self.update(push)
+            self.send(push)
+        return self
+
+    def run(self, ms: int) -> "World":
+        """Time passes; what is due is sent, as the timer of the destination sees to."""
+        until_ms = self.clock.clock_ms + ms
+        while self.clock.clock_ms < until_ms:
+            self.clock.run(min(self.clock.clock_ms + 1_000, until_ms))
+            for push in self.pushes.values():
+                self.update(push)
+                if not push.is_open and push.start_over():
+                    self.update(push)
+                if push.worth_sending(self.clock.clock_ms):
+                    self.send(push)
+        return self
+
+    def update(self, push: Push) -> None:
+        own = [event for event in self.own[push.room_id] if event[0] >= push.position]
+        push.update(own, self.clock.clock_ms, self.window)
+
+    def send(self, push: Push) -> None:
+        """Sends a batch, which is acknowledged at once."""
+        now_ms = self.clock.clock_ms
+        chosen = push.choose(50, now_ms)
+        self.times_sent.update(chosen)
+        last_ms = max([now_ms, *(t for e, t in self.taken_ms.items() if e in self._ids(push))])
+        for event_id in chosen:
+            if event_id not in self.loses:
+                last_ms += self.takes_ms
+                self.taken_ms.setdefault(event_id, last_ms)
+            push.acknowledge(event_id, now_ms)
+        if chosen:
+            self.confirmation.begin(push)
+        if push.worth_sending(now_ms):  # the first transaction has one event only
+            self.send(push)
+
+    def _ids(self, push: Push) -> set[str]:
+        return {event_id for _, event_id, _ in self.own[push.room_id]}
+
+    def has(self, event_id: str) -> bool:
+        return self.taken_ms.get(event_id, 1 << 62) <= self.clock.clock_ms
+
+    # Asking
+
+    async def retry_at_ms(self, destination: str) -> int:
+        return 0
+
+    async def referenced(self, event_ids: Collection[str]) -> set[str]:
+        return set(event_ids)
+
+    async def has_events(
+        self, destination: str, room_id: str, event_ids: Collection[str], limit: int
+    ) -> Answer:
+        self.asked.append((self.clock.clock_ms, "many", tuple(event_ids)))
+        return self.many() or Answer(Kind.SAYS, [e for e in event_ids if self.has(e)])
+
+    async def has_event(self, destination: str, event_id: str) -> Answer:
+        self.asked.append((self.clock.clock_ms, "one", (event_id,)))
+        if (answer := self.one()) is not None:
+            return answer
+        return Answer(Kind.SAYS, [event_id]) if self.has(event_id) else Answer(Kind.LACKS)
+
+    def questions(self) -> int:
+        return len(self.asked)
+
+    def everything(self) -> int:
+        return sum(len(events) for events in self.own.values())
+
+    def is_over(self) -> bool:
+        return not any(push.is_open for push in self.pushes.values()) and not self.clock.pending()
+
+
+@pytest.mark.requirement("P7", "H4")
+def test_far_fewer_questions_than_events() -> None:
+    world = World(1, 260).begin().run(30_000)
+    assert world.is_over()
+    assert set(world.times_sent.values()) == {1}
+    assert len(world.times_sent) == 260
+    assert world.questions() <= 26
+    assert all(kind == "many" for _, kind, _ in world.asked)
+
+
+@pytest.mark.requirement("P7", "H4")
+def test_questions_follow_one_another_whatever_the_number_of_rooms() -> None:
+    world = World(80, 5, takes_ms=1_000).begin().run(120_000)
+    assert world.is_over()
+    assert set(world.times_sent.values()) == {1}
+    times_ms = [asked_ms for asked_ms, _, _ in world.asked]
+    assert min(b - a for a, b in itertools.pairwise(times_ms)) >= 250
+    assert world.questions() <= 200 < world.everything()
+
+
+@pytest.mark.requirement("P7", "L3")
+def test_the_last_event_is_never_asked_for() -> None:
+    world = World(3, 5, takes_ms=2_000).begin().run(60_000)
+    assert world.is_over()
+    assert not {"$0.5", "$1.5", "$2.5"} & {e for _, _, asked in world.asked for e in asked}
+
+
+@pytest.mark.requirement("P7", "H4")
+def test_what_no_other_event_references_is_not_asked_for() -> None:
+    world = World(1, 20)
+
+    async def nothing(event_ids: Collection[str]) -> set[str]:
+        return set()
+
+    world.referenced = nothing  # type: ignore[method-assign]
+    assert world.begin().run(10_000).is_over()
+    assert world.asked == []
+
+
+@pytest.mark.requirement("P7", "L3")
+def test_what_was_pruned_is_sent_again_once() -> None:
+    world = World(1, 40)
+    world.loses = {f"$0.{n}" for n in range(1, 31)}
+    world.begin().run(PATIENCE_MS - 1_000)
+    assert set(world.times_sent.values()) == {1}
+    world.loses = set()
+    world.run(PATIENCE_MS)
+    assert world.is_over()
+    # With all of it, as what was not pruned may have been fetched only.
+    assert set(world.times_sent.values()) == {2}
+    assert len(world.times_sent) == 40
+    assert world.questions() <= 30
+
+
+@pytest.mark.requirement("P7", "H2")
+def test_being_slow_is_no_loss() -> None:
+    """It is busy with one event, or with each, for longer than it is given time."""
+    world = World(1, 10, takes_ms=PATIENCE_MS - 5_000).begin().run(HOUR_MS // 4)
+    assert world.is_over()
+    assert set(world.times_sent.values()) == {1}
+    assert world.questions() <= 80
+
+
+ANSWERS = {
+    "lacks": Answer(Kind.LACKS),
+    "has": Answer(Kind.SAYS, ["$0.1"]),
+    "silent": Answer(Kind.SILENT, reason="404 to /event"),
+    "refuses": Answer(Kind.REFUSES),
+    "too large": Answer(Kind.TOO_LARGE),
+    "busy": Answer(Kind.BUSY),
+    "unreachable": Answer(Kind.UNREACHABLE),
+    "says nothing": Answer(Kind.SAYS),
+}
+
+
+@pytest.mark.requirement("P7", "H2", "H3")
+@pytest.mark.parametrize("one", ANSWERS)
+@pytest.mark.parametrize("many", [name for name in ANSWERS if name not in {"lacks", "has"}])
+def test_whatever_it_answers_nothing_is_sent_more_than_twice(many: str, one: str) -> None:
+    world = World(2, 60)
+    world.many = lambda: ANSWERS[many]
+    world.one = lambda: ANSWERS[one]
+    world.begin().run(HOUR_MS // 2)
+    assert max(world.times_sent.values()) <= MOST_SENDS
+    # An hour later all has expired, and nobody asks any more.
+    for events in world.own.values():
+        events.clear()
+    asked = world.run(HOUR_MS // 2).questions()
+    assert world.run(HOUR_MS).questions() == asked
+    assert asked <= 300
+    assert world.clock.pending() == 0
+
+
+@pytest.mark.requirement("P7")
+@pytest.mark.parametrize("kind", [Kind.SILENT, Kind.REFUSES])
+def test_without_an_answer_acknowledgements_are_believed_at_a_pace(
+    kind: Kind, caplog: pytest.LogCaptureFixture
+) -> None:
+    world = World(2, 260)
+    world.many = lambda: Answer(kind, reason="404 to /backfill")
+    world.begin().run(10_000 if kind is Kind.SILENT else 40_000)
+    assert world.is_over()
+    assert set(world.times_sent.values()) == {1}
+    warnings = [r for r in caplog.records if r.levelname == "WARNING"]
+    assert len(warnings) == (kind is Kind.SILENT)
+    if kind is Kind.SILENT:
+        assert world.questions() == 1
+        # A plain Synapse that takes 40 a second never has a hundred of a room staged.
+        world = World(1, 260, takes_ms=25)
+        world.many = lambda: Answer(kind, reason="404 to /backfill")
+        world.begin()
+        for _ in range(100):
+            world.run(100)
+            staged = [e for e in world.taken_ms if not world.has(e)]
+            assert len(staged) < 100
+        assert world.is_over()
+        assert PACE_MS * 260 / 48 < 10_000
+
+
+@pytest.mark.requirement("P7", "H2")
+def test_who_cannot_be_reached_is_asked_ever_less_often() -> None:
+    world = World(20, 10)
+    world.many = lambda: Answer(Kind.UNREACHABLE)
+    world.begin().run(HOUR_MS // 2)
+    assert world.questions() <= 50
+    assert set(world.times_sent.values()) == {1}
+    # It may have lost what it had in memory only: all of it goes out once more.
+    world.many = lambda: None
+    assert world.run(120_000).is_over()
+    assert max(world.times_sent.values()) <= MOST_SENDS
+
+
+@pytest.mark.requirement("P7", "H2")
+def test_who_is_busy_has_lost_nothing() -> None:
+    world = World(20, 10)
+    world.many = lambda: Answer(Kind.BUSY)
+    world.begin().run(300_000)
+    world.many = lambda: None
+    assert world.run(120_000).is_over()
+    assert set(world.times_sent.values()) == {1}
+
+
+@pytest.mark.requirement("H3")
+def test_few_destinations_are_asked_at_once() -> None:
+    clock: Any = Clock()
+    under_way = most = asked = 0
+
+    async def ask(destination: str, room_id: str) -> int | None:
+        nonlocal under_way, most, asked
+        under_way, asked = under_way + 1, asked + 1
+        most = max(most, under_way)
+        if asked < 5_000:  # time passes until it answers: others have their turn meanwhile
+            clock.run(clock.clock_ms + 1)
+        under_way -= 1
+        return None
+
+    questions = Questions(clock, ask)
+    for number in range(200):
+        questions.add(f"there{number}", "!room", 10)
+    clock.run(BEGIN_MS + 60_000)
+    assert asked == 200
+    assert 1 < most <= MOST_AT_ONCE

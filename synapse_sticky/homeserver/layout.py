@@ -79,7 +79,7 @@ async def migrate(homeserver: Homeserver, tables: HasLayout) -> None:
         for number, statements in enumerate(migrations[version:], start=version + 1):
             logger.info("Migrating the tables of %s to layout %d", duty, number)
             for statement in statements:
-                _run_txn(txn, statement, homeserver.is_postgres)
+                _run_txn(txn, statement, homeserver)
         if version < len(migrations):
             txn.execute(
                 "INSERT INTO synapse_sticky_layouts (duty, version) VALUES (?, ?)"
@@ -95,9 +95,9 @@ async def migrate(homeserver: Homeserver, tables: HasLayout) -> None:
     await homeserver.transact_alone(f"migrate_{duty}", migrate_txn)
 
 
-def _run_txn(txn: Cursor, statement: str, is_postgres: bool) -> None:
-    added = None if is_postgres else _ADDED_COLUMN.match(statement)
-    if added:
+def _run_txn(txn: Cursor, statement: str, homeserver: Homeserver) -> None:
+    added = _ADDED_COLUMN.match(statement)
+    if added and not homeserver.is_postgres:
         # SQLite does not know IF NOT EXISTS here.
         txn.execute("SELECT 1 FROM pragma_table_info(?) WHERE name = ?", (added[1], added[2]))
         if txn.fetchone() is not None:

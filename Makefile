@@ -35,6 +35,7 @@ lint: $(VENV)/.built ## ruff, mypy, stubtest, rustfmt, clippy; whether docs/conf
 	$(BIN)/python -m mypy.stubtest synapse_sticky._core
 	cargo fmt --check
 	cargo clippy --quiet --all-targets -- -D warnings
+	cargo clippy --quiet --lib --features extension-module -- -D warnings
 	cargo clippy --quiet --all-targets --all-features -- -D warnings
 	$(BIN)/python -m tests.conformance.page --check
 	$(BIN)/python -m tests.compat --check

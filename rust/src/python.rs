@@ -55,15 +55,11 @@ mod _core {
     #[pymodule_export]
     const MAX_STICKY_DURATION_MS: i64 = crate::rules::MAX_STICKY_DURATION_MS;
 
-    #[cfg(feature = "panics")]
     #[pymodule_init]
-    fn init(module: &pyo3::Bound<'_, pyo3::types::PyModule>) -> pyo3::PyResult<()> {
-        use pyo3::prelude::*;
-        // Nothing that the module says it exports.
-        module.setattr(
-            "_panic_in",
-            pyo3::wrap_pyfunction!(super::panics::_panic_in, module)?,
-        )
+    fn init(_module: &pyo3::Bound<'_, pyo3::types::PyModule>) -> pyo3::PyResult<()> {
+        #[cfg(feature = "panics")]
+        super::panics::add_to(_module)?;
+        Ok(())
     }
 }
 

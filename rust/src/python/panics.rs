@@ -9,10 +9,15 @@ use pyo3::prelude::*;
 static IS_ARMED: AtomicBool = AtomicBool::new(false);
 static LEFT: Mutex<BTreeMap<String, u32>> = Mutex::new(BTreeMap::new());
 
+/// Adds what tests call; the module does not say that it exports it.
+pub(super) fn add_to(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.setattr("_panic_in", wrap_pyfunction!(_panic_in, module)?)
+}
+
 /// Has the next calls panic, at their end, with all changes made: those of the objects of this class, of the function
 /// of this name, or those that convert the argument of this name.
 #[pyfunction]
-pub(super) fn _panic_in(name: String, calls: u32) {
+fn _panic_in(name: String, calls: u32) {
     let mut left = LEFT.lock().unwrap_or_else(PoisonError::into_inner);
     left.insert(name, calls);
     IS_ARMED.store(true, Ordering::Release);

@@ -66,7 +66,7 @@ class JoinsHandler:
             is_on=config.confirm,
             find=self._destinations.find,
             retry_at_ms=federation.retry_at_ms,
-            servers=lambda room_id: self._index.server_count(room_id, homeserver.now_ms()),
+            servers=lambda room_id: follower.index.server_count(room_id, homeserver.now_ms()),
             update=self._update,
             on_progress=lambda push: federation.wake(push.destination),
             on_end=self._asking_ended,
@@ -138,8 +138,10 @@ class JoinsHandler:
         position, not_before_ms = self._earlier.begin(destination, room_id, now_ms)
         push = self._add(destination, room_id, position=0, watch_until_ms=watch_until_ms)
         push.follow(position, before, not_before_ms)
-        has = [e for p, e, _ in self._index.own_events(room_id, 0, now_ms, _ALL) if p < position]
-        if has:
+        # While the index is made anew nobody knows what the newcomer should have.
+        own = self._follower.index.own_events(room_id, 0, now_ms, _ALL)
+        has = [event_id for at, event_id, _ in own if at < position]
+        if has and self._follower.is_whole:
             # It may have lost what it had, and what was under way when it left.
             push.probe = has[-1]
             self._confirmation.begin(push, max(not_before_ms - now_ms, LATER_MS))

@@ -18,13 +18,13 @@ demo: $(VENV)/.built ## The main job on three real homeservers, without and with
 
 test: $(VENV)/.built ## The tests: the Rust core, then Python on real homeservers
 	cargo test --quiet
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.built ## The tests that take half a minute each, and the same faults at more moments
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 test-workers: $(VENV)/.built ## The conformance and integration suites and more on a Synapse of ten processes, with Postgres and Valkey: an hour
-	$(BIN)/python -m pytest --workers -m "not slow" --numprocesses 2 --dist loadfile tests/workers tests/conformance tests/integration $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --workers -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder tests/workers tests/conformance tests/integration $(PYTEST_ARGS)
 
 lint: $(VENV)/.built ## ruff, mypy, stubtest, rustfmt, clippy; whether docs/conformance.md is true
 	@cargo fmt --version >/dev/null 2>&1 || { echo "rustfmt is missing: rustup component add rustfmt"; exit 1; }

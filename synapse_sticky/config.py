@@ -34,6 +34,10 @@ DUTIES = (
 """What the module does, by the names that folders, log lines and tables of the docs share."""
 
 
+LISTED_TWICE = "synapse_sticky.StickyEventsModule is listed twice in `modules:`"
+"""Why a start, and ``check``, refuse that."""
+
+
 class Strict(Enum):
     """Which misfits between this module and the running Synapse stop the start (H5)."""
 

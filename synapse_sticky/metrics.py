@@ -3,6 +3,8 @@
 In mode ``observe`` the counters of limits say what the module would have done (H6).
 """
 
+from collections.abc import Mapping
+
 from prometheus_client import Counter, Gauge
 
 REFUSED = Counter(
@@ -58,3 +60,9 @@ def _show(duty: str) -> None:
     state = "unfit" if duty in _broken else _states.get(duty)
     for other in ("on", "off", "unfit", "native"):
         DUTY.labels(duty, other).set(other == state)
+
+
+def set_duties(states: Mapping[str, str]) -> None:
+    """Says the same of several, by name."""
+    for duty, state in states.items():
+        set_duty(duty, state)

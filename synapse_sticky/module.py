@@ -35,8 +35,7 @@ class StickyEventsModule:
             if config.strict is not Strict.NO:
                 raise ConfigError(f"synapse-sticky does not fit this Synapse: {e}") from e
             logger.exception("synapse-sticky is off: this Synapse lacks what every duty needs")
-            for duty, state in config.states_if_nothing_fits().items():
-                metrics.set_duty(duty, state)
+            metrics.set_duties(config.states_if_nothing_fits())
 
     @staticmethod
     def parse_config(config: dict[str, Any]) -> StickyConfig:

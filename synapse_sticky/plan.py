@@ -76,9 +76,9 @@ def decide_access(states: Mapping[str, State]) -> Decision:
     names = guarded(states)
     if not names:
         return Decision(State.OFF)
-    by_name = {name: fitting_layers(name) for name in names}
-    is_guarded = all(layers for layers, _ in by_name.values())
-    problems = [problem for _, found in by_name.values() for problem in found]
+    of_each = [fitting_layers(name) for name in names]
+    is_guarded = all(layers for layers, _ in of_each)
+    problems = [problem for _, found in of_each for problem in found]
     return Decision(State.ON if is_guarded else State.UNFIT, misfits=problems)
 
 

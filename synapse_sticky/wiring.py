@@ -7,7 +7,7 @@ from synapse.module_api import ModuleApi
 from synapse.module_api.errors import ConfigError
 
 from synapse_sticky import metrics
-from synapse_sticky.config import LocalMode, Mode, StickyConfig, Strict
+from synapse_sticky.config import LISTED_TWICE, LocalMode, Mode, StickyConfig, Strict
 from synapse_sticky.duties import DUTIES, Duty, State, shared_misfits
 from synapse_sticky.handlers.deferral.handler import DeferralHandler
 from synapse_sticky.handlers.deferral.observer import Observer
@@ -71,7 +71,7 @@ class Wiring:
         self._homeserver = Homeserver(api)
         self._report = LimitReport(self._homeserver.now_ms)
         if hasattr(self._homeserver.store, _LOADED):
-            raise ConfigError("synapse_sticky.StickyEventsModule is listed twice in `modules:`")
+            raise ConfigError(LISTED_TWICE)
         self._homeserver.enter(self._homeserver.store, _LOADED, True)
         self._deferred = DeferredTable(self._homeserver)
         self._loading = Loading(self._homeserver, self._set)
@@ -93,8 +93,7 @@ class Wiring:
         if self._config.strict is not Strict.NO:
             raise SeamMismatchError(problems)
         logger.error("synapse-sticky is off, as this Synapse does not fit: %s", "; ".join(problems))
-        for duty, state in self._config.states_if_nothing_fits().items():
-            metrics.set_duty(duty, state)
+        metrics.set_duties(self._config.states_if_nothing_fits())
 
     def _begin(self, duty: Duty) -> None:
         """Installs the duty in this process, or says why not."""

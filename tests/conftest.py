@@ -3,6 +3,7 @@
 import signal
 import time
 from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ Servers = Callable[..., list[Homeserver]]
 """``servers(2)``, or ``servers({"module": False}, {})`` with Homeserver's options."""
 
 _LOG_LINES = 60
+_LONGEST_FIRST = ("workers", "conformance", "integration")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -71,11 +73,18 @@ def three(lab: Lab) -> Iterator[list[Homeserver]]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What is about one process is not asked of many."""
+    """What takes longest does not begin last; what is about one process is not asked of many."""
+    items.sort(key=lambda item: _rank(item.path))
     if config.getoption("--workers"):
         left = [item for item in items if item.get_closest_marker("one_process")]
         items[:] = [item for item in items if item not in left]
         config.hook.pytest_deselected(items=left)
+
+
+def _rank(path: Path) -> int:
+    """A low number for a file that takes long, by its folder."""
+    folder = path.relative_to(Path(__file__).parent).parts[0]
+    return _LONGEST_FIRST.index(folder) if folder in _LONGEST_FIRST else len(_LONGEST_FIRST)
 
 
 def pytest_configure() -> None:

@@ -9,7 +9,7 @@ import yaml
 from synapse.config.homeserver import HomeServerConfig
 from synapse.module_api.errors import ConfigError
 
-from synapse_sticky.config import StickyConfig
+from synapse_sticky.config import LISTED_TWICE, StickyConfig
 from synapse_sticky.handlers.deferral.tables import DeferredTable
 from synapse_sticky.handlers.joins.tables import NewcomerTable
 from synapse_sticky.handlers.sliding.tables import PageTable
@@ -156,5 +156,5 @@ def _of_module(config: HomeServerConfig) -> StickyConfig | None:
     parsed: list[Any] = [parsed for _, parsed in config.modules.loaded_modules]
     listed = [found for found in parsed if isinstance(found, StickyConfig)]
     if len(listed) > 1:
-        raise ConfigError("synapse_sticky.StickyEventsModule is listed twice in `modules:`")
+        raise ConfigError(LISTED_TWICE)
     return listed[0] if listed else None

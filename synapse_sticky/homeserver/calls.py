@@ -25,7 +25,7 @@ def in_place_of(
     parameters = signature.parameters.values()
     if any(parameter.kind in _NAMELESS for parameter in parameters):
         # Somebody else's replacement, which passes on what comes.
-        return functools.wraps(original)(replacement)
+        return _with_signature(functools.wraps(original)(replacement), signature)
     own = inspect.signature(replacement).parameters.values()
     own_names = dict(
         zip(
@@ -48,10 +48,19 @@ def in_place_of(
         async def call_later(*args: Any, **options: Any) -> Any:
             return await replacement(**by_name(*args, **options))
 
-        return call_later
+        return _with_signature(call_later, signature)
 
     @functools.wraps(original)
     def call(*args: Any, **options: Any) -> Any:
         return replacement(**by_name(*args, **options))
 
-    return call
+    return _with_signature(call, signature)
+
+
+def _with_signature(
+    function: Callable[..., Any], signature: inspect.Signature
+) -> Callable[..., Any]:
+    """The function with this signature. What a method says of itself, which ``wraps`` copies, may
+    name the object as well, and the next replacement would believe it."""
+    vars(function)["__signature__"] = signature
+    return function

@@ -34,16 +34,19 @@ some waits; of one user no more than 12."""
 
 MOMENTS = ["before", "inside", "after"]
 _BEFORE, _AFTER = (pytest.param(moment, marks=pytest.mark.slow) for moment in ("before", "after"))
-WHILE_IT_RUNS = ["persist", "release", "backlog", "store_page", "drop_deferred"]
-WHILE_IT_RUNS_SLOW = ["record_joins", "settle", "read_page"]
+WHILE_IT_RUNS = ["persist", "release", "backlog"]
+WHILE_IT_RUNS_SLOW = ["record_joins", "settle", "store_page", "read_page", "drop_deferred"]
 AT_THE_START = ["migrate_deferral", "newcomers"]
 AT_THE_START_SLOW = ["migrate_joins", "deferred", "state_position"]
-KILLED = [(name, "inside") for name in ("persist", "release", "settle")]
+KILLED = [(name, "inside") for name in ("persist", "release")]
 KILLED_SLOW = [
     *(("persist", moment) for moment in ("before", "after")),
     *(("release", moment) for moment in ("before", "after")),
-    *((name, moment) for name in ("record_joins", "store_page") for moment in ("inside", "after")),
-    ("settle", "after"),
+    *(
+        (name, moment)
+        for name in ("record_joins", "settle", "store_page")
+        for moment in MOMENTS[1:]
+    ),
 ]
 
 
@@ -232,6 +235,7 @@ def test_the_clock_jumps_ahead_and_back(servers: Servers, peer: Peer) -> None:
     assert old not in scene.sections()[0]
 
 
+@pytest.mark.slow
 @pytest.mark.requirement("S2", "L4", "E4")
 def test_the_clock_is_set_back(servers: Servers, peer: Peer, newcomer: Peer) -> None:
     (server,) = servers({"module_name": FAULTY_MODULE, "config": SLOW})

@@ -57,7 +57,7 @@ def test_newcomer_among_four(servers: Servers) -> None:
 @pytest.mark.parametrize(
     ("history_visibility", "with_module"),
     [
-        ("joined", True),
+        pytest.param("joined", True, marks=pytest.mark.slow),
         pytest.param("shared", False, marks=pytest.mark.slow),
         pytest.param("shared", True, marks=pytest.mark.slow),
         pytest.param("joined", False, marks=pytest.mark.slow),
@@ -139,7 +139,7 @@ def test_pushed_before_the_newcomer_has_finished_joining(servers: Servers) -> No
 
 
 @pytest.mark.requirement("E4", "P3")
-@pytest.mark.parametrize("end", ["stop", "kill"])
+@pytest.mark.parametrize("end", [pytest.param("stop", marks=pytest.mark.slow), "kill"])
 def test_resident_ends_between_join_and_push(servers: Servers, end: str) -> None:
     a, b, c = servers({}, {}, {"forwarded": True})
     assert c.forwarder is not None
@@ -173,6 +173,7 @@ def test_join_while_the_resident_is_down(servers: Servers) -> None:
     assert set(carol.collect_sticky(room_id, old)) == old
 
 
+@pytest.mark.slow
 @pytest.mark.requirement("P3", "P7")
 def test_newcomer_is_paused_at_the_join(servers: Servers) -> None:
     a, b, c = servers(3)

@@ -74,6 +74,7 @@ def test_answers_that_are_lost_are_repeated(server: Homeserver) -> None:
     assert seen == old
 
 
+@pytest.mark.slow
 @pytest.mark.requirement("D2", "D4", "D5", "D7")
 def test_250_events_in_three_pages_and_new_ones_beside_them(servers: Servers) -> None:
     (server,) = servers({"config": NO_LIMITS})

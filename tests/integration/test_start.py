@@ -122,15 +122,13 @@ def test_a_part_of_a_duty_is_off_by_itself(servers: Servers, peer: Peer) -> None
     scene.wait_until_there(*scene.flood(20))
 
 
-REPEATS = {"sync_response_cache_duration": "2m"}
-"""As by default, Synapse gives its answer to the same request once more."""
 UNGUARDED = "tests.lab.variants.InSynapseThatNobodyGuards"
 
 
 @pytest.mark.requirement("D8", "H5")
 def test_sections_that_nobody_guards(servers: Servers) -> None:
     """The homeserver starts, and the sections are as it makes them; that is an error."""
-    options: dict[str, Any] = {"extra": {"caches": REPEATS}, "metrics": True}
+    options: dict[str, Any] = {"metrics": True}
     server, guarded = servers({**options, "module_name": UNGUARDED}, options)
     said = server.log_path.read_text()
     assert said.count(" ERROR ") == said.count("access is off, as this Synapse does not fit: ") == 1

@@ -160,7 +160,7 @@ def test_an_answer_that_is_repeated_has_no_section_of_a_room_that_was_left(
     servers: Servers,
 ) -> None:
     """Synapse answers the same request from a cache within two minutes, as it does by default."""
-    (server,) = servers({"extra": {"caches": {"sync_response_cache_duration": "2m"}}})
+    (server,) = servers(1)
     alice, bob = server.user(), server.user()
     room_id = room_of(alice, bob, via=server)
     sticky, redacted = alice.send_sticky(room_id), alice.send_sticky(room_id)

@@ -82,6 +82,20 @@ def test_it_has_the_name_and_the_signature() -> None:
     assert ended.value.value == (11, 2, 13)
 
 
+def test_one_replacement_is_replaced_by_another() -> None:
+    """Also if the function says itself what it takes, as those of some decorators do."""
+
+    def said(self: Any, one: int, two: int, three: int = 3) -> Any:
+        return one, two, three
+
+    vars(said)["__signature__"] = inspect.signature(said)
+    original = type("Owner", (), {"said": said})().said
+    first = in_place_of(original, adding(original))
+    second = in_place_of(first, adding(first))
+    assert second(1, 2, 3) == (21, 2, 23)
+    assert inspect.signature(second) == inspect.signature(original)
+
+
 def test_somebody_elses_replacement_passes_on_what_comes() -> None:
     def anything(*args: int, **options: int) -> Any:
         return args, options

@@ -586,7 +586,10 @@ def _redaction(event: EventBase, user_id: str) -> EventBase:
     )
 
 
-@pytest.fixture(scope="module", params=["sqlite", "postgres"])
+@pytest.fixture(
+    scope="module",
+    params=["sqlite", pytest.param("postgres", marks=pytest.mark.slow)],
+)
 def world(request: pytest.FixtureRequest) -> Iterator[World]:
     loggers = [logging.getLogger(name) for name in ("synapse", "synapse_sticky")]
     levels = [logger.level for logger in loggers]

@@ -40,7 +40,8 @@ PACE = range(5)
 CONFIG = limits(per_server={"per_second": 10, "burst_count": 10}) | {"local": {"per_user": None}}
 """Most of the flood waits, for some seconds."""
 
-_MORE = pytest.mark.workers
+pytestmark = pytest.mark.workers
+
 _OTHERS = [name for name in (MAIN, *WORKERS) if name != PERSISTERS[0]]
 
 Disturb = Callable[[Callable[[], object]], None]
@@ -97,9 +98,7 @@ def tell_of(deployment: WorkerHomeserver, peer: Peer, newcomer: Peer) -> Disturb
 
 
 @pytest.mark.requirement("E2", "E4", "L3", "L4", "P3", "P7", "D5", "D8")
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=_MORE) for name in (PERSISTERS[0], *_OTHERS)]
-)
+@pytest.mark.parametrize("name", [PERSISTERS[0], *_OTHERS])
 def test_a_process_is_killed(lab: Lab, deployment: WorkerHomeserver, peer: Peer, name: str) -> None:
     """In the middle of what it does: a persister is the room's, a sender the newcomer's."""
     scene = enter_where(deployment, peer, name if name in PERSISTERS else PERSISTERS[0])
@@ -122,7 +121,6 @@ def test_a_process_is_killed(lab: Lab, deployment: WorkerHomeserver, peer: Peer,
         tell(deployment, peer, newcomer, meanwhile=meanwhile, pace=PACE, scene=scene)
 
 
-@_MORE
 @pytest.mark.requirement("E2", "E4", "L3", "L4", "P3", "P7", "D5", "D8")
 def test_all_are_killed(deployment: WorkerHomeserver, tell_of: Disturb) -> None:
     tell_of(deployment.kill)
@@ -133,8 +131,8 @@ def test_all_are_killed(deployment: WorkerHomeserver, tell_of: Disturb) -> None:
     "fault",
     [
         Fault("persist", "inside", "error", times=20),
-        pytest.param(Fault("persist", "inside", "kill"), marks=_MORE),
-        pytest.param(Fault("persist", "after", "kill"), marks=_MORE),
+        Fault("persist", "inside", "kill"),
+        Fault("persist", "after", "kill"),
     ],
     ids=lambda fault: f"{fault.kind}-{fault.moment}",
 )
@@ -148,7 +146,6 @@ def test_what_is_being_persisted(deployment: WorkerHomeserver, peer: Peer, fault
     wait_until_all_entered(deployment, scene, sent)
 
 
-@_MORE
 @pytest.mark.requirement("E2", "L3", "L6")
 @pytest.mark.parametrize(
     "fields",
@@ -201,13 +198,11 @@ def test_redis_restarts(deployment: WorkerHomeserver, tell_of: Disturb) -> None:
     tell_of(deployment.valkey.restart)
 
 
-@_MORE
 @pytest.mark.requirement("E2", "E4", "L3")
 def test_the_database_restarts(lab: Lab, deployment: WorkerHomeserver, tell_of: Disturb) -> None:
     tell_of(lab.postgres_of(deployment).restart)
 
 
-@_MORE
 @pytest.mark.requirement("E2", "E4", "L3")
 @pytest.mark.parametrize(
     "names",
@@ -233,7 +228,6 @@ def test_replication_lags(
     tell(deployment, peer, newcomer, meanwhile=meanwhile, pace=PACE, scene=scene)
 
 
-@_MORE
 @pytest.mark.requirement("E2", "P3", "P7")
 def test_a_sender_sees_a_join_long_before_the_events_in_front_of_it(
     deployment: WorkerHomeserver, peer: Peer, newcomer: Peer
@@ -269,7 +263,6 @@ def test_a_sender_sees_a_join_long_before_the_events_in_front_of_it(
         set_clock_of(sender, deployment.folder, 0.0)
 
 
-@_MORE
 @pytest.mark.requirement("E2", "S2", "L4")
 @pytest.mark.parametrize("name", PERSISTERS)
 def test_persisters_with_different_clocks(
@@ -284,7 +277,6 @@ def test_persisters_with_different_clocks(
         set_clock_of(ahead, deployment.folder, 0.0)
 
 
-@_MORE
 @pytest.mark.requirement("E2", "E4")
 def test_all_make_the_tables_at_once(
     deployment: WorkerHomeserver, peer: Peer, newcomer: Peer
@@ -312,7 +304,6 @@ def test_all_make_the_tables_at_once(
         assert deployment.output().count(what) - said.count(what) == times, what
 
 
-@_MORE
 @pytest.mark.requirement("E2", "E4", "L4", "P3")
 def test_the_work_is_shared_out_anew(lab: Lab, peer: Peer) -> None:
     """What waits goes on with the new persister, what a newcomer lacks with the new sender."""
@@ -350,7 +341,6 @@ def test_the_work_is_shared_out_anew(lab: Lab, peer: Peer) -> None:
         lab.close_servers([deployment])
 
 
-@_MORE
 @pytest.mark.requirement("E2", "E4", "L3")
 def test_a_rolling_restart_with_a_later_layout(lab: Lab, peer: Peer, newcomer: Peer) -> None:
     """Processes of both versions run side by side until the last is restarted. The flood goes on

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Generic, TypeVar
 
 from synapse_sticky.backoff import Backoff, Clock, Retrying
-from synapse_sticky.homeserver.outage import is_outage
+from synapse_sticky.homeserver.causes import is_outage
 
 logger = logging.getLogger(__name__)
 

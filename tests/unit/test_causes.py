@@ -12,8 +12,8 @@ from synapse.api.errors import FederationError, HttpResponseException, SynapseEr
 from twisted.enterprise.adbapi import ConnectionLost
 
 from synapse_sticky.handlers.staging.parking import synapse
-from synapse_sticky.handlers.staging.parking.causes import Cause, Verdict
 from synapse_sticky.handlers.staging.parking.synapse import SynapseStaging
+from synapse_sticky.homeserver.causes import Cause, Verdict, is_outage
 
 PASSES, REFUSED, UNKNOWN = Verdict.PASSES, Verdict.REFUSED, Verdict.UNKNOWN
 
@@ -130,6 +130,52 @@ def test_other_errors(verdict: Verdict | None, error: Exception) -> None:
 )
 def test_errors_of_sqlite(verdict: Verdict, name: str) -> None:
     assert staging_of(sqlite3).verdict_of(of_sqlite(name)) is verdict
+
+
+# As Python before 3.11 raises them, too: without SQLite's name.
+PASSING_OF_SQLITE = [
+    *(f"database is {what}" for what in ("locked", "busy")),
+    *("database or disk is full", "disk I/O error", "attempt to write a readonly database"),
+    "unable to open database file",
+]
+
+
+@pytest.mark.requirement("H1", "H2")
+@pytest.mark.parametrize(
+    "error",
+    [
+        *map(sqlite3.OperationalError, PASSING_OF_SQLITE),
+        *map(of_sqlite, ("SQLITE_BUSY", "SQLITE_FULL")),
+        psycopg2.OperationalError("connection refused"),
+        psycopg2.InterfaceError("connection already closed"),
+        ConnectionLost(),
+        *map(of_postgres, PASSING),
+        of_postgres(None),
+    ],
+    ids=repr,
+)
+def test_an_outage(error: Exception) -> None:
+    assert is_outage(error)
+    assert staging_of(psycopg2).verdict_of(error) is PASSES
+
+
+@pytest.mark.requirement("H1", "H2")
+@pytest.mark.parametrize(
+    "error",
+    [
+        sqlite3.OperationalError("no such column"),
+        sqlite3.IntegrityError("UNIQUE constraint failed: full"),
+        sqlite3.ProgrammingError("Cannot operate on a closed database."),
+        *map(of_postgres, (*REFUSING, *OTHER)),
+        psycopg2.ProgrammingError("can't adapt type"),
+        ValueError("A string literal cannot contain NUL (0x00) characters."),
+        OSError("connection lost"),
+    ],
+    ids=repr,
+)
+def test_no_outage(error: Exception) -> None:
+    """It is about what was asked, or nobody knows: others may have more luck."""
+    assert not is_outage(error)
 
 
 def test_a_cause_is_handed_on_as_json() -> None:

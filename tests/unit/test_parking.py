@@ -10,7 +10,6 @@ from synapse.api.room_versions import RoomVersions
 from synapse.events import make_event_from_dict, relation_from_event
 
 from synapse_sticky.handlers.staging.parking import synapse, tables
-from synapse_sticky.handlers.staging.parking.causes import Verdict
 from synapse_sticky.handlers.staging.parking.handler import ParkingHandler
 from synapse_sticky.handlers.staging.parking.tables import (
     Outcome,
@@ -19,6 +18,7 @@ from synapse_sticky.handlers.staging.parking.tables import (
     ScheduledPdu,
 )
 from synapse_sticky.handlers.staging.pdu import StagedPdu
+from synapse_sticky.homeserver.causes import Verdict
 from synapse_sticky.homeserver.layout import migrate
 
 T = TypeVar("T")

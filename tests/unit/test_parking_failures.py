@@ -15,11 +15,11 @@ from synapse.api.errors import FederationError
 from synapse.api.room_versions import RoomVersions
 from synapse.events import make_event_from_dict
 
-from synapse_sticky.handlers.staging.parking import causes, synapse, writing
-from synapse_sticky.handlers.staging.parking.causes import Verdict
+from synapse_sticky.handlers.staging.parking import synapse, unknown, writing
 from synapse_sticky.handlers.staging.parking.handler import ParkingHandler
 from synapse_sticky.handlers.staging.parking.tables import ParkedPdu, ParkedTable
 from synapse_sticky.handlers.staging.pdu import StagedPdu
+from synapse_sticky.homeserver.causes import Verdict
 from synapse_sticky.homeserver.layout import migrate
 from tests.unit.test_causes import ErrorOfPostgres, of_postgres, staging_of
 from tests.unit.test_parking import ROOM, _Homeserver, parked
@@ -244,7 +244,7 @@ def test_what_nobody_knows_is_tried_three_times(
         assert homeserver.staging.staged == ["$1"]
         homeserver.staging.staged.clear()
         assert warnings_of(caplog) == []
-    assert delays_ms == [*causes.UNKNOWN_AFTER_MS]
+    assert delays_ms == [*unknown.AFTER_MS]
     assert delays_ms == sorted(set(delays_ms))
     fail(loaded(homeserver, table), "$1", UNKNOWN, "nobody knows (57014)")
     assert parked(table, ORIGIN) == []

@@ -6,14 +6,15 @@ from typing import Any
 
 import pytest
 
-from synapse_sticky.handlers.staging.parking.causes import UNKNOWN_AFTER_MS, Verdict
 from synapse_sticky.handlers.staging.parking.passed_over import PassedOver
 from synapse_sticky.handlers.staging.parking.tables import Outcome, ParkedPdu, ParkedTable
+from synapse_sticky.handlers.staging.parking.unknown import AFTER_MS
+from synapse_sticky.homeserver.causes import Verdict
 from synapse_sticky.homeserver.layout import migrate
 from tests.unit.test_parking import ROOM, _Homeserver, parked
 
 PASSES, REFUSED, UNKNOWN = Verdict.PASSES, Verdict.REFUSED, Verdict.UNKNOWN
-FIRST_MS, SECOND_MS = UNKNOWN_AFTER_MS
+FIRST_MS, SECOND_MS = AFTER_MS
 
 
 class Clock:

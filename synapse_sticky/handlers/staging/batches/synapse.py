@@ -13,8 +13,8 @@ from typing import Any
 import attr
 from synapse.api.constants import StickyEvent
 
-from synapse_sticky.handlers.staging.parking.causes import Verdict
 from synapse_sticky.homeserver import Homeserver
+from synapse_sticky.homeserver.causes import Verdict
 from synapse_sticky.homeserver.seams import HOMESERVER, Attribute, attributes, method
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ it, the newest first: Synapse fetches the ones before a PDU on the way to it.
 
 Nothing waits while Synapse has the room's lock: there is one attempt to persist a PDU, and one to
 park it. A PDU that cannot be written into the table is in memory until it can. What the database
-refuses is dropped. Where nobody knows whether the cause passes, there are three tries (causes.py).
+refuses is dropped. Where nobody knows whether the cause passes, there are three tries (unknown.py).
 
 Fails open: a PDU that cannot be parked is dropped, as Synapse drops it.
 """
@@ -25,11 +25,11 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from synapse_sticky.backoff import Backoff
-from synapse_sticky.handlers.staging.parking.causes import Verdict
 from synapse_sticky.handlers.staging.parking.tables import ParkedPdu, ParkedTable, ScheduledPdu
 from synapse_sticky.handlers.staging.parking.writing import ParkedWriter, ToPark
 from synapse_sticky.handlers.staging.pdu import StagedPdu
 from synapse_sticky.homeserver import Cancellable, Cursor, Homeserver
+from synapse_sticky.homeserver.causes import Verdict
 from synapse_sticky.homeserver.layout import NewerLayoutError, migrate
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ out whatever comes after it in the room.
 from collections import OrderedDict
 from collections.abc import Callable
 
-from synapse_sticky.handlers.staging.parking import causes
-from synapse_sticky.handlers.staging.parking.causes import Verdict
+from synapse_sticky.handlers.staging.parking import unknown
+from synapse_sticky.homeserver.causes import Verdict
 
 _MOST = 10_000
 _FOR_MS = 600_000
@@ -29,7 +29,7 @@ class PassedOver:
 
     def __contains__(self, event_id: str) -> bool:
         tries, at_ms = self._failed.get(event_id, (0, 0))
-        return tries > len(causes.UNKNOWN_AFTER_MS) and self._now_ms() - at_ms < _FOR_MS
+        return tries > len(unknown.AFTER_MS) and self._now_ms() - at_ms < _FOR_MS
 
     def failed(self, event_id: str, verdict: Verdict) -> bool:
         """An event failed for such a cause; is it passed over from now on?
@@ -43,10 +43,10 @@ class PassedOver:
         tries, at_ms = self._failed.get(event_id, (0, 0))
         if now_ms - at_ms >= _FOR_MS:
             tries = 0
-        enough = len(causes.UNKNOWN_AFTER_MS) + 1
+        enough = len(unknown.AFTER_MS) + 1
         if verdict is Verdict.REFUSED:
             tries = enough
-        elif not tries or now_ms - at_ms >= causes.UNKNOWN_AFTER_MS[min(tries, enough - 1) - 1]:
+        elif not tries or now_ms - at_ms >= unknown.AFTER_MS[min(tries, enough - 1) - 1]:
             tries = min(tries + 1, enough)
         else:
             return tries >= enough

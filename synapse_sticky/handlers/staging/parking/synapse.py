@@ -11,13 +11,12 @@ from synapse.federation.federation_server import _INBOUND_EVENT_HANDLING_LOCK_NA
 from synapse.module_api import EventBase
 from synapse.module_api.errors import Codes, SynapseError
 from synapse.replication.http.federation import ReplicationFederationSendEventsRestServlet
-from twisted.enterprise.adbapi import ConnectionLost
 
-from synapse_sticky.handlers.staging.parking.causes import Cause, Verdict
 from synapse_sticky.handlers.staging.parking.passed_over import PassedOver
 from synapse_sticky.handlers.staging.parking.tables import ParkedPdu
 from synapse_sticky.handlers.staging.pdu import StagedPdu
 from synapse_sticky.homeserver import Cursor, Homeserver
+from synapse_sticky.homeserver.causes import Cause, Verdict
 from synapse_sticky.homeserver.process import replace_shared
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, method, table
 from synapse_sticky.homeserver.staged import begin_on_staged_pdus
@@ -46,7 +45,6 @@ SEAMS = (
     method(STORE, "async try_acquire_lock(lock_name, lock_key, /) -> Lock | None"),
     method(STORE, "async have_events_in_timeline(event_ids, /) -> set"),
     method(STORE, "async is_host_joined(room_id, host, /) -> bool"),
-    Attribute("synapse.storage.engines._base.BaseDatabaseEngine", "module"),
     table(
         "federation_inbound_events_staging",
         "origin text, event_id text, room_id text, received_ts integer, event_json text, "
@@ -82,7 +80,6 @@ class SynapseStaging:
         self._handler: Any = homeserver.hs.get_federation_event_handler()
         self.receives = homeserver.place.serves("federation")
         self._passed_over = PassedOver(homeserver.now_ms)
-        self._database_errors = (self._store.database_engine.module.Error, ConnectionLost)
 
     # Processing
 
@@ -231,13 +228,8 @@ class SynapseStaging:
     def _cause_of(self, e: BaseException | None) -> Cause | None:
         """The first of the error and its causes that the table of causes knows; None if none is."""
         for _ in range(_DEPTH):
-            if isinstance(e, self._database_errors):
-                return Cause(
-                    frozenset(cls.__name__ for cls in type(e).__mro__),
-                    sqlstate=getattr(e, "pgcode", None),
-                    sqlite_name=getattr(e, "sqlite_errorname", None),
-                    text=str(e),
-                )
+            if e is not None and (cause := Cause.of_database(e)):
+                return cause
             if isinstance(e, SynapseError) and e.code >= 500:
                 # An error that the persister itself answered with has no cause.
                 if e.code == 502 and e.__cause__ is not None:

@@ -11,11 +11,11 @@ from collections.abc import Callable
 import attr
 
 from synapse_sticky.backoff import Backoff, Retrying
-from synapse_sticky.handlers.staging.parking import causes
-from synapse_sticky.handlers.staging.parking.causes import Verdict
+from synapse_sticky.handlers.staging.parking import unknown
 from synapse_sticky.handlers.staging.parking.tables import Outcome, ParkedPdu, ParkedTable
 from synapse_sticky.handlers.staging.pdu import StagedPdu
 from synapse_sticky.homeserver import Homeserver
+from synapse_sticky.homeserver.causes import Verdict
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ class ParkedWriter:
         try:
             outcome = await self._table.park(
                 *(pdu, until_ms, now_ms + _BACKOFF.min_ms),
-                [now_ms + after_ms for after_ms in causes.UNKNOWN_AFTER_MS if to_park.counts],
+                [now_ms + after_ms for after_ms in unknown.AFTER_MS if to_park.counts],
             )
         except Exception as e:
             if self._verdict_of(e) in (Verdict.PASSES, Verdict.UNKNOWN):
@@ -145,7 +145,7 @@ class ParkedWriter:
             logger.info("Parked the sticky PDU %s: %s", pdu.event_id, to_park.why)
             self._on_parked()
         elif outcome is Outcome.GIVEN_UP:
-            why = f"{to_park.why} (tried {len(causes.UNKNOWN_AFTER_MS) + 1} times)"
+            why = f"{to_park.why} (tried {len(unknown.AFTER_MS) + 1} times)"
             logger.warning(_DROPPING, pdu.event_id, pdu.origin, why)
         else:
             logger.warning(

@@ -1,28 +1,28 @@
-"""Why a PDU could not be persisted, and whether that passes: one table of causes (L3, H2).
+"""Why something could not be done in the database, and whether that passes: one table of causes
+(L3, H2).
 
 psycopg2's classes do not tell: ``ProgramLimitExceeded``, which is for ever, and ``QueryCanceled``
 are ``OperationalError``s, and so is a lost connection. The SQLSTATE tells.
 """
 
 import enum
+import sqlite3
 from typing import Any
 
 import attr
+from twisted.enterprise.adbapi import ConnectionLost
 
 
 class Verdict(enum.Enum):
-    """What is to become of a PDU that could not be persisted."""
+    """What is to become of what could not be done, such as of a PDU that was to be persisted."""
 
     PASSES = "passes"
-    """It may well go in later, unchanged."""
+    """It may well be done later, unchanged."""
     REFUSED = "refused"
-    """The database will never take it."""
+    """The database will never do it."""
     UNKNOWN = "unknown"
     """Nobody can tell. A few tries are worth it."""
 
-
-UNKNOWN_AFTER_MS = (15_000, 120_000)
-"""The delays between the tries where nobody can tell. It is given up after the last try."""
 
 _PASSES = ("08", "40", "53", "55P03", "57P", "58", "25006")
 """How SQLSTATEs begin: the connection, a transaction that lost against another, no resources, a
@@ -33,6 +33,19 @@ _REFUSED = ("54000", "22", "23", "42")
 
 _SQLITE_PASSES = ("BUSY", "LOCKED", "FULL", "IOERR", "READONLY", "CANTOPEN")
 _SQLITE_REFUSED = ("TOOBIG", "CONSTRAINT", "MISMATCH")
+
+_SQLITE_NAMES = {
+    "is busy": "BUSY",
+    "is locked": "LOCKED",
+    "is full": "FULL",
+    "disk i/o": "IOERR",
+    "readonly": "READONLY",
+    "unable to open": "CANTOPEN",
+    "too big": "TOOBIG",
+    "constraint": "CONSTRAINT",
+    "mismatch": "MISMATCH",
+}
+"""SQLite's names of its errors by what their messages say. Python has them from 3.11 on."""
 
 _WITHOUT_CODE = frozenset({"OperationalError", "InterfaceError", "ConnectionLost"})
 """These come without an SQLSTATE if the connection was lost, or refused. The last one is Twisted's:
@@ -80,6 +93,20 @@ class Cause:
         code = self.sqlstate or self.sqlite_name
         return f"{line} ({code})" if code else line
 
+    @classmethod
+    def of_database(cls, error: BaseException) -> "Cause | None":
+        """The cause of an error of either database driver; None if it is another error."""
+        bases = type(error).__mro__
+        drivers = {base.__module__.partition(".")[0] for base in bases}
+        if not isinstance(error, sqlite3.Error | ConnectionLost) and "psycopg2" not in drivers:
+            return None
+        return cls(
+            frozenset(base.__name__ for base in bases),
+            sqlstate=getattr(error, "pgcode", None),
+            sqlite_name=_sqlite_name(error) if isinstance(error, sqlite3.Error) else None,
+            text=str(error),
+        )
+
     def to_json(self) -> dict[str, Any]:
         """What an event persister hands on to the process that received the PDU: not the text."""
         return {
@@ -109,3 +136,20 @@ def _of_code(code: str, passes: tuple[str, ...], refused: tuple[str, ...]) -> Ve
     if code.startswith(passes):
         return Verdict.PASSES
     return Verdict.REFUSED if code.startswith(refused) else Verdict.UNKNOWN
+
+
+def _sqlite_name(error: sqlite3.Error) -> str:
+    if name := getattr(error, "sqlite_errorname", None):
+        return str(name)
+    message = str(error).lower()
+    return "SQLITE_" + next((n for part, n in _SQLITE_NAMES.items() if part in message), "ERROR")
+
+
+def is_outage(error: BaseException) -> bool:
+    """Would anything else that is asked of the database fail now, too?
+
+    While a cause lasts that passes, trying something smaller is of no use. What else fails is about
+    its rows.
+    """
+    cause = Cause.of_database(error)
+    return cause is not None and cause.verdict() is Verdict.PASSES

@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import attr
-import psycopg2
 import pytest
 
 from synapse_sticky.apart import Stragglers, apart
@@ -16,9 +15,9 @@ from synapse_sticky.handlers.deferral.handler import NewStickyEvent
 from synapse_sticky.handlers.deferral.observer import Observer
 from synapse_sticky.handlers.deferral.tables import DeferredTable
 from synapse_sticky.handlers.extremities.handler import ExtremitiesHandler
+from synapse_sticky.handlers.extremities.senders import Able
 from synapse_sticky.handlers.joins.detection.reader import JoinReader, RoomChanges, ServerJoin
 from synapse_sticky.handlers.receipt.handler import ReceiptHandler
-from synapse_sticky.homeserver.outage import is_outage
 from synapse_sticky.limits import LimitReport
 from tests.unit.process import Process, Timer
 from tests.unit.test_limits import HOUR_MS, done, table
@@ -71,54 +70,6 @@ def test_nothing_is_no_work() -> None:
     work = Work()
     assert done(apart([], work)) == []
     assert work.attempts == 0
-
-
-class Coded(psycopg2.OperationalError):
-    """As psycopg2 raises it with what the server said."""
-
-    def __init__(self, code: str | None) -> None:
-        super().__init__("for the test")
-        self.code = code
-
-    @property
-    def pgcode(self) -> Any:  # type: ignore[override]  # it is read only
-        return self.code
-
-
-Coded.__module__ = "psycopg2.errors"
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        *(sqlite3.OperationalError(f"database is {what}") for what in ("locked", "busy")),
-        sqlite3.OperationalError("database or disk is full"),
-        sqlite3.OperationalError("disk I/O error"),
-        sqlite3.OperationalError("attempt to write a readonly database"),
-        sqlite3.OperationalError("unable to open database file"),
-        psycopg2.OperationalError("connection refused"),
-        psycopg2.InterfaceError("connection already closed"),
-        *(Coded(code) for code in ("08006", "40001", "53100", "55P03", "57P01", "58030", "25006")),
-        Coded(None),
-    ],
-)
-def test_an_outage(error: Exception) -> None:
-    assert is_outage(error)
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        sqlite3.OperationalError("no such column"),
-        sqlite3.IntegrityError("UNIQUE constraint failed: full"),
-        *(Coded(code) for code in ("54000", "22021", "23505", "42501", "57014", "55000")),
-        psycopg2.ProgrammingError("can't adapt type"),
-        ValueError("A string literal cannot contain NUL (0x00) characters."),
-        OSError("connection lost"),
-    ],
-)
-def test_no_outage(error: Exception) -> None:
-    assert not is_outage(error)
 
 
 def stragglers(process: Process, work: Work, most: int = 10_000) -> Stragglers[int]:
@@ -315,9 +266,19 @@ class Rooms:
             raise self.error
         return self.left[room_id]
 
-    async def merge(self, room_id: str) -> bool:
+    def on_state_changed(self, callback: Callable[[str], None]) -> None: ...
+
+    async def able(self, room_id: str) -> Able:
+        return Able(["@alice:here"], 1)
+
+    async def send(self, room_id: str, user_id: str) -> str | None:
         self.left[room_id] -= 10
-        return True
+        return None
+
+    def left_out_since_ms(self, room_id: str) -> int | None:
+        return None
+
+    def leave_in(self, room_id: str) -> None: ...
 
 
 def merging(process: Process, rooms: Any) -> None:

@@ -22,7 +22,7 @@ SEAMS = (
     method(HOMESERVER, "get_notifier() -> Notifier"),
     method("synapse.notifier.Notifier", "on_new_event(stream_key, new_token, /, *, rooms)"),
     Attribute("synapse.config.workers.WriterLocations", "events"),
-    *attributes("synapse.config.workers.WorkerConfig", "writers", "events_shard_config"),
+    Attribute("synapse.config.workers.WorkerConfig", "events_shard_config"),
     method(
         "synapse.config._base.ShardedWorkerHandlingConfig",
         "should_handle(instance_name, key, /) -> bool",

@@ -31,7 +31,7 @@ SEAMS = (
     *attributes("synapse.api.errors.RequestSendFailed", "inner_exception", "can_retry"),
     *attributes("synapse.api.errors.HttpResponseException", "response"),
     method(STORE, "async get_room_version(room_id, /) -> RoomVersion"),
-    method("synapse.events", "make_event_from_dict(event_dict, room_version, /)"),
+    method("synapse.events", "make_event_from_dict(event_dict, /, *, room_version)"),
     table("event_edges", "event_id text, prev_event_id text"),
 )
 
@@ -114,7 +114,7 @@ class SynapseAsking:
         """The event ID of one of this server's PDUs, which is a hash of it; empty for all else."""
         try:
             if pdu["sender"].endswith(f":{self._homeserver.server_name}"):
-                return make_event_from_dict(pdu, room_version).event_id
+                return make_event_from_dict(pdu, room_version=room_version).event_id
         except Exception:
             return ""  # whatever another server takes for a PDU
         return ""

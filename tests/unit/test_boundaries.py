@@ -63,10 +63,10 @@ TIMERS = {
 }
 # Where something waits in its own way, and why. All else uses backoff.py.
 WAIT_BY_THEMSELVES = {
-    "synapse_sticky/handlers/joins/confirmation.py": "asks again as long as a push needs answers",
+    "synapse_sticky/handlers/joins/confirmation/questions.py": "each destination has its own time",
+    "synapse_sticky/handlers/joins/confirmation/synapse.py": "lets others go on between many PDUs",
     "synapse_sticky/handlers/joins/destinations.py": "the time is the earliest of many pushes",
     "synapse_sticky/handlers/staging/parking/handler.py": "each parked PDU has its own time",
-    "synapse_sticky/handlers/staging/parking/synapse.py": "the room waits for its own PDU",
 }
 
 # File and function that may sleep.

@@ -54,33 +54,39 @@ def check_questions(newcomer: Homeserver, residents: list[Homeserver], most: int
 @pytest.mark.one_process
 @pytest.mark.requirement("P3", "P7", "H4")
 @pytest.mark.parametrize(
-    "unrouted",
-    [(), pytest.param(("/event/",), marks=pytest.mark.slow), ("/event/", "/backfill/")],
-    ids=["routed", "one-unrouted", "unrouted"],
+    ("count", "unrouted"),
+    [
+        (60, ()),
+        pytest.param(260, (), marks=pytest.mark.slow),
+        pytest.param(260, ("/event/",), marks=pytest.mark.slow),
+        pytest.param(260, ("/event/", "/backfill/"), marks=pytest.mark.slow),
+    ],
+    ids=["60", "260", "260-one-unrouted", "260-unrouted"],
 )
-def test_hundreds_of_events_of_one_room(servers: Servers, unrouted: tuple[str, ...]) -> None:
+def test_many_events_of_one_room(servers: Servers, count: int, unrouted: tuple[str, ...]) -> None:
     a, c = servers(SENDER, with_ledger(*unrouted))
     alice, carol = a.user(), c.user()
     room_id = room_of(alice, via=a)
-    old = send_old_events(room_id, [alice], 260)
+    old = send_old_events(room_id, [alice], count)
     carol.join(room_id, a.name)
     wait_until_all_sticky(c, old)
     wait_until_all_pushed(a, room_id)
     sent = times_sent(c)
-    assert len(sent) >= 260
+    assert len(sent) >= count
     assert max(sent.values()) <= MOST_SENDS
     assert not c.log_has("Pruning")
     assert not a.log_has("pruned events of")
     if "/backfill/" in unrouted:
         assert len(questions(c)) == len(warnings(a)) == 1
     else:
-        check_questions(c, [a], 104)
+        check_questions(c, [a], count * 2 // 5)
         assert warnings(a) == []
 
 
 @pytest.mark.one_process
 @pytest.mark.requirement("P3", "P7", "H4")
-@pytest.mark.parametrize("rooms", [15, pytest.param(80, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rooms", [15, 80])
 def test_a_few_events_of_many_rooms(servers: Servers, rooms: int) -> None:
     a, c = servers(SENDER, with_ledger(forwarded=True))
     assert c.forwarder is not None
@@ -127,9 +133,9 @@ HTML_200 = (200, b"<html><body>Welcome</body></html>")
     ("answer", "is_believed_at_once"),
     [
         (UNRECOGNIZED, True),
-        (HTML, True),
-        (HTML_200, True),
-        ((200, {}), True),
+        pytest.param(HTML, True, marks=pytest.mark.slow),
+        pytest.param(HTML_200, True, marks=pytest.mark.slow),
+        pytest.param((200, {}), True, marks=pytest.mark.slow),
         ((403, {"errcode": "M_FORBIDDEN"}), False),
         ((404, b'""'), True),
     ],
@@ -171,6 +177,7 @@ def test_the_questions_to_one_server_are_apart(three: list[Homeserver], peer: Pe
         assert after_s - before_s > APART_MS / 1000 / 2  # as the peer saw it
 
 
+@pytest.mark.slow
 @pytest.mark.one_process
 @pytest.mark.requirement("P3", "H3")
 def test_leaving_and_joining_again_and_again(servers: Servers) -> None:
@@ -199,6 +206,7 @@ def test_leaving_and_joining_again_and_again(servers: Servers) -> None:
     assert sum(times_sent(c).values()) - sent == 1
 
 
+@pytest.mark.slow
 @pytest.mark.one_process
 @pytest.mark.requirement("P3", "P7")
 def test_joining_again_after_a_purge(servers: Servers) -> None:

@@ -255,6 +255,7 @@ def test_what_is_before_it_is_staged_side_by_side(begin: Begin) -> None:
     assert stage.asked("get_missing_events") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.requirement("D7", "L3", "E4")
 def test_three_flooders_and_a_restart(begin: Begin) -> None:
     """Who has had a turn is known to the process that goes on with the room."""
@@ -295,6 +296,7 @@ def test_three_flooders_and_a_restart(begin: Begin) -> None:
     assert stage.asked("state_ids") == 0
 
 
+@pytest.mark.slow
 @pytest.mark.requirement("D7", "L3")
 def test_two_flooders_with_one_graph(begin: Begin) -> None:
     """Each event is on top of one of the other server's, but for the other one's own."""

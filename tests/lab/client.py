@@ -123,10 +123,20 @@ class Client:
         path = f"rooms/{quote(room_id)}/redact/{quote(event_id)}/{next(_transactions)}"
         self.request("PUT", path)
 
-    def sync(self, since: str | None = None, timeout_ms: int = 0, filter_: object = None) -> Any:
-        # Synapse answers a sync that is repeated within minutes from its cache, unless the text of
-        # the filter is another. A test wants to see what is there now.
-        filter_text = json.dumps(filter_ or {}) + _other_blanks()
+    def sync(
+        self,
+        since: str | None = None,
+        timeout_ms: int = 0,
+        filter_: object = None,
+        *,
+        may_be_repeated: bool = False,
+    ) -> Any:
+        """A sync that shows what is there now.
+
+        Synapse answers a request that comes again within two minutes from its cache, unless the
+        text of the filter is another. If the answer ``may_be_repeated``, the text is the same.
+        """
+        filter_text = json.dumps(filter_ or {}) + ("" if may_be_repeated else _other_blanks())
         query: dict[str, Any] = {"timeout": timeout_ms, "filter": filter_text}
         if since is not None:
             query["since"] = since

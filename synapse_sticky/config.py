@@ -246,6 +246,11 @@ class StickyConfig:
     extremities: ExtremitiesConfig = section(ExtremitiesConfig())
     state_events: bool = option(False, boolean)
 
+    @property
+    def limits_local_users(self) -> bool:
+        """Is what local users send limited, or what would be refused counted?"""
+        return self.local.per_user is not None and self.local.mode is not LocalMode.OFF
+
     def is_on(self, duty: str) -> bool:
         """Is the duty of this name to be done?"""
         section: DutyConfig = getattr(self, duty)

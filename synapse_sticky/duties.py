@@ -7,7 +7,7 @@ from typing import Any
 
 import attr
 
-from synapse_sticky.homeserver import access, database
+from synapse_sticky.homeserver import access, database, schema
 from synapse_sticky.homeserver.fitting import Columns, misfits
 from synapse_sticky.homeserver.place import Place
 from synapse_sticky.homeserver.seams import Seam, Table, imports_of
@@ -28,17 +28,21 @@ class State(Enum):
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
-class Needs:
-    """What a duty, or a part of one, needs of Synapse.
+class Part:
+    """A part of a duty, which is done whether or not the duty's others fit.
 
     files: the modules of this package that use Synapse's private parts for it; ``file:part`` for
         one part of those that a file declares.
     without: what users notice while it is not done.
+    name: empty if it is all of the duty.
+    option: the attribute of the configuration that says whether it is wanted; it always is if this
+        is empty.
     """
 
-    name: str
     files: tuple[str, ...]
     without: str
+    name: str = ""
+    option: str = ""
 
     def seams(self) -> tuple[Seam, ...]:
         """The seams that its files declare for it.
@@ -64,25 +68,34 @@ class Needs:
         return list(problems)
 
 
-class Part(Needs):
-    """A part of a duty that can be missing while the rest of the duty is done (H5)."""
-
-
 @attr.s(auto_attribs=True, frozen=True, slots=True)
-class Duty(Needs):
+class Duty:
     """What one duty needs.
 
     where: tells of a process whether the duty is done there.
     needs: the duties without which there is nothing to do for it.
     native: what a Synapse has that does this itself, an attribute, a table or an option; None while
         that is not known yet.
-    parts: what of it is off by itself where Synapse lacks what it needs.
     """
 
+    name: str
+    parts: tuple[Part, ...]
     where: Callable[[Place], bool]
     needs: tuple[str, ...] = ()
     native: Seam | None = None
-    parts: tuple[Part, ...] = ()
+
+    def seams(self) -> tuple[Seam, ...]:
+        """The seams of all of its parts.
+
+        Raises:
+            ImportError: the running Synapse lacks a name that a file imports.
+        """
+        return tuple(dict.fromkeys(seam for part in self.parts for seam in part.seams()))
+
+    def misfits(self, columns: Columns | None = None) -> list[str]:
+        """What the running Synapse and its database lack for any of its parts, one line each."""
+        found = (problem for part in self.parts for problem in part.misfits(columns))
+        return list(dict.fromkeys(found))
 
     def is_native(self, columns: Columns | None = None) -> bool:
         """Does the running Synapse have what it would do this with itself?"""
@@ -110,11 +123,12 @@ ALL = ("homeserver.process", "homeserver.place", "homeserver.signal")
 CHECK = "cli.synapse"
 """What ``synapse-sticky check`` needs to read a configuration."""
 
-_TOKENS = ("index.synapse:tokens",)
-_ROWS = (*_TOKENS, "index.synapse:rows")
-_CHANGES = (*_ROWS, "index.synapse:changes")
-_INDEX = (*_CHANGES, "index.synapse:stream")
-_ROOMS = ("homeserver.rooms",)
+_ROWS = "index.synapse:rows"
+_CHANGES = ("homeserver.stream", "index.synapse:changes")
+_INDEX = (_ROWS, *_CHANGES, "index.synapse:stream")
+_MEMBERS = "homeserver.rooms:members"
+_SERVERS = (_MEMBERS, "homeserver.rooms:servers", "homeserver.rooms:erased")
+_SENDING = "handlers.sending.synapse"
 
 
 def _everywhere(place: Place) -> bool:
@@ -125,32 +139,43 @@ def _serves_clients(place: Place) -> bool:
     return place.serves("client")
 
 
+def _whole(
+    name: str,
+    files: tuple[str, ...],
+    without: str,
+    where: Callable[[Place], bool],
+    needs: tuple[str, ...] = (),
+) -> Duty:
+    """A duty of one part."""
+    return Duty(name, (Part(files, without),), where, needs)
+
+
 DUTIES: Mapping[str, Duty] = {
     duty.name: duty
     for duty in (
-        Duty("index", _INDEX, "each /sync asks the database for sticky events", _everywhere),
-        Duty(
+        _whole("index", _INDEX, "each /sync asks the database for sticky events", _everywhere),
+        _whole(
             "delivery",
-            (*_TOKENS, "handlers.delivery.synapse"),
+            ("homeserver.tokens", "handlers.delivery.synapse"),
             "each /sync asks the database for sticky events",
             _everywhere,
         ),
-        Duty(
+        _whole(
             "sliding",
-            (*_TOKENS, "handlers.sliding.synapse"),
+            ("homeserver.tokens", "handlers.sliding.synapse"),
             "users of sliding sync who join a room miss the sticky events of before",
             _serves_clients,
         ),
-        Duty(
+        _whole(
             "visibility",
-            (*_ROWS, *_ROOMS, "handlers.visibility.synapse"),
+            (_ROWS, *_SERVERS, "homeserver.rooms:users", "handlers.visibility.synapse"),
             "history visibility hides sticky events from joined users and servers",
             _everywhere,
         ),
-        Duty(
+        _whole(
             "joins",
             (
-                *(*_INDEX, *_ROOMS, "handlers.joins.synapse", "handlers.joins.detection.synapse"),
+                *(*_INDEX, *_SERVERS, "handlers.joins.synapse", "handlers.joins.detection.synapse"),
                 "handlers.joins.confirmation.synapse",
             ),
             "servers that newly join a room do not get its sticky events",
@@ -159,33 +184,35 @@ DUTIES: Mapping[str, Duty] = {
         ),
         Duty(
             "pruning",
-            ("handlers.staging.pruning.synapse",),
-            "acknowledged sticky events may be pruned in a flood",
-            _everywhere,
-            parts=(
+            (
                 Part(
-                    "turns",
+                    ("handlers.staging.pruning.synapse",),
+                    "acknowledged sticky events may be pruned in a flood",
+                ),
+                Part(
                     ("handlers.staging.turns.synapse",),
                     "a flood that is staged delays what other servers send later",
+                    "turns",
                 ),
             ),
+            _everywhere,
         ),
-        Duty(
+        _whole(
             "parking",
             (
-                *(*_ROOMS, "handlers.staging.parking.synapse", "handlers.staging.batches.synapse"),
+                *(_MEMBERS, "handlers.staging.parking.synapse", "handlers.staging.batches.synapse"),
                 "homeserver.staged",
             ),
             "acknowledged sticky events are dropped if they cannot be persisted at once",
             _everywhere,
         ),
-        Duty(
+        _whole(
             "receipt",
             ("handlers.receipt.synapse", "homeserver.staged"),
             "no transaction of another server is refused, however many events are deferred",
             lambda place: place.serves("federation"),
         ),
-        Duty(
+        _whole(
             "deferral",
             (*_CHANGES, "handlers.deferral.synapse"),
             "a flood of another server delays the sticky events of all others",
@@ -193,11 +220,28 @@ DUTIES: Mapping[str, Duty] = {
         ),
         Duty(
             "sending",
-            ("handlers.sending.synapse",),
-            "local users are not limited",
+            (
+                Part(
+                    (f"{_SENDING}:limit",),
+                    "local users are not limited",
+                    "limit",
+                    option="limits_local_users",
+                ),
+                Part(
+                    (f"{_SENDING}:parameter",),
+                    "a wrong parameter for stickiness gets Synapse's own error",
+                    "parameter",
+                ),
+                Part(
+                    (f"{_SENDING}:state_events",),
+                    "`state_events` has no effect",
+                    "state_events",
+                    option="state_events",
+                ),
+            ),
             _serves_clients,
         ),
-        Duty(
+        _whole(
             "extremities",
             ("handlers.extremities.synapse",),
             "forward extremities of old sticky events stay for minutes",
@@ -221,6 +265,7 @@ def _every_seam() -> Iterator[Seam]:
     for file in ALL:
         yield from seams_of(file)
     yield from database.SEAMS
+    yield from schema.SEAMS
     yield from seams_of(CHECK)
     for layer in access.SEAMS.values():
         yield from layer

@@ -42,9 +42,6 @@ class Loading:
 
     async def _load_all(self) -> None:
         for duty in self.duties:
-            # It was installed; the metric says what is.
-            self._tell(duty, State.OFF)
-        for duty in self.duties:
             if duty != "parking":
                 self._begin(duty)
         if "parking" in self.duties:

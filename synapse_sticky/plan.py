@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 import attr
 
 from synapse_sticky.config import StickyConfig, Strict
-from synapse_sticky.duties import DUTIES, Duty, State
+from synapse_sticky.duties import DUTIES, Duty, Part, State
 from synapse_sticky.homeserver.access import LAYERS, fitting_layers
 from synapse_sticky.homeserver.fitting import Columns
 from synapse_sticky.homeserver.place import Place
@@ -28,13 +28,14 @@ class Decision:
 
     misfits: what the running Synapse lacks for it, one line each.
     missing: the duties that it needs and that are not on.
-    parts: by the name of each part of it that is off by itself, what Synapse lacks for that.
+    parts: what is to be done of it, and what the running Synapse lacks for that; what lacks nothing
+        is done, even if others do.
     """
 
     state: State
     misfits: list[str] = attr.Factory(list)
     missing: list[str] = attr.Factory(list)
-    parts: Mapping[str, list[str]] = attr.Factory(dict)
+    parts: list[tuple[Part, list[str]]] = attr.Factory(list)
 
 
 def decide(
@@ -52,10 +53,19 @@ def decide(
         return Decision(State.OFF)
     if missing := [name for name in duty.needs if states.get(name) is not State.ON]:
         return Decision(State.OFF, missing=missing)
-    if problems := duty.misfits(columns):
-        return Decision(State.UNFIT, misfits=problems)
-    lacking = {part.name: part.misfits(columns) for part in duty.parts}
-    return Decision(State.ON, parts={name: found for name, found in lacking.items() if found})
+    parts = [(part, part.misfits(columns)) for part in wanted(duty, config)]
+    problems = [line for part, lacks in parts for line in of_part(part, lacks)]
+    return Decision(State.UNFIT if problems else State.ON, misfits=problems, parts=parts)
+
+
+def wanted(duty: Duty, config: StickyConfig) -> list[Part]:
+    """The parts of the duty that the configuration asks for."""
+    return [part for part in duty.parts if not part.option or getattr(config, part.option)]
+
+
+def of_part(part: Part, problems: Iterable[str]) -> list[str]:
+    """These problems, each with the name of the part that it is of."""
+    return [f"{part.name}: {problem}" if part.name else problem for problem in problems]
 
 
 def is_done_in(name: str, place: Place) -> bool:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from synapse.module_api import ModuleApi
 from synapse.module_api.errors import ConfigError
@@ -25,10 +26,9 @@ from synapse_sticky.handlers.staging.parking.tables import ParkedTable
 from synapse_sticky.handlers.staging.pruning.handler import PruningHandler
 from synapse_sticky.handlers.staging.turns.handler import TurnsHandler
 from synapse_sticky.handlers.visibility.handler import VisibilityHandler
-from synapse_sticky.homeserver import Homeserver, database
+from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.homeserver.access import Access
 from synapse_sticky.homeserver.database import read_columns
-from synapse_sticky.homeserver.fitting import misfits
 from synapse_sticky.homeserver.seams import SeamMismatchError
 from synapse_sticky.index import IndexFollower
 from synapse_sticky.limits import LimitReport
@@ -41,12 +41,17 @@ from synapse_sticky.plan import (
     decide,
     guarded,
     is_done_in,
+    of_part,
     that_stop,
 )
+
+if TYPE_CHECKING:
+    from synapse_sticky.handlers.staging.pruning.synapse import SynapsePruning
 
 logger = logging.getLogger(__name__)
 
 _LOADED = "_synapse_sticky_is_loaded"
+_LOADING = "loading"
 
 # Files named ``synapse.py`` are imported where they are used: one that the running Synapse does not
 # fit is nobody else's business.
@@ -65,6 +70,7 @@ class Wiring:
         # What the running Synapse lacks, by who needs it.
         self._misfits: dict[str, list[str]] = {}
         self._made_follower: IndexFollower | None = None
+        self._pruning: SynapsePruning | None = None
         if problems := shared_misfits():
             self._all_unfit(problems)
             return
@@ -75,9 +81,7 @@ class Wiring:
         self._homeserver.enter(self._homeserver.store, _LOADED, True)
         self._deferred = DeferredTable(self._homeserver)
         self._loading = Loading(self._homeserver, self._set)
-        self._columns = read_columns(self._homeserver.hs.config)
-        if self._columns is None:
-            self._misfits[TABLES] = misfits(database.SEAMS)
+        self._columns, self._misfits[TABLES] = read_columns(self._homeserver.hs.config)
         try:
             for duty in DUTIES.values():
                 self._begin(duty)
@@ -102,23 +106,21 @@ class Wiring:
         decision = decide(duty, self._config, self.states, self._columns)
         if decision.missing:
             logger.warning("%s is off, as it needs %s", duty.name, ", ".join(decision.missing))
-        state, problems = decision.state, decision.misfits
-        if state is State.ON and (problems := self._install(duty.name)):
-            state = State.UNFIT
-        if problems:
-            self._say_unfit(duty.name, problems, duty.without)
-        self._set(duty.name, state)
-        if state is State.ON:
-            for part in duty.parts:
-                lacking = decision.parts.get(part.name) or self._install(part.name)
-                if lacking:
-                    self._say_unfit(part.name, lacking, part.without)
-                self._set(part.name, State.UNFIT if lacking else State.ON)
+        state = decision.state
+        for part, lacks in decision.parts:
+            if problems := lacks or self._install(duty.name, part.name):
+                state = State.UNFIT
+                self._misfits.setdefault(duty.name, []).extend(of_part(part, problems))
+                name = f"{duty.name} ({part.name})" if part.name else duty.name
+                _say_unfit(name, problems, part.without)
+        # One with tables is on once these are there.
+        self._set(duty.name, State.OFF if duty.name in self._loading.duties else state)
 
-    def _install(self, duty: str) -> list[str]:
-        """Installs it; or leaves no trace of it, and says why."""
+    def _install(self, duty: str, part: str) -> list[str]:
+        """Installs a part of it; or leaves no trace of that, and says why."""
         mark = self._homeserver.mark()
-        install: Callable[[], None] = getattr(self, f"_install_{duty}")
+        name = f"_install_{duty}_{part}" if part else f"_install_{duty}"
+        install: Callable[[], None] = getattr(self, name)
         try:
             install()
         except Exception as e:
@@ -139,21 +141,12 @@ class Wiring:
         names = guarded(self.states)
         guards = [guard.guard(name) for name in names]
         problems = [problem for _, found in guards for problem in found]
+        self._misfits[ACCESS] = problems
         if not all(is_guarded for is_guarded, _ in guards):
-            self._say_unfit(ACCESS, problems, WITHOUT_ACCESS)
+            _say_unfit(ACCESS, problems, WITHOUT_ACCESS)
             self._set(ACCESS, State.UNFIT)
             return
-        self._misfits[ACCESS] = problems
         self._set(ACCESS, State.ON if names else State.OFF)
-
-    def _say_unfit(self, name: str, problems: list[str], without: str) -> None:
-        self._misfits[name] = problems
-        logger.error(
-            "%s is off, as this Synapse does not fit: %s. Without it %s.",
-            name,
-            "; ".join(problems),
-            without,
-        )
 
     def _set(self, name: str, state: State) -> None:
         self.states[name] = state
@@ -164,13 +157,14 @@ class Wiring:
             raise SeamMismatchError(by_name(stopping, self._misfits))
 
     def _tell(self) -> None:
-        # Access and parts are nothing that anybody chooses: they are named where they are missing.
-        others = [ACCESS, *(part.name for duty in DUTIES.values() for part in duty.parts)]
-        shown = (*DUTIES, *(name for name in others if self.states.get(name) is not State.ON))
+        # Access is no duty that anybody chooses: it is named where it is missing.
+        shown = (*DUTIES, *([] if self.states.get(ACCESS) is State.ON else [ACCESS]))
+        told = {name: state.value for name, state in self.states.items() if name in shown}
+        told.update(dict.fromkeys(self._loading.duties, _LOADING))
         parts = []
-        for state in State:
-            if names := [name for name in shown if self.states.get(name) is state]:
-                of_state = "" if state is State.ON else f"{state.value}: "
+        for state in (State.ON.value, _LOADING, *(s.value for s in State if s is not State.ON)):
+            if names := [name for name in shown if told.get(name) == state]:
+                of_state = "" if state == State.ON.value else f"{state}: "
                 parts.append(of_state + ", ".join(names))
         logger.info(
             "synapse-sticky runs in %s: %s", self._homeserver.instance_name, "; ".join(parts)
@@ -240,15 +234,17 @@ class Wiring:
     def _install_pruning(self) -> None:
         from synapse_sticky.handlers.staging.pruning.synapse import SynapsePruning
 
-        self._pruning = SynapsePruning(self._homeserver)
-        PruningHandler(self._homeserver, self._pruning).install()
+        pruning = SynapsePruning(self._homeserver)
+        PruningHandler(self._homeserver, pruning).install()
+        self._pruning = pruning
 
-    def _install_turns(self) -> None:
+    def _install_pruning_turns(self) -> None:
         from synapse_sticky.handlers.staging.turns.synapse import SynapseTurns
 
         turns = TurnsHandler(self._homeserver, SynapseTurns(self._homeserver))
         turns.install()
-        self._pruning.prune_only_if(turns.may_prune)
+        if self._pruning is not None:
+            self._pruning.prune_only_if(turns.may_prune)
 
     def _install_parking(self) -> None:
         from synapse_sticky.handlers.staging.batches.synapse import Batches
@@ -285,18 +281,22 @@ class Wiring:
             report = LimitReport(homeserver.now_ms, observes=True)
             Observer(homeserver, writer, stream, config, report).install()
 
-    def _install_sending(self) -> None:
+    def _install_sending_limit(self) -> None:
         from synapse_sticky.handlers.sending.synapse import SynapseSending
 
-        homeserver, config = self._homeserver, self._config
-        sending = SynapseSending(homeserver)
-        sending.check_parameter()
-        if config.state_events:
-            sending.accept_sticky_state()
-        local = config.local
-        if local.per_user is not None and local.mode is not LocalMode.OFF:
-            report = LimitReport(homeserver.now_ms, observes=local.mode is LocalMode.OBSERVE)
-            SendingHandler(homeserver, sending, local, report).install()
+        homeserver, local = self._homeserver, self._config.local
+        report = LimitReport(homeserver.now_ms, observes=local.mode is LocalMode.OBSERVE)
+        SendingHandler(homeserver, SynapseSending(homeserver), local, report).install()
+
+    def _install_sending_parameter(self) -> None:
+        from synapse_sticky.handlers.sending.synapse import SynapseSending
+
+        SynapseSending(self._homeserver).check_parameter()
+
+    def _install_sending_state_events(self) -> None:
+        from synapse_sticky.handlers.sending.synapse import SynapseSending
+
+        SynapseSending(self._homeserver).accept_sticky_state()
 
     def _install_extremities(self) -> None:
         from synapse_sticky.handlers.extremities.synapse import SynapseExtremities
@@ -304,3 +304,12 @@ class Wiring:
         extremities = SynapseExtremities(self._homeserver)
         config = self._config.extremities
         ExtremitiesHandler(self._homeserver, extremities, self._follower, config).install()
+
+
+def _say_unfit(name: str, problems: list[str], without: str) -> None:
+    logger.error(
+        "%s is off, as this Synapse does not fit: %s. Without it %s.",
+        name,
+        "; ".join(problems),
+        without,
+    )

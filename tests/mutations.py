@@ -89,6 +89,13 @@ def nobody(other: Seam) -> bool:
     return False
 
 
+HAVE_DEFAULTS = (
+    inspect.Parameter.POSITIONAL_ONLY,
+    inspect.Parameter.POSITIONAL_OR_KEYWORD,
+    inspect.Parameter.KEYWORD_ONLY,
+)
+
+
 def positional(seam: Method) -> tuple[str, ...]:
     return (*seam.by_position, *seam.arguments)
 
@@ -246,8 +253,31 @@ def swapped(one: str, other: str) -> SignatureChange:
     return with_parameters(change)
 
 
+def optional(name: str) -> SignatureChange:
+    """With a default, and so have all after it."""
+
+    def change(parameters: list[inspect.Parameter]) -> list[inspect.Parameter]:
+        at = [p.name for p in parameters].index(name)
+        return [
+            p.replace(default=None)
+            if i >= at and p.kind in HAVE_DEFAULTS and p.default is p.empty
+            else p
+            for i, p in enumerate(parameters)
+        ]
+
+    return with_parameters(change)
+
+
 def with_another_result(signature: inspect.Signature) -> inspect.Signature:
     return signature.replace(return_annotation="tuple[int, int, int, int, int]")
+
+
+def with_other_elements(signature: inspect.Signature) -> inspect.Signature:
+    return signature.replace(return_annotation="list[Another]")
+
+
+def is_list_of(seam: Method) -> bool:
+    return (seam.returns or "").startswith("list[")
 
 
 # All of them
@@ -309,6 +339,9 @@ def _of_method(seam: Method) -> Iterator[Mutation]:
     for pair in itertools.pairwise(positional(seam)):
         names = ", ".join(pair)
         yield mutation("in another order", passes_by_position(*pair), swapped(*pair), name=names)
+        yield mutation("becomes optional", nobody, optional(name), name=name)
+    if is_list_of(seam):
+        yield mutation("other elements", is_list_of, with_other_elements)
     if seam.returns is not None:
         yield mutation("another result", lambda other: other.returns, with_another_result)
     if is_replaced_everywhere(seam):

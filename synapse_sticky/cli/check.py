@@ -9,14 +9,14 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from synapse_sticky.cli.report import Report
-from synapse_sticky.config import StickyConfig, Strict
+from synapse_sticky.versions import synapse_version
 
 if TYPE_CHECKING:
     from synapse_sticky.cli.synapse import Configuration
     from synapse_sticky.homeserver.fitting import Columns
 
-# What needs Synapse's private parts is imported where it is used: that one is gone is to be said
-# like any other misfit.
+# What needs any part of Synapse is imported where it is used: that one is gone is to be said like
+# any other misfit.
 
 
 def check(paths: Sequence[str], *, as_json: bool = False) -> int:
@@ -39,7 +39,12 @@ def check(paths: Sequence[str], *, as_json: bool = False) -> int:
 
 def look(paths: Sequence[str]) -> Report:
     """What ``check`` prints."""
-    report = Report(version("matrix-synapse"), version("synapse-sticky"))
+    report = Report(synapse_version(), version("synapse-sticky"))
+    try:
+        import synapse_sticky.module  # noqa: F401  only whether it can be
+    except Exception as e:
+        report.stops.append(f"it cannot load synapse_sticky.StickyEventsModule: {e}")
+        return report
     try:
         from synapse_sticky.cli import synapse
         from synapse_sticky.duties import CHECK, seams_of
@@ -54,7 +59,6 @@ def look(paths: Sequence[str]) -> Report:
     if problem := synapse.problem_of_version():
         report.stops.append(problem)
         return report
-    columns = _new_columns(report)
     configuration: Configuration | None = None
     if paths and (changes := misfits(seams_of(CHECK))):
         report.problems.append(
@@ -69,12 +73,9 @@ def look(paths: Sequence[str]) -> Report:
                 "synapse_sticky.StickyEventsModule is not listed under `modules:`. No duty would"
                 " run."
             )
-        if columns is not None:
-            _look_into_database(configuration, columns, report)
-    _decide(configuration, columns, report)
-    if configuration is not None:
-        running = {name for duties in report.processes.values() for name in duties}
-        report.problems += configuration.problems_of_tables(running)
+    _decide(configuration, _columns(configuration, report), report)
+    if configuration is not None and configuration.sticky is not None:
+        report.problems += configuration.problems_of_tables(report.running())
     return report
 
 
@@ -106,13 +107,17 @@ def _said(e: BaseException) -> str:
     return f"{said}: {_said(e.__cause__)}" if e.__cause__ else said
 
 
-def _new_columns(report: Report) -> "Columns | None":
-    """The columns of the tables that this Synapse makes; None if they cannot be known."""
+def _columns(configuration: "Configuration | None", report: Report) -> "Columns | None":
+    """The columns that the duties would find; None if they cannot be known."""
     from synapse_sticky.homeserver import database
     from synapse_sticky.homeserver.fitting import misfits
 
     changes = misfits(database.SEAMS)
     if not changes:
+        if configuration is not None:
+            _look_into_database(configuration, report)
+            if not configuration.is_to_be_migrated:
+                return configuration.columns
         try:
             return database.new_columns()
         except Exception as e:
@@ -123,7 +128,7 @@ def _new_columns(report: Report) -> "Columns | None":
     return None
 
 
-def _look_into_database(configuration: "Configuration", columns: "Columns", report: Report) -> None:
+def _look_into_database(configuration: "Configuration", report: Report) -> None:
     try:
         refusal = configuration.read_database()
     except Exception as e:
@@ -131,30 +136,26 @@ def _look_into_database(configuration: "Configuration", columns: "Columns", repo
         return
     if refusal:
         report.stops.append(refusal)
-    if _is_to_be_migrated(configuration.columns, columns):
-        report.remarks.append(
-            "Synapse has not made or migrated its tables in this database yet. What is said of the"
-            " duties goes by the tables that this Synapse makes."
+    by_new = (
+        "What is said of the duties goes by the tables that this Synapse makes in a new SQLite"
+        " database."
+    )
+    if configuration.problems:
+        report.problems.append(
+            "the check cannot know whether this Synapse has yet to migrate the database:"
+            f" {'; '.join(configuration.problems)}. {by_new}"
         )
-
-
-def _is_to_be_migrated(there: "Columns", new: "Columns") -> bool:
-    """Does the database lack what the module needs and this Synapse will put there?"""
-    from synapse_sticky.duties import all_seams
-    from synapse_sticky.homeserver.fitting import misfits
-    from synapse_sticky.homeserver.seams import Table
-
-    try:
-        tables = [seam for seam in all_seams() if isinstance(seam, Table)]
-    except Exception:
-        return False  # a file of a duty cannot be loaded, which its line says
-    return not {*misfits(tables, there)} <= {*misfits(tables, new)}
+    elif configuration.is_to_be_migrated:
+        report.remarks.append(
+            f"Synapse has not made or migrated its tables in this database yet. {by_new}"
+        )
 
 
 def _decide(
     configuration: "Configuration | None", columns: "Columns | None", report: Report
 ) -> None:
     from synapse_sticky import plan
+    from synapse_sticky.config import StickyConfig, Strict
     from synapse_sticky.duties import DUTIES, State, number_of_seams, shared_misfits
     from synapse_sticky.homeserver import database
     from synapse_sticky.homeserver.fitting import misfits
@@ -184,13 +185,17 @@ def _decide(
             ]
             for place in places
         }
-        report.idle = [
-            name for name in states if not any(plan.is_done_in(name, place) for place in places)
-        ]
+        if not_given := configuration.not_given():
+            report.remarks.append(
+                f"the files of these processes were not given: {not_given}. What may run there is"
+                " judged as if it ran."
+            )
+        else:
+            report.idle = [
+                name for name in states if not any(plan.is_done_in(name, place) for place in places)
+            ]
     counted = {name: state for name, state in states.items() if name not in report.idle}
     lacks = {name: d.misfits for name, d in report.decisions().items() if name in counted}
-    for name in counted.keys() & report.duties.keys():
-        lacks.update(report.duties[name].parts)
     lacks[plan.TABLES] = misfits(database.SEAMS)
     if stopping := plan.that_stop(sticky.strict, counted, lacks):
         option = "strict: true" if sticky.strict is Strict.ALL else "strict: access"

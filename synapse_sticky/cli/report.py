@@ -50,6 +50,14 @@ class Report:
         """The duties and the guard of the sections, by name."""
         return self.duties if self.access is None else {**self.duties, "access": self.access}
 
+    def running(self) -> list[str]:
+        """The duties that would run in any process."""
+        return [
+            name
+            for name, decision in self.duties.items()
+            if decision.state.value == "on" and name not in self.idle
+        ]
+
     def exit_code(self) -> int:
         """0 if all fit, 1 if something is off that should be on, 2 if Synapse would not start or
         does not guard the sections."""
@@ -62,8 +70,7 @@ class Report:
         }
         if self.stops or self.is_off or "access" in missing:
             return NO_START
-        is_partly = any(decision.parts for decision in self.duties.values())
-        return SOMETHING_OFF if missing or is_partly or self.problems else ALL_FIT
+        return SOMETHING_OFF if missing or self.problems else ALL_FIT
 
     def as_json(self) -> str:
         """One JSON object."""
@@ -88,8 +95,6 @@ class Report:
         found: dict[str, object] = {"state": decision.state.value, "misfits": decision.misfits}
         if decision.missing:
             found["missing"] = decision.missing
-        if decision.parts:
-            found["parts_off"] = dict(decision.parts)
         return {**found, "idle": True} if name in self.idle else found
 
     def lines(self) -> Iterator[str]:
@@ -101,9 +106,6 @@ class Report:
             idle = " (no process of this configuration does this)" if name in self.idle else ""
             yield f"{name:12} {decision.state.value}{_why(name, decision)}{idle}"
             yield from (f"{'':12} - {problem}" for problem in decision.misfits)
-            for part, problems in decision.parts.items():
-                yield f"{'':12} but its part {part} is off, as this Synapse does not fit:"
-                yield from (f"{'':12} - {problem}" for problem in problems)
         for name, duties in self.processes.items():
             yield f"Process {name} runs {', '.join(duties) or 'no duty'}."
         for remark in self.remarks:

@@ -1,6 +1,6 @@
 """Synapse's configuration and database, as a process of Synapse would find them."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,12 @@ from synapse_sticky.handlers.joins.tables import NewcomerTable
 from synapse_sticky.handlers.sliding.tables import PageTable
 from synapse_sticky.handlers.staging.parking.tables import ParkedTable
 from synapse_sticky.homeserver.database import columns_in, connect, is_postgres, main_database
-from synapse_sticky.homeserver.fitting import Columns
+from synapse_sticky.homeserver.fitting import Columns, misfits
 from synapse_sticky.homeserver.layout import LAYOUTS_TABLE, Migrations, tables_of
 from synapse_sticky.homeserver.place import Place
 from synapse_sticky.homeserver.process import require_enabled, too_old
+from synapse_sticky.homeserver.schema import SEAMS as SCHEMA
+from synapse_sticky.homeserver.schema import is_to_be_migrated
 from synapse_sticky.homeserver.seams import Attribute, method
 
 SEAMS = (
@@ -37,6 +39,12 @@ _FORBIDDEN = """
         AND has_table_privilege(oid, 'UPDATE') AND has_table_privilege(oid, 'DELETE')
     )
 """
+_NAMING_WORKERS = (
+    *("instance_map", "federation_sender_instances", "pusher_instances"),
+    *("run_background_tasks_on", "media_instance_running_background_jobs"),
+    *("notify_appservices_from_worker", "update_user_directory_from_worker"),
+)
+"""The options of Synapse that name workers. Those of ``stream_writers`` are in ``instance_map``."""
 _ROLE = "SELECT current_user, current_schema(), has_schema_privilege(current_schema(), 'CREATE')"
 
 
@@ -50,6 +58,8 @@ class Configuration:
 
     sticky: the module's own; None if it is not listed.
     columns: those of the database, once it was read; none if there is no database yet.
+    is_to_be_migrated: whether Synapse has yet to make or change tables in it, once it was read.
+    problems: why that cannot be known, one line each; it is taken to be so then.
 
     Raises:
         ConfigError: Synapse, or the module, refuses the configuration.
@@ -67,9 +77,12 @@ class Configuration:
         self._configs = [_loaded(files) for files in of_each]
         modules = [_of_module(config) for config in self._configs]
         self._config, self.sticky = self._configs[0], modules[0]
+        self._options = [_options_in(files) for files in of_each]
         if self.sticky is not None:
             require_enabled(self._config)
         self.columns: Columns = {}
+        self.is_to_be_migrated = True
+        self.problems: list[str] = []
         self._layouts: dict[str, int] = {}
         self._forbidden: set[str] = set()
         self._role = ""
@@ -77,6 +90,17 @@ class Configuration:
     def places(self) -> list[Place]:
         """The processes. They can be told of a Synapse that has what every duty needs."""
         return [Place(config) for config in self._configs]
+
+    def not_given(self) -> str | None:
+        """Which processes belong to this homeserver and have not been given by a file; None if
+        nothing says that there are any."""
+        given = {config.worker.instance_name for config in self._configs}
+        named = {name for options in self._options for name in _named_in(options)}
+        if missing := sorted({"master", *named} - given):
+            return ", ".join(missing)
+        # Workers that only serve requests need no name in any option.
+        has_workers = any(map(_is_with_workers, self._options))
+        return "all workers" if has_workers and given == {"master"} else None
 
     def read_database(self) -> str | None:
         """Reads the columns, the layouts of the module's tables, and the privileges on them.
@@ -92,6 +116,7 @@ class Configuration:
         with closing(connect(self._config)) as connection:
             cursor = connection.cursor()
             self.columns = columns_in(cursor)
+            self._look_at_schema(cursor)
             own = [name for name in self.columns if name.startswith("synapse_sticky_")]
             if is_postgres(cursor.database_engine):
                 cursor.execute(_FORBIDDEN, (own,))
@@ -109,6 +134,13 @@ class Configuration:
                 cursor.execute(f"SELECT duty, version FROM {LAYOUTS_TABLE}")
                 self._layouts = dict(cursor.fetchall())
         return refusal
+
+    def _look_at_schema(self, cursor: Any) -> None:
+        there = "schema_version" in self.columns
+        self.problems = misfits(SCHEMA, self.columns if there else None)
+        if not self.problems:
+            databases = main_database(self._config).databases
+            self.is_to_be_migrated = is_to_be_migrated(cursor, self.columns, databases)
 
     def _is_there(self) -> bool:
         """Is there a database? To connect to SQLite would make one."""
@@ -143,8 +175,30 @@ def _is_of_worker(path: str) -> bool:
     """Is the file a worker's own? A folder of files, which Synapse takes as well, is none."""
     if Path(path).is_dir():
         return False
-    found: Any = yaml.safe_load(Path(path).read_text())
-    return isinstance(found, dict) and "worker_app" in found
+    return "worker_app" in _options_in([path])
+
+
+def _options_in(paths: Sequence[str]) -> Mapping[str, Any]:
+    """The options as they are in the files, and in those of folders."""
+    options: dict[str, Any] = {}
+    for path in map(Path, paths):
+        files = filter(Path.is_file, sorted(path.glob("*.yaml"))) if path.is_dir() else [path]
+        for file in files:
+            found: Any = yaml.safe_load(file.read_text())
+            options.update(found if isinstance(found, dict) else {})
+    return options
+
+
+def _named_in(options: Mapping[str, Any]) -> set[str]:
+    """The processes that the options name; the main process has two names."""
+    values = [options.get(name) or () for name in _NAMING_WORKERS]
+    named = {n for value in values for n in ([value] if isinstance(value, str) else value)}
+    return {"master" if name == "main" else name for name in named}
+
+
+def _is_with_workers(options: Mapping[str, Any]) -> bool:
+    """Workers cannot reach the main process without either."""
+    return bool(options.get("instance_map") or (options.get("redis") or {}).get("enabled"))
 
 
 def _loaded(paths: Sequence[str]) -> HomeServerConfig:

@@ -16,7 +16,8 @@ def in_place_of(
     signature of that.
 
     The replacement gets each argument by its name, however it was passed. An argument that both
-    have by position has the replacement's name for it; all others have the original's name.
+    have by position has the replacement's name for it; all others have the original's name. Of
+    those that are left out, the replacement gets the original's default if it knows the name.
 
     Args:
         original: takes no argument by position only.
@@ -26,21 +27,28 @@ def in_place_of(
     if any(parameter.kind in _NAMELESS for parameter in parameters):
         # Somebody else's replacement, which passes on what comes.
         return _with_signature(functools.wraps(original)(replacement), signature)
-    own = inspect.signature(replacement).parameters.values()
+    own = inspect.signature(replacement).parameters
     own_names = dict(
         zip(
             (parameter.name for parameter in parameters if parameter.kind in _BY_POSITION),
-            (parameter.name for parameter in own if parameter.kind in _BY_POSITION),
+            (name for name, parameter in own.items() if parameter.kind in _BY_POSITION),
             strict=False,
         )
     )
+    # What it does not know goes on to the original, which knows its own default best.
+    defaults = {
+        name: parameter.default
+        for parameter in parameters
+        if parameter.default is not inspect.Parameter.empty
+        and (name := own_names.get(parameter.name, parameter.name)) in own
+    }
     rest = next((p.name for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD), "")
 
     def by_name(*args: Any, **options: Any) -> dict[str, Any]:
         arguments = signature.bind(*args, **options).arguments
         unnamed = arguments.pop(rest, {})
         named = {own_names.get(name, name): value for name, value in arguments.items()}
-        return {**named, **unnamed}
+        return {**defaults, **named, **unnamed}
 
     if inspect.iscoroutinefunction(original):
 

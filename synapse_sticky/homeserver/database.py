@@ -47,20 +47,22 @@ _SQLITE = """
 """
 
 
-def read_columns(config: "HomeServerConfig") -> Columns | None:
-    """The columns of all tables in Synapse's main database; None if they cannot be read.
+def read_columns(config: "HomeServerConfig") -> tuple[Columns | None, list[str]]:
+    """The columns of all tables in Synapse's main database; None if they cannot be read, and why,
+    one line each.
 
     It takes a connection of its own, for one query, before the process has any other work.
     """
     if problems := misfits(SEAMS):
         logger.warning("Not checking the database's columns: %s", "; ".join(problems))
-        return None
+        return None, problems
     try:
         with closing(connect(config)) as connection:
-            return columns_in(connection.cursor())
-    except Exception:
+            return columns_in(connection.cursor()), []
+    except Exception as e:
         logger.warning("Not checking the database's columns", exc_info=True)
-        return None
+        reason = " ".join(f"{type(e).__name__}: {e}".split())
+        return None, [f"the columns of the database cannot be read: {reason}"]
 
 
 def main_database(config: "HomeServerConfig") -> Any:

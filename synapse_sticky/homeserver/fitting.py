@@ -8,6 +8,7 @@ import ast
 import functools
 import importlib
 import inspect
+import re
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from types import GenericAlias
@@ -171,8 +172,13 @@ _SAME = {
         ("dict", "Dict", "Mapping", "MutableMapping", "JsonDict", "JsonMapping", "StateMap"), "dict"
     ),
     **dict.fromkeys(("list", "List", "Sequence"), "list"),
+    "EventBase": "Event",
     **dict.fromkeys(("set", "frozenset", "Set", "AbstractSet", "FrozenSet"), "set"),
 }
+
+
+_LIST_OF = re.compile(r"^list of [^|]*(?=$| \| None$)")
+"""A list whose elements matter to some of its users only."""
 
 
 def _has_shape(returned: str, expected: str) -> bool:
@@ -182,12 +188,14 @@ def _has_shape(returned: str, expected: str) -> bool:
         return True  # an annotation that is no expression says nothing
     wanted = _shape(expected)
     # One that may be None where none was expected does not do; the other way round it does.
-    return wanted in (there, f"{there} | None")
+    return any(
+        wanted in (shape, f"{shape} | None") for shape in (there, _LIST_OF.sub("list", there))
+    )
 
 
 @functools.cache
 def _shape(annotation: str) -> str:
-    """A result by what its user relies on: its class, or how many a tuple has."""
+    """A result by what its user relies on: its class, a list's elements, a tuple's length."""
     return _shape_of(ast.parse(annotation, mode="eval").body)
 
 
@@ -214,6 +222,8 @@ def _shape_of_generic(name: str, items: ast.expr) -> str:
             return _either(first, *others)
         case "tuple" | "Tuple", ast.Tuple(elts=elements):
             return f"tuple of {len(elements)}"
+        case _, ast.Name() | ast.Attribute() | ast.Constant() if _SAME.get(name) == "list":
+            return f"list of {_shape_of(items)}"
         case _:
             return name
 

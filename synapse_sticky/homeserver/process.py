@@ -13,14 +13,9 @@ from synapse.module_api.errors import ConfigError
 from synapse_sticky.homeserver.calls import in_place_of
 from synapse_sticky.homeserver.database import is_postgres
 from synapse_sticky.homeserver.place import Place
-from synapse_sticky.homeserver.seams import (
-    HOMESERVER,
-    Attribute,
-    attributes,
-    method,
-    synapse_version,
-)
+from synapse_sticky.homeserver.seams import HOMESERVER, Attribute, attributes, method
 from synapse_sticky.homeserver.signal import Signal
+from synapse_sticky.versions import synapse_version
 
 if TYPE_CHECKING:
     from synapse.config.homeserver import HomeServerConfig

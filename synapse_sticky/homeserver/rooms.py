@@ -4,7 +4,6 @@ from collections.abc import Collection
 from typing import Any
 
 from synapse.api.constants import EventTypes, Membership
-from synapse.util.stringutils import parse_server_name
 
 from synapse_sticky.homeserver.process import Cursor, Homeserver
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, method, table
@@ -12,16 +11,23 @@ from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, method
 _MEMBER, _JOIN = EventTypes.Member, Membership.JOIN
 _STATE = "synapse.storage.controllers.state.StateStorageController"
 
-SEAMS = (
-    method(HOMESERVER, "get_storage_controllers() -> StorageControllers"),
-    Attribute("synapse.storage.controllers.StorageControllers", "state"),
-    method(STORE, "async is_host_joined(room_id, host, /) -> bool"),
-    method(STORE, "async get_rooms_for_user(user_id, /) -> frozenset"),
-    method(STORE, "async are_users_erased(user_ids, /) -> Mapping"),
-    method(_STATE, "async get_server_acl_for_room(room_id, /) -> ServerAclEvaluator | None"),
-    Attribute("synapse.synapse_rust.acl.ServerAclEvaluator", "server_matches_acl_event"),
-    table("current_state_events", "room_id text, type text, state_key text, membership text"),
-)
+SEAMS = {
+    "members": (
+        table("current_state_events", "room_id text, type text, state_key text, membership text"),
+    ),
+    "servers": (
+        method(STORE, "async is_host_joined(room_id, host, /) -> bool"),
+        method(HOMESERVER, "get_storage_controllers() -> StorageControllers"),
+        Attribute("synapse.storage.controllers.StorageControllers", "state"),
+        method(_STATE, "async get_server_acl_for_room(room_id, /) -> ServerAclEvaluator | None"),
+        Attribute("synapse.synapse_rust.acl.ServerAclEvaluator", "server_matches_acl_event"),
+        method("synapse.util.stringutils", "parse_server_name(server_name, /) -> tuple[_, _]"),
+    ),
+    "erased": (method(STORE, "async are_users_erased(user_ids, /) -> Mapping"),),
+    "users": (method(STORE, "async get_rooms_for_user(user_id, /) -> frozenset"),),
+}
+"""By what is asked: the members in the database, which servers are joined and allowed by the ACL,
+whose data is erased, which rooms a user is joined to."""
 
 
 class Rooms:
@@ -30,7 +36,6 @@ class Rooms:
     def __init__(self, homeserver: Homeserver) -> None:
         self._homeserver = homeserver
         self._store = homeserver.store
-        self._state: Any = homeserver.hs.get_storage_controllers().state
 
     async def is_joined(self, room_id: str, server: str) -> bool:
         """Is the server in the room, and not denied by the room's ACL?"""
@@ -67,7 +72,10 @@ class Rooms:
 
     async def acl_allows(self, room_id: str, server: str) -> bool:
         """Does the room's ACL, if there is one, allow the server?"""
-        acl = await self._state.get_server_acl_for_room(room_id)
+        from synapse.util.stringutils import parse_server_name
+
+        state: Any = self._homeserver.hs.get_storage_controllers().state
+        acl = await state.get_server_acl_for_room(room_id)
         return acl is None or acl.server_matches_acl_event(parse_server_name(server)[0])
 
     async def erased(self, user_ids: Collection[str]) -> set[str]:

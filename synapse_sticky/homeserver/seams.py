@@ -1,20 +1,22 @@
 """Seams: every private part of Synapse that the module uses, declared beside its use.
 
-A file that uses private parts of Synapse declares them in its ``SEAMS``. A plain import of a
-private name is declared by the import itself: ``imports_of`` reads it off the source. ``fitting``
-says which of them the running Synapse lacks.
+A file that uses private parts of Synapse declares them in its ``SEAMS``. An import of a private
+name that loads with the file is declared by itself: ``imports_of`` reads it off the source. One in
+a function is not, as only a part of the file may need it: what is used of it is declared.
+``fitting`` says which of them the running Synapse lacks.
 """
 
 import ast
 import functools
 import inspect
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import Any
 
 import attr
 from synapse.module_api.errors import ConfigError
+
+from synapse_sticky.versions import synapse_version
 
 HOMESERVER = "synapse.server.HomeServer"
 STORE = "synapse.storage.databases.main.DataStore"
@@ -122,7 +124,7 @@ def attributes(owner: str, *names: str) -> tuple[Attribute, ...]:
 
 @functools.cache
 def imports_of(module: ModuleType) -> tuple[Import, ...]:
-    """The private names of Synapse that a module imports to run."""
+    """The private names of Synapse that a module imports as it is loaded."""
     return tuple(imports_in(ast.parse(inspect.getsource(module))))
 
 
@@ -131,6 +133,8 @@ def imports_in(tree: ast.AST) -> Iterator[Import]:
     for node in ast.iter_child_nodes(tree):
         match node:
             case ast.If(test=ast.Name(id="TYPE_CHECKING")):
+                continue
+            case ast.FunctionDef() | ast.AsyncFunctionDef():
                 continue
             case ast.ImportFrom(module=str(path), names=names) if _is_private(path):
                 yield from (Import(path, alias.name) for alias in names)
@@ -144,14 +148,6 @@ def _is_private(path: str) -> bool:
     return path.split(".", maxsplit=1)[0] == "synapse" and not any(
         path == public or path.startswith(f"{public}.") for public in PUBLIC_MODULES
     )
-
-
-def synapse_version() -> str:
-    """The version of the Synapse that is installed, as its package has it."""
-    try:
-        return version("matrix-synapse")
-    except PackageNotFoundError:
-        return "of an unknown version"
 
 
 class SeamMismatchError(ConfigError):

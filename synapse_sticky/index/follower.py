@@ -16,7 +16,7 @@ import attr
 from synapse_sticky._core import StickyIndex
 from synapse_sticky.backoff import Alarm, Backoff
 from synapse_sticky.homeserver import Homeserver
-from synapse_sticky.index.position import Position
+from synapse_sticky.homeserver.position import Position
 from synapse_sticky.renewal import OnPanic, Renewed
 
 logger = logging.getLogger(__name__)
@@ -48,8 +48,9 @@ class StickyRow:
 class Stream(Protocol):
     """Synapse's sticky events stream, as this process sees it."""
 
-    writers: Sequence[str]
-    """The instances that write to it."""
+    @property
+    def writers(self) -> Sequence[str]:
+        """The instances that write to it."""
 
     def positions(self) -> dict[str, int]:
         """Up to where each writer's rows are visible here, by instance name."""
@@ -129,7 +130,7 @@ class IndexFollower:
 
     def in_step(self) -> bool:
         """Does the index hold all that is visible to this process right now?"""
-        return self._is_true_up_to(self.stream.positions())
+        return self._is_started and self._is_true_up_to(self.stream.positions())
 
     def has_taken_in(self, last_rows: Mapping[str, int]) -> bool:
         """Has the index taken in the rows of each writer up to this stream ID?"""
@@ -140,6 +141,8 @@ class IndexFollower:
 
     def holds(self, up_to: Position) -> bool:
         """Does the index hold all there is up to this position, and nothing that changed since?"""
+        if not self._is_started:
+            return False
         writers = self.stream.writers
         positions = {writer: up_to.of(writer) for writer in writers}
         others = {writer: at for writer, at in up_to.writers.items() if writer not in writers}

@@ -3,32 +3,17 @@
 import json
 import logging
 from collections.abc import Callable, Collection, Sequence
+from functools import cached_property
 from typing import Any
 
-from immutabledict import immutabledict
-from synapse.replication.tcp.streams._base import StickyEventsStream
-from synapse.types import MultiWriterStreamToken
-
 from synapse_sticky.homeserver import Cursor, Homeserver
-from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, attributes, method, table
+from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, method, table
 from synapse_sticky.index.follower import StickyRow
-from synapse_sticky.index.position import Position
 
 logger = logging.getLogger(__name__)
 
 SEAMS = {
-    "tokens": (
-        method(
-            "synapse.types.MultiWriterStreamToken",
-            "get_stream_pos_for_instance(instance_name, /) -> int",
-        ),
-        *attributes("synapse.types.MultiWriterStreamToken", "stream", "instance_map"),
-    ),
     "rows": (
-        method(HOMESERVER, "get_notifier() -> Notifier"),
-        Attribute("synapse.config.workers.WriterLocations", "events"),
-        Attribute("synapse.config.workers.WorkerConfig", "writers"),
-        method(STORE, "get_sticky_events_stream_token() -> MultiWriterStreamToken"),
         method(STORE, "async get_events(event_ids, /, *, allow_rejected) -> dict"),
         table(
             "sticky_events",
@@ -45,13 +30,20 @@ SEAMS = {
         method(STORE, "process_replication_rows(stream_name)", is_replaced=True),
     ),
     "stream": (
+        Attribute("synapse.config.workers.WorkerConfig", "writers"),
+        Attribute("synapse.config.workers.WriterLocations", "events"),
+        method(STORE, "get_sticky_events_stream_token() -> MultiWriterStreamToken"),
+        method(
+            "synapse.types.MultiWriterStreamToken",
+            "get_stream_pos_for_instance(instance_name, /) -> int",
+        ),
+        method(HOMESERVER, "get_notifier() -> Notifier"),
         method("synapse.notifier.Notifier", "add_replication_callback(cb, /)"),
         method(STORE, "_invalidate_local_get_event_cache_room_id(room_id)", is_replaced=True),
     ),
 }
-"""By what is used: Synapse's tokens, the rows, changes of single events, the stream itself."""
+"""By what is used: the rows, changes of single events, the stream itself."""
 
-_NAME = StickyEventsStream.NAME
 _COLUMNS = """
     SELECT se.stream_id, se.instance_name, se.room_id, se.event_id, se.sender, se.expires_at,
         ej.internal_metadata,
@@ -70,12 +62,16 @@ class SynapseStickyStream:
     def __init__(self, homeserver: Homeserver) -> None:
         self._homeserver = homeserver
         self._store = homeserver.store
-        self._notifier = homeserver.hs.get_notifier()
         self._own_senders = f"%:{homeserver.server_name}"
-        self.writers: Sequence[str] = homeserver.hs.config.worker.writers.events
         self._listeners: dict[str, list[Callable[[str], None]]] = {}
         self._persisted_event: str | None = None
         self._takes_new_rows = False
+
+    # Who asks for rows needs nothing of this.
+    @cached_property
+    def writers(self) -> Sequence[str]:
+        found: Sequence[str] = self._homeserver.hs.config.worker.writers.events
+        return found
 
     def positions(self) -> dict[str, int]:
         token = self._store.get_sticky_events_stream_token()
@@ -148,7 +144,7 @@ class SynapseStickyStream:
             except Exception:
                 logger.exception("Could not note that a stream has advanced")
 
-        self._notifier.add_replication_callback(advanced)
+        self._homeserver.hs.get_notifier().add_replication_callback(advanced)
 
     def on_event_changed(self, callback: Callable[[str], None]) -> None:
         # Synapse drops an event from its cache in every process whenever a redaction, a purge or
@@ -167,8 +163,10 @@ class SynapseStickyStream:
         self._after("_invalidate_local_get_event_cache", changed)
 
     def _noting_new_rows(self, original: Callable[..., None]) -> Callable[..., None]:
+        from synapse_sticky.homeserver.stream import NAME
+
         def process_replication_rows(stream_name: str, *args: Any, **options: Any) -> None:
-            self._takes_new_rows = stream_name == _NAME
+            self._takes_new_rows = stream_name == NAME
             try:
                 original(stream_name, *args, **options)
             finally:
@@ -215,14 +213,3 @@ def _then(
                 logger.exception("Could not note that %r changed", changed)
 
     return invalidate
-
-
-def token_of(position: Position) -> MultiWriterStreamToken:
-    """The position as Synapse's token."""
-    ahead = {w: at for w, at in position.writers.items() if at > position.stream_id}
-    return MultiWriterStreamToken(stream=position.stream_id, instance_map=immutabledict(ahead))
-
-
-def position_of(token: MultiWriterStreamToken) -> Position:
-    """Synapse's token in this project's words."""
-    return Position(token.stream, token.instance_map)

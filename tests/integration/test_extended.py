@@ -9,7 +9,7 @@ from synapse_sticky.duties import DUTIES
 from tests.compat import test_story as story
 from tests.conftest import Servers
 from tests.integration.rooms import NO_LIMITS, limits
-from tests.integration.test_duties import in_state
+from tests.integration.test_duties import LOADED, in_state
 from tests.lab import wait_until
 from tests.lab.extended import GOT, MODULE
 
@@ -37,7 +37,8 @@ def test_the_story_is_the_same(servers: Servers) -> None:
     for server, off in zip(two, ([], ["receipt"]), strict=True):
         assert server.log_has(f" functions take one more, but for {NOT_IN_PYTHON}\n")
         on = [duty for duty in DUTIES if duty not in off]
-        told = "; off: ".join(", ".join(duties) for duties in (on, off) if duties)
+        at_once = ", ".join(duty for duty in on if duty not in LOADED)
+        told = f"{at_once}; loading: {', '.join(LOADED)}" + "".join(f"; off: {d}" for d in off)
         assert server.log_has(f"synapse-sticky runs in master: {told}\n")
         for duty in on:
             wait_until(partial(in_state, server, duty, "on"), f"{duty} to be on")

@@ -99,9 +99,11 @@ def test_module_without_config_and_with_all_of_it(servers: Servers) -> None:
     assert set(carol.collect_sticky(room_id, old)) == old
     for server in (a, b, c):
         assert server.log_has(
-            "synapse-sticky runs in master: index, delivery, sliding, visibility, joins, pruning,"
-            " parking, receipt, deferral, sending, extremities\n"
+            "synapse-sticky runs in master: index, delivery, visibility, pruning, receipt, sending,"
+            " extremities; loading: sliding, joins, parking, deferral\n"
         )
+        for duty in ("sliding", "joins", "parking", "deferral"):
+            assert server.log_has(f"{duty} is on\n")
 
 
 @pytest.mark.one_process
@@ -116,7 +118,7 @@ def test_duties_can_be_switched_off(servers: Servers) -> None:
     (server,) = servers({"config": off})
     # Delivery falls back to Synapse's own by itself.
     assert server.log_has(
-        "synapse-sticky runs in master: index, delivery, sliding, deferral, sending;"
+        "synapse-sticky runs in master: index, delivery, sending; loading: sliding, deferral;"
         " off: visibility, joins, pruning, parking, receipt, extremities\n"
     )
 

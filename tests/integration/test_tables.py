@@ -303,6 +303,38 @@ def test_the_role_may_not_use_the_tables(
     comes_to_its_end(story)
 
 
+@pytest.mark.requirement("E2", "H1", "H2", "L3")
+@pytest.mark.parametrize("leaving", ["", "SELECT"], ids=["tables of another role", "read-only"])
+def test_the_tables_are_taken_while_it_runs(
+    database: Database, peer: Peer, newcomer: Peer, leaving: str
+) -> None:
+    """As if the duties with tables were off. What Synapse persists with them is persisted."""
+    server = database.server
+    story = begin(server, peer, newcomer)
+    kept, log = database.rows(*ALL_TABLES), Log(server)
+    database.take_tables(leaving=leaving)
+    try:
+        late = story.scene.flood(2 * BURST)
+        plain, pdu = peer.make(story.scene.room, story.scene.eve)
+        story.scene.send(pdu)
+        wait_until(partial(has_event, server, plain), "the room to go on")
+        wait_until(
+            lambda: all(set(late) <= set(section) for section in story.scene.sections()),
+            "what is past the limit to be delivered",
+            look=story.scene.sections,
+        )
+        assert database.rows("synapse_sticky_deferred") == {
+            "synapse_sticky_deferred": kept["synapse_sticky_deferred"]
+        }
+        told = [line for line in log.problems() if "Could not defer" in line]
+        assert 1 <= len(told) <= 3, told
+    finally:
+        database.give_tables()
+    server.stop()
+    server.restart()
+    comes_to_its_end(story)
+
+
 @pytest.mark.requirement("H1", "H2")
 def test_a_table_that_is_locked_keeps_no_other_duty_off(database: Database) -> None:
     server = database.server

@@ -65,6 +65,7 @@ CHANGES: dict[str, tuple[tuple[str, str, str], ...]] = {
     "sending": (
         ("add", "removed", "sticky_duration_ms"),
         ("messages_per_second", "class gone", ""),
+        ("_do", "sync or async", ""),
         ("on_PUT", "one more is required", ""),
     ),
     "extremities": (
@@ -106,12 +107,12 @@ class _InSynapseThatDoesNotFit(StickyEventsModule):
     def __init__(self, config: StickyConfig, api: ModuleApi) -> None:
         changes = changes_for(self.duty)
 
-        def read_changed(config: Any) -> Columns:
-            columns = read_columns(config)
-            assert columns is not None
+        def read_changed(config: Any) -> tuple[Columns, list[str]]:
+            columns, problems = read_columns(config)
+            assert columns is not None, problems
             for change in changes:
                 columns = change.columns(columns)
-            return columns
+            return columns, []
 
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(wiring, "read_columns", read_changed)

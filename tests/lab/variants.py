@@ -83,7 +83,7 @@ class InSynapseWithoutTurns(StickyEventsModule):
     """What one part of a duty needs takes other arguments."""
 
     def __init__(self, config: StickyConfig, api: ModuleApi) -> None:
-        (turns,) = DUTIES["pruning"].parts
+        (turns,) = (part for part in DUTIES["pruning"].parts if part.name == "turns")
         for seam in turns.seams():
             if isinstance(seam, Method) and seam.is_replaced:
                 take_others(seam)

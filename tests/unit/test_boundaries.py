@@ -36,7 +36,7 @@ MAY_IMPORT = {
     },
     "loading": {"backoff", "duties", "homeserver"},
     "plan": {"config", "duties", "homeserver"},
-    "cli": {"config", "duties", "handlers", "homeserver", "plan"},
+    "cli": {"config", "duties", "handlers", "homeserver", "module", "plan", "versions"},
     "__main__": {"cli"},
     "duties": {"homeserver"},
     "handlers": OF_A_DUTY,
@@ -45,10 +45,11 @@ MAY_IMPORT = {
     "index": {"_core", "backoff", "homeserver", "renewal"},
     "renewal": {"_core", "backoff", "homeserver", "metrics"},
     "apart": {"backoff", "homeserver"},
-    "homeserver": set[str](),
+    "homeserver": {"versions"},
     "backoff": set[str](),
     "config": {"options"},
     "options": set[str](),
+    "versions": set[str](),
 }
 
 LONGEST_FILE = 350

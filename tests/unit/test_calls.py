@@ -28,6 +28,9 @@ class Synapse:
     def with_more(self, one: int, two: int, three: int = 3, *, four: int = 0, **rest: int) -> Any:
         return one, two, three, *([four, rest] if four else [])
 
+    def all_have_defaults(self, first: int = 7, two: int = 2, three: int = 8) -> Any:
+        return first, two, three
+
     async def later(self, one: int, two: int, three: int = 3) -> Any:
         return one, two, three
 
@@ -54,6 +57,8 @@ def adding(original: Callable[..., Any]) -> Callable[..., Any]:
         ("last_by_name", ((1, 2), {"three": 4}), (11, 2, 14)),
         ("of_other_names", ((1, 2, 3), {}), (11, 2, 13)),
         ("of_other_names", ((), {"second": 2, "first": 1}), (11, 2, 13)),
+        ("all_have_defaults", ((), {}), (17, 2, 18)),
+        ("all_have_defaults", ((), {"two": 3}), (17, 3, 18)),
         ("with_more", ((1, 2, 3), {"four": 4, "five": 5}), (11, 2, 13, 4, {"five": 5})),
     ],
 )

@@ -52,6 +52,10 @@ def replaced_in(layer: str) -> Method:
 
 
 JOINS = Method("synapse.federation.sender.FederationSender", "_get_per_destination_queue")
+EMPTY = (
+    "Synapse has not made or migrated its tables in this database yet. What is said of the duties"
+    " goes by the tables that this Synapse makes in a new SQLite database."
+)
 WITH_WORKERS = {
     "instance_map": {name: {"host": "127.0.0.1", "port": 1} for name in ("main", "writer")},
     "redis": {"enabled": True},
@@ -151,13 +155,10 @@ def test_a_part_of_a_duty_that_does_not_fit(files: Files, monkeypatch: pytest.Mo
     gone(monkeypatch, Method(STORE, "get_next_staged_event_for_room"))
     report = look([])
     assert report.exit_code() == 1
-    assert set(states(report).values()) == {State.ON}
-    lines = list(report.lines())
-    at = lines.index(f"{'':12} but its part turns is off, as this Synapse does not fit:")
-    assert lines[at - 1].split() == ["pruning", "on"]
-    assert lines[at + 1].endswith("get_next_staged_event_for_room is not there")
-    found = json.loads(report.as_json())["duties"]
-    assert list(found["pruning"]["parts_off"]) == ["turns"]
+    assert {n for n, state in states(report).items() if state is not State.ON} == {"pruning"}
+    (problem,) = report.duties["pruning"].misfits
+    assert problem.startswith("turns: ")
+    assert problem.endswith("get_next_staged_event_for_room is not there")
     # With `strict` it stops the start, and the reason is said.
     (stop,) = look([files.with_module(strict=True)]).stops
     assert "get_next_staged_event_for_room is not there" in stop
@@ -196,23 +197,24 @@ def test_strict(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sender", "code"), [("master", 2), ("elsewhere", 0)], ids=["it would run", "it would not"]
+    ("senders", "code"), [(["master"], 2), ([], 0)], ids=["it would run", "it would not"]
 )
 @pytest.mark.usefixtures("restored")
-def test_strict_and_a_duty_of_another_process(
-    files: Files, monkeypatch: pytest.MonkeyPatch, sender: str, code: int
+def test_strict_and_a_duty_of_no_process(
+    files: Files, monkeypatch: pytest.MonkeyPatch, senders: list[str], code: int
 ) -> None:
     """The start does not look at it either."""
     monkeypatch.delattr(JOINS.owner + "." + JOINS.name)
     modules = [{"module": "synapse_sticky.StickyEventsModule", "config": {"strict": True}}]
     path = files.write(
         modules=modules,
-        federation_sender_instances=[sender],
+        federation_sender_instances=senders,
         **WITH_WORKERS,
     )
-    report = look([path])
+    report = look([path, files.write_worker("writer")])
     assert states(report)["joins"] is State.UNFIT
     assert (bool(report.stops), report.exit_code()) == (bool(code), code)
+    assert report.remarks == [EMPTY]
     assert ("joins" in report.idle) is (code == 0)
     says_so = any("no process of this configuration does this" in s for s in report.lines())
     assert says_so is (code == 0)
@@ -222,6 +224,63 @@ def test_strict_and_a_duty_of_another_process(
             start(path)
     else:
         start(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "given", "not_given"),
+    [
+        # One process, which does whatever is done.
+        ({}, [], None),
+        (WITH_WORKERS, [], "writer"),
+        (WITH_WORKERS, ["writer"], None),
+        ({**WITH_WORKERS, "stream_writers": {"events": "writer"}}, ["other"], "writer"),
+        ({"federation_sender_instances": ["a", "b", "master"]}, [], "a, b"),
+        ({"pusher_instances": ["a"], "run_background_tasks_on": "b"}, [], "a, b"),
+        ({"notify_appservices_from_worker": "a", "run_background_tasks_on": "main"}, [], "a"),
+        # Workers that only serve requests are named nowhere.
+        ({"redis": {"enabled": True}}, [], "all workers"),
+        ({"redis": {"enabled": False}}, [], None),
+        ({"instance_map": {"main": {"host": "127.0.0.1", "port": 1}}}, [], "all workers"),
+    ],
+    ids=str,
+)
+def test_workers_whose_files_were_not_given(
+    files: Files, options: dict[str, Any], given: list[str], not_given: str | None
+) -> None:
+    """What may run there is judged as if it ran."""
+    path = files.write(listeners=[], **options)
+    report = look([path, *(files.write_worker(name) for name in given)])
+    said = f"the files of these processes were not given: {not_given}. What may run there is"
+    assert [r.startswith(said) for r in report.remarks if r != EMPTY] == [True] * bool(not_given)
+    assert (plan.ACCESS in report.idle) is (not_given is None)
+    assert (report.problems, report.exit_code()) == ([], 0)
+
+
+@pytest.mark.requirement("D8")
+@pytest.mark.parametrize("folder", [False, True])
+def test_sections_that_nobody_guards_in_a_worker(
+    files: Files, monkeypatch: pytest.MonkeyPatch, folder: bool
+) -> None:
+    gone(monkeypatch, replaced_in("sliding_section"), replaced_in("sliding_response"))
+    path = files.write(listeners=[listener("federation")], **WITH_WORKERS)
+    report = look([str(files.folder) if folder else path])
+    assert (states(report)[plan.ACCESS], report.exit_code()) == (State.UNFIT, 2)
+    assert any("were not given: writer." in line for line in report.lines())
+    serving = files.write_worker("writer", worker_listeners=[listener("client")])
+    assert look([path, serving]).exit_code() == 2
+    serving_nobody = look([path, files.write_worker("writer")])
+    assert (serving_nobody.idle.count(plan.ACCESS), serving_nobody.exit_code()) == (1, 0)
+
+
+def test_strict_and_a_worker_whose_file_was_not_given(
+    files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its start would stop."""
+    gone(monkeypatch, JOINS)
+    modules = [{"module": "synapse_sticky.StickyEventsModule", "config": {"strict": True}}]
+    report = look([files.write(modules=modules, federation_sender_instances=["elsewhere"])])
+    assert "joins: " in report.stops[0]
+    assert report.exit_code() == 2
 
 
 def test_a_duty_that_is_left_to_synapse(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,6 +381,7 @@ def test_a_worker_whose_file_has_everything(files: Files) -> None:
     report = look([path])
     assert report.stops == []
     assert "sliding" in report.processes["worker"]
+    assert any("were not given: master, writer." in remark for remark in report.remarks)
 
 
 def test_what_synapse_prints_is_not_mixed_in(

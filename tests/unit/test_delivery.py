@@ -882,6 +882,36 @@ def test_an_index_that_fails_leaves_it_to_the_database(
         ]
 
 
+class AnotherStore:
+    """One that takes and gives other things than tokens and events by room."""
+
+    async def get_sticky_events_in_rooms(
+        self, room_ids: object, *, from_token: object, to_token: object, now: int, limit: int
+    ) -> object:
+        return to_token, ["something else"]
+
+
+class OfThatStore(Homeserver):
+    """A homeserver with this store and nothing else."""
+
+    def __init__(self) -> None:
+        self.store = AnotherStore()
+        self._undo = []
+
+
+@pytest.mark.requirement("H1", "H5")
+def test_what_is_of_another_kind_is_left_to_synapse() -> None:
+    async def nowhere(question: Any) -> None:
+        raise AssertionError("it was asked")
+
+    homeserver = OfThatStore()
+    SynapseDelivery(homeserver).answer_from(nowhere)
+    asked = homeserver.store.get_sticky_events_in_rooms(
+        ROOMS, from_token=None, to_token="a token", now=START_MS, limit=1
+    )
+    assert done(asked) == ("a token", ["something else"])
+
+
 @pytest.mark.requirement("S5")
 def test_what_a_ban_redacts_is_left_out(world: World) -> None:
     with world.example():

@@ -24,7 +24,11 @@ from tests.unit.test_limits_in_synapse import Reactor, done, run_synchronously
 
 pytestmark = pytest.mark.usefixtures("restored")
 
-REPLACED = [seam for seam in all_seams() if isinstance(seam, Method) and seam.is_replaced]
+REPLACED = list(
+    {
+        str(seam): seam for seam in all_seams() if isinstance(seam, Method) and seam.is_replaced
+    }.values()
+)
 
 
 class EndingReactor(Reactor):
@@ -73,13 +77,11 @@ def replaced_on(hs: Any) -> dict[tuple[str, str], Any]:
 
 @pytest.mark.requirement("H1")
 def test_each_has_its_own_and_none_is_stacked(tmp_path: Path) -> None:
-    # Not the functions themselves: one that somebody holds is not replaced.
-    originals = {seam: id(getattr_static(seam)) for seam in REPLACED}
     servers = [make_homeserver(tmp_path, name) for name in ("one", "two")]
     for hs in servers:
         load_module(hs)
     now = {seam: getattr_static(seam) for seam in REPLACED}
-    shared = {seam: now[seam] for seam in REPLACED if id(now[seam]) != originals[seam]}
+    shared = {seam: now[seam] for seam in REPLACED if id(now[seam]) != ORIGINALS[seam]}
     for function in shared.values():
         # One wrapper a process: what it wraps is Synapse's own.
         assert not hasattr(function.__wrapped__, "__wrapped__")
@@ -95,6 +97,11 @@ def test_each_has_its_own_and_none_is_stacked(tmp_path: Path) -> None:
 
 def getattr_static(seam: Method) -> Any:
     return inspect.getattr_static(resolve(seam.owner), seam.name)
+
+
+# From before any test: what a process shares stays replaced. Not the functions themselves: one that
+# somebody holds is not replaced.
+ORIGINALS = {seam: id(getattr_static(seam)) for seam in REPLACED}
 
 
 @pytest.mark.requirement("H1")

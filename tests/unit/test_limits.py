@@ -122,6 +122,7 @@ class Here:
         self.spares = 0
         self.hooks = 0
         self.on_commit: Callable[[], None] = lambda: None
+        self.attempts = 0
 
     def now_ms(self) -> int:
         return self.now
@@ -140,6 +141,14 @@ class Here:
 
     async def still_sticky(self, event_ids: Any) -> set[str]:
         return set(event_ids)
+
+    def attempt_txn(self, txn: Any, change: Callable[[], None]) -> Exception | None:
+        self.attempts += 1
+        try:
+            change()
+        except sqlite3.OperationalError as e:
+            return e
+        return None
 
     def enter_txn(self, txn: Any, events: list[NewStickyEvent]) -> None:
         self.entered += [event.event_id for event in events]
@@ -318,6 +327,25 @@ def test_next_run_takes_up_what_waits() -> None:
     here.release()
     assert sorted(here.entered) == ["$1", "$2", "$3"]
     assert table(here) == set()
+
+
+@pytest.mark.requirement("E2", "H1", "H2")
+def test_rows_that_the_database_refuses(caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing is deferred then, nothing waits, and the database is not asked for each event."""
+    here = Here()
+    handler = deferral(here, 0.001, 1)
+    here.database.execute("ALTER TABLE synapse_sticky_deferred RENAME TO taken")
+    assert here.persist(handler, range(3)) == set()
+    assert here.persist(handler, range(3, 6)) == set()
+    assert here.attempts == 1
+    (told,) = (record.message for record in caplog.records if record.levelname == "ERROR")
+    assert told.startswith("Could not defer 2 sticky events, so they are delivered now")
+    assert not here.due
+
+    here.database.execute("ALTER TABLE taken RENAME TO synapse_sticky_deferred")
+    here.now += 1_200  # the first delay, at the longest
+    assert here.persist(handler, range(6, 9)) == {"$6", "$7", "$8"}
+    assert here.attempts == 2
 
 
 @pytest.mark.requirement("E4", "L4")

@@ -6,6 +6,8 @@ and a seam that cannot be changed fails the suite.
 
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from inspect import isclass
 
 import attr
 import pytest
@@ -14,9 +16,16 @@ from synapse.module_api import ModuleApi
 from synapse_sticky import plan, wiring
 from synapse_sticky.config import StickyConfig, Strict
 from synapse_sticky.duties import ALL, CHECK, DUTIES, State, all_seams, seams_of, shared_misfits
-from synapse_sticky.homeserver import access, database, fitting
-from synapse_sticky.homeserver.fitting import Columns, misfits
-from synapse_sticky.homeserver.seams import Import, Method, Seam, SeamMismatchError, Table
+from synapse_sticky.homeserver import access, database, fitting, schema
+from synapse_sticky.homeserver.fitting import Columns, misfits, resolve
+from synapse_sticky.homeserver.seams import (
+    Attribute,
+    Import,
+    Method,
+    Seam,
+    SeamMismatchError,
+    Table,
+)
 from tests.mutations import CLASS_GONE, HOLDER, Mutation, is_replaced_everywhere, mutations
 from tests.unit.conftest import restore
 from tests.unit.test_in_one_process import make_homeserver
@@ -28,16 +37,21 @@ SHARED, COLUMNS, COMMAND = "shared", "columns", "check"
 
 
 def seams_by_user() -> dict[str, tuple[Seam, ...]]:
-    """What each duty, each part of one and each layer needs for itself, by its name; and what all
-    duties need, who reads the columns, and the command that checks."""
-    found: dict[str, tuple[Seam, ...]] = {d.name: d.seams() for d in DUTIES.values()}
-    found |= {part.name: part.seams() for duty in DUTIES.values() for part in duty.parts}
+    """What each duty needs for itself and each layer, by its name; and what all duties need, who
+    reads the columns, and the command that checks. Nobody needs what the configuration of these
+    tests does not ask for, which has a name of its own."""
+    found: dict[str, tuple[Seam, ...]] = {}
+    for duty in DUTIES.values():
+        wanted = plan.wanted(duty, StickyConfig())
+        found[duty.name] = tuple(seam for part in wanted for seam in part.seams())
+        others = [part for part in duty.parts if part not in wanted]
+        found.update({f"{duty.name}:{part.name}": part.seams() for part in others})
     found[SHARED] = tuple(seam for file in ALL for seam in seams_of(file))
-    return {**found, **access.SEAMS, COLUMNS: database.SEAMS, COMMAND: seams_of(CHECK)}
+    of_check = (*schema.SEAMS, *seams_of(CHECK))
+    return {**found, **access.SEAMS, COLUMNS: database.SEAMS, COMMAND: of_check}
 
 
 USERS = seams_by_user()
-PARTS = [part.name for duty in DUTIES.values() for part in duty.parts]
 SEAMS = sorted(all_seams(), key=repr)
 EVERYWHERE = [seam for seam in SEAMS if is_replaced_everywhere(seam)]
 
@@ -79,9 +93,6 @@ def expected(users: set[str]) -> States:
             states[name] = State.OFF
         else:
             states[name] = State.UNFIT if name in users else State.ON
-        if states[name] is State.ON:
-            for part in duty.parts:
-                states[part.name] = State.UNFIT if part.name in users else State.ON
     unguarded = any(users >= {*layers} for layers in access.LAYERS.values())
     return {**states, plan.ACCESS: State.UNFIT if unguarded else State.ON}
 
@@ -95,12 +106,7 @@ def planned(columns: Columns | None = None) -> States:
         return dict.fromkeys((*DUTIES, plan.ACCESS), State.UNFIT)
     states: dict[str, State] = {}
     for duty in DUTIES.values():
-        decision = plan.decide(duty, StickyConfig(), states, columns)
-        states[duty.name] = decision.state
-        if decision.state is State.ON:
-            for part in duty.parts:
-                lacks = part.name in decision.parts
-                states[part.name] = State.UNFIT if lacks else State.ON
+        states[duty.name] = plan.decide(duty, StickyConfig(), states, columns).state
     return {**states, plan.ACCESS: plan.decide_access(states).state}
 
 
@@ -175,7 +181,9 @@ def test_exactly_what_needs_a_part_is_off(
         with monkeypatch.context() as patched:
             if mutation.is_seen_late:
                 restore()
-                patched.setattr(wiring, "read_columns", lambda config, columns=columns: columns)
+                patched.setattr(
+                    wiring, "read_columns", lambda config, columns=columns: (columns, [])
+                )
                 mutation.put(patched)
                 assert planned(columns) == expected(set()), str(mutation)
                 assert process.start() == expected(users), str(mutation)
@@ -184,6 +192,59 @@ def test_exactly_what_needs_a_part_is_off(
             assert bool(misfits([seam], columns)) is mutation.harms(seam), str(mutation)
             assert planned(columns) == expected(users), str(mutation)
     assert kinds, "no way is known in which this seam may change"
+
+
+SYNAPSES_OWN = (
+    "synapse.storage.database.LoggingDatabaseConnection",
+    "synapse.types.MultiWriterStreamToken",
+)
+"""Without any of what is in these, Synapse itself can do nothing."""
+
+IN_CLASSES = [
+    seam
+    for seam in SEAMS
+    if isinstance(seam, Method | Attribute)
+    and isclass(resolve(seam.owner))
+    and seam.owner not in SYNAPSES_OWN
+]
+
+
+@each(IN_CLASSES)
+def test_a_start_does_what_was_planned(
+    seam: Seam, process: Process, quick: Quick, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also the homeserver that runs lacks the part: what a duty takes of it to install itself is
+    declared for this very duty, not only for another that uses the same file."""
+    columns = columns_of_all()
+    monkeypatch.setattr(wiring, "read_columns", lambda config: (columns, []))
+    gone = next(mutations(seam))
+    quick(gone)
+    with removed(seam), monkeypatch.context() as patched:
+        gone.put(patched)
+        assert process.start() == planned(columns) == expected(harmed(gone))
+
+
+@contextmanager
+def removed(seam: Seam) -> Iterator[None]:
+    """Takes it from what is of the class already: a property comes before what an instance has."""
+    cls = resolve(seam.owner)
+    had = vars(cls).get(seam.name)
+    try:
+        setattr(cls, seam.name, property(is_gone))
+    except TypeError:  # it is compiled, and cannot be changed
+        yield
+        return
+    try:
+        yield
+    finally:
+        if had is None:
+            delattr(cls, seam.name)
+        else:
+            setattr(cls, seam.name, had)
+
+
+def is_gone(instance: object) -> None:
+    raise AttributeError("gone")
 
 
 def lacking(users: set[str]) -> list[str]:
@@ -203,7 +264,7 @@ def test_a_strict_start_stops_and_says_which(
     gone = next(mutations(seam))
     quick(gone)
     columns = gone.columns(columns_of_all())
-    monkeypatch.setattr(wiring, "read_columns", lambda config: columns)
+    monkeypatch.setattr(wiring, "read_columns", lambda config: (columns, []))
     with monkeypatch.context() as patched:
         gone.put(patched)
         with pytest.raises(SeamMismatchError) as error:
@@ -211,7 +272,7 @@ def test_a_strict_start_stops_and_says_which(
     assert (f"table {seam.name}" if isinstance(seam, Table) else str(seam)) in error.value.msg
     users = harmed(gone)
     if SHARED not in users:
-        named = [name for name in (*PARTS, *DUTIES, plan.ACCESS) if f" {name}: " in error.value.msg]
+        named = [name for name in (*DUTIES, plan.ACCESS) if f" {name}: " in error.value.msg]
         assert sorted(named) == lacking(users)
 
 
@@ -226,6 +287,24 @@ def test_a_strict_start_stops_if_the_tables_cannot_be_looked_at(
         with pytest.raises(SeamMismatchError) as error:
             process.start(Strict.ALL)
     assert str(seam) in error.value.msg
+
+
+def test_a_strict_start_stops_if_the_columns_cannot_be_read(
+    process: Process, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(config: object) -> None:
+        raise OSError("connection\nrefused")
+
+    monkeypatch.setattr(database, "connect", refuse)
+    with pytest.raises(SeamMismatchError) as error:
+        process.start(Strict.ALL)
+    reason = "the columns of the database cannot be read: OSError: connection refused"
+    assert f": tables: {reason}." in error.value.msg
+    caplog.clear()
+    for strict in (Strict.NO, Strict.ACCESS):
+        assert process.start(strict) == expected(set())
+    warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert warnings == 2 * ["Not checking the database's columns"]
 
 
 @each(EVERYWHERE)
@@ -267,7 +346,7 @@ def test_a_start_goes_on_without_the_duty(
     for mutation in changes:
         mutation.put(monkeypatch)
         columns = mutation.columns(columns)
-    monkeypatch.setattr(wiring, "read_columns", lambda config: columns)
+    monkeypatch.setattr(wiring, "read_columns", lambda config: (columns, []))
     assert planned(columns) == expected(harmed(*changes))
     assert process.start() == expected(harmed(*changes))
 
@@ -299,6 +378,6 @@ def test_one_layer_suffices_to_guard_the_sections(
 
 def test_an_import_that_is_gone_is_found_where_it_is_written() -> None:
     """Not only by the table: the file itself is loaded then."""
-    assert importlib.import_module("synapse_sticky.index.synapse")
-    seams = [s for s in USERS["index"] if isinstance(s, Import)]
+    assert importlib.import_module("synapse_sticky.homeserver.tokens")
+    seams = [s for s in USERS["delivery"] if isinstance(s, Import)]
     assert Import("synapse.types", "MultiWriterStreamToken") in seams

@@ -266,6 +266,22 @@ def test_if_it_cannot_be_decided_nothing_is_added(filters: Filters) -> None:
         filters.for_user(homeserver, [hidden])
 
 
+@pytest.mark.requirement("H1", "H5")
+def test_an_answer_of_another_kind_is_handed_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def another(*args: Any, **options: Any) -> Any:
+        return ["something else"]
+
+    monkeypatch.setattr(visibility, FOR_USERS, another)
+    monkeypatch.setattr(visibility, FOR_SERVERS, another)
+    homeserver, events = homeserver_with(users=nothing, servers=nothing), [event(1), event(2)]
+    for name, who in ((FOR_USERS, ("@me:here",)), (FOR_SERVERS, ("there", "here"))):
+        function: Any = getattr(visibility, name)
+        assert result_of(function(homeserver.storage, *who, events)) == ["something else"]
+    assert len([r for r in caplog.records if "Could not decide which" in r.message]) == 2
+
+
 @pytest.mark.requirement("C1", "S6")
 def test_a_server_gets_whole_what_is_allowed(filters: Filters) -> None:
     shown, hidden, denied, plain = event(1), event(2), event(3), event(4, sticky=False)

@@ -89,6 +89,10 @@ class Allowed:
     seams: tuple[Seam, ...]
     own: frozenset[str]
 
+    def imports(self, owner: str, name: str) -> bool:
+        """Is it declared, or something of it?"""
+        return self.has(owner, name) or any(s.owner == f"{owner}.{name}" for s in self.seams)
+
     def has(self, owner: str, name: str) -> bool:
         return any((seam.owner, seam.name) == (owner, name) for seam in self.seams)
 
@@ -113,7 +117,11 @@ def allowed(path: str) -> Allowed:
     for _, module, _ in imports(path, ast.parse((ROOT / path).read_text())):
         if module.startswith(f"{PACKAGE}.homeserver."):
             seams += _declared_in(module)
-    users = [d.seams() for d in DUTIES.values() if file in {f.split(":")[0] for f in d.files}]
+    users = [
+        duty.seams()
+        for duty in DUTIES.values()
+        if file in {f.split(":")[0] for part in duty.parts for f in part.files}
+    ]
     if users:
         in_all = set.intersection(*({(s.owner, s.name) for s in of_user} for of_user in users))
         seams += [s for of_user in users for s in of_user if (s.owner, s.name) in in_all]
@@ -221,6 +229,12 @@ class _Reader:
                 yield from self._in_call(node)
             case ast.FunctionDef() | ast.AsyncFunctionDef():
                 yield from self._in_replacement(node)
+            case ast.ImportFrom(module=str(owner), names=names) if id(
+                node
+            ) not in self._at_load and is_private(owner):
+                for alias in names:
+                    if not self._allowed.imports(owner, alias.name):
+                        yield "import", f"{owner}.{alias.name}"
             case _:
                 pass
 

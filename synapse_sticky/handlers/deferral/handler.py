@@ -70,6 +70,13 @@ class Writer(Protocol):
         raises, the transaction fails.
         """
 
+    def attempt_txn(self, txn: Cursor, change: Callable[[], None]) -> Exception | None:
+        """Calls ``change``; gives the error if the database refuses its statements.
+
+        Then these are undone, and the transaction goes on. Any other error of the database fails
+        the transaction.
+        """
+
     def enter_txn(self, txn: Cursor, events: Sequence[NewStickyEvent]) -> None:
         """Enters events into the stream as new, in this order. Leaves out those that were purged,
         and those that are in the stream."""
@@ -121,6 +128,8 @@ class DeferralHandler:
         self._expired: list[str] = []
         # Deferred events that may not be sticky any more.
         self._dirty: set[str] = set()
+        self._refusals = 0
+        self._no_insert_before_ms = 0
 
     def install(self) -> None:
         """Takes effect once the deferred events are loaded. In mode ``off`` none is added."""
@@ -160,7 +169,8 @@ class DeferralHandler:
     def defer_txn(self, txn: Cursor, events: Sequence[NewStickyEvent]) -> Collection[str]:
         """Adds to the table those of the new events that are past a limit, and gives their IDs.
 
-        An error of the database fails the transaction, as it would without this module.
+        None of them if the database does not take the rows, as when somebody took away the right
+        to write them. What fails a transaction without this module fails this one, too.
         """
         if not self._is_loaded or not events:
             return ()
@@ -169,10 +179,10 @@ class DeferralHandler:
         except Exception:
             logger.exception("Could not decide on %d sticky events, delivering them", len(events))
             return ()
+        if deferred and not self._insert_txn(txn, deferred):
+            deferred = []
         # Also if none is deferred: a decision is not needed any more once it is final.
         txn.call_after(self._committed, events, deferred)
-        if deferred:
-            self._table.insert_txn(txn, [(new.event, new.server) for new in deferred])
         return {new.event.event_id for new in deferred}
 
     def _committed(self, events: Sequence[NewStickyEvent], deferred: Sequence[PastLimit]) -> None:
@@ -183,6 +193,29 @@ class DeferralHandler:
                 self._schedule()
         except Exception:
             logger.exception("Could not note %d deferred sticky events", len(deferred))
+
+    def _insert_txn(self, txn: Cursor, deferred: Sequence[PastLimit]) -> bool:
+        """Gives whether the database took the rows. Does not ask again for a while if not."""
+        now_ms = self._homeserver.now_ms()
+        # The clock may have been set back since then.
+        if now_ms < min(self._no_insert_before_ms, now_ms + _BACKOFF.max_ms):
+            return False
+        rows = [(new.event, new.server) for new in deferred]
+        problem = self._writer.attempt_txn(txn, lambda: self._table.insert_txn(txn, rows))
+        if problem is None:
+            self._refusals = 0
+            return True
+        self._refusals += 1
+        delay_ms = _BACKOFF.after(self._refusals)
+        self._no_insert_before_ms = now_ms + delay_ms
+        logger.error(
+            "Could not defer %d sticky events, so they are delivered now, and so are all that come"
+            " in the next %d ms: %s",
+            len(rows),
+            delay_ms,
+            str(problem).strip(),
+        )
+        return False
 
     # Releasing
 

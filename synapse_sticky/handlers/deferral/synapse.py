@@ -32,7 +32,7 @@ SEAMS = (
     method(STORE, "get_sticky_events_stream_id_generator() -> MultiWriterIdGenerator"),
     method(
         "synapse.storage.util.id_generators.MultiWriterIdGenerator",
-        "get_next_mult_txn(txn, n, /) -> list",
+        "get_next_mult_txn(txn, n, /) -> list[int]",
     ),
     method(STORE, "insert_sticky_events_txn(txn, events)", is_replaced=True),
     method(STORE, "un_soft_fail_sticky_events_txn(txn, sticky_event_ids)", is_replaced=True),
@@ -50,6 +50,10 @@ SEAMS = (
 
 _FIELD: str = StickyEvent.EVENT_FIELD_NAME
 _STREAM: Final = StreamKeyType.STICKY_EVENTS
+_SAVEPOINT = "synapse_sticky_deferred"
+_REFUSED = ("42", "54", "22", "23")
+"""How the SQLSTATEs begin that say that these statements will not do. Of all else Synapse's own
+statements would fail as well, and it may try them again."""
 _COLUMNS = "event_id, room_id, sender, expires_at, event_stream_ordering"
 
 
@@ -106,6 +110,19 @@ class SynapseWriter:
         except Exception:
             logger.exception("Could not defer any of %d sticky events", len(events))
             return ()
+
+    def attempt_txn(self, txn: Cursor, change: Callable[[], None]) -> Exception | None:
+        # SQLite undoes by itself what one statement did, and its errors have no code.
+        txn.execute(f"SAVEPOINT {_SAVEPOINT}")
+        try:
+            change()
+        except self._store.database_engine.module.Error as e:
+            if not (getattr(e, "pgcode", None) or "").startswith(_REFUSED):
+                raise
+            txn.execute(f"ROLLBACK TO SAVEPOINT {_SAVEPOINT}")
+            return e
+        txn.execute(f"RELEASE SAVEPOINT {_SAVEPOINT}")
+        return None
 
     def _deliverable(self, events: Sequence[EventBase]) -> list[NewStickyEvent]:
         """The events that Synapse would enter into the stream and deliver from it."""

@@ -7,10 +7,9 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from synapse.api.constants import EventTypes, StickyEvent
+from synapse.api.constants import StickyEvent
 from synapse.module_api import Requester
 from synapse.module_api.errors import Codes, SynapseError
-from synapse.rest.client.room import RoomSendEventRestServlet, RoomStateEventRestServlet
 
 from synapse_sticky.handlers.sending.handler import Check, LocalSend
 from synapse_sticky.homeserver import Homeserver
@@ -24,52 +23,63 @@ _DELAYED = "synapse.handlers.delayed_events.DelayedEventsHandler"
 _SEND_SERVLET = "synapse.rest.client.room.RoomSendEventRestServlet"
 _STATE_SERVLET = "synapse.rest.client.room.RoomStateEventRestServlet"
 
-SEAMS = (
-    # The limit
-    method(HOMESERVER, "get_event_creation_handler() -> EventCreationHandler"),
-    method(
-        _EVENTS,
-        "async create_and_send_nonmember_event(requester, event_dict, *, ratelimit, txn_id, "
-        "delay_id) -> tuple[_, _]",
-        is_replaced=True,
+_HANDLER = method(HOMESERVER, "get_event_creation_handler() -> EventCreationHandler")
+
+SEAMS = {
+    "limit": (
+        _HANDLER,
+        method(
+            _EVENTS,
+            "async create_and_send_nonmember_event(requester, event_dict, *, ratelimit, txn_id, "
+            "delay_id) -> tuple[_, _]",
+            is_replaced=True,
+        ),
+        method(
+            _EVENTS,
+            "async get_event_id_from_transaction(requester, txn_id, room_id, /) -> str | None",
+        ),
+        method(HOMESERVER, "get_delayed_events_handler() -> DelayedEventsHandler"),
+        method(
+            _DELAYED,
+            "async add(requester, *, room_id, sticky_duration_ms) -> str",
+            is_replaced=True,
+        ),
+        method(HOMESERVER, "get_auth() -> Auth"),
+        method("synapse.api.auth.base.BaseAuth", "async is_server_admin(requester, /) -> bool"),
+        method(STORE, "get_app_service_by_user_id(user_id, /) -> ApplicationService | None"),
+        method(STORE, "get_app_service_by_id(as_id, /) -> ApplicationService | None"),
+        method("synapse.appservice.ApplicationService", "is_rate_limited() -> bool"),
+        method(STORE, "async get_ratelimit_for_user(user_id, /) -> RatelimitOverride | None"),
+        Attribute("synapse.storage.databases.main.room.RatelimitOverride", "messages_per_second"),
     ),
-    method(
-        _EVENTS, "async get_event_id_from_transaction(requester, txn_id, room_id, /) -> str | None"
+    "parameter": (
+        _HANDLER,
+        method(_SEND_SERVLET, "async _do(request) -> tuple[_, _]", is_replaced=True),
+        Attribute(_SEND_SERVLET, "event_creation_handler"),
     ),
-    method(HOMESERVER, "get_delayed_events_handler() -> DelayedEventsHandler"),
-    method(
-        _DELAYED,
-        "async add(requester, *, room_id, sticky_duration_ms) -> str",
-        is_replaced=True,
+    "state_events": (
+        _HANDLER,
+        method(
+            _STATE_SERVLET,
+            "async on_PUT(request, room_id, event_type) -> tuple[_, _]",
+            is_replaced=True,
+        ),
+        *attributes(_STATE_SERVLET, "event_creation_handler", "delayed_events_handler"),
+        method(
+            _EVENTS,
+            "async create_and_send_nonmember_event(requester, event_dict) -> tuple[_, _]",
+            is_replaced=True,
+        ),
+        method(_DELAYED, "async add(requester, *, sticky_duration_ms) -> str", is_replaced=True),
+        method(_EVENTS, "async deduplicate_state_event(event)", is_replaced=True),
+        Attribute("synapse.api.constants.EventTypes", "Member"),
     ),
-    method(HOMESERVER, "get_auth() -> Auth"),
-    method("synapse.api.auth.base.BaseAuth", "async is_server_admin(requester, /) -> bool"),
-    method(STORE, "get_app_service_by_user_id(user_id, /) -> ApplicationService | None"),
-    method(STORE, "get_app_service_by_id(as_id, /) -> ApplicationService | None"),
-    method("synapse.appservice.ApplicationService", "is_rate_limited() -> bool"),
-    method(STORE, "async get_ratelimit_for_user(user_id, /) -> RatelimitOverride | None"),
-    Attribute("synapse.storage.databases.main.room.RatelimitOverride", "messages_per_second"),
-    # The parameter
-    method(
-        _SEND_SERVLET,
-        "async _do(request) -> tuple[_, _]",
-        is_replaced=True,
-    ),
-    Attribute(_SEND_SERVLET, "event_creation_handler"),
-    method(
-        _STATE_SERVLET,
-        "async on_PUT(request, room_id, event_type) -> tuple[_, _]",
-        is_replaced=True,
-    ),
-    *attributes(_STATE_SERVLET, "event_creation_handler", "delayed_events_handler"),
-    method(_EVENTS, "async deduplicate_state_event(event)", is_replaced=True),
-)
+}
 
 # What the servlets, whose classes all homeservers of a process share, do for one of them.
 _CHECKS_PARAMETER = "_synapse_sticky_checks_parameter"
 _ACCEPTS_STICKY_STATE = "_synapse_sticky_accepts_sticky_state"
 
-_MEMBER = EventTypes.Member
 _FIELD = StickyEvent.EVENT_FIELD_NAME
 _PARAMETER = StickyEvent.QUERY_PARAM_NAME
 _MAX_DURATION_MS = 2**53 - 1  # the largest integer that an event can hold
@@ -81,19 +91,21 @@ class SynapseSending:
     def __init__(self, homeserver: Homeserver) -> None:
         self._homeserver = homeserver
         self._store = homeserver.store
-        self._auth = homeserver.hs.get_auth()
         self._events: Any = homeserver.hs.get_event_creation_handler()
-        self._delayed_events: Any = homeserver.hs.get_delayed_events_handler()
 
     def check_parameter(self) -> None:
         """From now on PUT /send refuses each value of the parameter that it cannot use, with an
         error that names the parameter (S3)."""
+        from synapse.rest.client.room import RoomSendEventRestServlet
+
         self._homeserver.enter(self._events, _CHECKS_PARAMETER, True)
         # Synapse makes the servlets when it begins to listen, later than the module.
         replace_shared(RoomSendEventRestServlet, "_do", _checking_parameter)
 
     def accept_sticky_state(self) -> None:
         """From now on PUT /state has the parameter as well (S3)."""
+        from synapse.rest.client.room import RoomStateEventRestServlet
+
         self._homeserver.enter(self._events, _ACCEPTS_STICKY_STATE, True)
         replace_shared(RoomStateEventRestServlet, "on_PUT", _accepting_sticky_state)
         self._homeserver.replace(self._events, "deduplicate_state_event", _but_for_sticky)
@@ -125,7 +137,7 @@ class SynapseSending:
 
         replace = self._homeserver.replace
         replace(self._events, "create_and_send_nonmember_event", make_send)
-        replace(self._delayed_events, "add", make_add)
+        replace(self._homeserver.hs.get_delayed_events_handler(), "add", make_add)
 
     async def _raise_if_refused(
         self, check: Check, requester: Requester, room_id: str, txn_id: str | None
@@ -155,7 +167,9 @@ class SynapseSending:
         if override is not None and not override.messages_per_second:
             return True
         # Not `api.is_user_admin`: with delegated authentication, the access token says who is.
-        return await self._auth.is_server_admin(requester)
+        auth: Any = self._homeserver.hs.get_auth()
+        is_admin: bool = await auth.is_server_admin(requester)
+        return is_admin
 
     async def _is_repeated(self, requester: Requester, room_id: str, txn_id: str | None) -> bool:
         if txn_id is None:
@@ -174,13 +188,17 @@ def _checking_parameter(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _accepting_sticky_state(original: Callable[..., Any]) -> Callable[..., Any]:
+    from synapse.api.constants import EventTypes
+
+    member = EventTypes.Member
+
     async def on_PUT(  # noqa: N802  # as Synapse calls it
         servlet: Any, request: Any, room_id: str, event_type: str, *args: Any, **options: Any
     ) -> Any:
         accepts = getattr(servlet.event_creation_handler, _ACCEPTS_STICKY_STATE, False)
         duration_ms = sticky_duration_ms(request) if accepts else None
         if duration_ms is not None:
-            if event_type == _MEMBER:
+            if event_type == member:
                 raise _invalid(f"is not possible for {event_type}")
             # The servlet itself serves other requests meanwhile.
             servlet = copy.copy(servlet)

@@ -13,8 +13,8 @@ from synapse.types.rest.client import SlidingSyncStickyEventsToken
 from synapse_sticky.handlers.sliding.handler import SlidingPage, SlidingRequest
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, attributes, method, table
+from synapse_sticky.homeserver.tokens import position_of, token_of
 from synapse_sticky.index import Position
-from synapse_sticky.index.synapse import position_of, token_of
 
 _SLIDING_SYNC = "synapse.handlers.sliding_sync"
 _EXTENSIONS = f"{_SLIDING_SYNC}.extensions.SlidingSyncExtensionHandler"
@@ -61,10 +61,10 @@ SEAMS = (
     method(
         "synapse.visibility",
         "async filter_and_transform_events_for_client(storage, user_id, events, /, *, "
-        "always_include_ids) -> list",
+        "always_include_ids) -> list[FilteredEvent]",
     ),
     Attribute("synapse.events.utils.FilteredEvent", "event"),
-    method(STORE, "async get_events_as_list(event_ids, /) -> list"),
+    method(STORE, "async get_events_as_list(event_ids, /) -> list[EventBase]"),
     method(STORE, "get_sticky_events_stream_token() -> MultiWriterStreamToken"),
     method(
         STORE,

@@ -25,13 +25,13 @@ SEAMS = (
     method(
         "synapse.visibility",
         "async filter_and_transform_events_for_client(storage, user_id, events, is_peeking, "
-        "always_include_ids) -> list",
+        "always_include_ids) -> list[FilteredEvent]",
         is_replaced=True,
     ),
     method(
         "synapse.visibility",
         "async filter_events_for_server(storage, target_server_name, local_server_name, events)"
-        " -> list",
+        " -> list[EventBase]",
         is_replaced=True,
     ),
     Attribute("synapse.storage.controllers.StorageControllers", "main"),
@@ -120,10 +120,10 @@ def _with_allowed_to_users(original: Callable[..., Any]) -> Callable[..., Any]:
         allowed_to: Allowed | None = getattr(storage.main, _TO_USERS, None)
         if allowed_to is None or len(visible) == len(events):
             return visible
-        hidden = _hidden_from_user(events, visible, always_include_ids)
-        if not hidden:
-            return visible
         try:
+            hidden = _hidden_from_user(events, visible, always_include_ids)
+            if not hidden:
+                return visible
             allowed = await allowed_to(user_id, [_in_our_words(event) for event in hidden])
             found = [event for event in hidden if event.event_id in allowed]
             if not found:
@@ -133,12 +133,12 @@ def _with_allowed_to_users(original: Callable[..., Any]) -> Callable[..., Any]:
             more = await original(
                 storage, user_id, found, is_peeking, always_include_ids | allowed, *args, **options
             )
+            shown = {filtered.event.event_id: filtered for filtered in (*visible, *more)}
         except CancelledError:
             raise
         except Exception:
             logger.exception(_FAILED, user_id)
             return visible
-        shown = {filtered.event.event_id: filtered for filtered in (*visible, *more)}
         return [shown[event.event_id] for event in events if event.event_id in shown]
 
     return filter_and_transform_events_for_client
@@ -176,10 +176,10 @@ def _with_allowed_to_servers(original: Callable[..., Any]) -> Callable[..., Any]
         allowed_to = getattr(storage.main, _TO_SERVERS, None)
         if allowed_to is None:
             return visible
-        hidden = _hidden_from_server(events, visible)
-        if not hidden:
-            return visible
         try:
+            hidden = _hidden_from_server(events, visible)
+            if not hidden:
+                return visible
             allowed = await allowed_to(target_server_name, hidden)
         except CancelledError:
             raise

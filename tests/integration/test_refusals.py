@@ -22,7 +22,7 @@ PASSING = ["gone", "08006", "40001", "53200", "55P03", "57P01", "58030", "25006"
 REFUSING = ["54000", "22021", "23514", "42703"]
 CANCELED = "57014"
 
-_TRIGGER = (
+TRIGGER = (
     "CREATE TABLE refusals (event_id TEXT NOT NULL, code TEXT NOT NULL)",
     """
     CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$
@@ -56,7 +56,7 @@ def server(lab: Lab) -> Iterator[Homeserver]:
                 "extra": {"database": postgres.new_database()},
             }
         )
-        started.change(*_TRIGGER)
+        started.change(*TRIGGER)
         yield started
         lab.close_servers([started])
 

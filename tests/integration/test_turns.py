@@ -7,6 +7,7 @@ by the order in which the homeserver persisted it.
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import attr
@@ -143,6 +144,12 @@ def server(lab: Lab) -> Iterator[Homeserver]:
 
 @pytest.fixture
 def begin(server: Homeserver, lab: Lab) -> Iterator[Begin]:
+    with stages(server, lab) as begin:
+        yield begin
+
+
+@contextmanager
+def stages(server: Homeserver, lab: Lab) -> Iterator[Begin]:
     """Makes a stage with so many flooders."""
     peers: list[Peer] = []
     gates: list[Gate] = []
@@ -162,11 +169,13 @@ def begin(server: Homeserver, lab: Lab) -> Iterator[Begin]:
         base = list(last.extremities)
         return Stage(server, scene.room_id, members[:-1], members[-1], base, gates[0])
 
-    yield make
-    for gate in gates:
-        gate.open()
-    for peer in peers:
-        peer.close()
+    try:
+        yield make
+    finally:
+        for gate in gates:
+            gate.open()
+        for peer in peers:
+            peer.close()
 
 
 def _joined(scene: Scene[Homeserver], peer: Peer, name: str) -> Member:

@@ -387,12 +387,15 @@ def _receipt(process: Process) -> tuple[Callable[[], object], Callable[[], int]]
     return lambda: done(receipt._has_deferred_table()), lambda: asked
 
 
+RETRYING = (_index, _joins, _releases, _observing, _extremities, _receipt)
+
+
 def retries(process: Process) -> list[Timer]:
     return [t for t in process.timers if "_retry" in t.what]
 
 
 @pytest.mark.requirement("H2")
-@pytest.mark.parametrize("make", [_index, _joins, _releases, _observing, _extremities, _receipt])
+@pytest.mark.parametrize("make", RETRYING)
 def test_a_thousand_ticks_are_one_attempt(
     make: Callable[[Process], tuple[Callable[[], object], Callable[[], int]]],
     caplog: pytest.LogCaptureFixture,

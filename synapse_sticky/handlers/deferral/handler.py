@@ -71,10 +71,10 @@ class Writer(Protocol):
         """
 
     def attempt_txn(self, txn: Cursor, change: Callable[[], None]) -> Exception | None:
-        """Calls ``change``; gives the error if the database refuses its statements.
+        """Calls ``change``; gives the error if it fails on its own account.
 
-        Then these are undone, and the transaction goes on. Any other error of the database fails
-        the transaction.
+        Then its statements are undone, and the transaction goes on. A database that is away or has
+        no room fails the transaction.
         """
 
     def enter_txn(self, txn: Cursor, events: Sequence[NewStickyEvent]) -> None:

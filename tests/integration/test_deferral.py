@@ -130,8 +130,9 @@ def test_each_limit_holds_up_its_own(servers: Servers) -> None:
         assert c.log_has(name)
 
 
+@pytest.mark.slow
 @pytest.mark.requirement("L3", "E4")
-@pytest.mark.parametrize("end", [pytest.param("stop", marks=pytest.mark.slow), "kill"])
+@pytest.mark.parametrize("end", ["stop", "kill"])
 def test_restart_in_the_middle(servers: Servers, end: str) -> None:
     # Slower than any machine takes events in, so that some wait.
     a, c = servers(PLAIN, {"config": limits(per_server=limit(2, 10))})
@@ -199,6 +200,7 @@ def test_event_through_a_third_server_is_charged_to_its_sender(servers: Servers)
     assert {server for _, server in rows} == {a.name}
 
 
+@pytest.mark.slow
 @pytest.mark.requirement("L4", "S2")
 def test_expiry_while_waiting(servers: Servers) -> None:
     a, c = servers(PLAIN, {"config": limits(per_server=limit(HOURLY, 1))})

@@ -36,12 +36,12 @@ MOMENTS = ["before", "inside", "after"]
 _BEFORE, _AFTER = (pytest.param(moment, marks=pytest.mark.slow) for moment in ("before", "after"))
 WHILE_IT_RUNS = ["persist", "release", "backlog"]
 WHILE_IT_RUNS_SLOW = ["record_joins", "settle", "store_page", "read_page", "drop_deferred"]
-AT_THE_START = ["migrate_deferral", "newcomers"]
-AT_THE_START_SLOW = ["migrate_joins", "deferred", "state_position"]
-KILLED = [(name, "inside") for name in ("persist", "release")]
+AT_THE_START = ["migrate_deferral"]
+AT_THE_START_SLOW = ["newcomers", "migrate_joins", "deferred", "state_position"]
+KILLED = [("persist", "inside")]
 KILLED_SLOW = [
     *(("persist", moment) for moment in ("before", "after")),
-    *(("release", moment) for moment in ("before", "after")),
+    *(("release", moment) for moment in MOMENTS),
     *(
         (name, moment)
         for name in ("record_joins", "settle", "store_page")
@@ -146,6 +146,7 @@ def newcomer(lab: Lab) -> Iterator[Peer]:
     started.close()
 
 
+@pytest.mark.slow
 @pytest.mark.one_process
 @pytest.mark.requirement("L3", "E4")
 def test_the_disk_is_full(servers: Servers, peer: Peer) -> None:

@@ -8,6 +8,7 @@ from tests.lab import Client, wait_until
 from tests.lab.client import ApiError
 
 
+@pytest.mark.slow
 def test_local_and_remote_events_also_after_a_restart(servers: Servers) -> None:
     a, b = servers({"probed": True}, {})
     alice, bob = a.user(), b.user()
@@ -23,6 +24,7 @@ def test_local_and_remote_events_also_after_a_restart(servers: Servers) -> None:
         a.restart()
 
 
+@pytest.mark.slow
 @pytest.mark.requirement("S5")
 def test_redacted(servers: Servers) -> None:
     a, b = servers({"probed": True}, {})
@@ -49,6 +51,7 @@ def test_purged(servers: Servers) -> None:
     assert a.index_knows(stays)
 
 
+@pytest.mark.slow
 @pytest.mark.requirement("C2")
 def test_soft_failed_and_checked_again(servers: Servers) -> None:
     a, b = servers({"probed": True, "forwarded": True}, {})

@@ -81,6 +81,7 @@ def test_hundreds_of_old_events(
         wait_until_all_pushed(resident, room_id)
 
 
+@pytest.mark.slow
 @pytest.mark.one_process
 @pytest.mark.requirement("P3")
 def test_module_without_config_and_with_all_of_it(servers: Servers) -> None:
@@ -227,6 +228,7 @@ def test_expired_events_are_not_sent(three: list[Homeserver]) -> None:
     assert not is_sticky_at(c, expired)
 
 
+@pytest.mark.slow
 @pytest.mark.requirement("P4")
 def test_remote_events_are_not_sent_by_a_third_server(servers: Servers) -> None:
     a, b, c = servers(3)
@@ -248,6 +250,7 @@ def test_remote_events_are_not_sent_by_a_third_server(servers: Servers) -> None:
     assert set(carol.collect_sticky(room_id, {of_alice, of_bob})) == {of_alice, of_bob}
 
 
+@pytest.mark.slow
 @pytest.mark.requirement("L3", "F1")
 def test_outlier_first_and_in_full_later(servers: Servers) -> None:
     a, b, c = servers(3)
@@ -388,6 +391,7 @@ def test_server_that_the_acl_denies_gets_nothing(servers: Servers) -> None:
     assert not any(is_sticky_at(c, e) for e in old)
 
 
+@pytest.mark.slow
 @pytest.mark.requirement("P3")
 def test_server_outside_the_federation_whitelist_gets_nothing(servers: Servers) -> None:
     a, b, c = servers(3)
@@ -435,6 +439,7 @@ def test_redacted_events_are_not_sent_as_sticky(three: list[Homeserver]) -> None
     assert not is_sticky_at(c, redacted)
 
 
+@pytest.mark.slow
 @pytest.mark.requirement("P3")
 def test_room_whose_state_is_still_partial(servers: Servers) -> None:
     """The resident itself joined without the room's full state (a faster join)."""

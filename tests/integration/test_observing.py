@@ -65,6 +65,7 @@ def shown(reader: Client, room_id: str, flood: set[str], since: str) -> tuple[li
     return sorted(bits), sorted(sticky_events(reader.sync(), room_id))
 
 
+@pytest.mark.slow
 @pytest.mark.requirement("H6", "L1", "L4", "S5")
 @pytest.mark.one_process
 def test_counts_as_if_and_touches_nothing(servers: Servers) -> None:

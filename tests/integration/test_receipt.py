@@ -165,6 +165,7 @@ def test_failed_transaction_is_charged_once(servers: Servers) -> None:
     assert requester.send("fails", [{**pdu, "type": "m.c"}], [edu]).status_code == 429
 
 
+@pytest.mark.slow
 @pytest.mark.requirement("L2", "L3", "L6", "H3")
 def test_what_is_staged_of_a_server_in_a_room_is_bounded(servers: Servers, peer: Peer) -> None:
     """Other rooms and other servers are not concerned, and what is refused comes again."""

@@ -182,6 +182,7 @@ def test_what_is_too_large_is_not_kept(servers: Servers, peer: Peer) -> None:
     assert parked(server) == {kept}
 
 
+@pytest.mark.slow
 @pytest.mark.one_process
 @pytest.mark.requirement("L3", "P7")
 def test_while_another_user_joins_by_another_server(servers: Servers, peer: Peer) -> None:

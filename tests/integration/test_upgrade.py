@@ -49,6 +49,7 @@ def test_taken_out_as_documented_while_events_wait(servers: Servers, peer: Peer)
     assert sorted(late) == sorted(flood[5:])
 
 
+@pytest.mark.slow
 @pytest.mark.requirement("E4", "L4")
 def test_taken_out_in_a_hurry_and_put_back(servers: Servers, peer: Peer) -> None:
     """What waits is not lost: it waits on."""
@@ -62,6 +63,7 @@ def test_taken_out_in_a_hurry_and_put_back(servers: Servers, peer: Peer) -> None
     scene.wait_for_sections(*flood)
 
 
+@pytest.mark.slow
 @pytest.mark.requirement("E4", "P3")
 def test_taken_out_while_a_newcomer_lacks_events(servers: Servers, peer: Peer) -> None:
     """Synapse has a note of it, and goes on."""
@@ -118,6 +120,7 @@ def test_only_one_duty_has_tables(servers: Servers, peer: Peer) -> None:
     wait_until(lambda: set(old) <= peer.events.keys(), "the newcomer to be sent everything")
 
 
+@pytest.mark.slow
 @pytest.mark.requirement("E4")
 def test_layout_of_a_later_version(lab: Lab, servers: Servers, peer: Peer) -> None:
     """It is left alone, the operator is told, and Synapse and the other duties go on."""

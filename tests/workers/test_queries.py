@@ -20,6 +20,8 @@ from tests.lab.workers import (
 )
 from tests.workers.conftest import TRANSACTIONS, enter_where, newcomer_of, transactions
 
+pytestmark = pytest.mark.workers
+
 _BACKGROUND = re.compile(
     r'^synapse_background_process_start_count_total\{name="([^"]+)".*\} (\S+)$'
 )

@@ -83,7 +83,9 @@ def test_a_synapse_with_another_signature_is_without_that_duty_only(
 def test_one_more_optional_argument_changes_nothing(servers: Servers) -> None:
     """Of all functions at once; test_extended.py tells a longer story."""
     (server,) = servers({"module_name": extended.MODULE})
-    assert server.log_has("receipt, deferral, sending, extremities\n")
+    assert server.log_has(
+        "receipt, sending, extremities; loading: sliding, joins, parking, deferral\n"
+    )
     alice = server.user()
     room_id = alice.create_room()
     event_id = alice.send_sticky(room_id)
@@ -169,7 +171,9 @@ def test_strict_about_access(lab: Lab, servers: Servers) -> None:
     # One layer suffices.
     (server,) = servers({"module_name": "tests.lab.variants.InSynapseWithOneLayer"})
     assert server.log_has("Only one layer guards the sections: ")
-    assert server.log_has("receipt, deferral, sending, extremities\n")
+    assert server.log_has(
+        "receipt, sending, extremities; loading: sliding, joins, parking, deferral\n"
+    )
 
 
 @pytest.mark.requirement("D8", "S5", "H6")

@@ -29,6 +29,7 @@ CHANGES: dict[str, tuple[tuple[str, str, str], ...]] = {
     "sliding": (
         ("lists", "attribute gone", ""),
         ("must_await_full_state", "class gone", ""),
+        ("get_events_as_list", "other elements", ""),
         ("SlidingSyncStickyEventsToken", "import gone", ""),
         ("current_state_delta_stream", "column gone", "instance_name"),
     ),
@@ -66,6 +67,7 @@ CHANGES: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("add", "removed", "sticky_duration_ms"),
         ("messages_per_second", "class gone", ""),
         ("_do", "sync or async", ""),
+        ("create_and_send_nonmember_event", "becomes optional", "event_dict"),
         ("on_PUT", "one more is required", ""),
     ),
     "extremities": (

@@ -78,6 +78,9 @@ class _Homeserver:
 
     transact_alone = transact
 
+    async def transact_briefly(self, what: str, function: Any) -> Any:
+        return await self.transact(what, function)
+
 
 @pytest.fixture
 def homeserver() -> Any:

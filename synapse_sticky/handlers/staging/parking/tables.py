@@ -106,7 +106,7 @@ class ParkedTable:
     async def park(
         self, pdu: ParkedPdu, until_ms: int, due_ms: int, counted_due_ms: Sequence[int] = ()
     ) -> Outcome:
-        """Parks a PDU until it expires.
+        """Parks a PDU until it expires. Does not wait long for a table that is locked.
 
         Where all places are taken, the server with the most parked PDUs loses its last one.
 
@@ -167,10 +167,13 @@ class ParkedTable:
             )
             return Outcome.PARKED
 
-        return await self._homeserver.transact("park", write_txn)
+        return await self._homeserver.transact_briefly("park", write_txn)
 
     async def remove(self, origin: str, event_id: str) -> None:
-        """The PDU is not parked any more, if it was."""
+        """The PDU is not parked any more, if it was.
+
+        Does not wait long for a table that is locked.
+        """
 
         def write_txn(txn: Cursor) -> None:
             txn.execute(
@@ -178,7 +181,7 @@ class ParkedTable:
                 (origin, event_id),
             )
 
-        await self._homeserver.transact("remove_parked", write_txn)
+        await self._homeserver.transact_briefly("remove_parked", write_txn)
 
     async def due(self) -> list[tuple[str, str]]:
         """The origins and rooms that have PDUs to be tried now: ``(origin, room_id)``, at most 50,

@@ -9,6 +9,7 @@ import pytest
 from synapse.api.room_versions import RoomVersions
 from synapse.events import make_event_from_dict, relation_from_event
 
+from synapse_sticky.handlers.staging.held import Held
 from synapse_sticky.handlers.staging.parking import synapse, tables
 from synapse_sticky.handlers.staging.parking.handler import ParkingHandler
 from synapse_sticky.handlers.staging.parking.tables import (
@@ -35,6 +36,8 @@ class _Staging:
         self.fails_for = ""
         self.there: set[str] = set()
         self.joining = False
+        self.unstaged: list[str] = []
+        self.processed: list[str] = []
 
     def is_joining(self, room_id: str) -> bool:
         return self.joining
@@ -44,7 +47,11 @@ class _Staging:
             raise ValueError(self.fails_for)
         return self.there
 
-    async def process(self, room_id: str) -> None: ...
+    async def process(self, room_id: str) -> None:
+        self.processed.append(room_id)
+
+    async def unstage(self, origin: str, event_id: str) -> None:
+        self.unstaged.append(event_id)
 
     def verdict_of(self, e: Exception) -> None: ...
 
@@ -62,6 +69,7 @@ class _Homeserver:
         self.now = 0
         self.in_room = True
         self.staging = _Staging()
+        self.held = Held()
         self._connection = sqlite3.connect(":memory:")
 
     def now_ms(self) -> int:
@@ -95,7 +103,7 @@ def table(homeserver: Any) -> ParkedTable:
 
 
 def handler_of(homeserver: Any, table: ParkedTable) -> ParkingHandler:
-    return ParkingHandler(homeserver, homeserver, homeserver.staging, table)
+    return ParkingHandler(homeserver, homeserver, homeserver.staging, table, homeserver.held)
 
 
 def park(table: ParkedTable, origin: str, *event_ids: str, due_ms: int = 0) -> list[bool]:

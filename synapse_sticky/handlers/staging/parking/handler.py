@@ -13,8 +13,9 @@ PDU is tried first, as PDUs mostly form a chain. If that does not help, the othe
 it, the newest first: Synapse fetches the ones before a PDU on the way to it.
 
 Nothing waits while Synapse has the room's lock: there is one attempt to persist a PDU, and one to
-park it. A PDU that cannot be written into the table is in memory until it can. What the database
-refuses is dropped. Where nobody knows whether the cause passes, there are three tries (unknown.py).
+park it. A PDU that cannot be written into the table stays staged until it can, and the room goes on
+without it. What the database refuses is dropped. Where nobody knows whether the cause passes, there
+are three tries (unknown.py).
 
 Fails open: a PDU that cannot be parked is dropped, as Synapse drops it.
 """
@@ -25,6 +26,7 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from synapse_sticky.backoff import Backoff
+from synapse_sticky.handlers.staging.held import Held
 from synapse_sticky.handlers.staging.parking.tables import ParkedPdu, ParkedTable, ScheduledPdu
 from synapse_sticky.handlers.staging.parking.writing import ParkedWriter, ToPark
 from synapse_sticky.handlers.staging.pdu import StagedPdu
@@ -75,6 +77,9 @@ class Staging(Protocol):
         """Stages PDUs of the room, in this order, behind those that are there; none if the room is
         gone."""
 
+    async def unstage(self, origin: str, event_id: str) -> None:
+        """Takes the PDU of this origin out of the area, if it is there."""
+
     async def persisted(self, event_ids: Collection[str]) -> set[str]:
         """Those of the events that are here, and in full."""
 
@@ -101,13 +106,18 @@ class ParkingHandler:
     """Parks sticky PDUs that cannot be persisted yet, and has them processed again."""
 
     def __init__(
-        self, homeserver: Homeserver, rooms: "Rooms", staging: Staging, table: ParkedTable
+        self,
+        homeserver: Homeserver,
+        rooms: "Rooms",
+        staging: Staging,
+        table: ParkedTable,
+        held: Held,
     ) -> None:
         self._homeserver = homeserver
         self._rooms = rooms
         self._staging = staging
         self._table = table
-        self._writer = ParkedWriter(homeserver, table, staging.verdict_of, self._on_parked)
+        self._writer = ParkedWriter(homeserver, table, staging, held, self._on_parked)
         self._timer: Cancellable | None = None
         self._timer_due_ms = 0
         self._is_trying = False
@@ -140,7 +150,7 @@ class ParkingHandler:
     async def fail(self, pdu: ParkedPdu, staged: StagedPdu, why: str, verdict: Verdict) -> None:
         """Parks or drops a PDU that Synapse is about to drop, or has in memory only.
 
-        There is one attempt to write it into the table; then it is in memory until that goes well.
+        There is one attempt to write it into the table; then it stays staged until that goes well.
 
         Args:
             why: for the log.

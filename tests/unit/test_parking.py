@@ -275,6 +275,59 @@ def test_pdus_of_one_server_do_not_delay_those_of_another(
     assert asyncio.run(table.next_due_ms()) is None
 
 
+@pytest.mark.requirement("H1", "L3", "L6")
+def test_pdus_that_cannot_be_put_off_do_not_delay_others(
+    homeserver: Any, table: ParkedTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many servers have such: they are not the first of each round."""
+    handler, attempts = handler_of(homeserver, table), list[str]()
+    monkeypatch.setattr(tables, "_ROOMS_AT_ONCE", 2)
+    homeserver.staging.fails_for = "$evil"
+
+    async def postpone(origin: str, room_id: str, by_ms: int) -> None:
+        attempts.append(origin)
+        raise ValueError(origin)
+
+    monkeypatch.setattr(table, "postpone", postpone)
+    evil = [f"evil{number}.test" for number in range(5)]
+    for origin in evil:
+        park(table, origin, "$evil", due_ms=-1)
+    park(table, "good.test", "$good")
+    for _ in range(3):
+        asyncio.run(handler._try_due())
+    assert homeserver.staging.staged == ["$good"]
+    assert sorted(attempts) == evil
+    # Some time later they are tried again, also if the clock was set back.
+    for homeserver.now in (10_000, 5_000):
+        asyncio.run(handler._try_due())
+    assert len(attempts) == len(evil) + 4
+
+
+@pytest.mark.requirement("H3", "L3")
+@pytest.mark.parametrize("expired", [True, False])
+def test_no_parked_pdu_is_compared_with_all_others(
+    homeserver: Any, table: ParkedTable, monkeypatch: pytest.MonkeyPatch, expired: bool
+) -> None:
+    handler = handler_of(homeserver, table)
+    event_ids = [f"${number}" for number in range(100)]
+    park(table, "a.test", *event_ids)
+    homeserver.staging.there = {"$before"}
+    compared = 0
+    equals = ScheduledPdu.__eq__
+
+    def count(pdu: ScheduledPdu, other: object) -> bool:
+        nonlocal compared
+        compared += 1
+        return bool(equals(pdu, other))
+
+    monkeypatch.setattr(ScheduledPdu, "__eq__", count)
+    homeserver.now = 3_600_000 if expired else 0
+    asyncio.run(handler._try_due())
+    assert compared <= 2 * len(event_ids)
+    assert len(homeserver.staging.staged) == (0 if expired else len(event_ids))
+    assert len(parked(table, "a.test")) == (0 if expired else len(event_ids))
+
+
 @pytest.mark.requirement("L3", "L6")
 def test_what_comes_for_a_room_that_was_left_is_tried_once_it_is_joined(
     homeserver: Any, table: ParkedTable

@@ -2,7 +2,7 @@
 
 import enum
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import attr
 
@@ -183,17 +183,22 @@ class ParkedTable:
 
         await self._homeserver.transact_briefly("remove_parked", write_txn)
 
-    async def due(self) -> list[tuple[str, str]]:
+    async def due(self, without: Collection[tuple[str, str]] = ()) -> list[tuple[str, str]]:
         """The origins and rooms that have PDUs to be tried now: ``(origin, room_id)``, at most 50,
-        the longest overdue first."""
+        the longest overdue first.
+
+        Args:
+            without: pairs that are left out.
+        """
 
         def read_txn(txn: Cursor) -> list[tuple[str, str]]:
             txn.execute(
                 "SELECT origin, room_id FROM synapse_sticky_incomplete WHERE due_ms <= ?"
                 " GROUP BY origin, room_id ORDER BY MIN(due_ms) LIMIT ?",
-                (self._homeserver.now_ms(), _ROOMS_AT_ONCE),
+                (self._homeserver.now_ms(), _ROOMS_AT_ONCE + len(without)),
             )
-            return [(origin, room_id) for origin, room_id in txn.fetchall()]
+            pairs = [(origin, room_id) for origin, room_id in txn.fetchall()]
+            return [pair for pair in pairs if pair not in without][:_ROOMS_AT_ONCE]
 
         return await self._homeserver.transact("due_parked", read_txn)
 

@@ -431,6 +431,38 @@ def test_a_choice_reads_what_is_new(database: Database, process: Process) -> Non
     assert database.rows <= 100 * 8
 
 
+@pytest.mark.requirement("D7", "H1")
+def test_what_is_wrong_with_one_choice_is_not_with_the_next(
+    database: Database, process: Process
+) -> None:
+    flood = database.chain("a", 150)
+    bob = database.stage("b", "$bob")
+    first = process.process()
+    process.handler._rooms[ROOM].room._places["gone"] = []
+    with pytest.raises(IndexError):
+        process.choose()
+    before = process.until(bob)
+    assert len(before) <= 1
+    assert [first, *before, *process.until(None)] == flood
+
+
+@pytest.mark.requirement("H3", "D7")
+def test_many_rooms_are_read_once(database: Database, process: Process) -> None:
+    for room in range(300):
+        for number in range(10):
+            database.stage("a", f"${room}-{number}", room_id=f"!{room}")
+
+    def choose_in_all() -> int:
+        database.rows = 0
+        for room in range(300):
+            process.handler.choose_txn(cast(Cursor, database), f"!{room}")
+        return database.rows
+
+    choose_in_all()
+    database.now += handler._OVERLAP_MS
+    assert choose_in_all() <= 300 * 3
+
+
 @pytest.mark.requirement("H3")
 def test_one_pdu_at_a_time_is_one_query(database: Database, process: Process) -> None:
     for number in range(5):

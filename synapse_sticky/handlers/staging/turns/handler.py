@@ -48,8 +48,9 @@ _MOST_KNOWN = 20_000
 """How many staged PDUs are remembered, of all rooms; about 20 MB. Of a room with more of them the
 later ones take part when the first are processed."""
 
-_MOST_ROOMS = 256
-"""How many rooms with staged PDUs are remembered."""
+_MOST_ROOMS = 2_000
+"""How many rooms with several staged PDUs are remembered. With more of them, each choice in a room
+that was forgotten reads the room's PDUs anew."""
 
 _MOST_GONE = 5
 """How many choices may turn out to be staged no more, until all IDs are compared."""
@@ -132,17 +133,23 @@ class TurnsHandler:
         """
         with self._lock:
             known = self._rooms.get(room_id)
+            if known is not None:
+                self._rooms.move_to_end(room_id)
         if known is None:
             # This is all that it takes where one PDU comes at a time.
             first = self._area.page_txn(txn, room_id, 0)
             if len(first) <= 1:
                 return first[0].key if first and first[0].key not in self._held else None
             known = self._remember(room_id)
-        with known.lock:
-            choice = self._choose_txn(txn, room_id, known)
+        try:
+            with known.lock:
+                choice = self._choose_txn(txn, room_id, known)
+        except Exception:
+            # What is known may be what is wrong. The next choice reads all of it anew.
+            self._forget(room_id, known)
+            raise
         if choice is None and not self._held:
-            with self._lock:
-                self._rooms.pop(room_id, None)
+            self._forget(room_id, known)
         return None if choice is None else choice.pdu.key
 
     def _remember(self, room_id: str) -> _Known:
@@ -152,6 +159,11 @@ class TurnsHandler:
             while len(self._rooms) > _MOST_ROOMS:
                 self._rooms.popitem(last=False)
             return known
+
+    def _forget(self, room_id: str, known: _Known) -> None:
+        with self._lock:
+            if self._rooms.get(room_id) is known:
+                del self._rooms[room_id]
 
     def _choose_txn(self, txn: Cursor, room_id: str, known: _Known) -> Choice | None:
         now_ms = self._homeserver.now_ms()

@@ -21,6 +21,7 @@ from synapse_sticky.handlers.receipt.handler import ReceiptHandler
 from synapse_sticky.handlers.sending.handler import SendingHandler
 from synapse_sticky.handlers.sliding.handler import SlidingHandler
 from synapse_sticky.handlers.sliding.tables import PageTable
+from synapse_sticky.handlers.staging.held import Held
 from synapse_sticky.handlers.staging.parking.handler import ParkingHandler
 from synapse_sticky.handlers.staging.parking.tables import ParkedTable
 from synapse_sticky.handlers.staging.pruning.handler import PruningHandler
@@ -80,6 +81,7 @@ class Wiring:
             raise ConfigError(LISTED_TWICE)
         self._homeserver.enter(self._homeserver.store, _LOADED, True)
         self._deferred = DeferredTable(self._homeserver)
+        self._held = Held()
         self._loading = Loading(self._homeserver, self._set)
         self._columns, self._misfits[TABLES] = read_columns(self._homeserver.hs.config)
         try:
@@ -241,7 +243,8 @@ class Wiring:
     def _install_pruning_turns(self) -> None:
         from synapse_sticky.handlers.staging.turns.synapse import SynapseTurns
 
-        turns = TurnsHandler(self._homeserver, SynapseTurns(self._homeserver))
+        homeserver, held = self._homeserver, self._held
+        turns = TurnsHandler(homeserver, SynapseTurns(homeserver, held), held)
         turns.install()
         if self._pruning is not None:
             self._pruning.prune_only_if(turns.may_prune)
@@ -251,9 +254,9 @@ class Wiring:
         from synapse_sticky.handlers.staging.parking.synapse import SynapseStaging
         from synapse_sticky.homeserver.rooms import Rooms
 
-        homeserver = self._homeserver
-        staging, table = SynapseStaging(homeserver), ParkedTable(homeserver)
-        parking = ParkingHandler(homeserver, Rooms(homeserver), staging, table)
+        homeserver, held = self._homeserver, self._held
+        staging, table = SynapseStaging(homeserver, held), ParkedTable(homeserver)
+        parking = ParkingHandler(homeserver, Rooms(homeserver), staging, table, held)
         parking.install()
         Batches(homeserver, staging.verdict_of).install()
         self._loading.duties["parking"] = parking.load

@@ -24,7 +24,8 @@ class Verdict(enum.Enum):
     """Nobody can tell. A few tries are worth it."""
 
 
-_PASSES = ("08", "40", "53", "55P03", "57P", "58", "25006")
+_LOCKED = "55P03"
+_PASSES = ("08", "40", "53", _LOCKED, "57P", "58", "25006")
 """How SQLSTATEs begin: the connection, a transaction that lost against another, no resources, a
 lock, a shutdown, the machine, a server that is read-only after a failover."""
 
@@ -143,6 +144,12 @@ def _sqlite_name(error: sqlite3.Error) -> str:
         return str(name)
     message = str(error).lower()
     return "SQLITE_" + next((n for part, n in _SQLITE_NAMES.items() if part in message), "ERROR")
+
+
+def is_locked(error: BaseException) -> bool:
+    """Has another transaction locked what it would take, for longer than may be waited?"""
+    cause = Cause.of_database(error)
+    return cause is not None and cause.sqlstate == _LOCKED
 
 
 def is_outage(error: BaseException) -> bool:

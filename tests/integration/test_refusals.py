@@ -7,7 +7,7 @@ ends the connection (``gone``). An event that says so takes a while.
 import secrets
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 
 import pytest
 
@@ -214,3 +214,58 @@ def test_what_comes_after_an_event_that_waits(
     scene.server.change("DELETE FROM refusals")
     scene.wait_until_there(event_id, *later)
     wait_until(lambda: not parked(scene.server) & {event_id, *later}, "nothing to be left")
+
+
+FULL = (
+    """
+    CREATE FUNCTION is_full() RETURNS trigger LANGUAGE plpgsql AS $$
+    BEGIN
+        RAISE EXCEPTION USING ERRCODE = '53100', MESSAGE = 'full for a test';
+    END $$
+    """,
+    "CREATE TRIGGER is_full BEFORE INSERT ON synapse_sticky_incomplete"
+    " FOR EACH ROW EXECUTE FUNCTION is_full()",
+)
+
+
+@contextmanager
+def nothing_can_be_parked(server: Homeserver) -> Iterator[None]:
+    server.change(*FULL)
+    try:
+        yield
+    finally:
+        server.change(
+            "DROP TRIGGER is_full ON synapse_sticky_incomplete", "DROP FUNCTION is_full()"
+        )
+
+
+def staged(server: Homeserver) -> set[str]:
+    rows = server.query("SELECT event_id FROM federation_inbound_events_staging")
+    return {event_id for (event_id,) in rows}
+
+
+@pytest.mark.slow
+@pytest.mark.requirement("E4", "L3", "H1")
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_the_disk_is_full_for_an_event_and_for_its_parking(
+    scene: Scene[Homeserver], other: Scene[Homeserver], is_killed: bool
+) -> None:
+    """It is kept by the staging area alone; what comes later in the room does not wait for it."""
+    server = scene.server
+    with nothing_can_be_parked(server):
+        sent = {refused(scene, "53100") for _ in range(3)}
+        others_come_in(scene, other, scene.sticky())
+        others_come_in(scene, other)
+        assert staged(server) & sent == sent
+        # Each process has found out by itself, once.
+        assert all(1 <= tries_of(server, event_id) <= server.receivers for event_id in sent)
+        if is_killed:
+            server.kill()
+    if is_killed:
+        server.start()
+        server.wait_until_ready()
+    wait_until(lambda: sent <= parked(server), "all to be parked")
+    wait_until(lambda: not staged(server) & sent, "none to be staged")
+    server.change("DELETE FROM refusals")
+    scene.wait_until_there(*sent)
+    wait_until(lambda: not parked(server) & sent, "none to be parked")

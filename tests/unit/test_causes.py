@@ -11,6 +11,7 @@ from canonicaljson import encode_canonical_json
 from synapse.api.errors import FederationError, HttpResponseException, SynapseError
 from twisted.enterprise.adbapi import ConnectionLost
 
+from synapse_sticky.handlers.staging.held import Held
 from synapse_sticky.handlers.staging.parking import synapse
 from synapse_sticky.handlers.staging.parking.synapse import SynapseStaging
 from synapse_sticky.homeserver.causes import Cause, Verdict, is_outage
@@ -66,7 +67,10 @@ def answered(error: Exception) -> Exception:
 
 def staging_of(module: Any, **of_handler: Any) -> SynapseStaging:
     """On this database driver, and with these functions of Synapse's handler."""
-    store = SimpleNamespace(database_engine=SimpleNamespace(module=module))
+    store = SimpleNamespace(
+        database_engine=SimpleNamespace(module=module),
+        remove_received_event_from_staging=removed,
+    )
     handler = SimpleNamespace(room_queues={}, **of_handler)
     homeserver: Any = SimpleNamespace(
         hs=SimpleNamespace(get_federation_event_handler=lambda: handler),
@@ -77,7 +81,12 @@ def staging_of(module: Any, **of_handler: Any) -> SynapseStaging:
         replace=lambda owner, name, make: setattr(owner, name, make(getattr(owner, name))),
         enter=setattr,
     )
-    return SynapseStaging(homeserver)
+    return SynapseStaging(homeserver, Held())
+
+
+async def removed(origin: str, event_id: str) -> int:
+    """When the staged PDU that is removed was received."""
+    return 5
 
 
 @pytest.mark.requirement("H2")

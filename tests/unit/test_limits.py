@@ -178,6 +178,9 @@ class Here:
 
     transact_alone = transact
 
+    async def transact_briefly(self, what: str, function: Any) -> Any:
+        return await self.transact(what, function)
+
     def persist(
         self,
         handler: DeferralHandler,

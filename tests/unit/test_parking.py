@@ -9,6 +9,7 @@ import pytest
 from synapse.api.room_versions import RoomVersions
 from synapse.events import make_event_from_dict, relation_from_event
 
+from synapse_sticky.handlers.staging.held import Held
 from synapse_sticky.handlers.staging.parking import synapse, tables
 from synapse_sticky.handlers.staging.parking.handler import ParkingHandler
 from synapse_sticky.handlers.staging.parking.tables import (
@@ -35,6 +36,8 @@ class _Staging:
         self.fails_for = ""
         self.there: set[str] = set()
         self.joining = False
+        self.unstaged: list[str] = []
+        self.processed: list[str] = []
 
     def is_joining(self, room_id: str) -> bool:
         return self.joining
@@ -44,7 +47,11 @@ class _Staging:
             raise ValueError(self.fails_for)
         return self.there
 
-    async def process(self, room_id: str) -> None: ...
+    async def process(self, room_id: str) -> None:
+        self.processed.append(room_id)
+
+    async def unstage(self, origin: str, event_id: str) -> None:
+        self.unstaged.append(event_id)
 
     def verdict_of(self, e: Exception) -> None: ...
 
@@ -62,6 +69,7 @@ class _Homeserver:
         self.now = 0
         self.in_room = True
         self.staging = _Staging()
+        self.held = Held()
         self._connection = sqlite3.connect(":memory:")
 
     def now_ms(self) -> int:
@@ -78,6 +86,9 @@ class _Homeserver:
 
     transact_alone = transact
 
+    async def transact_briefly(self, what: str, function: Any) -> Any:
+        return await self.transact(what, function)
+
 
 @pytest.fixture
 def homeserver() -> Any:
@@ -92,7 +103,7 @@ def table(homeserver: Any) -> ParkedTable:
 
 
 def handler_of(homeserver: Any, table: ParkedTable) -> ParkingHandler:
-    return ParkingHandler(homeserver, homeserver, homeserver.staging, table)
+    return ParkingHandler(homeserver, homeserver, homeserver.staging, table, homeserver.held)
 
 
 def park(table: ParkedTable, origin: str, *event_ids: str, due_ms: int = 0) -> list[bool]:
@@ -262,6 +273,59 @@ def test_pdus_of_one_server_do_not_delay_those_of_another(
     homeserver.now = 3_600_000
     asyncio.run(handler._try_due())
     assert asyncio.run(table.next_due_ms()) is None
+
+
+@pytest.mark.requirement("H1", "L3", "L6")
+def test_pdus_that_cannot_be_put_off_do_not_delay_others(
+    homeserver: Any, table: ParkedTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many servers have such: they are not the first of each round."""
+    handler, attempts = handler_of(homeserver, table), list[str]()
+    monkeypatch.setattr(tables, "_ROOMS_AT_ONCE", 2)
+    homeserver.staging.fails_for = "$evil"
+
+    async def postpone(origin: str, room_id: str, by_ms: int) -> None:
+        attempts.append(origin)
+        raise ValueError(origin)
+
+    monkeypatch.setattr(table, "postpone", postpone)
+    evil = [f"evil{number}.test" for number in range(5)]
+    for origin in evil:
+        park(table, origin, "$evil", due_ms=-1)
+    park(table, "good.test", "$good")
+    for _ in range(3):
+        asyncio.run(handler._try_due())
+    assert homeserver.staging.staged == ["$good"]
+    assert sorted(attempts) == evil
+    # Some time later they are tried again, also if the clock was set back.
+    for homeserver.now in (10_000, 5_000):
+        asyncio.run(handler._try_due())
+    assert len(attempts) == len(evil) + 4
+
+
+@pytest.mark.requirement("H3", "L3")
+@pytest.mark.parametrize("expired", [True, False])
+def test_no_parked_pdu_is_compared_with_all_others(
+    homeserver: Any, table: ParkedTable, monkeypatch: pytest.MonkeyPatch, expired: bool
+) -> None:
+    handler = handler_of(homeserver, table)
+    event_ids = [f"${number}" for number in range(100)]
+    park(table, "a.test", *event_ids)
+    homeserver.staging.there = {"$before"}
+    compared = 0
+    equals = ScheduledPdu.__eq__
+
+    def count(pdu: ScheduledPdu, other: object) -> bool:
+        nonlocal compared
+        compared += 1
+        return bool(equals(pdu, other))
+
+    monkeypatch.setattr(ScheduledPdu, "__eq__", count)
+    homeserver.now = 3_600_000 if expired else 0
+    asyncio.run(handler._try_due())
+    assert compared <= 2 * len(event_ids)
+    assert len(homeserver.staging.staged) == (0 if expired else len(event_ids))
+    assert len(parked(table, "a.test")) == (0 if expired else len(event_ids))
 
 
 @pytest.mark.requirement("L3", "L6")

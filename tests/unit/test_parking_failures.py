@@ -188,7 +188,7 @@ def handler(homeserver: Any, table: ParkedTable) -> ParkingHandler:
 
 
 def loaded(homeserver: Any, table: ParkedTable) -> ParkingHandler:
-    made = ParkingHandler(homeserver, homeserver, homeserver.staging, table)
+    made = ParkingHandler(homeserver, homeserver, homeserver.staging, table, homeserver.held)
     asyncio.run(made.load())
     return made
 
@@ -286,6 +286,75 @@ def test_while_the_table_cannot_be_written(
     homeserver.error = None
     homeserver.go_on()
     assert sorted(parked(table, ORIGIN)) == ["$1", "$2"]
+
+
+@pytest.mark.requirement("E4", "L3")
+def test_what_can_be_neither_persisted_nor_parked_stays_staged(
+    homeserver: Any,
+    handler: ParkingHandler,
+    table: ParkedTable,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Whether there is room for it in memory or not."""
+    monkeypatch.setattr(writing, "_MOST_IN_MEMORY", 1)
+    homeserver.held.is_heeded = True
+    sent = ["$1", "$2", "$3"]
+    for homeserver.error in (of_postgres("53100"), None):
+        for event_id in sent if homeserver.error else ():
+            fail(handler, event_id, PASSES)
+        homeserver.go_on()
+        if homeserver.error:
+            assert sorted(homeserver.held.rooms()) == [(ORIGIN, event_id) for event_id in sent]
+            assert homeserver.staging.unstaged == homeserver.staging.processed == []
+    homeserver.go_on()
+    assert parked(table, ORIGIN) == homeserver.staging.unstaged == ["$1"]
+    # The others are processed once more. What fails again is parked then.
+    assert homeserver.staging.processed == [ROOM]
+    assert [*homeserver.held.rooms()] == []
+    assert not any("not parking" in line for line in warnings_of(caplog))
+
+
+@pytest.mark.requirement("H1", "L3")
+def test_one_that_cannot_be_parked_keeps_no_other_held(
+    homeserver: Any,
+    handler: ParkingHandler,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(writing, "_MOST_IN_MEMORY", 2)
+    homeserver.held.is_heeded = True
+    homeserver.error = of_postgres("53100")
+    for event_id in ("$bad", "$2", "$3"):
+        fail(handler, event_id, PASSES)
+    homeserver.error = None
+    park = ParkedTable.park
+
+    async def park_others(table: ParkedTable, pdu: ParkedPdu, *args: Any) -> Any:
+        if pdu.event_id == "$bad":
+            raise of_postgres("57014")
+        return await park(table, pdu, *args)
+
+    monkeypatch.setattr(ParkedTable, "park", park_others)
+    for _ in range(4):
+        homeserver.go_on()
+    assert homeserver.staging.processed == [ROOM]
+    assert [*homeserver.held.rooms()] == [(ORIGIN, "$bad")]
+    # Given up, it is taken out of the staging area by Synapse.
+    fail(handler, "$bad", REFUSED)
+    assert [*homeserver.held.rooms()] == []
+
+
+@pytest.mark.requirement("E4", "L3")
+def test_synapse_leaves_staged_what_is_held() -> None:
+    staging = staging_of(psycopg2, on_receive_pdu=None, _process_pulled_event=None)
+    staging.park_by(None)  # type: ignore[arg-type]  # nothing fails
+    staging._held.is_heeded = True
+    staging._held.hold((ORIGIN, "$1"), ROOM)
+    remove = staging._store.remove_received_event_from_staging
+    assert asyncio.run(remove(ORIGIN, "$1")) is None
+    assert asyncio.run(remove(ORIGIN, "$2")) == 5
+    staging._held.release((ORIGIN, "$1"))
+    assert asyncio.run(remove(ORIGIN, "$1")) == 5
 
 
 @pytest.mark.requirement("H2")

@@ -9,12 +9,15 @@ import json
 import random
 import sqlite3
 from collections.abc import Collection, Iterable
+from functools import partial
+from types import SimpleNamespace
 from typing import Any, cast
 
 import attr
 import pytest
 from synapse.api.room_versions import RoomVersions
 
+from synapse_sticky.handlers.staging.held import Held
 from synapse_sticky.handlers.staging.turns import handler
 from synapse_sticky.handlers.staging.turns.handler import TurnsHandler
 from synapse_sticky.handlers.staging.turns.room import PRUNE_FROM, Key, StagedRoom, WaitingPdu
@@ -119,6 +122,12 @@ class Database:
             (event_id, ROOM, f"@user:{server}", self.now),
         )
 
+    def pdus(self, *keys: Key) -> list[Key]:
+        """Those that are staged."""
+        sql = "SELECT origin, event_id FROM federation_inbound_events_staging"
+        staged = set(self.connection.execute(sql))
+        return [key for key in keys if key in staged]
+
     def unstage(self, key: Key) -> None:
         self.connection.execute(
             "DELETE FROM federation_inbound_events_staging WHERE origin = ? AND event_id = ?", key
@@ -130,9 +139,10 @@ class Process:
 
     def __init__(self, database: Database) -> None:
         self.database = database
-        self.handler = TurnsHandler(
-            cast(Homeserver, database), SynapseTurns(cast(Homeserver, database))
-        )
+        self.held = Held()
+        homeserver = cast(Homeserver, database)
+        self.handler = TurnsHandler(homeserver, SynapseTurns(homeserver, self.held), self.held)
+        self.held.is_heeded = True
 
     def choose(self) -> Key | None:
         return self.handler.choose_txn(cast(Cursor, self.database), ROOM)
@@ -366,6 +376,48 @@ def test_what_another_process_has_processed_or_pruned(database: Database, proces
     assert process.until(None) == flood[250:]
 
 
+@pytest.mark.requirement("E4", "L3")
+@pytest.mark.parametrize("others", [0, 1, 250])
+def test_what_is_held_stays_staged_and_is_passed_over(
+    database: Database, process: Process, others: int
+) -> None:
+    first = database.stage("a", "$first")
+    assert process.choose() == first
+    process.held.hold(first, ROOM)
+    flood = database.chain("a", others, "$first")
+    bob = database.stage("b", "$bob") if others > 1 else None
+    if bob is not None:
+        assert len(process.until(bob)) <= 1
+    left = process.until(None)
+    assert set(left) <= set(flood)
+    assert not database.pdus(*flood)
+    # Also what comes later, and when all are compared.
+    for _ in range(2):
+        late = database.stage("b", f"$late{database.now}")
+        assert process.until(None) == [late]
+        database.now += handler._LOOK_AGAIN_AFTER_MS
+    assert database.pdus(first) == [first]
+    # Another process need not know of it; and this one takes it when it can.
+    assert Process(database).choose() == first
+    process.held.release(first)
+    assert process.until(None) == [first]
+
+
+@pytest.mark.requirement("H3", "D7")
+def test_many_that_are_held_are_read_once(database: Database, process: Process) -> None:
+    flood = [database.stage("a", f"${number}") for number in range(1_000)]
+    for key in flood:
+        process.held.hold(key, ROOM)
+    assert process.choose() is None
+    database.now += handler._OVERLAP_MS
+    database.rows = 0
+    for number in range(20):
+        late = database.stage("b", f"$late{number}")
+        assert process.until(None) == [late]
+    # All IDs, each time that nothing is left.
+    assert database.rows <= 21 * (len(flood) + 10)
+
+
 @pytest.mark.requirement("H3", "D7")
 def test_a_choice_reads_what_is_new(database: Database, process: Process) -> None:
     for origin in FLOODERS:
@@ -377,6 +429,38 @@ def test_a_choice_reads_what_is_new(database: Database, process: Process) -> Non
         process.process()
     assert database.statements <= 100 * 8
     assert database.rows <= 100 * 8
+
+
+@pytest.mark.requirement("D7", "H1")
+def test_what_is_wrong_with_one_choice_is_not_with_the_next(
+    database: Database, process: Process
+) -> None:
+    flood = database.chain("a", 150)
+    bob = database.stage("b", "$bob")
+    first = process.process()
+    process.handler._rooms[ROOM].room._places["gone"] = []
+    with pytest.raises(IndexError):
+        process.choose()
+    before = process.until(bob)
+    assert len(before) <= 1
+    assert [first, *before, *process.until(None)] == flood
+
+
+@pytest.mark.requirement("H3", "D7")
+def test_many_rooms_are_read_once(database: Database, process: Process) -> None:
+    for room in range(300):
+        for number in range(10):
+            database.stage("a", f"${room}-{number}", room_id=f"!{room}")
+
+    def choose_in_all() -> int:
+        database.rows = 0
+        for room in range(300):
+            process.handler.choose_txn(cast(Cursor, database), f"!{room}")
+        return database.rows
+
+    choose_in_all()
+    database.now += handler._OVERLAP_MS
+    assert choose_in_all() <= 300 * 3
 
 
 @pytest.mark.requirement("H3")
@@ -434,7 +518,7 @@ class _Store:
         return "original", room_id
 
     async def get_next_staged_event_for_room(self, room_id: str, room_version: Any) -> Any:
-        return "original", room_version
+        return "original", SimpleNamespace(event_id=room_version)
 
 
 class _InPlace(Database):
@@ -459,12 +543,21 @@ def test_if_it_cannot_be_chosen_synapse_chooses(caplog: pytest.LogCaptureFixture
             raise ValueError(room_id)
         return "a", "$1"
 
-    SynapseTurns(cast(Homeserver, database)).choose_by(choose_txn)
+    held = Held()
+    SynapseTurns(cast(Homeserver, database), held).choose_by(choose_txn)
     get_id = database.replaced["get_next_staged_event_id_for_room"]
     get = database.replaced["get_next_staged_event_for_room"]
     for _ in range(3):
         assert asyncio.run(get_id(ROOM)) == ("original", ROOM)
-        assert asyncio.run(get(ROOM, RoomVersions.V11)) == ("original", RoomVersions.V11)
+        origin, event = asyncio.run(get(ROOM, RoomVersions.V11))
+        assert (origin, event.event_id) == ("original", RoomVersions.V11)
+    # Nothing, rather than what is held: Synapse would take that again and again.
+    held.is_heeded = True
+    for name, get_one in ((ROOM, get_id), (RoomVersions.V11, partial(get, ROOM))):
+        key: Any = ("original", name)
+        held.hold(key, ROOM)
+        assert asyncio.run(get_one(name)) is None
+        held.release(key)
     # Each PDU asks: what went wrong is said once, until it goes well again.
     assert len(caplog.records) == 1
     fails = False

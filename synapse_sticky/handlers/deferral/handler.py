@@ -73,8 +73,9 @@ class Writer(Protocol):
     def attempt_txn(self, txn: Cursor, change: Callable[[], None]) -> Exception | None:
         """Calls ``change``; gives the error if it fails on its own account.
 
-        Then its statements are undone, and the transaction goes on. A database that is away or has
-        no room fails the transaction.
+        So it does if it would wait long for what another transaction has locked. Then its
+        statements are undone, and the transaction goes on. A database that is away or has no room
+        fails the transaction.
         """
 
     def enter_txn(self, txn: Cursor, events: Sequence[NewStickyEvent]) -> None:
@@ -170,7 +171,8 @@ class DeferralHandler:
         """Adds to the table those of the new events that are past a limit, and gives their IDs.
 
         None of them if the database does not take the rows, as when somebody took away the right
-        to write them. What fails a transaction without this module fails this one, too.
+        to write them, or has locked the table. What fails a transaction without this module fails
+        this one, too.
         """
         if not self._is_loaded or not events:
             return ()

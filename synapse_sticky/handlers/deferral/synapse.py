@@ -12,7 +12,7 @@ from synapse.types import StreamKeyType
 from synapse_sticky._core import sticky_until_ms
 from synapse_sticky.handlers.deferral.handler import DeferTxn, NewStickyEvent
 from synapse_sticky.homeserver import Cursor, Homeserver
-from synapse_sticky.homeserver.causes import Cause, is_outage
+from synapse_sticky.homeserver.causes import Cause, is_locked, is_outage
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, attributes, method, table
 
 logger = logging.getLogger(__name__)
@@ -111,9 +111,11 @@ class SynapseWriter:
     def attempt_txn(self, txn: Cursor, change: Callable[[], None]) -> Exception | None:
         txn.execute(f"SAVEPOINT {_SAVEPOINT}")
         try:
-            change()
+            # Synapse may wait for as long as it likes in the statements that follow.
+            with self._homeserver.brief_waits_txn(txn):
+                change()
         except Exception as e:
-            if is_outage(e):
+            if is_outage(e) and not is_locked(e):
                 raise  # Synapse's own statements fail as well, and it may try them again
             txn.execute(f"ROLLBACK TO SAVEPOINT {_SAVEPOINT}")
             return e

@@ -202,7 +202,7 @@ class ReceiptHandler:
                 )
             return deferred + staged, in_rooms
 
-        return await self._homeserver.transact("count_deferred", count_txn)
+        return await self._homeserver.transact_briefly("count_deferred", count_txn)
 
     async def _has_deferred_table(self) -> bool:
         """Is the table of deferred events there, in a layout that this version knows?"""

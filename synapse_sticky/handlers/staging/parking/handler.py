@@ -13,8 +13,9 @@ PDU is tried first, as PDUs mostly form a chain. If that does not help, the othe
 it, the newest first: Synapse fetches the ones before a PDU on the way to it.
 
 Nothing waits while Synapse has the room's lock: there is one attempt to persist a PDU, and one to
-park it. A PDU that cannot be written into the table is in memory until it can. What the database
-refuses is dropped. Where nobody knows whether the cause passes, there are three tries (unknown.py).
+park it. A PDU that cannot be written into the table stays staged until it can, and the room goes on
+without it. What the database refuses is dropped. Where nobody knows whether the cause passes, there
+are three tries (unknown.py).
 
 Fails open: a PDU that cannot be parked is dropped, as Synapse drops it.
 """
@@ -25,6 +26,7 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from synapse_sticky.backoff import Backoff
+from synapse_sticky.handlers.staging.held import Held
 from synapse_sticky.handlers.staging.parking.tables import ParkedPdu, ParkedTable, ScheduledPdu
 from synapse_sticky.handlers.staging.parking.writing import ParkedWriter, ToPark
 from synapse_sticky.handlers.staging.pdu import StagedPdu
@@ -75,6 +77,9 @@ class Staging(Protocol):
         """Stages PDUs of the room, in this order, behind those that are there; none if the room is
         gone."""
 
+    async def unstage(self, origin: str, event_id: str) -> None:
+        """Takes the PDU of this origin out of the area, if it is there."""
+
     async def persisted(self, event_ids: Collection[str]) -> set[str]:
         """Those of the events that are here, and in full."""
 
@@ -101,17 +106,24 @@ class ParkingHandler:
     """Parks sticky PDUs that cannot be persisted yet, and has them processed again."""
 
     def __init__(
-        self, homeserver: Homeserver, rooms: "Rooms", staging: Staging, table: ParkedTable
+        self,
+        homeserver: Homeserver,
+        rooms: "Rooms",
+        staging: Staging,
+        table: ParkedTable,
+        held: Held,
     ) -> None:
         self._homeserver = homeserver
         self._rooms = rooms
         self._staging = staging
         self._table = table
-        self._writer = ParkedWriter(homeserver, table, staging.verdict_of, self._on_parked)
+        self._writer = ParkedWriter(homeserver, table, staging, held, self._on_parked)
         self._timer: Cancellable | None = None
         self._timer_due_ms = 0
         self._is_trying = False
         self._failures_to_try = 0
+        # Origins and rooms that could not even be put off in the table, and until when they are.
+        self._put_off_ms: dict[tuple[str, str], int] = {}
         # What this process tried when its prev_events were there.
         self._tried: OrderedDict[_Key, None] = OrderedDict()
 
@@ -140,7 +152,7 @@ class ParkingHandler:
     async def fail(self, pdu: ParkedPdu, staged: StagedPdu, why: str, verdict: Verdict) -> None:
         """Parks or drops a PDU that Synapse is about to drop, or has in memory only.
 
-        There is one attempt to write it into the table; then it is in memory until that goes well.
+        There is one attempt to write it into the table; then it stays staged until that goes well.
 
         Args:
             why: for the log.
@@ -173,13 +185,18 @@ class ParkingHandler:
         self._is_trying = True
         delay_ms = _BACKOFF.after(self._failures_to_try + 1)
         try:
-            for origin, room_id in await self._table.due():
+            now_ms = self._homeserver.now_ms()
+            for pair, until_ms in [*self._put_off_ms.items()]:
+                # The clock may have been set back since then.
+                if not now_ms < until_ms <= now_ms + _AFTER_FAILURE_MS:
+                    del self._put_off_ms[pair]
+            for origin, room_id in await self._table.due(self._put_off_ms):
                 try:
                     await self._try_room(origin, room_id)
                 except Exception:
                     # The PDUs of other origins and rooms do not wait for these.
                     logger.exception("Could not stage PDUs of %s for %s again", origin, room_id)
-                    await self._table.postpone(origin, room_id, _AFTER_FAILURE_MS)
+                    await self._postpone(origin, room_id)
             next_ms = await self._table.next_due_ms()
             wait_ms = _POLL_MS if next_ms is None else next_ms - self._homeserver.now_ms()
             delay_ms = min(max(wait_ms, _CHECK_AFTER_MS), _POLL_MS)
@@ -190,6 +207,14 @@ class ParkingHandler:
         finally:
             self._is_trying = False
             self._try_within(delay_ms)
+
+    async def _postpone(self, origin: str, room_id: str) -> None:
+        try:
+            await self._table.postpone(origin, room_id, _AFTER_FAILURE_MS)
+        except Exception:
+            # Here they are put off all the same, or they would come first again at once.
+            logger.info("Could not put off PDUs of %s for %s", origin, room_id, exc_info=True)
+            self._put_off_ms[origin, room_id] = self._homeserver.now_ms() + _AFTER_FAILURE_MS
 
     async def _try_room(self, origin: str, room_id: str) -> None:
         now_ms = self._homeserver.now_ms()
@@ -205,12 +230,16 @@ class ParkingHandler:
             return
         prevs = {prev for pdu in parked for prev in pdu.prev_event_ids}
         persisted = await self._staging.persisted({*prevs, *(pdu.event_id for pdu in parked)})
-        ended = [pdu for pdu in parked if pdu.event_id in persisted or pdu.until_ms <= now_ms]
-        left = [pdu for pdu in parked if pdu not in ended]
+        ended: list[ScheduledPdu] = []
+        left: list[ScheduledPdu] = []
+        for pdu in parked:
+            is_over = pdu.event_id in persisted or pdu.until_ms <= now_ms
+            (ended if is_over else left).append(pdu)
         counted = [pdu for pdu in left if pdu.tries]
         left = [pdu for pdu in left if not pdu.tries]
         to_stage = self._complete(origin, left, persisted)
-        others = [pdu for pdu in left if pdu not in to_stage]
+        complete = {pdu.event_id for pdu in to_stage}
+        others = [pdu for pdu in left if pdu.event_id not in complete]
         # These are tried when they are due, and no more often.
         to_stage += [pdu for pdu in counted if pdu.due_ms <= now_ms]
         due_ms = {pdu: _next_ms(pdu, now_ms) for pdu in to_stage}

@@ -12,6 +12,7 @@ from synapse.module_api import EventBase
 from synapse.module_api.errors import Codes, SynapseError
 from synapse.replication.http.federation import ReplicationFederationSendEventsRestServlet
 
+from synapse_sticky.handlers.staging.held import Held
 from synapse_sticky.handlers.staging.parking.passed_over import PassedOver
 from synapse_sticky.handlers.staging.parking.tables import ParkedPdu
 from synapse_sticky.handlers.staging.pdu import StagedPdu
@@ -45,6 +46,11 @@ SEAMS = (
     method(STORE, "async try_acquire_lock(lock_name, lock_key, /) -> Lock | None"),
     method(STORE, "async have_events_in_timeline(event_ids, /) -> set"),
     method(STORE, "async is_host_joined(room_id, host, /) -> bool"),
+    method(
+        STORE,
+        "async remove_received_event_from_staging(origin, event_id) -> int | None",
+        is_replaced=True,
+    ),
     table(
         "federation_inbound_events_staging",
         "origin text, event_id text, room_id text, received_ts integer, event_json text, "
@@ -74,8 +80,9 @@ Fail = Callable[[ParkedPdu, StagedPdu, str, Verdict], Awaitable[None]]
 class SynapseStaging:
     """Implements ``handler.Staging``."""
 
-    def __init__(self, homeserver: Homeserver) -> None:
+    def __init__(self, homeserver: Homeserver, held: Held) -> None:
         self._homeserver = homeserver
+        self._held = held
         self._store = homeserver.store
         self._handler: Any = homeserver.hs.get_federation_event_handler()
         self.receives = homeserver.place.serves("federation")
@@ -122,6 +129,15 @@ class SynapseStaging:
             ],
         )
 
+    async def unstage(self, origin: str, event_id: str) -> None:
+        def delete_txn(txn: Cursor) -> None:
+            txn.execute(
+                "DELETE FROM federation_inbound_events_staging WHERE origin = ? AND event_id = ?",
+                (origin, event_id),
+            )
+
+        await self._homeserver.transact("unstage", delete_txn)
+
     # Parking
 
     def park_by(self, fail: Fail) -> None:
@@ -152,6 +168,9 @@ class SynapseStaging:
 
         self._homeserver.replace(self._handler, "on_receive_pdu", make)
         self._homeserver.replace(self._handler, "_process_pulled_event", self._passing_over)
+        self._homeserver.replace(
+            self._store, "remove_received_event_from_staging", self._leaving_held
+        )
         self._homeserver.enter(self._handler, _READS_CAUSE, self._cause_of)
         replace_shared(ReplicationFederationSendEventsRestServlet, "_handle_request", _handing_on)
 
@@ -173,6 +192,17 @@ class SynapseStaging:
                 logger.warning("Passing over %s of %s: %s", event.event_id, origin, cause)
 
         return _process_pulled_event
+
+    def _leaving_held(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        async def remove_received_event_from_staging(
+            origin: str, event_id: str, *args: Any, **options: Any
+        ) -> int | None:
+            if (origin, event_id) in self._held:
+                return None
+            received_ts: int | None = await original(origin, event_id, *args, **options)
+            return received_ts
+
+        return remove_received_event_from_staging
 
     async def _verdict_on(self, pdu: EventBase, e: Exception) -> tuple[str, Verdict] | None:
         """Why it was not persisted, and whether that passes; None if Synapse itself refuses it."""

@@ -2,7 +2,7 @@
 
 import enum
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import attr
 
@@ -106,7 +106,7 @@ class ParkedTable:
     async def park(
         self, pdu: ParkedPdu, until_ms: int, due_ms: int, counted_due_ms: Sequence[int] = ()
     ) -> Outcome:
-        """Parks a PDU until it expires.
+        """Parks a PDU until it expires. Does not wait long for a table that is locked.
 
         Where all places are taken, the server with the most parked PDUs loses its last one.
 
@@ -167,10 +167,13 @@ class ParkedTable:
             )
             return Outcome.PARKED
 
-        return await self._homeserver.transact("park", write_txn)
+        return await self._homeserver.transact_briefly("park", write_txn)
 
     async def remove(self, origin: str, event_id: str) -> None:
-        """The PDU is not parked any more, if it was."""
+        """The PDU is not parked any more, if it was.
+
+        Does not wait long for a table that is locked.
+        """
 
         def write_txn(txn: Cursor) -> None:
             txn.execute(
@@ -178,19 +181,24 @@ class ParkedTable:
                 (origin, event_id),
             )
 
-        await self._homeserver.transact("remove_parked", write_txn)
+        await self._homeserver.transact_briefly("remove_parked", write_txn)
 
-    async def due(self) -> list[tuple[str, str]]:
+    async def due(self, without: Collection[tuple[str, str]] = ()) -> list[tuple[str, str]]:
         """The origins and rooms that have PDUs to be tried now: ``(origin, room_id)``, at most 50,
-        the longest overdue first."""
+        the longest overdue first.
+
+        Args:
+            without: pairs that are left out.
+        """
 
         def read_txn(txn: Cursor) -> list[tuple[str, str]]:
             txn.execute(
                 "SELECT origin, room_id FROM synapse_sticky_incomplete WHERE due_ms <= ?"
                 " GROUP BY origin, room_id ORDER BY MIN(due_ms) LIMIT ?",
-                (self._homeserver.now_ms(), _ROOMS_AT_ONCE),
+                (self._homeserver.now_ms(), _ROOMS_AT_ONCE + len(without)),
             )
-            return [(origin, room_id) for origin, room_id in txn.fetchall()]
+            pairs = [(origin, room_id) for origin, room_id in txn.fetchall()]
+            return [pair for pair in pairs if pair not in without][:_ROOMS_AT_ONCE]
 
         return await self._homeserver.transact("due_parked", read_txn)
 

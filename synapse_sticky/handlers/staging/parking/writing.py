@@ -1,4 +1,7 @@
-"""PDUs on their way into the table: in memory until it is there, and while it cannot be written.
+"""PDUs on their way into the table: they wait until it is there, and while it cannot be written.
+
+Meanwhile each stays staged, too, so that a crash does not lose it. Some are in memory, and written
+as soon as that can be done. The others are processed once more then, as if they had just come.
 
 Whoever parks a PDU holds the room's lock. So there is one attempt to write it; whatever follows is
 done in the background, and waits by itself (H1).
@@ -7,15 +10,20 @@ done in the background, and waits by itself (H1).
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import attr
 
 from synapse_sticky.backoff import Backoff, Retrying
+from synapse_sticky.handlers.staging.held import Held
 from synapse_sticky.handlers.staging.parking import unknown
 from synapse_sticky.handlers.staging.parking.tables import Outcome, ParkedPdu, ParkedTable
 from synapse_sticky.handlers.staging.pdu import StagedPdu
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.homeserver.causes import Verdict
+
+if TYPE_CHECKING:
+    from synapse_sticky.handlers.staging.parking.handler import Staging
 
 logger = logging.getLogger(__name__)
 
@@ -48,17 +56,19 @@ class ParkedWriter:
         self,
         homeserver: Homeserver,
         table: ParkedTable,
-        verdict_of: Callable[[Exception], Verdict | None],
+        staging: "Staging",
+        held: Held,
         on_parked: Callable[[], None],
     ) -> None:
         """
         Args:
-            verdict_of: whether the cause of an error passes.
+            held: takes the PDUs that wait, and stay staged.
             on_parked: is called after a PDU was parked.
         """
         self._homeserver = homeserver
         self._table = table
-        self._verdict_of = verdict_of
+        self._staging = staging
+        self._held = held
         self._on_parked = on_parked
         self._is_loaded = False
         self._is_off = False
@@ -79,9 +89,10 @@ class ParkedWriter:
         for to_park in self._waiting.values():
             logger.warning("Not parking the sticky PDU %s", to_park.pdu.event_id)
         self._waiting.clear()
+        self._held.release(*self._held.rooms())
 
     async def park(self, to_park: ToPark) -> None:
-        """Parks the PDU: in the table, or in memory if that cannot be written now."""
+        """Parks the PDU in the table; if that cannot be written now, as soon as it can."""
         key = (to_park.pdu.origin, to_park.pdu.event_id)
         if self._is_loaded:
             try:
@@ -90,13 +101,18 @@ class ParkedWriter:
             except Exception:
                 name = to_park.pdu.event_id
                 logger.info("Could not park the sticky PDU %s yet", name, exc_info=True)
-        if self._is_off or (key not in self._waiting and len(self._waiting) >= _MOST_IN_MEMORY):
+        is_kept = False
+        if not self._is_off:
+            is_kept = self._held.hold(key, to_park.pdu.room_id)
+            if key in self._waiting or len(self._waiting) < _MOST_IN_MEMORY:
+                self._waiting[key] = to_park
+                is_kept = True
+        if not is_kept:
             logger.warning(
                 "There is no table, or it cannot be written; not parking the sticky PDU %s: %s",
                 *(to_park.pdu.event_id, to_park.why),
             )
             return
-        self._waiting[key] = to_park
         if self._is_loaded:
             self._writing.wake()
 
@@ -104,6 +120,7 @@ class ParkedWriter:
         """The PDU is given up."""
         logger.warning(_DROPPING, pdu.event_id, pdu.origin, why)
         self._waiting.pop((pdu.origin, pdu.event_id), None)
+        self._held.release((pdu.origin, pdu.event_id))
         if not self._is_loaded:
             return
         try:
@@ -124,6 +141,33 @@ class ParkedWriter:
                 raise
             if self._waiting.get(key) is to_park:
                 del self._waiting[key]
+                await self._unstage(key)
+            # The table can be written, whatever is the matter with those left.
+            await self._process_others()
+        await self._process_others()
+
+    async def _unstage(self, key: tuple[str, str]) -> None:
+        """Takes out of the staging area what is parked now, or given up."""
+        if key not in self._held:
+            return
+        try:
+            await self._staging.unstage(*key)
+        except Exception:
+            # It is processed once more, then.
+            logger.info("Could not take %s out of the staging area", key[1], exc_info=True)
+        self._held.release(key)
+
+    async def _process_others(self) -> None:
+        """Has those processed that are staged only: what fails again is parked."""
+        held = self._held.rooms().items()
+        others = {key: room_id for key, room_id in held if key not in self._waiting}
+        self._held.release(*others)
+        for room_id in dict.fromkeys(others.values()):
+            try:
+                await self._staging.process(room_id)
+            except Exception:
+                # Synapse looks for what is staged from time to time.
+                logger.info("Could not go on with %s", room_id, exc_info=True)
 
     async def _write(self, to_park: ToPark) -> None:
         """Raises what may pass."""
@@ -137,7 +181,7 @@ class ParkedWriter:
                 [now_ms + after_ms for after_ms in unknown.AFTER_MS if to_park.counts],
             )
         except Exception as e:
-            if self._verdict_of(e) in (Verdict.PASSES, Verdict.UNKNOWN):
+            if self._staging.verdict_of(e) in (Verdict.PASSES, Verdict.UNKNOWN):
                 raise
             logger.warning("Could not park the sticky PDU %s: %r", pdu.event_id, e)
             return

@@ -9,6 +9,8 @@ were persisted. So another process that goes on with the room, or this one after
 with the same turns. What this process knows of staged PDUs is remembered, so that each is read and
 parsed once.
 
+What is held (``held.py``) is passed over.
+
 Fails open: if it cannot be chosen, Synapse takes the PDU that was received first.
 """
 
@@ -19,6 +21,7 @@ from typing import Protocol
 
 import attr
 
+from synapse_sticky.handlers.staging.held import Held
 from synapse_sticky.handlers.staging.turns.room import (
     Choice,
     Key,
@@ -45,8 +48,9 @@ _MOST_KNOWN = 20_000
 """How many staged PDUs are remembered, of all rooms; about 20 MB. Of a room with more of them the
 later ones take part when the first are processed."""
 
-_MOST_ROOMS = 256
-"""How many rooms with staged PDUs are remembered."""
+_MOST_ROOMS = 2_000
+"""How many rooms with several staged PDUs are remembered. With more of them, each choice in a room
+that was forgotten reads the room's PDUs anew."""
 
 _MOST_GONE = 5
 """How many choices may turn out to be staged no more, until all IDs are compared."""
@@ -103,9 +107,10 @@ class _Known:
 class TurnsHandler:
     """Chooses the PDU of a room that Synapse processes next."""
 
-    def __init__(self, homeserver: Homeserver, area: Area) -> None:
+    def __init__(self, homeserver: Homeserver, area: Area, held: Held) -> None:
         self._homeserver = homeserver
         self._area = area
+        self._held = held
         # The most recently used ones last. Transactions run in several threads.
         self._rooms: OrderedDict[str, _Known] = OrderedDict()
         self._lock = threading.Lock()
@@ -113,6 +118,7 @@ class TurnsHandler:
     def install(self) -> None:
         """Takes effect from the next PDU on."""
         self._area.choose_by(self.choose_txn)
+        self._held.is_heeded = True
 
     def may_prune(self, room_id: str) -> bool:
         """Is it worth while to look for staged PDUs of the room that can be pruned?"""
@@ -120,25 +126,31 @@ class TurnsHandler:
         return known is None or known.room.may_be_pruned(self._homeserver.now_ms())
 
     def choose_txn(self, txn: Cursor, room_id: str) -> Key | None:
-        """The origin and event ID of what is processed next; None if nothing is staged.
+        """The origin and event ID of what is processed next; None if nothing is, but for what is
+        held.
 
         The choice stands until that PDU is staged no more.
         """
         with self._lock:
             known = self._rooms.get(room_id)
+            if known is not None:
+                self._rooms.move_to_end(room_id)
         if known is None:
             # This is all that it takes where one PDU comes at a time.
             first = self._area.page_txn(txn, room_id, 0)
             if len(first) <= 1:
-                return first[0].key if first else None
+                return first[0].key if first and first[0].key not in self._held else None
             known = self._remember(room_id)
-        with known.lock:
-            choice = self._choose_txn(txn, room_id, known)
-        if choice is None:
-            with self._lock:
-                self._rooms.pop(room_id, None)
-            return None
-        return choice.pdu.key
+        try:
+            with known.lock:
+                choice = self._choose_txn(txn, room_id, known)
+        except Exception:
+            # What is known may be what is wrong. The next choice reads all of it anew.
+            self._forget(room_id, known)
+            raise
+        if choice is None and not self._held:
+            self._forget(room_id, known)
+        return None if choice is None else choice.pdu.key
 
     def _remember(self, room_id: str) -> _Known:
         with self._lock:
@@ -147,6 +159,11 @@ class TurnsHandler:
             while len(self._rooms) > _MOST_ROOMS:
                 self._rooms.popitem(last=False)
             return known
+
+    def _forget(self, room_id: str, known: _Known) -> None:
+        with self._lock:
+            if self._rooms.get(room_id) is known:
+                del self._rooms[room_id]
 
     def _choose_txn(self, txn: Cursor, room_id: str, known: _Known) -> Choice | None:
         now_ms = self._homeserver.now_ms()
@@ -177,7 +194,8 @@ class TurnsHandler:
         return known.chosen
 
     def _is_staged_txn(self, txn: Cursor, room_id: str, choice: Choice) -> bool:
-        return bool(self._area.pdus_txn(txn, room_id, [choice.pdu.key]))
+        key = choice.pdu.key
+        return key not in self._held and bool(self._area.pdus_txn(txn, room_id, [key]))
 
     # What is staged
 
@@ -197,8 +215,7 @@ class TurnsHandler:
             if not self._has_room_for(known):
                 return
             page = self._area.page_txn(txn, room_id, known.up_to_ms)
-            for pdu in page:
-                known.room.add(pdu)
+            self._add(known, page)
             before_ms = known.up_to_ms
             if page:
                 known.up_to_ms = page[-1].received_ts_ms
@@ -209,7 +226,7 @@ class TurnsHandler:
         """Makes what is known of the room the same as what is staged."""
         known.compared_ms = now_ms
         staged = self._area.keys_txn(txn, room_id, 0, None, _MOST_KNOWN)
-        for key in known.room.staged() - set(staged):
+        for key in known.room.staged() - {key for key in staged if key not in self._held}:
             known.room.remove(key)
         if len(staged) == _MOST_KNOWN:
             # Some that are staged may be among those.
@@ -218,9 +235,13 @@ class TurnsHandler:
         self._add_late_txn(txn, room_id, known, staged)
 
     def _add_late_txn(self, txn: Cursor, room_id: str, known: _Known, keys: Sequence[Key]) -> None:
-        late = [key for key in keys if key not in known.room][:PAGE]
+        late = [key for key in keys if key not in known.room and key not in self._held][:PAGE]
         if late and self._has_room_for(known):
-            for pdu in self._area.pdus_txn(txn, room_id, late):
+            self._add(known, self._area.pdus_txn(txn, room_id, late))
+
+    def _add(self, known: _Known, pdus: Sequence[WaitingPdu]) -> None:
+        for pdu in pdus:
+            if pdu.key not in self._held:
                 known.room.add(pdu)
 
     def _has_room_for(self, known: _Known) -> bool:

@@ -9,6 +9,7 @@ from synapse.api.constants import StickyEvent
 from synapse.events import make_event_from_dict
 from synapse.module_api import EventBase
 
+from synapse_sticky.handlers.staging.held import Held
 from synapse_sticky.handlers.staging.pdu import StagedPdu
 from synapse_sticky.handlers.staging.turns.handler import PAGE
 from synapse_sticky.handlers.staging.turns.room import Key, Persisted, WaitingPdu
@@ -56,8 +57,9 @@ _GREATEST_DEPTH = 2**63 - 1
 class SynapseTurns:
     """Implements ``handler.Area``."""
 
-    def __init__(self, homeserver: Homeserver) -> None:
+    def __init__(self, homeserver: Homeserver, held: Held) -> None:
         self._homeserver = homeserver
+        self._held = held
         self._store = homeserver.store
         self._has_failed = False
 
@@ -86,7 +88,7 @@ class SynapseTurns:
                 except Exception:
                     self._say_failed(room_id)
                     next_key: Key | None = await original(room_id, **options)
-                    return next_key
+                    return None if next_key in self._held else next_key
                 return found and found[:2]
 
             return get_next_id
@@ -110,6 +112,9 @@ class SynapseTurns:
                     next_pdu: tuple[str, EventBase] | None = await original(
                         room_id, room_version, **options
                     )
+                    # Synapse knows no other than the first one, and would take it again and again.
+                    if next_pdu and (next_pdu[0], next_pdu[1].event_id) in self._held:
+                        return None
                     return next_pdu
                 return origin, event
 

@@ -13,7 +13,7 @@ from synapse_sticky.config import JoinsConfig
 from synapse_sticky.handlers.joins.detection.reader import RoomChanges
 from synapse_sticky.handlers.joins.federation import NotLoadedError
 from synapse_sticky.handlers.joins.handler import JoinsHandler
-from synapse_sticky.handlers.joins.push import GRACE_MS
+from synapse_sticky.handlers.joins.sent import GRACE_MS
 from synapse_sticky.handlers.joins.tables import Newcomer, NewcomerTable
 from tests.unit.test_limits import done
 
@@ -58,6 +58,7 @@ class Here:
         self.before_newcomers: Callable[[], None] = lambda: None
         self.calls: list[str] = []
         self.stream_position = 1
+        self.is_allowed = True
 
     def now_ms(self) -> int:
         return self.clock_ms
@@ -114,7 +115,10 @@ class Here:
 
     async def may_receive(self, room_id: str, destination: str) -> bool:
         self.meanwhile()
-        return True
+        return self.is_allowed
+
+    async def may_send(self, room_id: str) -> bool:
+        return self.is_allowed
 
     async def erased(self, user_ids: set[str]) -> set[str]:
         return set()
@@ -270,6 +274,34 @@ def test_while_the_index_is_made_anew_nothing_counts_as_gone() -> None:
     assert done(next_batch()) is None, "what is under way is not sent again"
     done(here.callbacks["on_acknowledged"]("there", [("!room", "$12")]))
     assert done(next_batch()).event_ids == ["$13"]
+
+
+@pytest.mark.requirement("P7", "H2")
+def test_what_is_refused_goes_out_once_more() -> None:
+    here = Here(NOW_MS + HOUR_MS, [10])
+    start(here)
+    next_batch = functools.partial(here.callbacks["serve_backlog_from"], "there", 50)
+    longest_ms = JoinsConfig().retry_max_ms
+    for _ in range(2):
+        assert done(next_batch()).event_ids == ["$10"]
+        here.callbacks["on_refused"]("there", {"!elsewhere", "!room"}, ["$10"])
+        assert done(next_batch()) is None
+        here.clock_ms += longest_ms
+    assert done(next_batch()) is None
+    assert here.settled, "nothing is left"
+
+
+@pytest.mark.requirement("P3", "H7")
+def test_while_this_server_may_not_send_the_push_waits() -> None:
+    here = Here(NOW_MS + HOUR_MS, [12])
+    start(here)
+    next_batch = functools.partial(here.callbacks["serve_backlog_from"], "there", 50)
+    here.is_allowed = False
+    assert done(next_batch()) is None
+    assert here.settled == []
+    assert here.timers[0].delay_ms <= 60_001, "it looks again"
+    here.is_allowed = True
+    assert done(next_batch()).event_ids == ["$12"]
 
 
 @pytest.mark.requirement("F3")

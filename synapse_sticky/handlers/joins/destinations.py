@@ -1,6 +1,6 @@
 """The pushes of each destination, and the one timer that a destination's pushes share."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 
 import attr
 
@@ -69,6 +69,10 @@ class Destinations:
         """The pushes of the destination, in the order of their turns."""
         state = self._destinations.get(destination)
         return list(state.pushes.values()) if state else []
+
+    def of_rooms(self, destination: str, rooms: Collection[str]) -> list[Push]:
+        """The pushes of these rooms to the destination."""
+        return [push for push in self.pushes_of(destination) if push.room_id in rooms]
 
     def find(self, destination: str, room_id: str) -> Push | None:
         """The push of the room to the destination, None if there is none."""

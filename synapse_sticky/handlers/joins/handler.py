@@ -78,6 +78,7 @@ class JoinsHandler:
         """Takes effect once the newcomers of an earlier run are loaded."""
         self._federation.serve_backlog_from(self.next_batch)
         self._federation.on_acknowledged(self._acknowledged)
+        self._federation.on_refused(self._refused)
         self._federation.on_skipped(self._skipped)
         self._federation.on_catch_up_recorded(self._catch_up_recorded)
         self._follower.on_new_events(self._new_events)
@@ -200,12 +201,12 @@ class JoinsHandler:
     async def _batch_of(self, push: Push, limit: int) -> Batch | None:
         await self._ask_if_dirty(push)
         if not await self._federation.may_receive(push.room_id, push.destination):
-            if await self._rooms.is_in_room(push.room_id):
+            if await self._rooms.may_send(push.room_id):
                 logger.info("%s may not get events of %s now", push.destination, push.room_id)
                 await self._end(push, still_watched=False)
             elif not push.is_blocked:
-                # This server may come back while the events are sticky.
-                logger.info("%s is not in %s now", self._homeserver.server_name, push.room_id)
+                # This server may come back, or be allowed again, while the events are sticky.
+                logger.info("%s may not send in %s now", self._homeserver.server_name, push.room_id)
                 push.is_blocked = True
             return None
         push.is_blocked = False
@@ -322,7 +323,7 @@ class JoinsHandler:
 
     def _new_events(self, rooms: Collection[str]) -> None:
         for destination in self._destinations.names():
-            touched = [p for p in self._destinations.pushes_of(destination) if p.room_id in rooms]
+            touched = self._destinations.of_rooms(destination, rooms)
             for push in touched:
                 self._update(push)
             if touched:
@@ -330,14 +331,17 @@ class JoinsHandler:
 
     async def _acknowledged(self, destination: str, events: Sequence[tuple[str, str]]) -> None:
         now_ms = self._homeserver.now_ms()
-        rooms = {room_id for room_id, _ in events}
-        for push in self._destinations.pushes_of(destination):
-            if push.room_id not in rooms:
-                continue
+        for push in self._destinations.of_rooms(destination, {room_id for room_id, _ in events}):
             self._update(push)
             acknowledged = [e for room_id, e in events if room_id == push.room_id]
             if sum(push.acknowledge(event_id, now_ms) for event_id in acknowledged):
                 self._confirmation.begin(push)
+        self._destinations.schedule(destination)
+
+    def _refused(self, destination: str, rooms: Collection[str], event_ids: Sequence[str]) -> None:
+        for push in self._destinations.of_rooms(destination, rooms):
+            if count := push.refuse(event_ids, self._homeserver.now_ms()):
+                logger.info("%s refuses %d events of %s", destination, count, push.room_id)
         self._destinations.schedule(destination)
 
     def _asking_ended(self, push: Push) -> None:

@@ -27,8 +27,8 @@ BacklogSource = Callable[[str, int], Awaitable[Batch | None]]
 """``(destination, limit)`` to the next batch for it, or None if there is none for now."""
 
 
-class NotLoadedError(Exception):
-    """The newcomers of an earlier run are not loaded yet."""
+class LeftToSynapseError(Exception):
+    """The module cannot say what to send: Synapse's own selection has to do."""
 
 
 class Federation(HandledDestinations, Protocol):

@@ -7,11 +7,12 @@ bookkeeping. An event counts as delivered once the newcomer has acknowledged it 
 backlog also has events that a destination missed while it could not be reached. They are pushed in
 the same way.
 
-Fails open: if this cannot say what to send, Synapse's own selection does.
+Fails open: if this cannot say what to send, Synapse's own selection does. A room that fails waits.
 """
 
 import logging
 from collections.abc import Collection, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from synapse_sticky._core import MAX_STICKY_DURATION_MS
@@ -22,7 +23,7 @@ from synapse_sticky.handlers.joins.confirmation.confirmation import LATER_MS, Co
 from synapse_sticky.handlers.joins.destinations import Destinations
 from synapse_sticky.handlers.joins.detection.reader import JoinReader, ServerJoin, StateChanges
 from synapse_sticky.handlers.joins.earlier import EarlierPushes
-from synapse_sticky.handlers.joins.federation import Batch, Federation, NotLoadedError
+from synapse_sticky.handlers.joins.federation import Batch, Federation, LeftToSynapseError
 from synapse_sticky.handlers.joins.push import Push
 from synapse_sticky.handlers.joins.tables import Newcomer, NewcomerTable
 from synapse_sticky.homeserver import Homeserver
@@ -125,8 +126,8 @@ class JoinsHandler:
     def _unblock(self, room_id: str) -> None:
         """This server is in the room again: what it could not send meanwhile is due."""
         for destination in self._destinations.names():
-            for push in self._destinations.pushes_of(destination):
-                if push.room_id == room_id and push.is_blocked:
+            for push in self._destinations.of_rooms(destination, [room_id]):
+                if push.is_blocked:
                     push.is_blocked = False
                     self._federation.wake(destination)
 
@@ -165,34 +166,31 @@ class JoinsHandler:
         none for now. Synapse calls it whenever it is the backlog's turn.
 
         Raises:
-            NotLoadedError: Synapse's own selection has to do.
+            LeftToSynapseError: nothing is loaded, or all rooms fail: its own selection has to do.
         """
         if not self._is_loaded or not self._follower.is_whole:
-            raise NotLoadedError
+            raise LeftToSynapseError
         await self._adopt(destination)
-        state = self._destinations.get(destination)
-        if state is None:
-            return None
+        now_ms = self._homeserver.now_ms()
+        pushes = [p for p in self._destinations.pushes_of(destination) if not p.is_idle(now_ms)]
         try:
-            for room_id, push in list(state.pushes.items()):
-                if push.is_idle(self._homeserver.now_ms()):
-                    continue
-                batch = await self._batch_of(push, limit)
+            for push in pushes:
+                batch = await self._destinations.apart(push, partial(self._batch_of, limit=limit))
                 if batch is not None:
-                    # The room goes to the end of the line.
-                    if state.pushes.get(room_id) is push:
-                        state.pushes[room_id] = state.pushes.pop(room_id)
-                    state.progressed()
+                    self._destinations.put_last(push)
+                    self._destinations.progressed(destination)
                     return batch
-            return None
         finally:
             self._destinations.schedule(destination)
+        # Else Synapse would send all that is under way of the others once more.
+        if pushes and all(self._destinations.is_failing(push) for push in pushes):
+            raise LeftToSynapseError
+        return None
 
     async def _adopt(self, destination: str) -> None:
         """Takes over what Synapse's backlog of the destination has."""
         for room_id, position in await self._federation.backlog(destination):
-            state = self._destinations.get(destination)
-            push = state.pushes.get(room_id) if state else None
+            push = self._destinations.find(destination, room_id)
             if push is None:
                 self._add(destination, room_id, position=position, watch_until_ms=0)
             elif position < push.backlog_position:
@@ -296,7 +294,7 @@ class JoinsHandler:
         # While a destination cannot be reached, Synapse asks for no batch. New events are left to
         # the ordinary queue meanwhile, but not while the push is dirty: then they would all be due.
         for push in self._destinations.pushes_of(destination):
-            await self._ask_if_dirty(push)
+            await self._destinations.apart(push, self._ask_if_dirty)
 
     async def _end_expired(self, destination: str) -> None:
         """Ends pushes whose events have all expired. No batch would end them, as Synapse asks for
@@ -304,10 +302,13 @@ class JoinsHandler:
         now_ms = self._homeserver.now_ms()
         for push in self._destinations.pushes_of(destination):
             if push.watch_until_ms < now_ms - MAX_STICKY_DURATION_MS:
-                await self._ask_if_dirty(push)
-                self._update(push)
-                if not push.is_open:
-                    await self._settle(push)
+                await self._destinations.apart(push, self._end_if_expired)
+
+    async def _end_if_expired(self, push: Push) -> None:
+        await self._ask_if_dirty(push)
+        self._update(push)
+        if not push.is_open:
+            await self._settle(push)
 
     def _skipped(self, destination: str) -> None:
         """Synapse skipped events to the destination, and entered them into its backlog. The
@@ -345,6 +346,5 @@ class JoinsHandler:
         self._destinations.schedule(destination)
 
     def _asking_ended(self, push: Push) -> None:
-        if (state := self._destinations.get(push.destination)) is not None:
-            state.progressed()
+        self._destinations.progressed(push.destination)
         self._destinations.schedule(push.destination)

@@ -10,7 +10,7 @@ from synapse.module_api.callbacks.federation import (
     FederationEventDeliveryEvent,
 )
 
-from synapse_sticky.handlers.joins.federation import BacklogSource, NotLoadedError
+from synapse_sticky.handlers.joins.federation import BacklogSource, LeftToSynapseError
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, attributes, method, table
 
@@ -190,7 +190,7 @@ class SynapseFederation:
             ) -> tuple[Any, Any, Any] | None:
                 try:
                     batch = await source(destination, limit)
-                except NotLoadedError:
+                except LeftToSynapseError:
                     return await original(destination, *args, limit=limit, **options)
                 except Exception:
                     logger.exception(

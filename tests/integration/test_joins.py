@@ -392,6 +392,28 @@ def test_server_that_the_acl_denies_gets_nothing(servers: Servers) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.requirement("P3", "H7")
+def test_once_the_acl_allows_this_server_again_all_is_pushed(servers: Servers) -> None:
+    a, c, d = servers({}, {"host": "127.0.0.1"}, {"host": "127.0.0.1"})
+    alice, carol, dora = a.user(), c.user(), d.user()
+    room_id = room_of(alice, carol, via=a)
+    old = send_old_events(room_id, [alice], 2)
+    wait_until_all_pushed(a, room_id)
+    path = f"rooms/{quote(room_id)}/state/m.room.power_levels"
+    levels = alice.request("GET", path)
+    levels["users"][carol.user_id] = 100
+    alice.send_state(room_id, "m.room.power_levels", levels)
+    wait_until(lambda: carol.request("GET", path) == levels, "the new levels to arrive")
+    # No server can deny itself.
+    carol.send_state(room_id, "m.room.server_acl", {"allow": ["127.0.0.1"]})
+    dora.join(room_id, c.name)
+    denied = f"{a.name} may not send in {room_id} now"
+    wait_until(lambda: a.log_has(denied), "the push to wait")
+    carol.send_state(room_id, "m.room.server_acl", {"allow": ["*"]})
+    assert set(dora.collect_sticky(room_id, old)) == old
+
+
+@pytest.mark.slow
 @pytest.mark.requirement("P3")
 def test_server_outside_the_federation_whitelist_gets_nothing(servers: Servers) -> None:
     a, b, c = servers(3)

@@ -67,7 +67,10 @@ def replaced_on(hs: Any) -> dict[tuple[str, str], Any]:
             hs.get_delayed_events_handler(),
         ),
         *(hs.get_sliding_sync_handler(), hs.get_sliding_sync_handler().extensions),
-        hs.get_storage_controllers().persistence._event_persist_queue,
+        *(
+            hs.get_storage_controllers().persistence._event_persist_queue,
+            hs.get_federation_transport_client(),
+        ),
     )
     names = {seam.name for seam in REPLACED}
     return {

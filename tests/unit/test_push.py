@@ -1,12 +1,13 @@
 """The bookkeeping of one push: what goes out when, and what counts as delivered (P5, P7)."""
 
 import random
+from collections import Counter
 
 import pytest
 
 from synapse_sticky.backoff import Backoff
-from synapse_sticky.handlers.joins.push import GRACE_MS, WATCH_AFTER_RECORD_MS, Push
-from synapse_sticky.handlers.joins.sent import PATIENT_ATTEMPTS
+from synapse_sticky.handlers.joins.push import WATCH_AFTER_RECORD_MS, Push
+from synapse_sticky.handlers.joins.sent import GRACE_MS, MOST_SENDS, PATIENT_ATTEMPTS
 
 BACKOFF = Backoff(1_000, 8_000)
 NOW_MS = 1_000_000
@@ -129,6 +130,83 @@ def test_a_newcomer_that_acknowledges_nothing_is_sent_one_event_at_a_time() -> N
     # Once it knows the room, the rest follows at once.
     assert push.acknowledge("$2", now_ms)
     assert push.choose(50, now_ms) == ["$1", "$3"]
+
+
+@pytest.mark.requirement("P7", "H2")
+def test_what_is_refused_goes_out_once_more_and_late() -> None:
+    push = push_of(1, 2, 3, 4, window=3)
+    assert push.choose(50, NOW_MS) == ["$1", "$2", "$3"]
+    acknowledge_all(push, ["$1"])
+    assert push.refuse({"$2", "$3", "$of-no-interest"}, NOW_MS) == 0
+    assert push.choose(50, NOW_MS) == ["$4"], "what is refused is not staged there"
+    push.refuse(["$4"], NOW_MS)
+    late_ms = NOW_MS + BACKOFF.max_ms
+    assert push.next_due_ms(NOW_MS) == late_ms
+    assert push.choose(50, late_ms - 1) == []
+    assert push.choose(50, late_ms) == ["$2", "$3"]
+    assert push.acknowledge("$2", late_ms)
+    assert push.refuse(["$2", "$3"], late_ms) == 1, "of what it has it refused another copy"
+    assert push.choose(50, late_ms) == ["$4"]
+    assert push.refuse(["$4"], late_ms) == 1
+    for event_id in ("$1", "$2"):
+        push.mark_delivered(event_id)
+    push.update(own(1, 2, 3, 4), late_ms, 3)
+    assert not push.is_open
+    assert push.position == 5
+
+
+@pytest.mark.requirement("P7", "F3", "H2")
+def test_a_newcomer_that_refuses_while_it_joins_gets_it_once_it_knows_the_room() -> None:
+    push = push_of(1, 2, is_known_there=False)
+    now_ms = NOW_MS
+    for event_id in ("$1", "$2"):
+        now_ms = push.next_due_ms(now_ms) or now_ms
+        assert push.choose(50, now_ms) == [event_id]
+        assert push.refuse([event_id], now_ms) == 0
+    assert push.next_due_ms(now_ms) == NOW_MS + BACKOFF.max_ms
+    # Something of the room went by the ordinary queue.
+    assert not push.acknowledge("$of-no-interest", now_ms)
+    assert push.choose(50, now_ms) == ["$1", "$2"]
+    assert push.refuse(["$1", "$2"], now_ms) == 2
+    assert not push.is_open
+
+
+@pytest.mark.requirement("P7", "H2")
+def test_what_the_ordinary_queue_had_refused_goes_out_once_more() -> None:
+    push = push_of(3, 101)
+    push.refuse(["$3", "$101"], NOW_MS)
+    assert push.choose(50, NOW_MS + GRACE_MS) == []
+    assert push.choose(50, NOW_MS + BACKOFF.max_ms) == ["$3", "$101"]
+    assert push.refuse(["$3", "$101"], NOW_MS) == 2
+
+
+@pytest.mark.requirement("P7")
+def test_to_leave_an_event_out_is_no_refusal() -> None:
+    push = push_of(1)
+    now_ms = NOW_MS
+    for _ in range(2 * MOST_SENDS):
+        assert push.choose(50, now_ms) == ["$1"]
+        now_ms = push.next_due_ms(now_ms) or now_ms
+    assert push.refuse(["$1"], now_ms) == 0
+    assert push.choose(50, now_ms + BACKOFF.max_ms) == ["$1"]
+    assert push.refuse(["$1"], now_ms) == 1
+
+
+@pytest.mark.requirement("P7", "H2")
+def test_a_newcomer_that_takes_one_and_refuses_the_rest() -> None:
+    """Within an hour no event is sent more than twice, whatever their number."""
+    push = push_of(*range(1, 101), is_known_there=False)
+    now_ms, sent = NOW_MS, Counter[str]()
+    while now_ms is not None and now_ms < NOW_MS + 3_600_000:
+        chosen = push.choose(50, now_ms)
+        sent.update(chosen)
+        push.refuse([e for e in chosen if e != "$1"], now_ms)
+        if "$1" in chosen:
+            push.acknowledge("$1", now_ms)
+            push.mark_delivered("$1")
+        now_ms = push.next_due_ms(now_ms)  # type: ignore[assignment]
+    assert sent == Counter({"$1": 1, **dict.fromkeys((f"${n}" for n in range(2, 101)), MOST_SENDS)})
+    assert not push.is_open
 
 
 @pytest.mark.requirement("F3")

@@ -11,14 +11,23 @@ from typing import Any
 
 import attr
 import pytest
+from twisted.internet.defer import Deferred
+from twisted.python.failure import Failure
 
 from synapse_sticky.backoff import Backoff
 from synapse_sticky.handlers.joins.confirmation.asking import Answer, Kind
 from synapse_sticky.handlers.joins.confirmation.confirmation import Confirmation
-from synapse_sticky.handlers.joins.confirmation.questions import MOST_AT_ONCE, Questions
+from synapse_sticky.handlers.joins.confirmation.places import (
+    MOST_AT_ONCE,
+    MOST_SLOW,
+    SLOW_MS,
+    Places,
+)
+from synapse_sticky.handlers.joins.confirmation.questions import OVERDUE_MS, Questions
 from synapse_sticky.handlers.joins.push import Push
 from synapse_sticky.handlers.joins.sent import MOST_SENDS, PACE_MS, PATIENCE_MS
 from tests.unit.test_limits import done
+from tests.unit.test_limits_in_synapse import begin
 
 HOUR_MS = 3_600_000
 BEGIN_MS = 1_800_000_000_000
@@ -42,6 +51,7 @@ class Clock:
 
     def __init__(self) -> None:
         self.clock_ms = BEGIN_MS
+        self.fired = 0
         self._timers: list[tuple[int, int, Timer]] = []
         self._numbers = itertools.count()
 
@@ -53,6 +63,11 @@ class Clock:
         heapq.heappush(self._timers, (self.clock_ms + delay_ms, next(self._numbers), timer))
         return timer
 
+    def in_background(self, what: str, function: Any, *args: Any) -> None:
+        for result in begin(function(*args)):
+            if isinstance(result, Failure):
+                result.raiseException()
+
     def pending(self) -> int:
         return sum(timer.is_active for _, _, timer in self._timers)
 
@@ -61,6 +76,7 @@ class Clock:
             self.clock_ms, _, timer = heapq.heappop(self._timers)
             if timer.is_active:
                 timer.is_active = False
+                self.fired += 1
                 timer.function()
         self.clock_ms = until_ms
 
@@ -88,29 +104,44 @@ class World:
         self.taken_ms: dict[str, int] = {}
         self.ended: list[str] = []
         self.pushes: dict[str, Push] = {}
+        self.held: dict[str, Push] = {}
+        self.unanswered: list[Deferred[None]] = []
         for room_id in self.own:
-            push = Push(
-                "there",
-                room_id,
-                position=0,
-                watch_until_ms=BEGIN_MS + HOUR_MS,
-                backoff=BACKOFF,
-            )
-            push.take_in_last_rows({"here": 10**9}, push.dirty_marks, BEGIN_MS)
-            self.pushes[room_id] = push
+            self.pushes[room_id] = self.push("there", room_id)
         hs: Any = self.clock
         asking: Any = self
         self.confirmation = Confirmation(
             hs,
             asking,
             is_on=True,
-            find=lambda destination, room_id: self.pushes.get(room_id),
+            find=lambda destination, room_id: self.pushes.get(room_id) or self.held.get(room_id),
             retry_at_ms=self.retry_at_ms,
             servers=lambda room_id: 1,
             update=self.update,
             on_progress=self.send,
             on_end=lambda push: self.ended.append(push.room_id),
         )
+
+    def push(self, destination: str, room_id: str) -> Push:
+        push = Push(
+            destination,
+            room_id,
+            position=0,
+            watch_until_ms=BEGIN_MS + HOUR_MS,
+            backoff=BACKOFF,
+        )
+        push.take_in_last_rows({"here": 10**9}, push.dirty_marks, BEGIN_MS)
+        return push
+
+    def hold_a_place(self, destination: str) -> None:
+        """Another newcomer is asked for a room of its own, and never answers."""
+        room_id = f"!{destination}"
+        self.held[room_id] = push = self.push(destination, room_id)
+        self.own[room_id] = [(n, f"${destination}.{n}", "@user:here") for n in (1, 2)]
+        self.update(push)
+        for event_id in [*push.choose(50, BEGIN_MS), *push.choose(50, BEGIN_MS)]:
+            push.acknowledge(event_id, BEGIN_MS)
+        self.confirmation.begin(push, 0)
 
     def begin(self) -> "World":
         for push in self.pushes.values():
@@ -168,6 +199,9 @@ class World:
     async def has_events(
         self, destination: str, room_id: str, event_ids: Collection[str], limit: int
     ) -> Answer:
+        if destination != "there":
+            self.unanswered.append(Deferred())
+            await self.unanswered[-1]
         self.asked.append((self.clock.clock_ms, "many", tuple(event_ids)))
         return self.many() or Answer(Kind.SAYS, [e for e in event_ids if self.has(e)])
 
@@ -329,23 +363,131 @@ def test_who_is_busy_has_lost_nothing() -> None:
     assert set(world.times_sent.values()) == {1}
 
 
+@pytest.mark.requirement("P7", "H1")
+def test_who_waits_in_line_for_too_long_is_believed(caplog: pytest.LogCaptureFixture) -> None:
+    world = World(1, 260)
+    for number in range(MOST_AT_ONCE):
+        world.hold_a_place(f"slow{number}")
+    caplog.set_level("INFO")
+    world.run(1_000).begin().run(OVERDUE_MS)
+    assert len(world.times_sent) <= 48
+    world.run(15_000)
+    assert world.is_over()
+    assert set(world.times_sent.values()) == {1}
+    assert len([r for r in caplog.records if "Too many servers" in r.message]) == 1
+    assert world.asked == []
+
+
+class Asked:
+    """Destinations that are to be asked again and again; each answers in its own time."""
+
+    def __init__(self) -> None:
+        self.clock = Clock()
+        self.takes_ms: dict[str, int] = {}
+        self.under_way = self.most = 0
+        self.overdue: set[str] = set()
+        self.believed: dict[str, int] = {}
+        self.asked: Counter[str] = Counter()
+        hs: Any = self.clock
+        self.questions = Questions(
+            hs,
+            self.ask,
+            is_believed=self.is_believed,
+            on_overdue=self.believe,
+        )
+
+    def is_believed(self, destination: str) -> bool:
+        return self.believed.get(destination, 0) > self.clock.now_ms()
+
+    def believe(self, destination: str) -> None:
+        self.overdue.add(destination)
+        self.believed[destination] = self.clock.now_ms() + 2 * OVERDUE_MS
+
+    def add(self, destination: str, takes_ms: int) -> None:
+        self.takes_ms[destination] = takes_ms
+        self.questions.add(destination, "!room", 0)
+
+    async def ask(self, destination: str, room_id: str) -> int | None:
+        if self.is_believed(destination):
+            return PACE_MS
+        self.asked[destination] += 1
+        self.under_way += 1
+        self.most = max(self.most, self.under_way)
+        answered = Deferred[None]()
+        self.clock.call_later(self.takes_ms[destination], "answer", answered_later, answered)
+        await answered
+        self.under_way -= 1
+        return 0
+
+    def run(self, ms: int) -> None:
+        self.clock.run(self.clock.clock_ms + ms)
+
+
+async def answered_later(answered: "Deferred[None]") -> None:
+    answered.callback(None)
+
+
 @pytest.mark.requirement("H3")
-def test_few_destinations_are_asked_at_once() -> None:
-    clock: Any = Clock()
-    under_way = most = asked = 0
-
-    async def ask(destination: str, room_id: str) -> int | None:
-        nonlocal under_way, most, asked
-        under_way, asked = under_way + 1, asked + 1
-        most = max(most, under_way)
-        if asked < 5_000:  # time passes until it answers: others have their turn meanwhile
-            clock.run(clock.clock_ms + 1)
-        under_way -= 1
-        return None
-
-    questions = Questions(clock, ask)
+def test_few_destinations_are_asked_at_once_each_in_its_turn() -> None:
+    asked = Asked()
     for number in range(200):
-        questions.add(f"there{number}", "!room", 10)
-    clock.run(BEGIN_MS + 60_000)
-    assert asked == 200
-    assert 1 < most <= MOST_AT_ONCE
+        asked.add(f"there{number}", 500)
+    asked.run(20 * 500)
+    assert asked.most == MOST_AT_ONCE
+    assert len(asked.asked) == 200
+    assert max(asked.asked.values()) - min(asked.asked.values()) <= 1
+    assert asked.overdue == set()
+
+
+@pytest.mark.requirement("H1", "H3")
+def test_slow_servers_leave_half_of_the_places_to_others() -> None:
+    asked = Asked()
+    for number in range(100):
+        asked.add(f"slow{number}", 9_900)
+    asked.run(60_000)
+    assert asked.overdue, "they are too many for each other"
+    asked.asked.clear()
+    asked.add("newcomer", 50)
+    asked.run(10_000)
+    assert asked.asked["newcomer"] >= 30
+    assert 5 <= sum(asked.asked.values()) - asked.asked["newcomer"] <= 2 * MOST_SLOW
+    assert "newcomer" not in asked.overdue
+
+
+@pytest.mark.requirement("H3")
+def test_who_waits_in_line_takes_no_work() -> None:
+    asked = Asked()
+    for number in range(5_000):
+        asked.add(f"there{number}", 9_900)
+    asked.run(10)
+    fired = asked.clock.fired
+    asked.run(OVERDUE_MS - 1_000)
+    assert asked.clock.fired - fired <= 5 * MOST_AT_ONCE
+    asked.run(10_000)
+    assert len(asked.overdue) >= 5_000 - 5 * MOST_AT_ONCE, "they are told once, and leave the line"
+
+
+@pytest.mark.requirement("H1", "H3")
+def test_places() -> None:
+    places = Places()
+    for number in range(MOST_AT_ONCE + 2):
+        places.wait(f"first{number}")
+    places.stop_waiting("first1")
+    taken = [places.take(BEGIN_MS) for _ in range(MOST_AT_ONCE + 1)]
+    assert taken == [f"first{n}" for n in range(MOST_AT_ONCE + 1) if n != 1] + [None]
+    for destination in taken[:-1]:
+        assert destination is not None
+        places.leave(destination, BEGIN_MS + SLOW_MS)
+        places.wait(destination)
+    # Of those who were slow, half are asked; the others come later, and are not in front.
+    places.wait("new")
+    slow = [places.take(BEGIN_MS) for _ in range(MOST_SLOW + 1)]
+    assert slow == ["first21", *taken[:MOST_SLOW]]
+    assert places.take(BEGIN_MS) == "new"
+    assert places.take(BEGIN_MS) is None
+    # Who answers in time is slow no more.
+    assert slow[1] is not None
+    places.leave(slow[1], BEGIN_MS + SLOW_MS - 1)
+    places.wait(slow[1])
+    assert places.take(BEGIN_MS) == taken[MOST_SLOW]
+    assert places.take(BEGIN_MS) == slow[1]

@@ -4,14 +4,11 @@ Pure bookkeeping: nothing here waits or asks, and time is an argument. Not only 
 pushes: any other entry of Synapse's backlog gets a push, too.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from synapse_sticky.backoff import Backoff
 from synapse_sticky.handlers.joins.confirmation.asking import Asked
-from synapse_sticky.handlers.joins.sent import MOST_SENDS, FirstContact, Sent
-
-GRACE_MS = 2_000
-"""How long an event that was sent after the join is left to Synapse's ordinary queue."""
+from synapse_sticky.handlers.joins.sent import GRACE_MS, MOST_SENDS, FirstContact, Sent
 
 WATCH_AFTER_RECORD_MS = 10_000
 """How long a push still watches after Synapse has recorded how far its ordinary queue got with the
@@ -79,7 +76,7 @@ class Push:
         self._to_send: list[tuple[int, str]] = []
         """``(stream_id, event_id)`` of events that are due and not in ``_sent``."""
         self._finished: dict[str, int] = {}
-        """Stream IDs of delivered and skipped events, by event ID."""
+        """Stream IDs of events that were delivered, skipped or given up, by event ID."""
         self._sent_often: dict[str, int] = {}
         """The same of events that no answer has sent again."""
 
@@ -92,7 +89,7 @@ class Push:
         self._finished = before.finished_after(position) if before is not None else {}
 
     def finished_after(self, position: int) -> dict[str, int]:
-        """Stream IDs of delivered and skipped events from the position on, by event ID."""
+        """Stream IDs of events that are done with, from the position on, by event ID."""
         return {e: p for e, p in self._finished.items() if p >= position}
 
     def start_anew(self) -> None:
@@ -179,7 +176,8 @@ class Push:
         if chosen:
             self._contact.try_again(now_ms)
         for stream_id, event_id in chosen:
-            new = Sent(stream_id, event_id, 0, attempts=int(stream_id <= self._again_up_to))
+            before = int(stream_id <= self._again_up_to)
+            new = Sent(stream_id, event_id, 0, attempts=before, answers=before)
             sent = self._sent.setdefault(event_id, new)
             sent.send(now_ms, self._backoff)
             if sent.attempts >= MOST_SENDS:
@@ -193,7 +191,7 @@ class Push:
     def _due(self, now_ms: int) -> list[Sent]:
         is_awaited = self._contact.is_awaited
         waiting = [s for s in self._sent.values() if s.acknowledged_ms is None]
-        return [s for s in waiting if s.due_ms <= now_ms or (is_awaited and s.attempts)]
+        return [s for s in waiting if s.due_ms <= now_ms or (is_awaited and s.may_be_early())]
 
     def _may_send(self, now_ms: int) -> bool:
         return now_ms >= max(self._floor_ms, self._contact.not_before_ms) and not self.is_blocked
@@ -210,10 +208,18 @@ class Push:
         sent = self._sent.get(event_id) or self._move_to_sent(event_id, now_ms)
         if sent is None:
             return False
-        # Acknowledged without having been pushed: it went by the ordinary queue.
-        sent.attempts = max(sent.attempts, 1)
-        sent.acknowledged_ms = sent.patient_from_ms = now_ms
+        sent.acknowledge(now_ms)
         return True
+
+    def refuse(self, event_ids: Collection[str], now_ms: int) -> int:
+        """The newcomer answered with an error for these. They are resent once: after the longest
+        delay, or as soon as it first acknowledges something. Gives how many are given up."""
+        ids = set(event_ids) & {*self._sent, *(event_id for _, event_id in self._to_send)}
+        found = [self._sent.get(e) or self._move_to_sent(e, now_ms) for e in ids]
+        until_ms = now_ms + self._backoff.max_ms
+        given_up = [(s.stream_id, s.event_id) for s in found if s and s.refuse(until_ms)]
+        self.skip(given_up)
+        return len(given_up)
 
     def _move_to_sent(self, event_id: str, now_ms: int) -> Sent | None:
         for event in self._to_send:
@@ -246,14 +252,6 @@ class Push:
             self._finished[event_id] = sent.stream_id
             self._highest_delivered = max(self._highest_delivered, sent.stream_id)
             self.delivered_count += 1
-
-    def believe(self, now_ms: int) -> int | None:
-        """What was acknowledged is delivered, at the pace of a plain Synapse. Gives when the next
-        will be; None if nothing is left."""
-        times = {s.event_id: (s.acknowledged_ms or 0) + s.pace_ms() for s in self.unconfirmed()}
-        for event_id in [event_id for event_id, ms in times.items() if ms <= now_ms]:
-            self.mark_delivered(event_id)
-        return min((ms for ms in times.values() if ms > now_ms), default=None)
 
     def skip(self, events: Iterable[tuple[int, str]]) -> None:
         """These events are not to be sent: ``(stream_id, event_id)``."""

@@ -4,6 +4,9 @@ import attr
 
 from synapse_sticky.backoff import Backoff
 
+GRACE_MS = 2_000
+"""How long an event that was sent after the join is left to Synapse's ordinary queue."""
+
 PATIENT_ATTEMPTS = 3
 """An event that failed more often than this does not count for the window any more."""
 
@@ -15,7 +18,8 @@ send a window of 48 in this time."""
 _TO_TAKE_BY_TO_STAGE = 5
 
 MOST_SENDS = 2
-"""No answer of the newcomer, whatever it says, has an event sent more often than this."""
+"""No answer of the newcomer, whatever it says, has an event sent more often than this. To leave the
+event out of the answer to /send is to say nothing of it."""
 
 PATIENCE_MS = 30_000
 """How long the newcomer may lack an event that it acknowledged, until it is taken to have lost it.
@@ -39,12 +43,38 @@ class Sent:
     """When the time began after which the acknowledged event is taken to be lost."""
     is_suspect: bool = False
     """Could the newcomer not be reached since it acknowledged the event?"""
+    answers: int = 0
+    """How many answers to /send named it, with an error or without."""
+    is_refused: bool = False
+    """Was there an error for the event when it was sent last?"""
 
     def send(self, now_ms: int, backoff: Backoff) -> None:
         """It is sent now, and again after the backoff's delay unless it is acknowledged by then."""
         self.attempts += 1
         self.sent_ms = now_ms
         self.due_ms = now_ms + backoff.after(self.attempts)
+        self.is_refused = False
+
+    def acknowledge(self, now_ms: int) -> None:
+        """The newcomer has staged it, whether it was pushed or went by the ordinary queue."""
+        self.attempts = max(self.attempts, 1)
+        self.answers += 1
+        self.acknowledged_ms = self.patient_from_ms = now_ms
+        self.is_refused = False
+
+    def refuse(self, until_ms: int) -> bool:
+        """The newcomer refused it, and so has not staged it. It is due again at ``until_ms``, as
+        the cause may pass. Has it been sent often enough?"""
+        if self.acknowledged_ms is not None:
+            return False  # that was another copy
+        self.attempts = max(self.attempts, 1)
+        self.answers += 1
+        self.due_ms, self.is_refused = until_ms, True
+        return self.answers >= MOST_SENDS
+
+    def may_be_early(self) -> bool:
+        """May it be sent again before it is due, while the newcomer may still be joining?"""
+        return self.attempts > 0 and not self.is_refused
 
     def pace_ms(self) -> int:
         """How long the acknowledged event counts as staged where its acknowledgement has to do.
@@ -60,7 +90,7 @@ class Sent:
     def is_in_flight(self, now_ms: int, is_known_there: bool) -> bool:
         """May it be in the newcomer's staging area? Nothing is, before the newcomer knows of the
         room."""
-        if not 0 < self.attempts <= PATIENT_ATTEMPTS:
+        if self.is_refused or not 0 < self.attempts <= PATIENT_ATTEMPTS:
             return False
         return self.acknowledged_ms is not None or (is_known_there and self.due_ms > now_ms)
 

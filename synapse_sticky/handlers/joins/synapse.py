@@ -1,7 +1,7 @@
 """Sending to other servers: Synapse's per-destination queues and its backlog of sticky events."""
 
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from synapse.module_api import RoomID
@@ -10,7 +10,7 @@ from synapse.module_api.callbacks.federation import (
     FederationEventDeliveryEvent,
 )
 
-from synapse_sticky.handlers.joins.federation import BacklogSource, NotLoadedError
+from synapse_sticky.handlers.joins.federation import BacklogSource, LeftToSynapseError
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, attributes, method, table
 
@@ -24,6 +24,7 @@ _CAUGHT_UP_TO = "new_last_successfully_sent_stream_ordering"
 _SENDER = "synapse.federation.sender"
 _QUEUE = f"{_SENDER}.per_destination_queue.PerDestinationQueue"
 _TRACKER = f"{_SENDER}.per_destination_queue.StickyEventBacklogTracker"
+_TRANSPORT = "synapse.federation.transport.client.TransportLayerClient"
 _FEDERATION_CONFIG = "synapse.config.federation.FederationConfig"
 
 SEAMS = (
@@ -44,6 +45,9 @@ SEAMS = (
     method(_QUEUE, "attempt_new_transaction()"),
     Attribute(_QUEUE, "_sticky_event_backlog_tracker"),
     method(_TRACKER, "notify_potential_new_backlog()"),
+    method(HOMESERVER, "get_federation_transport_client() -> TransportLayerClient"),
+    method(_TRANSPORT, "async send_transaction(transaction)", is_replaced=True),
+    *attributes("synapse.federation.units.Transaction", "destination", "pdus"),
     method(
         STORE,
         "async get_destination_retry_timings(destination, /) -> DestinationRetryTimings | None",
@@ -124,6 +128,25 @@ class SynapseFederation:
             on_event_delivered_over_federation=delivered
         )
 
+    def on_refused(self, callback: Callable[[str, set[str], list[str]], None]) -> None:
+        def make(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+            async def send(transaction: Any, *args: Any, **options: Any) -> Any:
+                answer = await original(transaction, *args, **options)
+                try:
+                    refused = _refused(answer)
+                    if refused:
+                        rooms = {pdu.get("room_id", "") for pdu in transaction.pdus}
+                        callback(transaction.destination, rooms, refused)
+                except Exception:
+                    # Else Synapse would take the transaction for failed.
+                    logger.exception("Could not take in what %s refused", transaction.destination)
+                return answer
+
+            return send
+
+        client = self._homeserver.hs.get_federation_transport_client()
+        self._homeserver.replace(client, "send_transaction", make)
+
     def on_skipped(self, callback: Callable[[str], None]) -> None:
         def include_the_last(options: dict[str, Any]) -> None:
             # Synapse asks for the events before the one that it caught up to. That one is skipped,
@@ -167,7 +190,7 @@ class SynapseFederation:
             ) -> tuple[Any, Any, Any] | None:
                 try:
                     batch = await source(destination, limit)
-                except NotLoadedError:
+                except LeftToSynapseError:
                     return await original(destination, *args, limit=limit, **options)
                 except Exception:
                     logger.exception(
@@ -214,7 +237,7 @@ class SynapseFederation:
     async def may_receive(self, room_id: str, destination: str) -> bool:
         if not self._is_whitelisted(destination):
             return False
-        if not await self._rooms.has_member_of(room_id, self._homeserver.server_name):
+        if not await self._rooms.is_joined(room_id, self._homeserver.server_name):
             return False
         if not await self._rooms.has_member_of(room_id, destination):
             # While the room's state is partial, those whom /send_join named count as joined.
@@ -222,3 +245,11 @@ class SynapseFederation:
             if servers is None or destination not in servers:
                 return False
         return await self._rooms.acl_allows(room_id, destination)
+
+
+def _refused(answer: Any) -> list[str]:
+    """The events that an answer to ``/send`` names with an error, as Synapse reads it."""
+    results = answer.get("pdus") if isinstance(answer, Mapping) else None
+    if not isinstance(results, Mapping):
+        return []
+    return [e for e, said in results.items() if not isinstance(said, Mapping) or "error" in said]

@@ -29,7 +29,9 @@ _IN_VAIN_AND_NOTHING_WAITS = Backoff(LATER_MS, 60_000)
 _SEEDS = 50
 _LEAST_LIMIT = 10
 _REFUSALS_TO_BELIEVE = 3
-_MOST_SILENT = 1_000
+_MOST_BELIEVED = 10_000
+_UNASKED_MS = 60_000
+"""How long the acknowledgements of a destination are believed that waited in line for too long."""
 
 
 class Confirmation:
@@ -67,9 +69,13 @@ class Confirmation:
         self._update = update
         self._on_progress = on_progress
         self._on_end = on_end
-        self._questions = Questions(homeserver, self._ask)
+        self._questions = Questions(
+            homeserver, self._ask, is_believed=self._is_believed, on_overdue=self._note_overdue
+        )
         self._silent: dict[str, int] = {}
-        """Until when the acknowledgements of a destination are believed (ms since the epoch)."""
+        self._overdue: dict[str, int] = {}
+        """Until when the acknowledgements of a destination are believed (ms since the epoch): as it
+        does not say what it has, or as it waited in line for too long."""
 
     def begin(self, push: Push, delay_ms: int | None = None) -> None:
         """Asks in the background, unless that is under way for this push.
@@ -80,7 +86,7 @@ class Confirmation:
         now_ms = self._homeserver.now_ms()
         if delay_ms is None:
             delay_ms = SOON_MS if push.has_waiting(now_ms) else LATER_MS
-            if self._is_silent(push.destination):
+            if self._is_believed(push.destination):
                 delay_ms = PACE_MS
         push.asked.last_ms = push.asked.last_ms or now_ms
         self._questions.add(push.destination, push.room_id, delay_ms)
@@ -103,12 +109,15 @@ class Confirmation:
     async def _confirm(self, push: Push) -> int | None:
         """Asks once; gives when to ask again, None if nothing is left to be asked for."""
         if self._is_silent(push.destination):
+            push.probe = None
             return self._believe_all(push)
         if push.is_blocked:  # the newcomer tells nothing to a server that is not in the room
             return self._in_vain(push)
         retry_at_ms = await self._retry_at_ms(push.destination)
         if retry_at_ms > self._homeserver.now_ms():
             return self._cannot_reach(push, retry_at_ms)
+        if self._is_overdue(push.destination):
+            return self._believe_all(push)
         if push.probe is not None:
             return await self._ask_for_probe(push, push.probe)
         return await self._ask_for_referenced(push)
@@ -198,6 +207,7 @@ class Confirmation:
         self._questions.reached(push.destination)
         if answer.kind is Kind.SILENT:
             self._note_silence(push.destination, answer.reason)
+            push.probe = None
             return self._believe_all(push)
         if answer.kind is Kind.TOO_LARGE and push.asked.limit > _LEAST_LIMIT:
             push.asked.limit = _LEAST_LIMIT
@@ -231,14 +241,31 @@ class Confirmation:
             destination,
             reason,
         )
-        self._silent[destination] = self._homeserver.now_ms() + MAX_STICKY_DURATION_MS
-        while len(self._silent) > _MOST_SILENT:
-            del self._silent[next(iter(self._silent))]
+        self._note(self._silent, destination, MAX_STICKY_DURATION_MS)
+
+    def _note_overdue(self, destination: str) -> None:
+        logger.info(
+            "Too many servers are to be asked what they have: the acknowledgements of %s are"
+            " believed for now",
+            destination,
+        )
+        self._note(self._overdue, destination, _UNASKED_MS)
+
+    def _note(self, until_ms: dict[str, int], destination: str, duration_ms: int) -> None:
+        until_ms.pop(destination, None)
+        until_ms[destination] = self._homeserver.now_ms() + duration_ms
+        if len(until_ms) > _MOST_BELIEVED:
+            del until_ms[next(iter(until_ms))]
+
+    def _is_believed(self, destination: str) -> bool:
+        """Is it asked nothing?"""
+        return self._is_silent(destination) or self._is_overdue(destination)
 
     def _is_silent(self, destination: str) -> bool:
-        if not self._is_on:
-            return True
-        return self._silent.get(destination, 0) > self._homeserver.now_ms()
+        return not self._is_on or self._silent.get(destination, 0) > self._homeserver.now_ms()
+
+    def _is_overdue(self, destination: str) -> bool:
+        return self._overdue.get(destination, 0) > self._homeserver.now_ms()
 
     def _believe_all(self, push: Push) -> int | None:
         """This takes no question, so it is done for all rooms of the destination."""
@@ -246,9 +273,20 @@ class Confirmation:
         others = [p for r in rooms if (p := self._find(push.destination, r)) and p is not push]
         now_ms = self._homeserver.now_ms()
         for other in others:
-            other.believe(now_ms)
+            _believe(other, now_ms)
             if other.worth_sending(now_ms):
                 self._on_progress(other)
-        push.probe = None
-        next_ms = push.believe(now_ms)
+        times_ms = [_believe(push, now_ms)]
+        if push.probe is not None:  # it is asked for once there may be a place
+            times_ms.append(self._overdue.get(push.destination))
+        next_ms = min((ms for ms in times_ms if ms is not None), default=None)
         return None if next_ms is None else max(next_ms - now_ms, APART_MS)
+
+
+def _believe(push: Push, now_ms: int) -> int | None:
+    """What was acknowledged is delivered, at the pace of a plain Synapse. Gives when the next will
+    be (ms since the epoch); None if nothing is left."""
+    times = {s.event_id: (s.acknowledged_ms or 0) + s.pace_ms() for s in push.unconfirmed()}
+    for event_id in [event_id for event_id, ms in times.items() if ms <= now_ms]:
+        push.mark_delivered(event_id)
+    return min((ms for ms in times.values() if ms > now_ms), default=None)

@@ -1,4 +1,4 @@
-"""Events that are persisted together, of which the database refuses one (H1)."""
+"""Events that are persisted together, of which the database does not take one (H1)."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -7,12 +7,13 @@ from typing import Any
 import attr
 import psycopg2
 import pytest
+from synapse.api.errors import SynapseError
 from synapse.logging.context import LoggingContext  # type: ignore[attr-defined]
 from synapse.storage.controllers.persist_events import _EventPeristenceQueue, _PersistEventsTask
 from twisted.internet import defer
 
 from synapse_sticky.handlers.staging.batches.synapse import _FIELD, Batches
-from tests.unit.test_causes import of_postgres, staging_of
+from tests.unit.test_causes import of_postgres, of_sqlite, staging_of
 
 ROOM = "!room:test"
 
@@ -80,8 +81,17 @@ class Persisting:
 
 
 @pytest.mark.requirement("H1")
-def test_only_what_is_refused_fails() -> None:
-    persisting, error = Persisting(), of_postgres("54000")
+@pytest.mark.parametrize(
+    "error",
+    [
+        *map(of_postgres, ("54000", "57014", "XX000")),
+        of_sqlite("SQLITE_ERROR"),
+        SynapseError(500, "Internal server error"),
+    ],
+    ids=repr,
+)
+def test_only_what_is_not_taken_fails(error: Exception) -> None:
+    persisting = Persisting()
     parts = [[Event("$0")], [Event("$1")], [Event("$2"), Event("$bad", error)], [Event("$3")]]
     first, second, bad, third = persisting.outcomes(*parts)
     assert persisting.batches == [
@@ -100,7 +110,8 @@ def test_only_what_is_refused_fails() -> None:
 
 @pytest.mark.requirement("H1")
 @pytest.mark.parametrize(
-    ("sqlstate", "is_sticky"), [("57014", True), ("08006", True), ("54000", False)]
+    ("sqlstate", "is_sticky"),
+    [("08006", True), ("53100", True), ("54000", False), ("57014", False)],
 )
 def test_other_batches_fail_as_they_do_without(sqlstate: str, is_sticky: bool) -> None:
     """The database may be away, and what is not sticky is not for the module."""

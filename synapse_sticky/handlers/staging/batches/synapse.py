@@ -1,9 +1,9 @@
 """How Synapse persists the events that wait for their room, all at once (H1).
 
 While a room's events are being persisted, Synapse makes one batch of those that come meanwhile, and
-persists it in one transaction. If the database refuses one of them, all of them fail: those of
-other servers are dropped, and local users get an error. Here each part of such a batch is persisted
-by itself then.
+persists it in one transaction. If the database does not take one of them, all of them fail: those
+of other servers are dropped, and local users get an error. Here each part of such a batch is
+persisted by itself then. Not where the cause passes: the parts would fail as well.
 """
 
 import logging
@@ -32,6 +32,8 @@ SEAMS = (
 )
 
 _FIELD: str = StickyEvent.EVENT_FIELD_NAME
+_OF_AN_EVENT = (Verdict.REFUSED, Verdict.UNKNOWN)
+"""A cause that nobody knows may be one event's, too."""
 
 
 @attr.s(auto_attribs=True, slots=True, eq=False)
@@ -47,7 +49,7 @@ class _Part:
 
 
 class Batches:
-    """Keeps an event that the database refuses from failing those that wait with it."""
+    """Keeps an event that the database does not take from failing those that wait with it."""
 
     def __init__(
         self, homeserver: Homeserver, verdict_of: Callable[[Exception], Verdict | None]
@@ -92,7 +94,7 @@ class Batches:
                 return await original(room_id, task)
             except Exception as e:
                 parts = self._parts_of(room_id, task)
-                if len(parts) < 2 or self._verdict_of(e) is not Verdict.REFUSED:
+                if len(parts) < 2 or self._verdict_of(e) not in _OF_AN_EVENT:
                     raise
                 logger.info(
                     "Persisting %d parts of a batch of %s by themselves", len(parts), room_id

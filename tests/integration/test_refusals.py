@@ -181,6 +181,21 @@ def test_what_nobody_knows_is_tried_three_times(
     assert tries_of(scene.server, event_id) == 3
 
 
+@pytest.mark.slow
+@pytest.mark.requirement("L3", "H1", "H2")
+def test_what_ends_its_connection_each_time_is_not_tried_for_long(scene: Scene[Homeserver]) -> None:
+    event_id = refused(scene, "gone")
+
+    def is_dropped() -> bool:
+        # Others show that it is not the database.
+        scene.alice.send(scene.room_id)
+        return bool(drops_of(scene.server, event_id))
+
+    wait_until(is_dropped, "it to be dropped", 240)
+    assert event_id not in parked(scene.server)
+    assert 12 <= tries_of(scene.server, event_id) <= 20
+
+
 @pytest.mark.requirement("L3", "F1", "H1")
 @pytest.mark.parametrize("sqlstate", ["54000", pytest.param(CANCELED, marks=pytest.mark.slow)])
 def test_what_comes_after_a_refused_event(

@@ -18,6 +18,10 @@ T = TypeVar("T")
 _HOUR_MS = 3_600_000
 """Nothing is sticky for longer."""
 
+_MOST_FAILURES = 10
+"""So many items in a row may fail in a step: one whose fault is gone does not wait a step for each
+that fails for good."""
+
 
 async def apart(
     items: Sequence[T], do: Callable[[Sequence[T]], Awaitable[None]]
@@ -53,8 +57,9 @@ async def apart(
 class Stragglers(Generic[T]):
     """Items that could not be done, each tried again by itself, in turns.
 
-    However many there are, there is one attempt, one log line and one timer a step. As soon as one
-    of them can be done, the others are tried at once. One that fails for an hour is given up.
+    However many there are, there are ten attempts, one log line and one timer a step; one attempt
+    while the database is away. As soon as one of them can be done, more are tried at once. One that
+    fails for an hour is given up.
     """
 
     def __init__(
@@ -106,18 +111,19 @@ class Stragglers(Generic[T]):
 
     async def _try(self) -> None:
         failed: Exception | None = None
-        fault_is_gone = False
+        failures = 0
         for item in list(self._since_ms):
             try:
                 await self._do(item)
             except Exception as e:
                 self._put_last(item)
-                if not fault_is_gone:
+                failed = e
+                failures += 1
+                if failures == _MOST_FAILURES or is_outage(e):
                     raise
-                failed, fault_is_gone = e, False
             else:
                 self._since_ms.pop(item, None)
-                fault_is_gone = True
+                failures = 0
         if failed is not None:
             raise failed
 

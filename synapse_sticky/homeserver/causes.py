@@ -48,6 +48,9 @@ _SQLITE_NAMES = {
 }
 """SQLite's names of its errors by what their messages say. Python has them from 3.11 on."""
 
+_LOST = ("08", "57P02")
+"""Likewise: the connection has ended, or the server process at its other end has died."""
+
 _WITHOUT_CODE = frozenset({"OperationalError", "InterfaceError", "ConnectionLost"})
 """These come without an SQLSTATE if the connection was lost, or refused. The last one is Twisted's:
 Synapse raises it in place of the driver's if the connection is lost in a transaction."""
@@ -87,6 +90,12 @@ class Cause:
         if self.classes or (self.status is not None and self.status >= 500):
             return Verdict.UNKNOWN
         return None
+
+    def is_lost_connection(self) -> bool:
+        """Has the connection to the database ended? What was asked may be what ended it."""
+        if self.sqlstate:
+            return self.sqlstate.startswith(_LOST)
+        return self.sqlite_name is None and bool(self.classes & _WITHOUT_CODE)
 
     def __str__(self) -> str:
         # The others say where in the database.

@@ -143,20 +143,25 @@ def test_an_index_row_that_is_too_large(scene: Scene[Homeserver], other: Scene[H
 
 
 @pytest.mark.requirement("H1")
-def test_what_is_persisted_together_does_not_fail_together(scene: Scene[Homeserver]) -> None:
+@pytest.mark.parametrize(
+    ("sqlstate", "tries"), [("54000", 1), pytest.param(CANCELED, 3, marks=pytest.mark.slow)]
+)
+def test_what_is_persisted_together_does_not_fail_together(
+    scene: Scene[Homeserver], sqlstate: str, tries: int
+) -> None:
     """Meanwhile Synapse makes one batch of whatever comes for the room."""
     alice, room_id = scene.alice, scene.room_id
     with ThreadPoolExecutor(5) as threads:
         first = threads.submit(alice.send, room_id, {"body": "takes a while"})
         sleeping = "SELECT 1 FROM pg_stat_activity WHERE wait_event = 'PgSleep'"
         wait_until(lambda: scene.server.query(sleeping), "the room to be busy")
-        event_id = refused(scene, "54000")
+        event_id = refused(scene, sqlstate)
         begun = ("handling received PDU", event_id)
         wait_until(lambda: lines_with(scene.server, *begun), "it to be looked at")
         sent = [first, *(threads.submit(alice.send, room_id) for _ in range(4))]
         assert all(scene.is_there(sending.result()) for sending in sent)
     wait_until(lambda: drops_of(scene.server, event_id), "it to be dropped")
-    assert tries_of(scene.server, event_id) == 1
+    assert tries_of(scene.server, event_id) == tries
     assert lines_with(scene.server, "parts of a batch", room_id)
     assert scene.alice.sync()["rooms"]["join"][room_id]["timeline"]["events"][-1]["event_id"] in {
         sending.result() for sending in sent
@@ -174,6 +179,21 @@ def test_what_nobody_knows_is_tried_three_times(
     (line,) = drops_of(scene.server, event_id)
     assert CANCELED in line
     assert tries_of(scene.server, event_id) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.requirement("L3", "H1", "H2")
+def test_what_ends_its_connection_each_time_is_not_tried_for_long(scene: Scene[Homeserver]) -> None:
+    event_id = refused(scene, "gone")
+
+    def is_dropped() -> bool:
+        # Others show that it is not the database.
+        scene.alice.send(scene.room_id)
+        return bool(drops_of(scene.server, event_id))
+
+    wait_until(is_dropped, "it to be dropped", 240)
+    assert event_id not in parked(scene.server)
+    assert 12 <= tries_of(scene.server, event_id) <= 20
 
 
 @pytest.mark.requirement("L3", "F1", "H1")

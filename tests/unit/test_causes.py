@@ -187,6 +187,25 @@ def test_no_outage(error: Exception) -> None:
     assert not is_outage(error)
 
 
+@pytest.mark.requirement("H2")
+@pytest.mark.parametrize(
+    ("is_lost", "error"),
+    [
+        *((True, of_postgres(sqlstate)) for sqlstate in (None, "08006", "57P02")),
+        (True, psycopg2.InterfaceError("connection already closed")),
+        (True, ConnectionLost()),
+        *((False, of_postgres(sqlstate)) for sqlstate in ("40001", "53100", "57P01", "57014")),
+        (False, psycopg2.ProgrammingError("no results to fetch")),
+        *((False, of_sqlite(name)) for name in ("SQLITE_BUSY", "SQLITE_IOERR")),
+    ],
+    ids=repr,
+)
+def test_whether_the_connection_was_lost(is_lost: bool, error: Exception) -> None:
+    cause = Cause.of_database(error)
+    assert cause is not None
+    assert cause.is_lost_connection() is is_lost
+
+
 def test_a_cause_is_handed_on_as_json() -> None:
     cause = Cause(frozenset({"OperationalError"}), "54000")
     read = Cause.from_json(cause.to_json())

@@ -384,10 +384,7 @@ class Sink:
     async def is_answered(self, origin: str, transaction_id: str) -> bool:
         return False
 
-    def count_staged_txn(self, txn: object, origin: str, at_most: int) -> int:
-        return 0
-
-    def count_staged_in_rooms_txn(self, *args: object) -> dict[str, int]:
+    def count_staged_txn(self, txn: object, origin: str, at_most: int) -> dict[str, int]:
         return {}
 
 

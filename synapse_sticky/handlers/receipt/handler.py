@@ -15,7 +15,7 @@ import json
 import logging
 import secrets
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -93,16 +93,11 @@ class Receipt(Protocol):
     async def is_answered(self, origin: str, transaction_id: str) -> bool:
         """Has Synapse answered this transaction before? Then it repeats its answer."""
 
-    def count_staged_txn(self, txn: Cursor, origin: str, at_most: int) -> int:
-        """How many PDUs of the origin with the sticky field are staged.
+    def count_staged_txn(self, txn: Cursor, origin: str, at_most: int) -> Mapping[str, int]:
+        """How many PDUs of the origin with the sticky field are staged, by room.
 
-        A number up to ``at_most`` may be too large. It only says that there are not more.
+        Empty if no more than ``at_most`` of its PDUs are staged, sticky or not.
         """
-
-    def count_staged_in_rooms_txn(
-        self, txn: Cursor, origin: str, room_ids: Collection[str], from_count: int
-    ) -> Mapping[str, int]:
-        """The same for each of these rooms that has so many of them or more."""
 
 
 class DeferredEvents(HasLayout, Protocol):
@@ -193,14 +188,10 @@ class ReceiptHandler:
             deferred = self._deferred.count_txn(txn, origin) if counts_deferred else 0
             if deferred >= most:
                 return deferred, {}
-            at_most = most - 1 - deferred
+            at_most = min(most - deferred, most_staged) - 1
             staged = self._receipt.count_staged_txn(txn, origin, at_most)
-            in_rooms: Mapping[str, int] = {}
-            if staged >= most_staged and room_ids:
-                in_rooms = self._receipt.count_staged_in_rooms_txn(
-                    txn, origin, room_ids, most_staged
-                )
-            return deferred + staged, in_rooms
+            in_rooms = {r: n for r, n in staged.items() if r in room_ids and n >= most_staged}
+            return deferred + sum(staged.values()), in_rooms
 
         return await self._homeserver.transact_briefly("count_deferred", count_txn)
 

@@ -1,9 +1,12 @@
 """How Synapse persists the events that wait for their room, all at once (H1).
 
 While a room's events are being persisted, Synapse makes one batch of those that come meanwhile, and
-persists it in one transaction. If the database refuses one of them, all of them fail: those of
-other servers are dropped, and local users get an error. Here each part of such a batch is persisted
-by itself then.
+persists it in one transaction. If the database does not take one of them, all of them fail: those
+of other servers are dropped, and local users get an error. Here each part of such a batch is
+persisted by itself then. Not where the cause passes: the parts would fail as well.
+
+An event that ends the database's connection each time fails with an error that does not say so,
+after a while. It is not tried for long then.
 """
 
 import logging
@@ -12,9 +15,11 @@ from typing import Any
 
 import attr
 from synapse.api.constants import StickyEvent
+from synapse.module_api.errors import SynapseError
 
+from synapse_sticky.handlers.staging.batches.suspects import Suspects
 from synapse_sticky.homeserver import Homeserver
-from synapse_sticky.homeserver.causes import Verdict
+from synapse_sticky.homeserver.causes import Cause, Verdict
 from synapse_sticky.homeserver.seams import HOMESERVER, Attribute, attributes, method
 
 logger = logging.getLogger(__name__)
@@ -32,6 +37,8 @@ SEAMS = (
 )
 
 _FIELD: str = StickyEvent.EVENT_FIELD_NAME
+_OF_AN_EVENT = (Verdict.REFUSED, Verdict.UNKNOWN)
+"""A cause that nobody knows may be one event's, too."""
 
 
 @attr.s(auto_attribs=True, slots=True, eq=False)
@@ -47,7 +54,7 @@ class _Part:
 
 
 class Batches:
-    """Keeps an event that the database refuses from failing those that wait with it."""
+    """Keeps an event that the database does not take from failing those that wait with it."""
 
     def __init__(
         self, homeserver: Homeserver, verdict_of: Callable[[Exception], Verdict | None]
@@ -59,6 +66,7 @@ class Batches:
         self._homeserver = homeserver
         self._verdict_of = verdict_of
         self._parts: dict[str, list[_Part]] = {}
+        self._suspects = Suspects()
 
     def install(self) -> None:
         """Takes effect from the next event on, in a process that persists events."""
@@ -87,12 +95,23 @@ class Batches:
         return add_to_queue
 
     def _parting(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        async def persist(room_id: str, task: Any) -> Any:
+            events = [event for event, _ in getattr(task, "events_and_contexts", ())]
+            try:
+                result = await original(room_id, task)
+            except Exception as e:
+                self._raise_if_to_blame(events, e)
+                raise
+            for event in events:
+                self._suspects.persisted(event.event_id)
+            return result
+
         async def per_item_callback(room_id: str, task: Any) -> Any:
             try:
-                return await original(room_id, task)
+                return await persist(room_id, task)
             except Exception as e:
                 parts = self._parts_of(room_id, task)
-                if len(parts) < 2 or self._verdict_of(e) is not Verdict.REFUSED:
+                if len(parts) < 2 or self._verdict_of(e) not in _OF_AN_EVENT:
                     raise
                 logger.info(
                     "Persisting %d parts of a batch of %s by themselves", len(parts), room_id
@@ -101,12 +120,21 @@ class Batches:
             for part in parts:
                 try:
                     alone = attr.evolve(task, events_and_contexts=part.pairs)
-                    replaced.update(await original(room_id, alone))
+                    replaced.update(await persist(room_id, alone))
                 except Exception as e:
                     part.error = e
             return replaced
 
         return per_item_callback
+
+    def _raise_if_to_blame(self, events: list[Any], error: Exception) -> None:
+        """Raises an error of unknown cause if the connection was lost by what is persisted."""
+        cause = Cause.of_database(error)
+        if len(events) != 1 or cause is None or not cause.is_lost_connection():
+            return
+        (event,) = events
+        if _FIELD in event.get_dict() and self._suspects.failed(event.event_id):
+            raise SynapseError(500, "It ends the database's connection each time") from error
 
     def _parts_of(self, room_id: str, task: Any) -> list[_Part]:
         """The parts of a batch that has a sticky event; none if that is not all of it."""

@@ -159,6 +159,7 @@ def test_an_answer_that_says_nothing(
     assert len(warnings(server)) - warned == is_believed_at_once
 
 
+@pytest.mark.slow
 @pytest.mark.one_process
 @pytest.mark.requirement("P7", "H2")
 def test_an_error_for_an_event_is_an_answer(servers: Servers, peer: Peer) -> None:

@@ -445,7 +445,6 @@ def test_slow_servers_leave_half_of_the_places_to_others() -> None:
     for number in range(100):
         asked.add(f"slow{number}", 9_900)
     asked.run(60_000)
-    assert asked.overdue, "they are too many for each other"
     asked.asked.clear()
     asked.add("newcomer", 50)
     asked.run(10_000)

@@ -382,9 +382,9 @@ def test_what_is_held_stays_staged_and_is_passed_over(
     database: Database, process: Process, others: int
 ) -> None:
     first = database.stage("a", "$first")
+    flood = database.chain("a", others, "$first")
     assert process.choose() == first
     process.held.hold(first, ROOM)
-    flood = database.chain("a", others, "$first")
     bob = database.stage("b", "$bob") if others > 1 else None
     if bob is not None:
         assert len(process.until(bob)) <= 1

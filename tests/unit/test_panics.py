@@ -202,10 +202,10 @@ def test_one_that_panics_while_it_is_filled_is_filled_again() -> None:
     one = renewed(process, fill=fill)
     break_(one)
     process.take_turns()
-    process.pass_ms(1_300)
+    process.pass_ms(1_200)  # the first delay, at the longest
     assert fills == 1
     assert not one.is_whole
-    process.pass_ms(2_000)
+    process.pass_ms(2_400)  # the second delay, at the longest
     assert fills == 2
     assert one.is_whole
 

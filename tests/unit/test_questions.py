@@ -378,6 +378,26 @@ def test_who_waits_in_line_for_too_long_is_believed(caplog: pytest.LogCaptureFix
     assert world.asked == []
 
 
+@pytest.mark.requirement("P7", "H2")
+def test_who_waited_in_line_for_too_long_is_still_asked_what_it_had_before() -> None:
+    world = World(1, 3)
+    for number in range(MOST_AT_ONCE):
+        world.hold_a_place(f"slow{number}")
+    world.clock.run(BEGIN_MS + 10)
+    world.pushes["!0"].probe = "$of-before"
+    world.taken_ms["$of-before"] = BEGIN_MS
+    world.begin().run(OVERDUE_MS + 5_000)
+    assert not world.pushes["!0"].is_open
+    assert world.asked == []
+    for room_id in world.held:
+        world.own[room_id].clear()
+    for unanswered in world.unanswered:
+        unanswered.callback(None)
+    world.run(2 * OVERDUE_MS)
+    assert [asked for _, _, asked in world.asked if "$of-before" in asked] == [("$of-before",)]
+    assert world.pushes["!0"].probe is None
+
+
 class Asked:
     """Destinations that are to be asked again and again; each answers in its own time."""
 

@@ -161,6 +161,7 @@ def test_resident_ends_between_join_and_push(servers: Servers, end: str) -> None
     assert set(carol.collect_sticky(room_id, old)) == old
 
 
+@pytest.mark.slow
 @pytest.mark.requirement("E4", "P3")
 def test_join_while_the_resident_is_down(servers: Servers) -> None:
     a, b, c = servers(3)
@@ -535,6 +536,7 @@ def has_partial_state(server: Homeserver, room_id: str) -> bool:
     return bool(server.query("SELECT 1 FROM partial_state_rooms WHERE room_id = ?", room_id))
 
 
+@pytest.mark.slow
 @pytest.mark.requirement("P7")
 def test_asking_in_vain_does_not_back_the_newcomer_off(servers: Servers) -> None:
     long = {"federation": {"destination_min_retry_interval": "10m"}}

@@ -35,17 +35,19 @@ lint: $(VENV)/.built ## ruff, mypy, stubtest, rustfmt, clippy; whether docs/conf
 	$(BIN)/python -m mypy.stubtest synapse_sticky._core
 	cargo fmt --check
 	cargo clippy --quiet --all-targets -- -D warnings
+	cargo clippy --quiet --lib --features extension-module -- -D warnings
 	cargo clippy --quiet --all-targets --all-features -- -D warnings
 	$(BIN)/python -m tests.conformance.page --check
 	$(BIN)/python -m tests.compat --check
 	@! git grep -nE '(pypi[.]org|pythonhosted[.]org|crates[.]io)' -- ':!Makefile' | grep -v '^Cargo.lock:[0-9]*:source = "registry+' || { echo "A registry's host is named"; exit 1; }
 
-bench: $(VENV)/.built ## Benchmarks: the Rust core; delivery beside SQL; /sync; refusing beside accepting; newcomers, also plain ones and with busy cores; workers
+bench: $(VENV)/.built ## Benchmarks: the Rust core; delivery beside SQL; /sync; refusing beside accepting; what it costs others when much goes wrong; newcomers, also plain ones and with busy cores; workers
 	cargo bench --quiet
 	$(BIN)/python -m benchmarks.delivery
 	$(BIN)/python -m benchmarks.sync
 	$(BIN)/python -m benchmarks.receipt
 	$(BIN)/python -m benchmarks.flood
+	$(BIN)/python -m benchmarks.harm
 	$(BIN)/python -m benchmarks.newcomers --runs 5
 	$(BIN)/python -m benchmarks.newcomers --runs 5 --plain --busy
 	$(BIN)/python -m benchmarks.workers
@@ -76,11 +78,12 @@ clean: ## Removes everything that was built
 	rm -rf $(VENV) .venv-compat target synapse_sticky/_core*.so
 
 # The environment: the module itself (its Python files used where they are, its Rust core built),
-# Synapse, and what linting and testing need.
+# Synapse, and what linting and testing need. The core can be told to panic here, and in no wheel.
 $(VENV)/.built: pyproject.toml $(RUST_SOURCES)
 	@command -v $(PYTHON) >/dev/null || { echo "Python 3.10 or later is needed: $(PYTHON) is not there"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or later is needed, $(PYTHON) is older: make PYTHON=..."; exit 1; }
 	@command -v cargo >/dev/null || { echo "A Rust toolchain is needed: cargo is not there"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	MATURIN_PEP517_ARGS="--features extension-module,panics" \
+		$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@

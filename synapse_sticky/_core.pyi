@@ -5,14 +5,19 @@ The core has no clock and no I/O. Time is always an argument, in integer millise
 epoch, and its name ends in ``_ms``. Every function raises ``TypeError`` for an argument of the
 wrong type (a ``bool`` is not an ``int``) and ``ValueError`` for one with an unusable value. The
 error names the argument, and the call has changed nothing. An ``int`` has at most 64 bits.
+
+A panic, which is a bug, raises ``PanickedError``. The object whose call it was may have changed in
+any way, and from then on each of its calls raises it. Its ``on_panic``, if it has one, is called
+once with the message, within the call that panicked: it must not use the object.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Final, final
 
 __all__ = [
     "MAX_STICKY_DURATION_MS",
     "Limiter",
+    "PanickedError",
     "ReleaseQueue",
     "StickyIndex",
     "sticky_until_ms",
@@ -20,6 +25,9 @@ __all__ = [
 
 MAX_STICKY_DURATION_MS: Final[int]
 """The longest time that an event can be sticky, one hour (MSC4354; S1)."""
+
+class PanickedError(RuntimeError):
+    """The Rust core has panicked."""
 
 def sticky_until_ms(field: object, origin_server_ts: object, received_ts_ms: int) -> int | None:
     """When an event stops being sticky, in ms since the epoch; ``None`` if it is not sticky
@@ -46,7 +54,9 @@ class StickyIndex:
     order.
     """
 
-    def __new__(cls, server_name: str) -> StickyIndex:
+    def __new__(
+        cls, server_name: str, *, on_panic: Callable[[str], object] | None = None
+    ) -> StickyIndex:
         """Creates an empty index.
 
         Args:
@@ -170,7 +180,13 @@ class Limiter:
     that is set back neither fills a bucket nor stops its refill.
     """
 
-    def __new__(cls, limits: Mapping[str, tuple[float, int]], capacity: int) -> Limiter:
+    def __new__(
+        cls,
+        limits: Mapping[str, tuple[float, int]],
+        capacity: int,
+        *,
+        on_panic: Callable[[str], object] | None = None,
+    ) -> Limiter:
         """Creates a limiter whose buckets are all full.
 
         Args:
@@ -209,10 +225,11 @@ class ReleaseQueue:
     """The deferred events, in the order of their release (L4, D7).
 
     Rooms take turns. The servers of a room take turns. Of a server's events in a room, the one that
-    expires first is released first. A server that has reached its own limit is skipped.
+    expires first is released first. A server that has reached its own limit is skipped. If a call
+    that is given a limiter panics, neither of the two is of use any more.
     """
 
-    def __new__(cls) -> ReleaseQueue: ...
+    def __new__(cls, *, on_panic: Callable[[str], object] | None = None) -> ReleaseQueue: ...
     def admit(
         self, limiter: Limiter, room_id: str, server: str, sender: str, now_ms: int
     ) -> str | None:

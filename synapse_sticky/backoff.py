@@ -1,6 +1,7 @@
-"""The one way to try again: one timer, one log line a step, bounded, whatever wakes it meanwhile.
+"""The one way to wait and to try again (H2): one timer, one log line a step, bounded.
 
 ``Backoff`` says how long a delay is. ``Retrying`` runs a job, and runs it again after a failure.
+``Alarm`` runs a job at a time. Apart from ``homeserver``, nothing else sets a timer for a job.
 """
 
 import logging
@@ -11,6 +12,9 @@ from typing import Any, Protocol
 import attr
 
 logger = logging.getLogger(__name__)
+
+_FORGIVEN_AFTER_MS = 600_000
+"""A setback that long ago does not count any more."""
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
@@ -30,15 +34,54 @@ class Backoff:
         return int(delay_ms * random.uniform(1 - self.spread, 1 + self.spread))
 
 
-class Clock(Protocol):
-    """What ``Retrying`` needs of the homeserver."""
+class Timer(Protocol):
+    """A call that is due later."""
 
+    def cancel(self) -> None: ...
+    def active(self) -> bool: ...
+
+
+class Clock(Protocol):
+    """What waiting needs of the homeserver."""
+
+    def now_ms(self) -> int: ...
     def in_background(
         self, what: str, function: Callable[..., Awaitable[None]], *args: Any
     ) -> None: ...
     def call_later(
         self, delay_ms: int, what: str, function: Callable[..., Awaitable[None]], *args: Any
-    ) -> object: ...
+    ) -> Timer: ...
+
+
+class Alarm:
+    """Calls a coroutine function at the earliest of the times that it was told since the last call.
+
+    Args:
+        what: names the background process.
+        function: is called without arguments.
+    """
+
+    def __init__(self, clock: Clock, what: str, function: Callable[[], Awaitable[None]]) -> None:
+        self._clock = clock
+        self._what = what
+        self._function = function
+        self._timer: Timer | None = None
+        self._due_ms = 0
+
+    def ring_at(self, due_ms: int) -> None:
+        """Calls at this time, in ms since the epoch, if not earlier."""
+        if self._timer is not None and self._timer.active():
+            # Never postponed: a flood faster than the pause would postpone it for ever.
+            if self._due_ms <= due_ms:
+                return
+            self._timer.cancel()
+        self._due_ms = due_ms
+        delay_ms = due_ms - self._clock.now_ms()
+        self._timer = self._clock.call_later(delay_ms, self._what, self._function)
+
+    def ring_in(self, delay_ms: int) -> None:
+        """Calls after this delay, if not earlier."""
+        self.ring_at(self._clock.now_ms() + delay_ms)
 
 
 class Retrying:
@@ -74,6 +117,8 @@ class Retrying:
         self._is_said_once = is_said_once
         self._woken = False
         self._failures = 0
+        self._setbacks = 0
+        self._set_back_ms = 0
         self.is_running = False
         self._is_waiting = False
 
@@ -96,6 +141,31 @@ class Retrying:
             self.is_running = True
             await self._run()
 
+    def set_back(self, problem: str) -> None:
+        """What earlier runs did is of no use any more: the job is run again after a delay.
+
+        The delay grows with each time within ten minutes, as if runs had failed. While the job
+        runs or waits, this is only a wake-up.
+
+        Args:
+            problem: the start of the log line, in the place of the one of a failure.
+        """
+        self._woken = True
+        if self.is_running or self._is_waiting:
+            return
+        now_ms = self._clock.now_ms()
+        is_again = 0 <= now_ms - self._set_back_ms < _FORGIVEN_AFTER_MS
+        self._setbacks = self._setbacks + 1 if is_again else 1
+        self._set_back_ms = now_ms
+        self._failures = self._setbacks
+        delay_ms = self._backoff.after(self._failures)
+        logger.error("%s, trying again in %d ms", problem, delay_ms)
+        self._wait(delay_ms)
+
+    def _wait(self, delay_ms: int) -> None:
+        self._is_waiting = True
+        self._clock.call_later(delay_ms, f"{self._what}_retry", self._end_of_delay)
+
     async def _run(self) -> None:
         try:
             while self._woken:
@@ -110,8 +180,7 @@ class Retrying:
                 logger.log(level, "%s, trying again in %d ms: %s", self._problem, delay_ms, e)
             else:
                 logger.exception("%s, trying again in %d ms", self._problem, delay_ms)
-            self._is_waiting = True
-            self._clock.call_later(delay_ms, f"{self._what}_retry", self._end_of_delay)
+            self._wait(delay_ms)
         finally:
             self.is_running = False
 

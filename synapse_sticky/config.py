@@ -170,6 +170,9 @@ class FederationConfig:
     per_room: all remote servers in one room.
     max_deferred_per_server: how many events of one server may wait; past it, transactions of it
         with sticky events are refused until there is room.
+    max_staged_per_server_in_room: how many acknowledged sticky events of one server may be
+        unprocessed in one room, at least as many as fit into a transaction (50); past it,
+        transactions of it with sticky events for that room are refused until there is room.
     exempt_servers: servers that nothing of this applies to, as globs.
     """
 
@@ -179,6 +182,7 @@ class FederationConfig:
     per_sender: LimitConfig | None = section(LimitConfig(2.0, 60), nullable=True)
     per_room: LimitConfig | None = section(LimitConfig(50.0, 2_000), nullable=True)
     max_deferred_per_server: int = option(5_000, integer(1, 1_000_000))
+    max_staged_per_server_in_room: int = option(1_000, integer(50, 1_000_000))
     exempt_servers: tuple[str, ...] = option((), server_globs)
 
     def applied(self) -> "FederationConfig":

@@ -174,20 +174,35 @@ DUTIES: Mapping[str, Duty] = {
         ),
         _whole(
             "joins",
-            (*_INDEX, *_SERVERS, "handlers.joins.synapse", "handlers.joins.detection.synapse"),
+            (
+                *(*_INDEX, *_SERVERS, "handlers.joins.synapse", "handlers.joins.detection.synapse"),
+                "handlers.joins.confirmation.synapse",
+            ),
             "servers that newly join a room do not get its sticky events",
             lambda place: place.sends,
             needs=("index",),
         ),
-        _whole(
+        Duty(
             "pruning",
-            ("handlers.staging.pruning.synapse",),
-            "acknowledged sticky events may be pruned in a flood",
+            (
+                Part(
+                    ("handlers.staging.pruning.synapse",),
+                    "acknowledged sticky events may be pruned in a flood",
+                ),
+                Part(
+                    ("handlers.staging.turns.synapse",),
+                    "a flood that is staged delays what other servers send later",
+                    "turns",
+                ),
+            ),
             _everywhere,
         ),
         _whole(
             "parking",
-            (_MEMBERS, "handlers.staging.parking.synapse", "homeserver.staged"),
+            (
+                *(_MEMBERS, "handlers.staging.parking.synapse", "handlers.staging.batches.synapse"),
+                "homeserver.staged",
+            ),
             "acknowledged sticky events are dropped if they cannot be persisted at once",
             _everywhere,
         ),
@@ -256,6 +271,8 @@ def _every_seam() -> Iterator[Seam]:
         yield from layer
     for duty in DUTIES.values():
         yield from duty.seams()
+        for part in duty.parts:
+            yield from part.seams()
 
 
 def number_of_seams() -> int:

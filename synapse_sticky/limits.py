@@ -22,11 +22,15 @@ _REPORT_EVERY_MS = 10_000
 _MAX_SUBJECTS = 1_000
 
 
-def federation_limiter(config: FederationConfig) -> Limiter:
+OnPanic = Callable[[str], object]
+
+
+def federation_limiter(config: FederationConfig, on_panic: OnPanic | None = None) -> Limiter:
     """A new limiter for the events of other servers; without limits in mode ``off``."""
     if config.mode is Mode.OFF:
-        return _limiter()
+        return _limiter(on_panic)
     return _limiter(
+        on_panic,
         per_server=config.per_server,
         per_server_in_room=config.per_server_in_room,
         per_sender=config.per_sender,
@@ -34,12 +38,12 @@ def federation_limiter(config: FederationConfig) -> Limiter:
     )
 
 
-def local_limiter(config: LocalConfig) -> Limiter:
+def local_limiter(config: LocalConfig, on_panic: OnPanic | None = None) -> Limiter:
     """A new limiter for the events of local users."""
-    return _limiter(per_user=config.per_user)
+    return _limiter(on_panic, per_user=config.per_user)
 
 
-def _limiter(**limits: LimitConfig | None) -> Limiter:
+def _limiter(on_panic: OnPanic | None, **limits: LimitConfig | None) -> Limiter:
     return Limiter(
         {
             name: (limit.per_second, limit.burst_count)
@@ -47,6 +51,7 @@ def _limiter(**limits: LimitConfig | None) -> Limiter:
             if limit is not None
         },
         _CAPACITY,
+        on_panic=on_panic,
     )
 
 

@@ -25,16 +25,39 @@ EXPIRED = Counter(
 DEFERRED_NOW = Gauge(
     "synapse_sticky_deferred_waiting", "Sticky events that this process defers at the moment"
 )
+PANICS = Counter(
+    "synapse_sticky_panics",
+    "Panics of the Rust core, each a bug; what has panicked is made anew",
+    ["duty"],
+)
 DUTY = Gauge(
     "synapse_sticky_duty",
-    "1 for the state of each duty in this process: on, off, unfit (this Synapse does not fit) or"
-    " native (Synapse does it itself)",
+    "1 for the state of each duty in this process: on, off, unfit (this Synapse does not fit, or"
+    " what has panicked is being made anew) or native (Synapse does it itself)",
     ["duty", "state"],
 )
+
+_states: dict[str, str] = {}
+_broken: set[str] = set()
 
 
 def set_duty(duty: str, state: str) -> None:
     """Says what state the duty is in; it was in none or another before."""
+    _states[duty] = state
+    _show(duty)
+
+
+def set_broken(duty: str, is_broken: bool) -> None:
+    """Says whether the duty is unfit for now, whatever state it is in otherwise."""
+    if is_broken:
+        _broken.add(duty)
+    else:
+        _broken.discard(duty)
+    _show(duty)
+
+
+def _show(duty: str) -> None:
+    state = "unfit" if duty in _broken else _states.get(duty)
     for other in ("on", "off", "unfit", "native"):
         DUTY.labels(duty, other).set(other == state)
 

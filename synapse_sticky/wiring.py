@@ -1,14 +1,13 @@
 """Which duty runs in which process, and what becomes of one that this Synapse does not fit."""
 
 import logging
-from collections.abc import Awaitable, Callable
-from functools import partial
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from synapse.module_api import ModuleApi
 from synapse.module_api.errors import ConfigError
 
 from synapse_sticky import metrics
-from synapse_sticky.backoff import Backoff, Retrying
 from synapse_sticky.config import LISTED_TWICE, LocalMode, Mode, StickyConfig, Strict
 from synapse_sticky.duties import DUTIES, Duty, State, shared_misfits
 from synapse_sticky.handlers.deferral.handler import DeferralHandler
@@ -22,17 +21,19 @@ from synapse_sticky.handlers.receipt.handler import ReceiptHandler
 from synapse_sticky.handlers.sending.handler import SendingHandler
 from synapse_sticky.handlers.sliding.handler import SlidingHandler
 from synapse_sticky.handlers.sliding.tables import PageTable
+from synapse_sticky.handlers.staging.held import Held
 from synapse_sticky.handlers.staging.parking.handler import ParkingHandler
 from synapse_sticky.handlers.staging.parking.tables import ParkedTable
 from synapse_sticky.handlers.staging.pruning.handler import PruningHandler
+from synapse_sticky.handlers.staging.turns.handler import TurnsHandler
 from synapse_sticky.handlers.visibility.handler import VisibilityHandler
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.homeserver.access import Access
 from synapse_sticky.homeserver.database import read_columns
-from synapse_sticky.homeserver.layout import NewerLayoutError
 from synapse_sticky.homeserver.seams import SeamMismatchError
 from synapse_sticky.index import IndexFollower
 from synapse_sticky.limits import LimitReport
+from synapse_sticky.loading import Loading
 from synapse_sticky.plan import (
     ACCESS,
     TABLES,
@@ -45,14 +46,13 @@ from synapse_sticky.plan import (
     that_stop,
 )
 
+if TYPE_CHECKING:
+    from synapse_sticky.handlers.staging.pruning.synapse import SynapsePruning
+
 logger = logging.getLogger(__name__)
 
-_LOAD_BACKOFF = Backoff(5_000, 30_000, spread=0)
-_PATIENCE_MS = 60_000
 _LOADED = "_synapse_sticky_is_loaded"
 _LOADING = "loading"
-
-Load = Callable[[], Awaitable[None]]
 
 # Files named ``synapse.py`` are imported where they are used: one that the running Synapse does not
 # fit is nobody else's business.
@@ -68,12 +68,10 @@ class Wiring:
     def __init__(self, config: StickyConfig, api: ModuleApi) -> None:
         self._config = config
         self.states: dict[str, State] = {}
-        # Duties with tables of their own are loaded once these are there. Until then Synapse does
-        # as it does without the module.
-        self._loads: dict[str, Load] = {}
         # What the running Synapse lacks, by who needs it.
         self._misfits: dict[str, list[str]] = {}
         self._made_follower: IndexFollower | None = None
+        self._pruning: SynapsePruning | None = None
         if problems := shared_misfits():
             self._all_unfit(problems)
             return
@@ -83,8 +81,8 @@ class Wiring:
             raise ConfigError(LISTED_TWICE)
         self._homeserver.enter(self._homeserver.store, _LOADED, True)
         self._deferred = DeferredTable(self._homeserver)
-        self._ended: set[str] = set()
-        self._deferral_ended = self._homeserver.new_signal()
+        self._held = Held()
+        self._loading = Loading(self._homeserver, self._set)
         self._columns, self._misfits[TABLES] = read_columns(self._homeserver.hs.config)
         try:
             for duty in DUTIES.values():
@@ -95,8 +93,7 @@ class Wiring:
             self._homeserver.close()
             raise
         self._tell()
-        if self._loads:
-            self._homeserver.in_background("load", self._load_all)
+        self._loading.begin()
 
     def _all_unfit(self, problems: list[str]) -> None:
         if self._config.strict is not Strict.NO:
@@ -119,7 +116,7 @@ class Wiring:
                 name = f"{duty.name} ({part.name})" if part.name else duty.name
                 _say_unfit(name, problems, part.without)
         # One with tables is on once these are there.
-        self._set(duty.name, State.OFF if duty.name in self._loads else state)
+        self._set(duty.name, State.OFF if duty.name in self._loading.duties else state)
 
     def _install(self, duty: str, part: str) -> list[str]:
         """Installs a part of it; or leaves no trace of that, and says why."""
@@ -130,7 +127,7 @@ class Wiring:
             install()
         except Exception as e:
             self._homeserver.undo_to(mark)
-            self._loads.pop(duty, None)
+            self._loading.duties.pop(duty, None)
             if duty == "index":
                 # What others use is another one, which has the database answer.
                 self._made_follower = None
@@ -165,7 +162,7 @@ class Wiring:
         # Access is no duty that anybody chooses: it is named where it is missing.
         shown = (*DUTIES, *([] if self.states.get(ACCESS) is State.ON else [ACCESS]))
         told = {name: state.value for name, state in self.states.items() if name in shown}
-        told.update(dict.fromkeys(self._loads, _LOADING))
+        told.update(dict.fromkeys(self._loading.duties, _LOADING))
         parts = []
         for state in (State.ON.value, _LOADING, *(s.value for s in State if s is not State.ON)):
             if names := [name for name in shown if told.get(name) == state]:
@@ -202,7 +199,7 @@ class Wiring:
         homeserver = self._homeserver
         sliding = SlidingHandler(homeserver, SynapseSliding(homeserver), PageTable(homeserver))
         sliding.install()
-        self._loads["sliding"] = sliding.load
+        self._loading.duties["sliding"] = sliding.load
 
     def _install_visibility(self) -> None:
         from synapse_sticky.handlers.visibility.synapse import SynapseVisibility
@@ -215,6 +212,7 @@ class Wiring:
         ).install()
 
     def _install_joins(self) -> None:
+        from synapse_sticky.handlers.joins.confirmation.synapse import SynapseAsking
         from synapse_sticky.handlers.joins.detection.synapse import SynapseStateChanges
         from synapse_sticky.handlers.joins.synapse import SynapseFederation
         from synapse_sticky.homeserver.rooms import Rooms
@@ -227,27 +225,41 @@ class Wiring:
             rooms,
             self._follower,
             federation,
+            SynapseAsking(homeserver),
             SynapseStateChanges(homeserver),
             NewcomerTable(homeserver),
             self._config.joins,
         )
         joins.install()
-        self._loads["joins"] = joins.load
+        self._loading.duties["joins"] = joins.load
 
     def _install_pruning(self) -> None:
         from synapse_sticky.handlers.staging.pruning.synapse import SynapsePruning
 
-        PruningHandler(self._homeserver, SynapsePruning(self._homeserver)).install()
+        pruning = SynapsePruning(self._homeserver)
+        PruningHandler(self._homeserver, pruning).install()
+        self._pruning = pruning
+
+    def _install_pruning_turns(self) -> None:
+        from synapse_sticky.handlers.staging.turns.synapse import SynapseTurns
+
+        homeserver, held = self._homeserver, self._held
+        turns = TurnsHandler(homeserver, SynapseTurns(homeserver, held), held)
+        turns.install()
+        if self._pruning is not None:
+            self._pruning.prune_only_if(turns.may_prune)
 
     def _install_parking(self) -> None:
+        from synapse_sticky.handlers.staging.batches.synapse import Batches
         from synapse_sticky.handlers.staging.parking.synapse import SynapseStaging
         from synapse_sticky.homeserver.rooms import Rooms
 
-        homeserver = self._homeserver
-        staging, table = SynapseStaging(homeserver), ParkedTable(homeserver)
-        parking = ParkingHandler(homeserver, Rooms(homeserver), staging, table)
+        homeserver, held = self._homeserver, self._held
+        staging, table = SynapseStaging(homeserver, held), ParkedTable(homeserver)
+        parking = ParkingHandler(homeserver, Rooms(homeserver), staging, table, held)
         parking.install()
-        self._loads["parking"] = parking.load
+        Batches(homeserver, staging.verdict_of).install()
+        self._loading.duties["parking"] = parking.load
 
     def _install_receipt(self) -> None:
         from synapse_sticky.handlers.receipt.synapse import SynapseReceipt
@@ -267,7 +279,7 @@ class Wiring:
         )
         # Without limits, too: events may be deferred from when there were some.
         deferral.install()
-        self._loads["deferral"] = deferral.load
+        self._loading.duties["deferral"] = deferral.load
         if config.mode is Mode.OBSERVE:
             report = LimitReport(homeserver.now_ms, observes=True)
             Observer(homeserver, writer, stream, config, report).install()
@@ -295,46 +307,6 @@ class Wiring:
         extremities = SynapseExtremities(self._homeserver)
         config = self._config.extremities
         ExtremitiesHandler(self._homeserver, extremities, self._follower, config).install()
-
-    # Loading
-
-    async def _load_all(self) -> None:
-        """Loads each duty by itself; one that cannot be loaded is tried again until it can.
-
-        Parking waits a while for deferral: the PDUs that it has processed at once are under the
-        limits then.
-        """
-        for duty in self._loads:
-            if duty != "parking":
-                self._begin_to_load(duty)
-        if "parking" in self._loads:
-            if "deferral" in self._loads.keys() - self._ended:
-                await self._deferral_ended.wait(_PATIENCE_MS)
-                if "deferral" not in self._ended:
-                    logger.warning("parking does not wait for deferral any longer")
-            self._begin_to_load("parking")
-
-    def _begin_to_load(self, duty: str) -> None:
-        Retrying(
-            self._homeserver,
-            f"load_{duty}",
-            f"Could not load {duty}, which is off until then",
-            partial(self._load, duty, self._loads[duty]),
-            _LOAD_BACKOFF,
-            is_said_once=True,
-        ).wake()
-
-    async def _load(self, duty: str, load: Load) -> None:
-        try:
-            await load()
-            self._set(duty, State.ON)
-            logger.info("%s is on", duty)
-        except NewerLayoutError as e:
-            # Trying again does not help.
-            logger.error("%s is off: %s", duty, e)
-        self._ended.add(duty)
-        if duty == "deferral":
-            self._deferral_ended.fire()
 
 
 def _say_unfit(name: str, problems: list[str], without: str) -> None:

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-/// Why a call failed. A function that returns one of these has changed nothing.
+/// Why a call failed. A function that returns one of these but `Panicked` has changed nothing.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Error {
     /// An argument has the wrong type (`TypeError` in Python).
@@ -21,6 +21,13 @@ pub enum Error {
     },
     /// The index has as many rows as it can number, 2^32 - 1 (`MemoryError` in Python).
     Full,
+    /// This crate has panicked, which is a bug (`PanickedError` in Python). What was called may have changed anything.
+    Panicked {
+        /// The class, function or argument, such as `StickyIndex`.
+        what: String,
+        /// The panic's own message.
+        message: String,
+    },
 }
 
 impl Error {
@@ -44,6 +51,7 @@ impl fmt::Display for Error {
                 write!(f, "{argument} must be {expected}")
             }
             Self::Full => write!(f, "the index is full"),
+            Self::Panicked { what, message } => write!(f, "{what} panicked in Rust: {message}"),
         }
     }
 }

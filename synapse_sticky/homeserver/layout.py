@@ -19,12 +19,14 @@ Migrations = Sequence[Sequence[str]]
 """The SQL statements of each version of a layout.
 
 Entries are only ever added, each statement can be run on what is there already (``IF NOT
-EXISTS``), and a process of the version before works on with the tables of the next until it is
-restarted.
+EXISTS``, which SQLite gets from here for a column), and a process of the version before works on
+with the tables of the next until it is restarted.
 """
 
 _TABLE = r"CREATE TABLE IF NOT EXISTS (\w+)\s*\(\s*(\w+)"
 """A table that a migration makes, and its first column."""
+
+_ADDED_COLUMN = re.compile(r"ALTER TABLE (\w+) ADD COLUMN IF NOT EXISTS (\w+)")
 
 LAYOUTS_TABLE = "synapse_sticky_layouts"
 
@@ -77,7 +79,7 @@ async def migrate(homeserver: Homeserver, tables: HasLayout) -> None:
         for number, statements in enumerate(migrations[version:], start=version + 1):
             logger.info("Migrating the tables of %s to layout %d", duty, number)
             for statement in statements:
-                txn.execute(statement)
+                _run_txn(txn, statement, homeserver)
         if version < len(migrations):
             txn.execute(
                 "INSERT INTO synapse_sticky_layouts (duty, version) VALUES (?, ?)"
@@ -91,3 +93,14 @@ async def migrate(homeserver: Homeserver, tables: HasLayout) -> None:
             txn.execute(f"DELETE FROM {table} WHERE 1 = 0")
 
     await homeserver.transact_alone(f"migrate_{duty}", migrate_txn)
+
+
+def _run_txn(txn: Cursor, statement: str, homeserver: Homeserver) -> None:
+    added = _ADDED_COLUMN.match(statement)
+    if added and not homeserver.is_postgres:
+        # SQLite does not know IF NOT EXISTS here.
+        txn.execute("SELECT 1 FROM pragma_table_info(?) WHERE name = ?", (added[1], added[2]))
+        if txn.fetchone() is not None:
+            return
+        statement = re.sub(_ADDED_COLUMN, r"ALTER TABLE \1 ADD COLUMN \2", statement)
+    txn.execute(statement)

@@ -3,7 +3,8 @@
 import functools
 import logging
 import weakref
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from packaging.version import InvalidVersion, Version
@@ -46,6 +47,8 @@ MIGRATION_LOCK = 0x5354_4943_4B59
 # lets others have their turn meanwhile.
 _TURN_TIMEOUT_MS = 10_000
 _LOCK_TIMEOUT_MS = 2_000
+_BRIEF_TIMEOUT_MS = 400
+"""Two seconds in all tries."""
 
 
 class Cursor(Protocol):
@@ -121,6 +124,13 @@ class Homeserver:
             delay_ms, function, *args, desc=f"synapse_sticky_{what}"
         )
 
+    def in_reactor(self, function: Callable[..., object], *args: Any) -> None:
+        """Calls the function in the reactor's thread soon; from whatever thread."""
+        # Whoever imports it earlier decides on which one it is.
+        from twisted.internet import reactor
+
+        reactor.callFromThread(function, *args)
+
     def new_signal(self) -> Signal:
         """A signal that nobody waits for yet."""
         return Signal(self.hs.get_clock())
@@ -150,6 +160,32 @@ class Homeserver:
             return function(txn)
 
         return await self.transact(what, run_txn)
+
+    async def transact_briefly(self, what: str, function: Callable[[Cursor], T]) -> T:
+        """The same as ``transact``, for whoever has others wait for it, as with a room's lock.
+
+        Fails (55P03) rather than wait long for what another transaction has locked.
+        """
+
+        def run_txn(txn: Cursor) -> T:
+            with self.brief_waits_txn(txn):
+                return function(txn)
+
+        return await self.transact(what, run_txn)
+
+    @contextmanager
+    def brief_waits_txn(self, txn: Cursor) -> Iterator[None]:
+        """Meanwhile a statement fails (55P03) that would wait long for what another transaction has
+        locked. Whoever goes on after an error has to roll back to a savepoint from before this."""
+        # SQLite has no locks of tables, and waits five seconds for its one writer.
+        if not self.is_postgres:
+            yield
+            return
+        txn.execute("SHOW lock_timeout")
+        before = txn.fetchone()
+        txn.execute(f"SET LOCAL lock_timeout = {_BRIEF_TIMEOUT_MS}")
+        yield
+        txn.execute("SELECT set_config('lock_timeout', ?, TRUE)", before)
 
     def in_list(self, column: str, values: Collection[object]) -> tuple[str, list[Any]]:
         """The SQL for "the column is one of these", and its arguments."""

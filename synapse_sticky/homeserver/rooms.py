@@ -45,6 +45,13 @@ class Rooms:
         """Is this server in the room, by what the database says at this moment?"""
         return await self._has_member_now(room_id, self._homeserver.server_name)
 
+    async def may_send(self, room_id: str) -> bool:
+        """Is this server in the room, and not denied by its ACL? If not, no other server takes its
+        events."""
+        return await self.is_in_room(room_id) and await self.acl_allows(
+            room_id, self._homeserver.server_name
+        )
+
     async def is_user_joined(self, room_id: str, user_id: str) -> bool:
         """Is this local user joined to the room?"""
         return room_id in await self._store.get_rooms_for_user(user_id)

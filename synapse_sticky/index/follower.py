@@ -8,14 +8,16 @@ the database.
 import itertools
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Protocol
 
 import attr
 
 from synapse_sticky._core import StickyIndex
-from synapse_sticky.backoff import Backoff, Retrying
+from synapse_sticky.backoff import Alarm, Backoff
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.homeserver.position import Position
+from synapse_sticky.renewal import OnPanic, Renewed
 
 logger = logging.getLogger(__name__)
 
@@ -77,33 +79,48 @@ class IndexFollower:
     """The index of this process, and what keeps it true.
 
     A failing database only makes the index lag: the follower tries again, and ``in_step`` says so
-    meanwhile.
+    meanwhile. An index that panics is made anew from the table.
     """
 
     def __init__(self, homeserver: Homeserver, stream: Stream) -> None:
         self._hs = homeserver
         self.stream = stream
-        self.index = StickyIndex(homeserver.server_name)
+        self._index = Renewed(
+            homeserver,
+            "index",
+            partial(_new_index, homeserver.server_name),
+            self._follow,
+            problem="Could not read the sticky events stream",
+            backoff=_BACKOFF,
+            on_whole=self._tell_of_rooms,
+        )
+        self._following = self._index.filling
+        self._expiry = Alarm(homeserver, "expire", self._expire)
+        # The rooms of what was inserted while the index was being made anew.
+        self._untold: set[str] = set()
         self._listeners: list[RoomsListener] = []
         self._changed: set[str] = set()
         self._purged: set[str] = set()
         self._rechecking: set[str] = set()
         self._progress = homeserver.new_signal()
         self._is_started = False
-        self._following = Retrying(
-            homeserver,
-            "follow_stream",
-            "Could not read the sticky events stream",
-            self._follow,
-            _BACKOFF,
-        )
+
+    @property
+    def index(self) -> StickyIndex:
+        """The present index. Hold it for one call only."""
+        return self._index.it
+
+    @property
+    def is_whole(self) -> bool:
+        """Is the index no emptier than what was read of the stream? Not while it is made anew."""
+        return self._index.is_whole
 
     def start(self) -> None:
         """Begins to fill the index and to follow the stream. Until then the database answers."""
         self.stream.on_advance(self._poke)
         self.stream.on_event_changed(self._event_changed)
         self.stream.on_room_purged(self._room_purged)
-        self._hs.call_later(_EXPIRE_EVERY_MS, "expire", self._expire)
+        self._expiry.ring_in(_EXPIRE_EVERY_MS)
         self._is_started = True
         self._poke()
 
@@ -141,8 +158,8 @@ class IndexFollower:
             await self._progress.wait(_CATCH_UP_MS)
 
     def _is_true_up_to(self, positions: Mapping[str, int]) -> bool:
-        is_clean = not self._changed and not self._rechecking
-        return is_clean and self.index.in_step(positions)
+        is_clean = self._is_started and not self._changed and not self._rechecking
+        return is_clean and self.is_whole and self.index.in_step(positions)
 
     async def rows_of(self, event_ids: Collection[str]) -> dict[str, StickyRow]:
         """The deliverable rows of these events by event ID, from the database if need be."""
@@ -195,42 +212,53 @@ class IndexFollower:
 
     async def _take_in(self) -> None:
         positions = self.stream.positions()
-        if self.index.in_step(positions):
+        # One and the same all the time: another one that takes its place has none of the rows.
+        index = self.index
+        if index.in_step(positions):
             return
         # From the slowest writer's position: rows of the others that are read again are known.
-        known = self.index.positions()
+        known = index.positions()
         after = min((known.get(writer, 0) for writer in positions), default=0)
         up_to = max(positions.values(), default=0)
         loading = not known
         while True:
             rows = await self.stream.rows(after=after, up_to=up_to, limit=_PAGE)
-            self._insert(rows)
+            self._insert(index, rows)
             if len(rows) < _PAGE:
                 break
             after = rows[-1].stream_id
             if loading:
-                logger.info("Loading the sticky events index: %d so far", len(self.index))
+                logger.info("Loading the sticky events index: %d so far", len(index))
         for writer, position in positions.items():
-            self.index.advance(writer, position)
+            index.advance(writer, position)
         if loading:
-            logger.info("The sticky events index is filled: %d unexpired events", len(self.index))
+            logger.info("The sticky events index is filled: %d unexpired events", len(index))
 
-    def _insert(self, rows: Collection[StickyRow]) -> None:
+    def _insert(self, index: StickyIndex, rows: Collection[StickyRow]) -> None:
         for row in rows:
             if not row.deliverable:
-                self.index.remove(row.event_id)
+                index.remove(row.event_id)
         deliverable = [r for r in rows if r.deliverable]
         if not deliverable:
             return
-        self.index.insert(
+        index.insert(
             [
                 (r.stream_id, r.instance_name, r.room_id, r.event_id, r.sender, r.expires_at_ms)
                 for r in deliverable
             ]
         )
-        rooms = {r.room_id for r in deliverable}
+        self._untold |= {r.room_id for r in deliverable}
+        if self.is_whole:
+            self._tell_of_rooms()
+
+    def _tell_of_rooms(self) -> None:
+        rooms, self._untold = self._untold, set()
         for listener in self._listeners:
-            listener(rooms)
+            try:
+                listener(rooms)
+            except Exception:
+                # Neither the index nor another listener waits for it.
+                logger.exception("Could not tell of new sticky events in %d rooms", len(rooms))
 
     async def _recheck(self) -> None:
         while self._changed:
@@ -248,6 +276,12 @@ class IndexFollower:
             self._rechecking = set()
 
     async def _expire(self) -> None:
-        more = self.index.expire(self._hs.now_ms(), _PAGE) == _PAGE
-        # In small steps, so that a mass expiry does not hold the reactor up.
-        self._hs.call_later(10 if more else _EXPIRE_EVERY_MS, "expire", self._expire)
+        # Whatever happens now.
+        self._expiry.ring_in(_EXPIRE_EVERY_MS)
+        if self.index.expire(self._hs.now_ms(), _PAGE) == _PAGE:
+            # In small steps, so that a mass expiry does not hold the reactor up.
+            self._expiry.ring_in(10)
+
+
+def _new_index(server_name: str, on_panic: OnPanic) -> StickyIndex:
+    return StickyIndex(server_name, on_panic=on_panic)

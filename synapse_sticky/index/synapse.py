@@ -137,7 +137,14 @@ class SynapseStickyStream:
         ]
 
     def on_advance(self, callback: Callable[[], None]) -> None:
-        self._homeserver.hs.get_notifier().add_replication_callback(callback)
+        def advanced() -> None:
+            # Synapse calls this where it persists events, too, and others after it.
+            try:
+                callback()
+            except Exception:
+                logger.exception("Could not note that a stream has advanced")
+
+        self._homeserver.hs.get_notifier().add_replication_callback(advanced)
 
     def on_event_changed(self, callback: Callable[[str], None]) -> None:
         # Synapse drops an event from its cache in every process whenever a redaction, a purge or

@@ -1,12 +1,13 @@
 """What the users of the homeserver are given (D1 to D9)."""
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from tests.conformance.target import Target
-from tests.lab import Client
+from tests.lab import Client, Peer, wait_until
 from tests.lab.client import (
     HOUR_MS,
     SLIDING_EXTENSION,
@@ -21,6 +22,7 @@ from tests.lab.scene import Scene
 from tests.lab.views import event_ids_in, send_thread, view
 
 _FEW = {"room": {"timeline": {"limit": 2}}}
+_MANY = {"room": {"timeline": {"limit": 1_000}}}
 _SYNCS = 3
 """In so many syncs 250 events fit."""
 
@@ -167,9 +169,8 @@ def test_ignored_users(target: Target) -> None:
 @pytest.mark.requirement("D7")
 def test_flood_does_not_delay_others(scene: Scene[Target]) -> None:
     since, sliding = scene.alice.sync()["next_batch"], scene.alice.sliding_sync()
-    for _ in range(6):
-        # No more at once, so that plain Synapse drops none of it.
-        scene.wait_until_there(scene.flood(50)[-1])
+    # Side by side, so that plain Synapse drops none of it.
+    scene.wait_until_there(*scene.flood(300, chained=False))
     bob = scene.server.user()
     bob.join(scene.room_id)
     of_bob = bob.send_sticky(scene.room_id)
@@ -179,6 +180,37 @@ def test_flood_does_not_delay_others(scene: Scene[Target]) -> None:
     assert any(of_bob in page for page in found)
     found = sliding_pages(scene.alice, scene.room_id, sliding, _SYNCS)
     assert any(of_bob in page for page in found)
+
+
+@pytest.mark.requirement("D7")
+def test_flood_that_is_staged_does_not_delay_others(scene: Scene[Target], other_peer: Peer) -> None:
+    """Another server sends an event while the server is still busy with the flood's first one."""
+    dora = other_peer.user("dora")
+    room = other_peer.join(scene.server, scene.room_id, dora)
+    wait_until(lambda: dora in scene.alice.members(scene.room_id), "dora to be joined")
+    since = scene.alice.sync()["next_batch"]
+    all_are_sent = threading.Event()
+
+    def hold_up(method: str, path: str) -> None:
+        if "/get_missing_events/" in path:
+            all_are_sent.wait(50)
+
+    scene.peer.override = hold_up
+    before = scene.room.extremities
+    withheld_id, _ = scene.peer.sticky(scene.room, scene.eve)
+    scene.room.extremities = [withheld_id]
+    flood = [withheld_id, scene.sticky()]
+    scene.room.extremities = before
+    flood += scene.flood(100, chained=False)
+    of_dora, pdu = other_peer.sticky(room, dora)
+    assert other_peer.to(scene.server).send("dora", [pdu]).json()["pdus"] == {of_dora: {}}
+    all_are_sent.set()
+    scene.wait_until_there(of_dora)
+    timeline = scene.alice.sync(since, filter_=_MANY)["rooms"]["join"][scene.room_id]["timeline"]
+    order = [event["event_id"] for event in timeline["events"]]
+    # The two that were first, and a turn; or two.
+    assert len(set(flood) & set(order[: order.index(of_dora)])) <= 4
+    scene.wait_until_there(*flood)
 
 
 @pytest.mark.requirement("D8")

@@ -98,6 +98,8 @@ class _Homeserver:
     async def transact(self, what: str, function: Any, *args: Any) -> Any:
         return function(None, *args)
 
+    transact_briefly = transact
+
     async def transact_alone(self, what: str, function: Any) -> None: ...
 
 

@@ -132,6 +132,11 @@ def entered(server: Homeserver, room_id: str) -> list[str]:
     return [event_id for (event_id,) in server.query(sql, room_id)]
 
 
+def sticky_at(server: Homeserver, room_id: str) -> set[str]:
+    """The IDs of the room's events that the server has taken for sticky, delivered or deferred."""
+    return {*entered(server, room_id), *deferred(server)}
+
+
 def has_event(server: Homeserver, event_id: str) -> bool:
     """Has the server persisted the event, in whatever way?"""
     return bool(server.query("SELECT 1 FROM events WHERE event_id = ?", event_id))

@@ -333,6 +333,7 @@ def test_old_events_after_a_gap_and_none_twice(server: Homeserver) -> None:
     assert sticky_events(bob.sync(answer["next_batch"]), room_id) == []
 
 
+@pytest.mark.slow
 @pytest.mark.requirement("D1", "D4")
 def test_250_events_in_three_syncs(servers: Servers) -> None:
     (server,) = servers({"config": NO_LIMITS})

@@ -273,7 +273,7 @@ ROWS = (
         sliding_sync_has_what_was_before_the_join,
         needs=("index",),
     ),
-    Row("pruning", ("L3",), staged_ones_are_pruned, newcomers_are_pushed_to),
+    Row("pruning", ("L3", "D7"), staged_ones_are_pruned, newcomers_are_pushed_to),
     Row(
         "parking",
         ("L3", "F3"),
@@ -311,16 +311,18 @@ ROWS = (
 )
 
 
+SLOW = {"sliding", "visibility", "parking", "extremities"}
+"""Those whose other tests in make test show most of it."""
+
+
 def each_row(requirement: str) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize(
-        "row",
-        [
-            pytest.param(
-                row, id=row.duty, marks=pytest.mark.requirement(requirement, *row.requirements)
-            )
-            for row in ROWS
-        ],
-    )
+    def param(row: Row) -> Any:
+        marks = [pytest.mark.requirement(requirement, *row.requirements)]
+        if row.duty in SLOW:
+            marks.append(pytest.mark.slow)
+        return pytest.param(row, id=row.duty, marks=marks)
+
+    return pytest.mark.parametrize("row", [param(row) for row in ROWS])
 
 
 @each_row("H6")

@@ -34,8 +34,15 @@ some waits; of one user no more than 12."""
 
 MOMENTS = ["before", "inside", "after"]
 _BEFORE, _AFTER = (pytest.param(moment, marks=pytest.mark.slow) for moment in ("before", "after"))
-WHILE_IT_RUNS = ["persist", "release", "backlog"]
-WHILE_IT_RUNS_SLOW = ["record_joins", "settle", "store_page", "read_page", "drop_deferred"]
+WHILE_IT_RUNS = ["persist", "release"]
+WHILE_IT_RUNS_SLOW = [
+    "backlog",
+    "record_joins",
+    "settle",
+    "store_page",
+    "read_page",
+    "drop_deferred",
+]
 AT_THE_START = ["migrate_deferral"]
 AT_THE_START_SLOW = ["newcomers", "migrate_joins", "deferred", "state_position"]
 KILLED = [("persist", "inside")]

@@ -161,6 +161,7 @@ def test_resident_ends_between_join_and_push(servers: Servers, end: str) -> None
     assert set(carol.collect_sticky(room_id, old)) == old
 
 
+@pytest.mark.slow
 @pytest.mark.requirement("E4", "P3")
 def test_join_while_the_resident_is_down(servers: Servers) -> None:
     a, b, c = servers(3)
@@ -347,7 +348,7 @@ def test_sender_leaves_before_the_newcomer_has_everything(servers: Servers) -> N
     bob.leave(room_id)
     wait_until_gone(alice, room_id, bob)
     c.forwarder.online()
-    wait_until(lambda: b.log_has(f"{b.name} is not in {room_id} now"), "the push to be held")
+    wait_until(lambda: b.log_has(f"{b.name} may not send in {room_id} now"), "the push to be held")
     assert room_id in backlogged_rooms(b)
     bob.join(room_id, a.name)
     assert set(carol.collect_sticky(room_id, old)) == old
@@ -389,6 +390,28 @@ def test_server_that_the_acl_denies_gets_nothing(servers: Servers) -> None:
     refused = f"{c.name} may not get events of {room_id} now"
     wait_until(lambda: a.log_has(refused), "the push to be given up")
     assert not any(is_sticky_at(c, e) for e in old)
+
+
+@pytest.mark.slow
+@pytest.mark.requirement("P3", "H7")
+def test_once_the_acl_allows_this_server_again_all_is_pushed(servers: Servers) -> None:
+    a, c, d = servers({}, {"host": "127.0.0.1"}, {"host": "127.0.0.1"})
+    alice, carol, dora = a.user(), c.user(), d.user()
+    room_id = room_of(alice, carol, via=a)
+    old = send_old_events(room_id, [alice], 2)
+    wait_until_all_pushed(a, room_id)
+    path = f"rooms/{quote(room_id)}/state/m.room.power_levels"
+    levels = alice.request("GET", path)
+    levels["users"][carol.user_id] = 100
+    alice.send_state(room_id, "m.room.power_levels", levels)
+    wait_until(lambda: carol.request("GET", path) == levels, "the new levels to arrive")
+    # No server can deny itself.
+    carol.send_state(room_id, "m.room.server_acl", {"allow": ["127.0.0.1*"]})
+    dora.join(room_id, c.name)
+    denied = f"{a.name} may not send in {room_id} now"
+    wait_until(lambda: a.log_has(denied), "the push to wait")
+    carol.send_state(room_id, "m.room.server_acl", {"allow": ["*"]})
+    assert set(dora.collect_sticky(room_id, old)) == old
 
 
 @pytest.mark.slow
@@ -513,6 +536,7 @@ def has_partial_state(server: Homeserver, room_id: str) -> bool:
     return bool(server.query("SELECT 1 FROM partial_state_rooms WHERE room_id = ?", room_id))
 
 
+@pytest.mark.slow
 @pytest.mark.requirement("P7")
 def test_asking_in_vain_does_not_back_the_newcomer_off(servers: Servers) -> None:
     long = {"federation": {"destination_min_retry_interval": "10m"}}

@@ -1,16 +1,19 @@
 """The lab itself, on plain Synapse."""
 
+import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import requests
+from synapse.config.homeserver import HomeServerConfig
 
 from tests.conftest import Servers
 from tests.integration.rooms import in_thread, room_of
 from tests.lab import Homeserver, Lab, wait_until
 from tests.lab.client import sticky_events
 from tests.lab.homeserver import StartError
+from tests.lab.overrides import OVERRIDES
 
 pytestmark = pytest.mark.one_process
 
@@ -163,3 +166,32 @@ def test_waiting_in_vain_says_for_what() -> None:
 def event_ids_of_timeline(sync: Any, room_id: str) -> list[str]:
     room = sync.get("rooms", {}).get("join", {}).get(room_id, {})
     return [event["event_id"] for event in room.get("timeline", {}).get("events", [])]
+
+
+OPENED = {
+    *("rc_message", "rc_delayed_event_mgmt", "rc_registration", "rc_room_creation"),
+    *("rc_login_address", "rc_login_account", "rc_login_failed_attempts", "rc_admin_redaction"),
+    *("rc_joins_local", "rc_joins_remote", "rc_joins_per_room"),
+    *("rc_invites_per_room", "rc_invites_per_user", "rc_invites_per_issuer"),
+}
+"""Limits on what users do, those of other servers among them. None is on servers themselves."""
+
+
+def limits_by(options: dict[str, Any]) -> dict[str, Any]:
+    """All of Synapse's rate limits, by what it calls them, as such a homeserver.yaml has them."""
+    config = HomeServerConfig()
+    config.parse_config_dict(options, "", "")
+    limits = vars(config.ratelimiting)
+    return {name: limit for name, limit in limits.items() if name != "root"}
+
+
+@pytest.mark.requirement("H4")
+def test_the_lab_is_as_synapse_is_but_for_five_reasons(two: list[Homeserver]) -> None:
+    """What other servers meet at a homeserver that nobody has tuned is what the tests meet."""
+    assert len(OVERRIDES) <= 5
+    options = json.loads((two[0].folder / "homeserver.yaml").read_text())
+    assert "caches" not in options
+    needed = {"server_name", "signing_key_path", "macaroon_secret_key", "report_stats"}
+    plain = limits_by({name: options[name] for name in needed})
+    opened = {name for name, limit in limits_by(options).items() if limit != plain[name]}
+    assert opened == OPENED

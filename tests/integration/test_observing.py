@@ -132,6 +132,7 @@ def wait_until_counted(server: Homeserver, expected: dict[str, float]) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.requirement("H6", "L2")
 def test_past_the_most_that_may_wait_refusals_are_counted(servers: Servers) -> None:
     config = limits("observe", per_server=limit(HOURLY, 2), max_deferred_per_server=3)

@@ -1,5 +1,6 @@
 """Transactions past a limit are refused whole (L1, L2, L6), asked by real servers and as one."""
 
+import threading
 import time
 from functools import partial
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 from tests.conftest import Servers
 from tests.integration.rooms import (
     entered,
+    has_event,
     in_thread,
     introduce,
     limits,
@@ -17,8 +19,9 @@ from tests.integration.rooms import (
     send_old_events,
     wait_until_sticky,
 )
-from tests.lab import Homeserver, wait_until
+from tests.lab import Homeserver, Peer, wait_until
 from tests.lab.client import STICKY_FIELD, WITHOUT_TIMELINE
+from tests.lab.scene import enter
 
 PLAIN = {"module": False}
 
@@ -160,6 +163,41 @@ def test_failed_transaction_is_charged_once(servers: Servers) -> None:
     # Other PDUs under its ID are not free for that.
     assert requester.send("fails", [{**pdu, "type": "m.b"}], [edu]).status_code == 500
     assert requester.send("fails", [{**pdu, "type": "m.c"}], [edu]).status_code == 429
+
+
+@pytest.mark.slow
+@pytest.mark.requirement("L2", "L3", "L6", "H3")
+def test_what_is_staged_of_a_server_in_a_room_is_bounded(servers: Servers, peer: Peer) -> None:
+    """Other rooms and other servers are not concerned, and what is refused comes again."""
+    config = {"federation": {"max_staged_per_server_in_room": 50}}
+    (server,) = servers({"config": config})
+    scene, elsewhere = enter(server, peer), enter(server, peer)
+    go_on = threading.Event()
+
+    def hold_up(method: str, path: str) -> None:
+        if "/get_missing_events/" in path:
+            go_on.wait(50)
+
+    peer.override = hold_up
+    withheld_id, _ = peer.sticky(scene.room, scene.eve)
+    peer.advance(scene.room, withheld_id)
+    taken = [withheld_id, *scene.flood(50)]
+    more_id, more = peer.sticky(scene.room, scene.eve)
+    answer = peer.to(server).send("past", [more])
+    assert answer.status_code == 429
+    assert 0 < answer.json()["retry_after_ms"] <= 60_000
+    assert server.log_has(
+        f"max_staged_per_server_in_room: refused 1 sticky events of {peer.name} in {scene.room_id}"
+    )
+    # What is not sticky passes, and so does another room.
+    plain_id, plain = peer.make(scene.room, scene.eve)
+    assert scene.send(plain) == {plain_id: {}}
+    taken.append(elsewhere.sticky())
+    go_on.set()
+    wait_until(
+        lambda: peer.to(server).send("past", [more]).status_code == 200, "there to be room again"
+    )
+    wait_until(lambda: all(has_event(server, e) for e in (*taken, more_id)), "all to be there")
 
 
 @pytest.mark.slow

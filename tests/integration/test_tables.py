@@ -8,12 +8,15 @@ import re
 from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import attr
 import pytest
 
 from synapse_sticky.cli.check import look
+from synapse_sticky.handlers.deferral.synapse import SynapseWriter
+from synapse_sticky.homeserver import Homeserver as Process
 from tests.conftest import Servers
 from tests.integration.rooms import (
     backlogged_rooms,
@@ -221,6 +224,23 @@ class Database:
         self.change(*(f"ALTER TABLE {name} OWNER TO {self.role}" for name in ALL_TABLES))
 
 
+@attr.s(auto_attribs=True)
+class Questioned:
+    """A cursor to which ``?`` stands for an argument, as to Synapse's."""
+
+    cursor: Any
+
+    def execute(self, sql: str, args: Any = ()) -> None:
+        self.cursor.execute(sql.replace("?", "%s"), args)
+
+    def fetchone(self) -> Any:
+        return self.cursor.fetchone()
+
+    def lock_timeout(self) -> str:
+        self.execute("SHOW lock_timeout")
+        return str(self.fetchone()[0])
+
+
 @pytest.fixture(scope="module")
 def database(lab: Lab) -> Iterator[Database]:
     """That of a homeserver whose role is not the database's owner."""
@@ -350,6 +370,58 @@ def test_a_table_that_is_locked_keeps_no_other_duty_off(database: Database) -> N
         wait_until(lambda: log.delays_of("sliding"), "it to be said", 60)
     wait_until_on(server, "sliding")
     assert [duty for duty in TABLES if log.delays_of(duty)] == ["sliding"]
+
+
+@pytest.mark.requirement("H1", "L3")
+@pytest.mark.parametrize("mode", ["SHARE", "ACCESS EXCLUSIVE"])
+def test_tables_that_are_locked_while_it_runs_hold_up_no_room(
+    database: Database, peer: Peer, mode: str
+) -> None:
+    """As while the operator makes an index, or has the table written anew."""
+    server = database.server
+    wait_until_on(server, *TABLES)
+    scene = enter(server, peer)
+    peer.override = lambda method, path: (502, {}) if "/get_missing_events/" in path else None
+    tables = "synapse_sticky_incomplete, synapse_sticky_deferred"
+    with cursor_in(database.as_admin) as cursor:
+        cursor.execute(f"LOCK TABLE {tables} IN {mode} MODE")
+        withheld = send_on_top_of_what_nobody_has(scene)
+        late = scene.flood(2 * BURST)
+        wait_until(
+            lambda: all(set(late) <= set(section) for section in scene.sections()),
+            "what is past the limit to be delivered",
+            look=scene.sections,
+        )
+        assert not any(has_event(server, event_id) for event_id in withheld)
+    wait_until(lambda: bool(withheld & parked(server)), "an event to be parked")
+    peer.override = lambda method, path: None
+    scene.wait_until_there(*withheld)
+
+
+@pytest.mark.requirement("H1", "L3")
+def test_the_wait_for_a_locked_table_is_short_in_the_modules_own_statements_only(
+    database: Database,
+) -> None:
+    """Synapse's statements in the same transaction wait for as long as the operator says."""
+    homeserver: Any = SimpleNamespace(is_postgres=True)
+    homeserver.brief_waits_txn = partial(Process.brief_waits_txn, homeserver)
+    writer: Any = SimpleNamespace(_homeserver=homeserver)
+    with cursor_in(database.as_admin) as cursor:
+        txn: Any = Questioned(cursor)
+
+        def change(seen: list[str], error: Exception | None) -> None:
+            seen.append(txn.lock_timeout())
+            if error is not None:
+                raise error
+
+        for before in ("0", "7s"):
+            txn.execute(f"SET LOCAL lock_timeout = '{before}'")
+            for error in (None, ValueError("for the test")):
+                seen: list[str] = []
+                attempt = partial(change, seen, error)
+                assert SynapseWriter.attempt_txn(writer, txn, attempt) is error
+                assert seen == ["400ms"]
+                assert txn.lock_timeout() == before
 
 
 @pytest.mark.requirement("E4", "H1", "H2", "L3")

@@ -17,6 +17,12 @@ _SLIDING_SYNC = "/_matrix/client/unstable/org.matrix.simplified_msc3575/sync"
 HOUR_MS = 3_600_000
 
 _transactions = itertools.count()
+_syncs = itertools.count()
+
+
+def _other_blanks() -> str:
+    """White space, never the same."""
+    return f"{next(_syncs):b}".replace("0", " ").replace("1", "\t")
 
 
 class ApiError(AssertionError):
@@ -117,10 +123,21 @@ class Client:
         path = f"rooms/{quote(room_id)}/redact/{quote(event_id)}/{next(_transactions)}"
         self.request("PUT", path)
 
-    def sync(self, since: str | None = None, timeout_ms: int = 0, filter_: object = None) -> Any:
-        query: dict[str, Any] = {"timeout": timeout_ms}
-        if filter_ is not None:
-            query["filter"] = json.dumps(filter_)
+    def sync(
+        self,
+        since: str | None = None,
+        timeout_ms: int = 0,
+        filter_: object = None,
+        *,
+        may_be_repeated: bool = False,
+    ) -> Any:
+        """A sync that shows what is there now.
+
+        Synapse answers a request that comes again within two minutes from its cache, unless the
+        text of the filter is another. If the answer ``may_be_repeated``, the text is the same.
+        """
+        filter_text = json.dumps(filter_ or {}) + ("" if may_be_repeated else _other_blanks())
+        query: dict[str, Any] = {"timeout": timeout_ms, "filter": filter_text}
         if since is not None:
             query["since"] = since
         return self.request("GET", "sync", **query)

@@ -1,4 +1,6 @@
-"""The module in a process that crashes, or whose database fails, when it is told: for tests only.
+"""The module in a process that crashes or panics, or whose database fails, when it is told.
+
+For tests only.
 
 A fault is armed by a file in the server's folder, while the server runs or before it starts. So is
 a clock that is wrong.
@@ -21,7 +23,7 @@ from synapse.replication.tcp.streams._base import StickyEventsStream
 
 import synapse_sticky.handlers.deferral.synapse
 import synapse_sticky.wiring
-from synapse_sticky import StickyEventsModule
+from synapse_sticky import StickyEventsModule, _core
 from synapse_sticky.config import StickyConfig
 from synapse_sticky.handlers.deferral.handler import NewStickyEvent
 from synapse_sticky.handlers.deferral.synapse import SynapseWriter
@@ -85,6 +87,37 @@ def take(transaction: str, *moments: str) -> Fault | None:
         # There is none, or another process of the server took it.
         return None
     return fault
+
+
+def panic_in(name: str, calls: int) -> None:
+    """Has the next calls in this process panic: of the objects of a class of the Rust core, of a
+    function, or those that convert an argument of this name."""
+    getattr(_core, "_panic_in")(name, calls)  # noqa: B009  # only there for tests
+
+
+def arm_panics(server: Homeserver, name: str, calls: int) -> None:
+    """Does the same in a running server."""
+    _panics_path(server.folder).write_text(json.dumps([name, calls]))
+    for process in server.running():
+        process.send_signal(signal.SIGUSR1)
+
+
+def _panics_path(folder: Path) -> Path:
+    return folder / "panics.json"
+
+
+def _install_panics() -> None:
+    def read(*_: object) -> None:
+        name, calls = json.loads(_panics_path(Path()).read_text())
+        panic_in(name, calls)
+        _panics_path(Path()).unlink(missing_ok=True)
+
+    signal.signal(signal.SIGUSR1, read)
+
+
+def panics_are_armed(server: Homeserver) -> bool:
+    """Has a running server of one process taken what was armed?"""
+    return not _panics_path(server.folder).exists()
 
 
 def set_clock(server: Homeserver, offset_s: float) -> None:
@@ -230,4 +263,5 @@ class FaultyModule(StickyEventsModule):
         setattr(synapse_sticky.wiring, "Homeserver", FaultyHomeserver)  # noqa: B010
         setattr(synapse_sticky.handlers.deferral.synapse, "SynapseWriter", FaultyWriter)  # noqa: B010
         _install_clock()
+        _install_panics()
         super().__init__(config, api)

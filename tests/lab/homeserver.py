@@ -1,5 +1,6 @@
 """One real Synapse process with SQLite or a Postgres, in a temporary folder, on loopback."""
 
+import copy
 import hashlib
 import hmac
 import json
@@ -21,6 +22,7 @@ from signedjson.key import generate_signing_key, write_signing_keys
 from tests.lab.client import Client
 from tests.lab.federation import FederationRequester
 from tests.lab.forwarder import Forwarder
+from tests.lab.overrides import OVERRIDES
 from tests.lab.postgres import Settings, change_in, query_in
 from tests.lab.wait import wait_until
 
@@ -35,9 +37,6 @@ _CLOCKWORK = (
     "synapse.storage.databases.main.metrics",
     "synapse.util.caches.lrucache",
 )
-REPEATS = {"caches": {"sync_response_cache_duration": "2m"}}
-"""As by default, Synapse gives its answer to the same request once more. The lab has it off."""
-_OPEN = {"per_second": 10_000, "burst_count": 100_000}
 _START_ATTEMPTS = 5
 PROBE_PATH = "/_synapse/client/sticky_probe"
 
@@ -163,38 +162,9 @@ class Homeserver:
             "registration_shared_secret": _SECRET,
             "macaroon_secret_key": "macaroon",
             "form_secret": "form",
-            "report_stats": False,
-            "bcrypt_rounds": 4,
-            "presence": {"enabled": False},
-            "trusted_key_servers": [],
-            "federation_verify_certificates": False,
-            "ip_range_blacklist": [],
-            "federation_ip_range_blacklist": [],
-            "experimental_features": {"msc4354_enabled": True},
-            "max_event_delay_duration": "24h",
-            # A first sync shows what is there now, not what an earlier one saw.
-            "caches": {"sync_response_cache_duration": 0},
-            # Retries in test time.
-            "federation": {
-                "client_timeout": "20s",
-                "max_short_retry_delay": 500,
-                "max_long_retry_delay": "2s",
-                "max_long_retries": 3,
-                "destination_min_retry_interval": "1s",
-                "destination_max_retry_interval": "3s",
-                "destination_retry_multiplier": 2,
-            },
-            "rc_message": _OPEN,
-            "rc_delayed_event_mgmt": _OPEN,
-            "rc_registration": _OPEN,
-            "rc_login": {"address": _OPEN, "account": _OPEN, "failed_attempts": _OPEN},
-            "rc_joins": {"local": _OPEN, "remote": _OPEN},
-            "rc_joins_per_room": _OPEN,
-            "rc_room_creation": _OPEN,
-            "rc_admin_redaction": _OPEN,
-            "rc_invites": {"per_room": _OPEN, "per_user": _OPEN, "per_issuer": _OPEN},
-            "rc_federation": {"sleep_limit": 100_000, "reject_limit": 100_000, "concurrent": 100},
         }
+        for override in OVERRIDES.values():
+            config.update(copy.deepcopy(override))
         config["modules"] = list(self._other_modules)
         if self.module:
             with_config = {} if self._config is None else {"config": self._config}

@@ -64,6 +64,7 @@ class Peer:
 
     What it sent and got is in ``events`` by ID. ``override`` may answer a request in place of the
     peer: it is called with the method and the path, and gives None to leave it to the peer.
+    ``refuses`` says of which events of a transaction the peer answers with an error.
     """
 
     def __init__(self, certificate: tuple[Path, Path]) -> None:
@@ -75,6 +76,7 @@ class Peer:
         self.requests: list[str] = []
         self._versions: dict[str, RoomVersion] = {}
         self.override: Callable[[str, str], Answer | None] = lambda method, path: None
+        self.refuses: Callable[[str], bool] = lambda event_id: False
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, self.answer))
         self._server.daemon_threads = True
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -228,12 +230,15 @@ class Peer:
 
     def _take(self, pdus: list[Pdu]) -> dict[str, Any]:
         self.received += pdus
-        acknowledged = {}
+        results: dict[str, Any] = {}
         for pdu in pdus:
             event_id = make_event_from_dict(pdu, self._versions[pdu["room_id"]]).event_id
-            self.events[event_id] = pdu
-            acknowledged[event_id] = dict[str, Any]()
-        return acknowledged
+            if self.refuses(event_id):
+                results[event_id] = {"error": "The peer refuses it"}
+            else:
+                self.events[event_id] = pdu
+                results[event_id] = {}
+        return results
 
     def _transaction(self, event_ids: Iterable[str]) -> Any:
         return {
@@ -261,11 +266,13 @@ class Peer:
 
     def _is_state(self, event_id: str, room_id: str) -> bool:
         pdu = self.events[event_id]
-        return pdu.get("room_id") == room_id and "state_key" in pdu
+        # The event that makes a room of version 12 names no room: its ID is the room's.
+        in_room = pdu.get("room_id", f"!{event_id[1:]}") == room_id
+        return in_room and "state_key" in pdu
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """One connection: requests with JSON, answers with JSON."""
+    """One connection: requests with JSON, answers with JSON, or with the bytes given."""
 
     protocol_version = "HTTP/1.1"
     timeout = 300
@@ -278,9 +285,10 @@ class _Handler(BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length") or 0)
         body = json.loads(self.rfile.read(length)) if length else None
         status, answer = self._answer(self.command, self.path, body)
-        encoded = json.dumps(answer).encode()
+        is_html = isinstance(answer, bytes) and answer.startswith(b"<")
+        encoded = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", "text/html" if is_html else "application/json")
         self.send_header("Content-Length", str(len(encoded)))
         self.end_headers()
         self.wfile.write(encoded)

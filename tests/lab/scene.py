@@ -53,8 +53,9 @@ class Scene(Generic[ServerT]):
         assert self.send(pdu) == {event_id: {}}
         return event_id
 
-    def flood(self, count: int, *senders: str) -> list[str]:
-        """The peer sends so many sticky events, each on top of the last, the senders in turns.
+    def flood(self, count: int, *senders: str, chained: bool = True) -> list[str]:
+        """The peer sends so many sticky events, the senders in turns. Each is on top of the last,
+        or all are side by side.
 
         All are acknowledged. Gives their IDs.
         """
@@ -64,7 +65,8 @@ class Scene(Generic[ServerT]):
             for number in range(first, min(count, first + _PDUS_IN_TRANSACTION)):
                 sender = senders[number % len(senders)] if senders else self.eve
                 events.append(self.peer.sticky(self.room, sender))
-                self.peer.advance(self.room, events[-1][0])
+                if chained:
+                    self.peer.advance(self.room, events[-1][0])
             said = self.send(*(pdu for _, pdu in events))
             assert said == {event_id: {} for event_id, _ in events}
             sent += [event_id for event_id, _ in events]

@@ -79,6 +79,17 @@ def _like(original: Any) -> Any:
     return synchronous
 
 
+class InSynapseWithoutTurns(StickyEventsModule):
+    """What one part of a duty needs takes other arguments."""
+
+    def __init__(self, config: StickyConfig, api: ModuleApi) -> None:
+        (turns,) = (part for part in DUTIES["pruning"].parts if part.name == "turns")
+        for seam in turns.seams():
+            if isinstance(seam, Method) and seam.is_replaced:
+                take_others(seam)
+        super().__init__(config, api)
+
+
 class InSynapseWithItsOwn(StickyEventsModule):
     """A later Synapse may do some of this itself: known by an attribute, a table or an option."""
 

@@ -5,17 +5,32 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import attr
 import pytest
 
-from synapse_sticky.backoff import Backoff, Retrying
+from synapse_sticky.backoff import Alarm, Backoff, Retrying
+
+
+@attr.s(auto_attribs=True, eq=False)
+class Timer:
+    clock: "Clock"
+    delay_ms: int
+    function: Callable[..., Awaitable[None]]
+
+    def active(self) -> bool:
+        return self in self.clock.timers
+
+    def cancel(self) -> None:
+        self.clock.timers.remove(self)
 
 
 class Clock:
     """Runs what is due when it is told."""
 
     def __init__(self) -> None:
-        self.timers: list[tuple[int, Callable[..., Awaitable[None]]]] = []
+        self.timers: list[Timer] = []
         self.started = 0
+        self.clock_ms = 1_000_000
 
     def in_background(
         self, what: str, function: Callable[..., Awaitable[None]], *args: Any
@@ -23,17 +38,22 @@ class Clock:
         self.started += 1
         _run(function(*args))
 
+    def now_ms(self) -> int:
+        return self.clock_ms
+
     def call_later(
         self, delay_ms: int, what: str, function: Callable[..., Awaitable[None]], *args: Any
-    ) -> None:
-        self.timers.append((delay_ms, function))
+    ) -> Timer:
+        self.timers.append(timer := Timer(self, delay_ms, function))
+        return timer
 
     def fire(self) -> int:
         """Runs the only timer there is; gives its delay."""
-        ((delay_ms, function),) = self.timers
+        (timer,) = self.timers
         self.timers.clear()
-        _run(function())
-        return delay_ms
+        self.clock_ms += timer.delay_ms
+        _run(timer.function())
+        return timer.delay_ms
 
 
 def _run(awaitable: Awaitable[None]) -> None:
@@ -129,3 +149,37 @@ def test_a_delay_is_spread_but_bounded() -> None:
     delays = [backoff.after(3) for _ in range(1_000)]
     assert 3_200 <= min(delays) < max(delays) <= 4_800
     assert backoff.after(10**6) <= 72_000
+
+
+@pytest.mark.requirement("H2")
+def test_a_thousand_setbacks_are_one_attempt_a_step(caplog: pytest.LogCaptureFixture) -> None:
+    """What a job did is of no use again and again, although the job itself does not fail."""
+    clock, job = Clock(), Job()
+    task = retrying(clock, job)
+    delays = []
+    for step in range(8):
+        for _ in range(1_000):
+            task.set_back("It is broken")
+        assert job.runs == step
+        assert len(caplog.records) == step + 1
+        delays.append(clock.fire())
+    assert "It is broken, trying again in 1000 ms" in caplog.text
+    assert delays == [1_000, 2_000, 4_000, 8_000, 16_000, 32_000, 60_000, 60_000]
+    clock.clock_ms += 600_000
+    task.set_back("It is broken")
+    assert clock.fire() == 1_000, "ten minutes later all is forgiven"
+
+
+@pytest.mark.requirement("H2")
+def test_an_alarm_has_one_timer_that_nothing_puts_off() -> None:
+    clock, job = Clock(), Job()
+    alarm = Alarm(clock, "job", job)
+    for later_ms in range(1_000):
+        alarm.ring_in(5_000 + later_ms)
+    assert [timer.delay_ms for timer in clock.timers] == [5_000]
+    alarm.ring_in(20)
+    assert [timer.delay_ms for timer in clock.timers] == [20]
+    clock.fire()
+    assert job.runs == 1
+    alarm.ring_at(clock.now_ms() + 7)
+    assert clock.fire() == 7

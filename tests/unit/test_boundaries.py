@@ -23,14 +23,18 @@ SYNAPSE_ALLOWED = {
 
 # Every part of the package, and the parts that it may import. A new part needs its line here, but
 # for a duty, which may import what each duty may, and its own folder.
-OF_A_DUTY = {"_core", "backoff", "config", "homeserver", "index", "limits", "metrics"}
+OF_A_DUTY = {
+    *("_core", "apart", "backoff", "config", "homeserver", "index", "limits", "metrics"),
+    "renewal",
+}
 MAY_IMPORT = {
     "__init__": {"module"},
     "module": {"config", "metrics", "wiring"},
     "wiring": {
         *("backoff", "config", "duties", "handlers", "homeserver", "index", "limits", "metrics"),
-        "plan",
+        *("loading", "plan"),
     },
+    "loading": {"backoff", "duties", "homeserver"},
     "plan": {"config", "duties", "homeserver"},
     "cli": {"config", "duties", "handlers", "homeserver", "module", "plan", "versions"},
     "__main__": {"cli"},
@@ -38,7 +42,9 @@ MAY_IMPORT = {
     "handlers": OF_A_DUTY,
     "limits": {"_core", "config", "metrics"},
     "metrics": set[str](),
-    "index": {"_core", "backoff", "homeserver"},
+    "index": {"_core", "backoff", "homeserver", "renewal"},
+    "renewal": {"_core", "backoff", "homeserver", "metrics"},
+    "apart": {"backoff", "homeserver"},
     "homeserver": {"versions"},
     "backoff": set[str](),
     "config": {"options"},
@@ -50,6 +56,19 @@ LONGEST_FILE = 350
 
 # The only file that imports by a computed name: its duties' own files.
 IMPORTS_BY_NAME = "synapse_sticky/duties.py"
+
+# What waits, by any of its names.
+TIMERS = {
+    *("call_later", "callLater", "delayed_background_call", "looping_call", "LoopingCall"),
+    *("sleep", "sleep_ms", "Timer"),
+}
+# Where something waits in its own way, and why. All else uses backoff.py.
+WAIT_BY_THEMSELVES = {
+    "synapse_sticky/handlers/joins/confirmation/questions.py": "each destination has its own time",
+    "synapse_sticky/handlers/joins/confirmation/synapse.py": "lets others go on between many PDUs",
+    "synapse_sticky/handlers/joins/destinations.py": "the time is the earliest of many pushes",
+    "synapse_sticky/handlers/staging/parking/handler.py": "each parked PDU has its own time",
+}
 
 # File and function that may sleep.
 MAY_SLEEP = ("tests/lab/wait.py", "wait_until")
@@ -164,6 +183,20 @@ def sleeps(path: str, source: str) -> Iterator[str]:
             yield f"{path}:{node.lineno}: sleeps"
 
 
+def timers(path: str, source: str) -> Iterator[str]:
+    """What waits or sets a timer outside of the one way to try again (H2)."""
+    if part_of(path) in ("backoff", "homeserver"):
+        return
+    tree = ast.parse(source)
+    for line, module, names in imports(path, tree):
+        for name in names:
+            if name in TIMERS:
+                yield f"{path}:{line}: imports {module}.{name}"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr in TIMERS:
+            yield f"{path}:{node.lineno}: waits by {ast.unparse(node)}"
+
+
 def sources(folder: str) -> list[str]:
     paths = sorted(str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob("*.py"))
     assert paths, f"no sources in {folder}"
@@ -178,6 +211,13 @@ def test_dependencies_point_one_way(path: str) -> None:
 @pytest.mark.parametrize("path", sources(PACKAGE))
 def test_few_files_touch_private_parts(path: str) -> None:
     assert list(private_parts(path, (ROOT / path).read_text())) == []
+
+
+@pytest.mark.requirement("H2")
+@pytest.mark.parametrize("path", sources(PACKAGE))
+def test_nobody_waits_by_themselves(path: str) -> None:
+    found = list(timers(path, (ROOT / path).read_text()))
+    assert bool(found) == (path in WAIT_BY_THEMSELVES), found
 
 
 @pytest.mark.parametrize("path", sources(PACKAGE))
@@ -280,6 +320,27 @@ def test_a_touch_of_private_parts_is_found(source: str) -> None:
 def test_what_is_allowed_is_not_found(source: str) -> None:
     assert list(private_parts(HANDLER, source)) == []
     assert list(directions(HANDLER, source)) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "self._homeserver.call_later(5, 'again', self._again)",
+        "async def f():\n    await homeserver.sleep_ms(5)",
+        "reactor.callLater(5, f)",
+        "api.delayed_background_call(5, f)",
+        "clock.looping_call(f, 5)",
+        "import time\ntime.sleep(5)",
+        "from time import sleep",
+        "from threading import Timer",
+        "later = homeserver.call_later",
+    ],
+)
+def test_a_timer_is_found(source: str) -> None:
+    for path in (HANDLER, "synapse_sticky/handlers/joins/synapse.py", "synapse_sticky/wiring.py"):
+        assert len(list(timers(path, source))) == 1
+    for path in ("synapse_sticky/backoff.py", "synapse_sticky/homeserver/signal.py"):
+        assert list(timers(path, source)) == []
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from synapse_sticky.config import DUTIES
 from synapse_sticky.duties import State
 from synapse_sticky.homeserver import access, process
 from synapse_sticky.homeserver.fitting import resolve
-from synapse_sticky.homeserver.seams import Method
+from synapse_sticky.homeserver.seams import STORE, Method
 from tests.mutations import put, stand_in
 from tests.unit.configuration import Files
 from tests.unit.test_in_one_process import set_up
@@ -148,6 +148,24 @@ def test_a_duty_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = list(report.lines())
     assert "joins        unfit, as this Synapse lacks what it needs:" in lines
     assert any(line.endswith("_get_per_destination_queue is not there") for line in lines)
+
+
+@pytest.mark.requirement("D7")
+def test_a_part_of_a_duty_that_does_not_fit(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone(monkeypatch, Method(STORE, "get_next_staged_event_for_room"))
+    report = look([])
+    assert report.exit_code() == 1
+    assert {n for n, state in states(report).items() if state is not State.ON} == {"pruning"}
+    (problem,) = report.duties["pruning"].misfits
+    assert problem.startswith("turns: ")
+    assert problem.endswith("get_next_staged_event_for_room is not there")
+    # With `strict` it stops the start, and the reason is said.
+    (stop,) = look([files.with_module(strict=True)]).stops
+    assert "get_next_staged_event_for_room is not there" in stop
+    assert not look([files.with_module(strict="access")]).stops
+    # With its duty it is off, and nothing is missing.
+    report = look([files.with_module(strict=True, pruning={"enabled": False})])
+    assert (report.exit_code(), report.stops) == (0, [])
 
 
 @pytest.mark.requirement("D8")

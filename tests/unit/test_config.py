@@ -219,6 +219,11 @@ def test_exemptions() -> None:
             ("federation", "max_deferred_per_server"),
             "must be a whole number from 1 to 1000000, not 0",
         ),
+        (
+            {"federation": {"max_staged_per_server_in_room": 49}},
+            ("federation", "max_staged_per_server_in_room"),
+            "must be a whole number from 50 to 1000000, not 49",
+        ),
     ],
 )
 def test_errors_name_the_option(config: object, path: tuple[str, ...], message: str) -> None:

@@ -1,7 +1,7 @@
 """Dummy events are sent by who may; where nobody can, work is bounded by what changed (F2, H2)."""
 
-import asyncio
-from collections.abc import Awaitable, Callable, Collection
+import sqlite3
+from collections.abc import Callable, Collection
 from typing import Any
 
 import pytest
@@ -17,12 +17,16 @@ from synapse_sticky.handlers.extremities import senders
 from synapse_sticky.handlers.extremities.handler import ExtremitiesHandler
 from synapse_sticky.handlers.extremities.senders import Able
 from synapse_sticky.handlers.extremities.synapse import able_among
+from tests.unit.process import Timer
+from tests.unit.test_limits import done
 
 ROOM = "!room:here"
 GOOD = "!good:here"
 HOUR_MS = 3_600_000
 ROUND_MS = 5_000
 NOW_MS = 1_800_000_000_000
+AWAY = sqlite3.OperationalError("database is locked")
+BAD = sqlite3.OperationalError("for the test")
 
 
 class Here:
@@ -31,17 +35,19 @@ class Here:
     counts: the forward extremities of rooms, 100 if nothing is said.
     may: who has the power; a room that is not named has ``@alice:here``.
     refused: those whose events are refused, whatever their power; not in the room ``GOOD``.
+    bad: the rooms in which sending fails for a cause that passes.
     """
 
     threshold = 10
 
     def __init__(self) -> None:
         self.at_ms = NOW_MS
-        self.timers: list[tuple[int, Callable[..., Awaitable[None]]]] = []
+        self.timers: list[Timer] = []
         self.counts: dict[str, int] = {}
         self.may: dict[str, Able] = {}
         self.refused: set[str] = set()
         self.error: Exception | None = None
+        self.bad: set[str] = set()
         self.left_out: dict[str, int] = {}
         self.looks: list[str] = []
         self.sent: list[tuple[str, str]] = []
@@ -57,8 +63,13 @@ class Here:
     def now_ms(self) -> int:
         return self.at_ms
 
-    def call_later(self, delay_ms: int, what: str, function: Any) -> None:
-        self.timers.append((self.at_ms + delay_ms, function))
+    def call_later(self, delay_ms: int, what: str, function: Any) -> Timer:
+        there: Any = self
+        self.timers.append(timer := Timer(there, self.at_ms + delay_ms, what, function))
+        return timer
+
+    def in_background(self, what: str, function: Any) -> None:
+        done(function())
 
     def on_new_events(self, listener: Callable[[Collection[str]], None]) -> None:
         self.sticky = listener
@@ -81,6 +92,8 @@ class Here:
         self.attempts.append((room_id, user_id))
         if self.error is not None:
             raise self.error
+        if room_id in self.bad:
+            raise BAD
         if room_id != GOOD and user_id in self.refused:
             return "no"
         self.sent.append((room_id, user_id))
@@ -101,10 +114,9 @@ class Here:
     def round(self) -> None:
         """Five seconds go by."""
         self.at_ms += ROUND_MS
-        due = [function for at_ms, function in self.timers if at_ms <= self.at_ms]
-        self.timers = [timer for timer in self.timers if timer[0] > self.at_ms]
-        for function in due:
-            asyncio.run(function())  # type: ignore[arg-type]
+        for timer in [timer for timer in self.timers if timer.due_ms <= self.at_ms]:
+            timer.cancel()
+            done(timer.function())
 
     def rounds_with_sticky_events(self, until_ms: int, *rooms: str) -> None:
         while self.at_ms + ROUND_MS < until_ms:
@@ -273,6 +285,54 @@ def test_rooms_where_nobody_can_do_not_use_up_what_others_may_send(here: Here) -
     assert len(here.sent) == 5
 
 
+@pytest.mark.requirement("H1")
+def test_nor_do_rooms_that_fail(here: Here) -> None:
+    """Each is tried again by itself; all at once, after the fault, they send what a round sends."""
+    here.bad = {f"!{number}:here" for number in range(45)}
+    here.sticky(sorted(here.bad))
+    here.sticky([GOOD])
+    here.round()
+    assert here.sent == [(GOOD, "@alice:here")] * 5
+    assert len(here.attempts) == 50
+    bad, here.bad = here.bad, set()
+    while len({room for room, _ in here.sent}) == 1:
+        sent = len(here.sent)
+        here.round()
+        assert len(here.sent) - sent <= 10
+    start_ms, sent = here.at_ms, len(here.sent)
+    while any(here.counts[room] > here.threshold for room in bad):
+        here.round()
+        assert len(here.sent) - sent <= 5 * ((here.at_ms - start_ms) // ROUND_MS + 1)
+
+
+@pytest.mark.requirement("H1", "H3")
+def test_however_many_rooms_there_are_where_nobody_can_one_where_somebody_can_has_its_turn(
+    here: Here,
+) -> None:
+    """Whatever changes in those rooms, and though more of them come all the time."""
+    hopeless = [f"!{number}:here" for number in range(5_000)]
+    here.may = {room: Able([], 1) for room in hopeless}
+
+    def pass_round() -> int:
+        before = len(here.looks)
+        here.sticky(hopeless)
+        here.round()
+        for room in hopeless:
+            here.change(room)
+        return len(here.looks) - before
+
+    # Each has been looked at, and would be at any change.
+    assert max(pass_round() for _ in range(120)) == 50
+    assert len({*here.looks}) == 5_000
+    here.sticky([GOOD])
+    rounds = 0
+    while not here.sent:
+        assert pass_round() <= 55
+        rounds += 1
+    assert rounds <= 20
+    assert here.attempts == here.sent
+
+
 @pytest.mark.requirement("H3")
 def test_memory_is_bounded(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(senders, "_MAX_ROOMS", 100)
@@ -293,15 +353,17 @@ def test_the_bound_of_memory_is_above_what_an_hour_has() -> None:
 
 
 @pytest.mark.requirement("H7")
-def test_a_cause_that_passes_says_nothing_of_the_room(here: Here) -> None:
-    here.error = OSError("the database is away")
+@pytest.mark.parametrize("error", [AWAY, BAD, OSError("the persister cannot be reached")], ids=str)
+def test_a_cause_that_passes_says_nothing_of_the_room(here: Here, error: Exception) -> None:
+    here.error = error
     here.sticky([ROOM])
     here.round()
     assert len(here.attempts) == 1
     assert (here.left_out, here.handler._senders._verdicts) == ({}, {})
     here.error = None
-    here.sticky([ROOM])
-    here.round()
+    # After a delay, which no sticky event ends.
+    for _ in range(4):
+        here.round()
     assert here.sent
 
 
@@ -311,15 +373,18 @@ def test_nor_does_it_end_what_is_known_of_it(here: Here) -> None:
     here.refused = {"@alice:here"}
     here.sticky([ROOM])
     here.round()
-    here.error = OSError("the database is away")
+    here.error = AWAY
     here.may[ROOM] = Able(["@alice:here"], 2)
     here.change(ROOM)
     here.round()
     assert len(here.attempts) == 2
     here.error = None
     here.may[ROOM] = Able(["@alice:here"], 1)
+    looks = len(here.looks)
     here.sticky([ROOM])
-    here.round()
+    for _ in range(4):
+        here.round()
+    assert len(here.looks) == looks + 1
     assert len(here.attempts) == 2, "the same as what was refused, within the hour"
 
 

@@ -1,6 +1,8 @@
 """What the joins handler does at its start, with Synapse's side made up."""
 
 import functools
+import sqlite3
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,10 +12,10 @@ from twisted.internet import defer
 
 from synapse_sticky._core import StickyIndex
 from synapse_sticky.config import JoinsConfig
-from synapse_sticky.handlers.joins.detection.reader import ServerJoin
-from synapse_sticky.handlers.joins.federation import NotLoadedError
+from synapse_sticky.handlers.joins.detection.reader import RoomChanges
+from synapse_sticky.handlers.joins.federation import LeftToSynapseError
 from synapse_sticky.handlers.joins.handler import JoinsHandler
-from synapse_sticky.handlers.joins.push import GRACE_MS
+from synapse_sticky.handlers.joins.sent import GRACE_MS
 from synapse_sticky.handlers.joins.tables import Newcomer, NewcomerTable
 from tests.unit.test_limits import done
 
@@ -38,6 +40,7 @@ class Here:
     """The homeserver, table and follower of a process that sends federation traffic."""
 
     server_name = instance_name = "here"
+    is_whole = True
     duty, migrations = NewcomerTable.duty, NewcomerTable.migrations
 
     def __init__(self, watch_until_ms: int, own: list[int]) -> None:
@@ -57,6 +60,10 @@ class Here:
         self.before_newcomers: Callable[[], None] = lambda: None
         self.calls: list[str] = []
         self.stream_position = 1
+        self.is_allowed = True
+        self.backlogged: list[tuple[str, int]] = []
+        self.failing: dict[str, Exception] = {}
+        self.asked: Counter[str] = Counter()
 
     def now_ms(self) -> int:
         return self.clock_ms
@@ -68,8 +75,8 @@ class Here:
     def in_background(self, what: str, function: Any, *args: Any) -> None:
         done(function(*args))
 
-    async def server_joins(self, **page: int) -> tuple[int, list[ServerJoin]]:
-        self.calls.append("server_joins")
+    async def page(self, **page: int) -> tuple[int, list[RoomChanges]]:
+        self.calls.append("page")
         return page["up_to"], []
 
     async def record_joins(self, *page: Any) -> None: ...
@@ -97,6 +104,9 @@ class Here:
         return {"here": 10}
 
     async def last_rows(self, room_id: str) -> dict[str, int]:
+        self.asked[room_id] += 1
+        if room_id in self.failing:
+            raise self.failing[room_id]
         return {"here": self.in_database}
 
     def has_taken_in(self, last_rows: Mapping[str, int]) -> bool:
@@ -109,11 +119,14 @@ class Here:
         return True
 
     async def backlog(self, destination: str) -> list[tuple[str, int]]:
-        return []
+        return self.backlogged
 
     async def may_receive(self, room_id: str, destination: str) -> bool:
         self.meanwhile()
-        return True
+        return self.is_allowed
+
+    async def may_send(self, room_id: str) -> bool:
+        return self.is_allowed
 
     async def erased(self, user_ids: set[str]) -> set[str]:
         return set()
@@ -132,7 +145,7 @@ class Here:
 
 def install(here: Here) -> JoinsHandler:
     hs: Any = here
-    handler = JoinsHandler(hs, hs, hs, hs, hs, hs, JoinsConfig())
+    handler = JoinsHandler(hs, hs, hs, hs, hs, hs, hs, JoinsConfig())
     handler.install()
     return handler
 
@@ -150,7 +163,7 @@ def test_no_join_falls_between_the_position_and_the_newcomers() -> None:
     here.before_newcomers = here.callbacks["on_advance"]
     done(handler.load())
     # Another process may store a join and go on at any time: the position is from before that.
-    assert here.calls == ["state_position", "newcomers", "server_joins"]
+    assert here.calls == ["state_position", "newcomers", "page"]
 
 
 @pytest.mark.requirement("E4")
@@ -166,13 +179,13 @@ def test_a_load_that_failed_starts_nothing_and_can_be_repeated() -> None:
     with pytest.raises(OSError, match="lost"):
         done(handler.load())
     here.callbacks["on_advance"]()
-    assert "server_joins" not in here.calls
+    assert "page" not in here.calls
     assert here.timers == []
-    with pytest.raises(NotLoadedError):
+    with pytest.raises(LeftToSynapseError):
         done(here.callbacks["serve_backlog_from"]("there", 50))
     here.before_newcomers = lambda: None
     done(handler.load())
-    assert here.calls.count("server_joins") == 1
+    assert here.calls.count("page") == 1
     assert done(here.callbacks["serve_backlog_from"]("there", 50)).event_ids == ["$12"]
     assert done(here.callbacks["serve_backlog_from"]("there", 50)) is None
 
@@ -251,6 +264,136 @@ def test_what_synapse_skips_is_pushed_after_the_watch() -> None:
     here.callbacks["on_skipped"]("there")
     here.in_database = 12
     assert done(next_batch()).event_ids == ["$12"]
+
+
+@pytest.mark.requirement("P7", "H1")
+def test_while_the_index_is_made_anew_nothing_counts_as_gone() -> None:
+    here = Here(NOW_MS + HOUR_MS, [12, 13])
+    start(here)
+    next_batch = functools.partial(here.callbacks["serve_backlog_from"], "there", 50)
+    assert done(next_batch()).event_ids == ["$12"]
+    # Another one is in its place, and not filled yet.
+    filled, here.index, here.is_whole = here.index, StickyIndex("here"), False
+    here.callbacks["on_new_events"](["!room"])
+    with pytest.raises(LeftToSynapseError):
+        done(next_batch())
+    here.index, here.is_whole = filled, True
+    here.callbacks["on_new_events"](["!room"])
+    assert done(next_batch()) is None, "what is under way is not sent again"
+    done(here.callbacks["on_acknowledged"]("there", [("!room", "$12")]))
+    assert done(next_batch()).event_ids == ["$13"]
+
+
+@pytest.mark.requirement("P7", "H2")
+def test_what_is_refused_goes_out_once_more() -> None:
+    here = Here(NOW_MS + HOUR_MS, [10])
+    start(here)
+    next_batch = functools.partial(here.callbacks["serve_backlog_from"], "there", 50)
+    longest_ms = JoinsConfig().retry_max_ms
+    for _ in range(2):
+        assert done(next_batch()).event_ids == ["$10"]
+        here.callbacks["on_refused"]("there", {"!elsewhere", "!room"}, ["$10"])
+        assert done(next_batch()) is None
+        here.clock_ms += longest_ms
+    assert done(next_batch()) is None
+    assert here.settled, "nothing is left"
+
+
+@pytest.mark.requirement("P3", "H7")
+def test_while_this_server_may_not_send_the_push_waits() -> None:
+    here = Here(NOW_MS + HOUR_MS, [12])
+    start(here)
+    next_batch = functools.partial(here.callbacks["serve_backlog_from"], "there", 50)
+    here.is_allowed = False
+    assert done(next_batch()) is None
+    assert here.settled == []
+    assert here.timers[0].delay_ms <= 60_001, "it looks again"
+    here.is_allowed = True
+    assert done(next_batch()).event_ids == ["$12"]
+
+
+def with_others(rooms: int = 2) -> Here:
+    """Something is left to push of ``!room``, which cannot be read, and of others after it."""
+    here = Here(NOW_MS + HOUR_MS, [12])
+    here.failing["!room"] = ValueError("what is stored of it makes no sense")
+    start(here)
+    for number in range(rooms):
+        here.backlogged.append((f"!good{number}", 0))
+        event = (13 + number, "here", f"!good{number}", f"$good{number}", "@alice:here")
+        here.index.insert([(*event, NOW_MS + HOUR_MS)])
+        here.in_database = 13 + number
+    return here
+
+
+@pytest.mark.requirement("H1", "H2", "P7")
+def test_one_room_that_fails_does_not_spoil_its_destination(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    here = with_others()
+    next_batch = functools.partial(here.callbacks["serve_backlog_from"], "there", 50)
+    assert done(next_batch()).event_ids == ["$good0"]
+    assert done(next_batch()).event_ids == ["$good1"]
+    # Whoever asks, it is left alone meanwhile, and Synapse sends nothing of the others anew.
+    for _ in range(5):
+        assert done(next_batch()) is None
+    assert here.asked["!room"] == 1
+    (line,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert "!room" in line.message
+    here.clock_ms += 1_201
+    done(next_batch())
+    assert here.asked["!room"] == 2
+    here.clock_ms += 1_201
+    done(next_batch())
+    assert here.asked["!room"] == 2, "later each time"
+    here.failing.clear()
+    here.clock_ms += 1_201
+    assert "$12" in [e for _ in range(3) if (b := done(next_batch())) for e in b.event_ids]
+
+
+@pytest.mark.requirement("H1")
+def test_where_all_rooms_fail_the_selection_is_synapses() -> None:
+    here = with_others(0)
+    for _ in range(3):
+        with pytest.raises(LeftToSynapseError):
+            done(here.callbacks["serve_backlog_from"]("there", 50))
+    assert here.asked["!room"] == 1
+    assert here.timers[0].delay_ms >= 800, "not at once"
+
+
+@pytest.mark.requirement("H1")
+def test_a_room_that_finds_the_database_away_is_not_in_front_any_more() -> None:
+    here = with_others()
+    here.failing["!room"] = sqlite3.OperationalError("database is locked")
+    next_batch = functools.partial(here.callbacks["serve_backlog_from"], "there", 50)
+    with pytest.raises(sqlite3.OperationalError):
+        done(next_batch())
+    assert done(next_batch()).event_ids == ["$good0"]
+
+
+@pytest.mark.requirement("H1")
+def test_one_room_that_fails_does_not_keep_the_others_from_being_checked() -> None:
+    here = with_others()
+    next_batch = functools.partial(here.callbacks["serve_backlog_from"], "there", 50)
+    done(next_batch())
+    here.callbacks["on_skipped"]("there")  # all of them are dirty
+    here.clock_ms += 2_000
+    here.asked.clear()
+    done(here.timers[0].function("there"))
+    assert here.asked == {"!room": 1, "!good0": 1, "!good1": 1}
+    assert here.woken == ["there"]
+
+
+@pytest.mark.requirement("H1")
+def test_one_room_that_fails_does_not_keep_the_others_from_their_end() -> None:
+    here = with_others()
+    next_batch = functools.partial(here.callbacks["serve_backlog_from"], "there", 50)
+    done(next_batch())
+    # The back-off of the destination is longer than anything is sticky.
+    here.clock_ms += 3 * HOUR_MS
+    here.in_database = 10
+    here.callbacks["on_skipped"]("there")
+    done(here.timers[0].function("there"))
+    assert here.settled == [False, False]
 
 
 @pytest.mark.requirement("F3")

@@ -121,6 +121,7 @@ class Here:
         self.failed = 0
         self.spares = 0
         self.hooks = 0
+        self.on_commit: Callable[[], None] = lambda: None
         self.attempts = 0
 
     def now_ms(self) -> int:
@@ -157,6 +158,9 @@ class Here:
         self.due_ms = self.now + delay_ms
         return self
 
+    def in_background(self, what: str, function: Any, *args: Any) -> None:
+        done(function(*args))
+
     def active(self) -> bool:
         return bool(self.due)
 
@@ -173,6 +177,9 @@ class Here:
         return function(Transaction(self.database.cursor()), *args)
 
     transact_alone = transact
+
+    async def transact_briefly(self, what: str, function: Any) -> Any:
+        return await self.transact(what, function)
 
     def persist(
         self,
@@ -191,6 +198,7 @@ class Here:
         deferred = set(handler.defer_txn(txn, events))  # type: ignore[arg-type]  # as far as needed
         txn.execute("COMMIT" if commits else "ROLLBACK")
         if commits:
+            self.on_commit()
             for callback, args in txn.after:
                 callback(*args)
         return deferred

@@ -1,10 +1,12 @@
 """What the duties with limits put into Synapse: a homeserver that is real but for its reactor."""
 
+import sqlite3
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psycopg2
 import pytest
 from synapse.api.errors import SynapseError
 from synapse.api.room_versions import RoomVersions
@@ -13,7 +15,8 @@ from synapse.config.homeserver import HomeServerConfig
 from synapse.events import EventBase, make_event_from_dict
 from synapse.rest.client.room import RoomSendEventRestServlet, RoomStateEventRestServlet
 from synapse.types import UserID, create_requester
-from twisted.internet.defer import Deferred, ensureDeferred, execute
+from twisted.enterprise.adbapi import ConnectionLost
+from twisted.internet.defer import Deferred, ensureDeferred, execute, fail
 from twisted.internet.testing import MemoryReactorClock
 
 from synapse_sticky.config import FederationConfig, LimitConfig, Mode
@@ -28,6 +31,7 @@ from synapse_sticky.handlers.sending.synapse import SynapseSending
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.limits import LimitReport, Refusal
 from tests.unit.configuration import configuration
+from tests.unit.test_causes import of_postgres
 
 FIELD = "msc4354_sticky"
 PARAMETER = b"org.matrix.msc4354.sticky_duration_ms"
@@ -268,10 +272,10 @@ class Receiving:
         self.answers.append(answer)
         return await answer
 
-    def send(self, transaction_id: str, pdu: dict[str, Any]) -> list[Any]:
+    def send(self, transaction_id: str, pdu: dict[str, Any], origin: str = "there") -> list[Any]:
         transaction = {"pdus": [pdu], "edus": []}
         return begin(
-            self.server.on_incoming_transaction("there", transaction_id, "here", transaction)
+            self.server.on_incoming_transaction(origin, transaction_id, "here", transaction)
         )
 
 
@@ -294,20 +298,20 @@ def test_transactions_are_checked_before_synapse_has_them(
     assert refused.value.headers == {"Retry-After": "2"}
     assert receiving.taken == []
     first = receiving.send("first", pdu)
-    # Synapse answers another at once, but does not process it: that costs nothing.
+    # Synapse answers another, and the same one, but processes neither: that costs nothing.
     receiving.send("refused-as-second", pdu)
     receiving.send("first", pdu)
     receiving.send("plain", {})
-    assert checked == ["refused", "first", "first"]
+    assert checked == ["refused", "first"]
     assert receiving.taken == ["first", "refused-as-second", "first", "plain"]
     for answer in receiving.answers[1:]:
         answer.callback("429")
     receiving.send("still-second", pdu)
-    assert checked == ["refused", "first", "first"]
+    assert checked == ["refused", "first"]
     receiving.answers[0].errback(OSError("failed"))
     assert first
     receiving.send("later", pdu)
-    assert checked[3:] == ["later"]
+    assert checked[2:] == ["later"]
 
 
 @pytest.mark.requirement("L2")
@@ -535,6 +539,43 @@ def test_synapse_leaves_out_what_the_module_does(homeserver: Homeserver) -> None
     extremities.leave_in(ROOM)
     done(creation._send_dummy_events_to_fill_extremities())
     assert asked == [[ROOM], []]
+
+
+@pytest.mark.requirement("H2", "H7")
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionLost(),
+        sqlite3.OperationalError("database is locked"),
+        *(of_postgres(sqlstate) for sqlstate in ("57P01", "54000", None)),
+        psycopg2.InterfaceError("connection already closed"),
+    ],
+    ids=repr,
+)
+def test_an_error_of_the_database_refuses_no_dummy_event(
+    homeserver: Homeserver, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Also where Twisted raises its own in place of the driver's."""
+    store: Any = homeserver.store
+    monkeypatch.setattr(store.db_pool._db_pool, "runWithConnection", lambda *_, **__: fail(error))
+    with pytest.raises(type(error)) as raised:
+        done(SynapseExtremities(homeserver).send(ROOM, "@alice:here"))
+    assert raised.value is error
+
+
+@pytest.mark.requirement("H2", "H7")
+@pytest.mark.parametrize(
+    ("code", "is_refused"), [(502, False), (500, False), (409, False), (403, True)]
+)
+def test_synapse_says_whether_it_refuses_a_dummy_event(
+    homeserver: Homeserver, code: int, is_refused: bool
+) -> None:
+    async def create_event(*_: object, **__: object) -> None:
+        raise SynapseError(code, "No")
+
+    homeserver.enter(homeserver.hs.get_event_creation_handler(), "create_event", create_event)
+    (outcome,) = begin(SynapseExtremities(homeserver).send(ROOM, "@alice:here"))
+    assert outcome == "SynapseError: 403: No" if is_refused else outcome.value.code == code
 
 
 @pytest.mark.requirement("H2")

@@ -9,10 +9,17 @@ import pytest
 from synapse.api.room_versions import RoomVersions
 from synapse.events import make_event_from_dict, relation_from_event
 
+from synapse_sticky.handlers.staging.held import Held
 from synapse_sticky.handlers.staging.parking import synapse, tables
 from synapse_sticky.handlers.staging.parking.handler import ParkingHandler
-from synapse_sticky.handlers.staging.parking.tables import ParkedPdu, ParkedTable, ScheduledPdu
+from synapse_sticky.handlers.staging.parking.tables import (
+    Outcome,
+    ParkedPdu,
+    ParkedTable,
+    ScheduledPdu,
+)
 from synapse_sticky.handlers.staging.pdu import StagedPdu
+from synapse_sticky.homeserver.causes import Verdict
 from synapse_sticky.homeserver.layout import migrate
 
 T = TypeVar("T")
@@ -29,6 +36,8 @@ class _Staging:
         self.fails_for = ""
         self.there: set[str] = set()
         self.joining = False
+        self.unstaged: list[str] = []
+        self.processed: list[str] = []
 
     def is_joining(self, room_id: str) -> bool:
         return self.joining
@@ -38,7 +47,13 @@ class _Staging:
             raise ValueError(self.fails_for)
         return self.there
 
-    async def process(self, room_id: str) -> None: ...
+    async def process(self, room_id: str) -> None:
+        self.processed.append(room_id)
+
+    async def unstage(self, origin: str, event_id: str) -> None:
+        self.unstaged.append(event_id)
+
+    def verdict_of(self, e: Exception) -> None: ...
 
     def stage_txn(self, txn: object, room_id: str, pdus: list[ParkedPdu]) -> None:
         assert room_id == ROOM
@@ -48,10 +63,13 @@ class _Staging:
 class _Homeserver:
     """A database of its own, and a clock that stands still until it is set."""
 
+    is_postgres = False
+
     def __init__(self) -> None:
         self.now = 0
         self.in_room = True
         self.staging = _Staging()
+        self.held = Held()
         self._connection = sqlite3.connect(":memory:")
 
     def now_ms(self) -> int:
@@ -60,13 +78,16 @@ class _Homeserver:
     async def is_in_room(self, room_id: str) -> bool:
         return self.in_room
 
-    def call_later(self, *args: object) -> None: ...
+    def call_later(self, *args: Any) -> Any: ...
 
     async def transact(self, what: str, function: Callable[..., T], *args: Any) -> T:
         with self._connection:
             return function(self._connection.cursor(_Cursor), *args)
 
     transact_alone = transact
+
+    async def transact_briefly(self, what: str, function: Any) -> Any:
+        return await self.transact(what, function)
 
 
 @pytest.fixture
@@ -82,7 +103,7 @@ def table(homeserver: Any) -> ParkedTable:
 
 
 def handler_of(homeserver: Any, table: ParkedTable) -> ParkingHandler:
-    return ParkingHandler(homeserver, homeserver, homeserver.staging, table)
+    return ParkingHandler(homeserver, homeserver, homeserver.staging, table, homeserver.held)
 
 
 def park(table: ParkedTable, origin: str, *event_ids: str, due_ms: int = 0) -> list[bool]:
@@ -91,6 +112,7 @@ def park(table: ParkedTable, origin: str, *event_ids: str, due_ms: int = 0) -> l
             await table.park(
                 ParkedPdu(origin, event_id, ROOM, "{}", "{}", ("$before",)), 3_600_000, due_ms
             )
+            is Outcome.PARKED
             for event_id in event_ids
         ]
 
@@ -125,11 +147,16 @@ def test_what_is_staged_again_stays_parked_until_it_has_ended(
     stage_txn = homeserver.staging.stage_txn
     assert park(table, "a.test", "$1", "$2") == [True, True]
     assert asyncio.run(table.due()) == [("a.test", ROOM)]
-    asyncio.run(
-        table.stage_again(
-            "a.test", ROOM, ["$2", "$1"], ended=[], due={"$1": 50, "$2": 60}, stage_txn=stage_txn
+    first, second = asyncio.run(table.of_room("a.test", ROOM))
+    for _ in range(2):  # also by another process that has read the same
+        asyncio.run(
+            table.stage_again(
+                *("a.test", ROOM, [second, first]),
+                ended=[],
+                due_ms={first: 50, second: 60},
+                stage_txn=stage_txn,
+            )
         )
-    )
     assert homeserver.staging.staged == ["$2", "$1"]
     assert parked(table, "a.test") == ["$1", "$2"]
     assert asyncio.run(table.due()) == []
@@ -138,7 +165,7 @@ def test_what_is_staged_again_stays_parked_until_it_has_ended(
     assert park(table, "a.test", "$1", due_ms=7) == [True]
     assert asyncio.run(table.next_due_ms()) == 50
     asyncio.run(
-        table.stage_again("a.test", ROOM, [], ended=["$1", "$2"], due={}, stage_txn=stage_txn)
+        table.stage_again("a.test", ROOM, [], ended=[first, second], due_ms={}, stage_txn=stage_txn)
     )
     assert asyncio.run(table.next_due_ms()) is None
 
@@ -248,6 +275,59 @@ def test_pdus_of_one_server_do_not_delay_those_of_another(
     assert asyncio.run(table.next_due_ms()) is None
 
 
+@pytest.mark.requirement("H1", "L3", "L6")
+def test_pdus_that_cannot_be_put_off_do_not_delay_others(
+    homeserver: Any, table: ParkedTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many servers have such: they are not the first of each round."""
+    handler, attempts = handler_of(homeserver, table), list[str]()
+    monkeypatch.setattr(tables, "_ROOMS_AT_ONCE", 2)
+    homeserver.staging.fails_for = "$evil"
+
+    async def postpone(origin: str, room_id: str, by_ms: int) -> None:
+        attempts.append(origin)
+        raise ValueError(origin)
+
+    monkeypatch.setattr(table, "postpone", postpone)
+    evil = [f"evil{number}.test" for number in range(5)]
+    for origin in evil:
+        park(table, origin, "$evil", due_ms=-1)
+    park(table, "good.test", "$good")
+    for _ in range(3):
+        asyncio.run(handler._try_due())
+    assert homeserver.staging.staged == ["$good"]
+    assert sorted(attempts) == evil
+    # Some time later they are tried again, also if the clock was set back.
+    for homeserver.now in (10_000, 5_000):
+        asyncio.run(handler._try_due())
+    assert len(attempts) == len(evil) + 4
+
+
+@pytest.mark.requirement("H3", "L3")
+@pytest.mark.parametrize("expired", [True, False])
+def test_no_parked_pdu_is_compared_with_all_others(
+    homeserver: Any, table: ParkedTable, monkeypatch: pytest.MonkeyPatch, expired: bool
+) -> None:
+    handler = handler_of(homeserver, table)
+    event_ids = [f"${number}" for number in range(100)]
+    park(table, "a.test", *event_ids)
+    homeserver.staging.there = {"$before"}
+    compared = 0
+    equals = ScheduledPdu.__eq__
+
+    def count(pdu: ScheduledPdu, other: object) -> bool:
+        nonlocal compared
+        compared += 1
+        return bool(equals(pdu, other))
+
+    monkeypatch.setattr(ScheduledPdu, "__eq__", count)
+    homeserver.now = 3_600_000 if expired else 0
+    asyncio.run(handler._try_due())
+    assert compared <= 2 * len(event_ids)
+    assert len(homeserver.staging.staged) == (0 if expired else len(event_ids))
+    assert len(parked(table, "a.test")) == (0 if expired else len(event_ids))
+
+
 @pytest.mark.requirement("L3", "L6")
 def test_what_comes_for_a_room_that_was_left_is_tried_once_it_is_joined(
     homeserver: Any, table: ParkedTable
@@ -274,13 +354,13 @@ def test_what_comes_before_the_table_is_there_is_parked_then(
     handler = handler_of(homeserver, table)
     homeserver.staging.receives = False
     homeserver.staging.begin_on_staged_pdus = lambda: None
-    monkeypatch.setattr("synapse_sticky.handlers.staging.parking.handler._MOST_IN_MEMORY", 2)
+    monkeypatch.setattr("synapse_sticky.handlers.staging.parking.writing._MOST_IN_MEMORY", 2)
 
     async def park_three() -> None:
         for event_id in ("$1", "$2", "$3"):
             staged = StagedPdu(event_id, {"duration_ms": 60_000}, 0, 0)
             pdu = ParkedPdu("a.test", event_id, ROOM, "{}", "{}", ("$before",))
-            await handler.park(pdu, staged, "a reason")
+            await handler.fail(pdu, staged, "a reason", Verdict.PASSES)
 
     asyncio.run(park_three())
     assert parked(table, "a.test") == []

@@ -1,18 +1,13 @@
 """The bookkeeping of one push: what goes out when, and what counts as delivered (P5, P7)."""
 
 import random
+from collections import Counter
 
 import pytest
 
 from synapse_sticky.backoff import Backoff
-from synapse_sticky.handlers.joins.push import (
-    CONFIRM_PATIENCE_MS,
-    GRACE_MS,
-    MOST_SUSPICIONS,
-    PATIENT_ATTEMPTS,
-    WATCH_AFTER_RECORD_MS,
-    Push,
-)
+from synapse_sticky.handlers.joins.push import WATCH_AFTER_RECORD_MS, Push
+from synapse_sticky.handlers.joins.sent import GRACE_MS, MOST_SENDS, PATIENT_ATTEMPTS
 
 BACKOFF = Backoff(1_000, 8_000)
 NOW_MS = 1_000_000
@@ -22,11 +17,13 @@ def own(*positions: int) -> list[tuple[int, str, str]]:
     return [(position, f"${position}", "@user:here") for position in positions]
 
 
-def push_of(*positions: int, window: int = 10) -> Push:
+def push_of(*positions: int, window: int = 10, is_known_there: bool = True) -> Push:
     """One for whose room the database had rows up to 100 when it was asked."""
     push = Push("there", "!room", position=0, watch_until_ms=NOW_MS + 3_600_000, backoff=BACKOFF)
     push.take_in_last_rows({"here": 100}, push.dirty_marks, NOW_MS)
     push.update(own(*positions), NOW_MS, window)
+    if is_known_there:
+        push.acknowledge("$of-before", NOW_MS)
     return push
 
 
@@ -108,12 +105,108 @@ def test_unacknowledged_events_go_out_again_ever_later() -> None:
 
 
 def test_events_that_never_get_through_do_not_block_the_others() -> None:
-    push = push_of(1, 2, window=1)
+    push = push_of(1, 2, 3, window=1)
+    acknowledge_all(push, push.choose(50, NOW_MS))
+    push.mark_delivered("$1")
     now_ms = NOW_MS
     for _ in range(PATIENT_ATTEMPTS + 1):
+        assert push.choose(50, now_ms) == ["$2"]
+        now_ms = push.next_due_ms(now_ms) or now_ms
+    assert push.choose(50, now_ms - 1) == ["$3"]
+
+
+@pytest.mark.requirement("F3", "H3")
+def test_a_newcomer_that_acknowledges_nothing_is_sent_one_event_at_a_time() -> None:
+    """It may still be joining: each event is sent once more in its turn, not all of them."""
+    push = push_of(1, 2, 3, window=10, is_known_there=False)
+    now_ms = NOW_MS
+    sent = [push.choose(50, now_ms)]
+    for _ in range(4):
+        now_ms = push.next_due_ms(now_ms) or now_ms
+        assert push.choose(50, now_ms - 1) == []
+        assert push.worth_sending(now_ms)
+        sent.append(push.choose(50, now_ms))
+    assert sent == [["$1"], ["$2"], ["$3"], ["$1"], ["$2"]]
+    # Once it knows the room, the rest follows at once.
+    assert push.acknowledge("$2", now_ms)
+    assert push.choose(50, now_ms) == ["$1", "$3"]
+
+
+@pytest.mark.requirement("P7", "H2")
+def test_what_is_refused_goes_out_once_more_and_late() -> None:
+    push = push_of(1, 2, 3, 4, window=3)
+    assert push.choose(50, NOW_MS) == ["$1", "$2", "$3"]
+    acknowledge_all(push, ["$1"])
+    assert push.refuse({"$2", "$3", "$of-no-interest"}, NOW_MS) == 0
+    assert push.choose(50, NOW_MS) == ["$4"], "what is refused is not staged there"
+    push.refuse(["$4"], NOW_MS)
+    late_ms = NOW_MS + BACKOFF.max_ms
+    assert push.next_due_ms(NOW_MS) == late_ms
+    assert push.choose(50, late_ms - 1) == []
+    assert push.choose(50, late_ms) == ["$2", "$3"]
+    assert push.acknowledge("$2", late_ms)
+    assert push.refuse(["$2", "$3"], late_ms) == 1, "of what it has it refused another copy"
+    assert push.choose(50, late_ms) == ["$4"]
+    assert push.refuse(["$4"], late_ms) == 1
+    for event_id in ("$1", "$2"):
+        push.mark_delivered(event_id)
+    push.update(own(1, 2, 3, 4), late_ms, 3)
+    assert not push.is_open
+    assert push.position == 5
+
+
+@pytest.mark.requirement("P7", "F3", "H2")
+def test_a_newcomer_that_refuses_while_it_joins_gets_it_once_it_knows_the_room() -> None:
+    push = push_of(1, 2, is_known_there=False)
+    now_ms = NOW_MS
+    for event_id in ("$1", "$2"):
+        now_ms = push.next_due_ms(now_ms) or now_ms
+        assert push.choose(50, now_ms) == [event_id]
+        assert push.refuse([event_id], now_ms) == 0
+    assert push.next_due_ms(now_ms) == NOW_MS + BACKOFF.max_ms
+    # Something of the room went by the ordinary queue.
+    assert not push.acknowledge("$of-no-interest", now_ms)
+    assert push.choose(50, now_ms) == ["$1", "$2"]
+    assert push.refuse(["$1", "$2"], now_ms) == 2
+    assert not push.is_open
+
+
+@pytest.mark.requirement("P7", "H2")
+def test_what_the_ordinary_queue_had_refused_goes_out_once_more() -> None:
+    push = push_of(3, 101)
+    push.refuse(["$3", "$101"], NOW_MS)
+    assert push.choose(50, NOW_MS + GRACE_MS) == []
+    assert push.choose(50, NOW_MS + BACKOFF.max_ms) == ["$3", "$101"]
+    assert push.refuse(["$3", "$101"], NOW_MS) == 2
+
+
+@pytest.mark.requirement("P7")
+def test_to_leave_an_event_out_is_no_refusal() -> None:
+    push = push_of(1)
+    now_ms = NOW_MS
+    for _ in range(2 * MOST_SENDS):
         assert push.choose(50, now_ms) == ["$1"]
         now_ms = push.next_due_ms(now_ms) or now_ms
-    assert push.choose(50, now_ms - 1) == ["$2"]
+    assert push.refuse(["$1"], now_ms) == 0
+    assert push.choose(50, now_ms + BACKOFF.max_ms) == ["$1"]
+    assert push.refuse(["$1"], now_ms) == 1
+
+
+@pytest.mark.requirement("P7", "H2")
+def test_a_newcomer_that_takes_one_and_refuses_the_rest() -> None:
+    """Within an hour no event is sent more than twice, whatever their number."""
+    push = push_of(*range(1, 101), is_known_there=False)
+    now_ms, sent = NOW_MS, Counter[str]()
+    while now_ms is not None and now_ms < NOW_MS + 3_600_000:
+        chosen = push.choose(50, now_ms)
+        sent.update(chosen)
+        push.refuse([e for e in chosen if e != "$1"], now_ms)
+        if "$1" in chosen:
+            push.acknowledge("$1", now_ms)
+            push.mark_delivered("$1")
+        now_ms = push.next_due_ms(now_ms)  # type: ignore[assignment]
+    assert sent == Counter({"$1": 1, **dict.fromkeys((f"${n}" for n in range(2, 101)), MOST_SENDS)})
+    assert not push.is_open
 
 
 @pytest.mark.requirement("F3")
@@ -127,7 +220,7 @@ def test_events_sent_after_the_join_are_left_to_the_ordinary_queue_first() -> No
 
 @pytest.mark.requirement("F3", "E4")
 def test_the_watch_ends_soon_after_the_ordinary_queue_got_through() -> None:
-    push = push_of(3, 101)
+    push = push_of(3, 101, is_known_there=False)
     until_ms = push.watch_until_ms
     # Something of another room.
     push.catch_up_recorded(NOW_MS)
@@ -162,7 +255,7 @@ def test_expired_and_redacted_events_are_forgotten() -> None:
     push.choose(2, NOW_MS)
     push.update(own(3), NOW_MS, 10)
     assert push.position == 3
-    assert push.choose(50, NOW_MS) == ["$3"]
+    assert push.choose(50, NOW_MS + 2_000) == ["$3"]
     push.update([], NOW_MS, 10)
     assert not push.is_open
 
@@ -196,42 +289,72 @@ def test_a_lower_backlog_starts_over_from_there() -> None:
 
 
 @pytest.mark.requirement("L3")
-def test_everything_goes_out_again_once_a_newcomer_has_pruned() -> None:
+def test_everything_goes_out_again_once_if_a_newcomer_has_lost_something() -> None:
     push = push_of(1, 2, 101)
     acknowledge_all(push, push.choose(50, NOW_MS + GRACE_MS))
-    oldest = push.unconfirmed()[0]
-    assert not push.is_overtaken(oldest)
     push.mark_delivered("$2")
-    assert push.is_overtaken(oldest)
-    push.mark_lost(oldest, NOW_MS)
+    push.lacks(push.unconfirmed()[:1], NOW_MS)
     assert [sent.event_id for sent in push.unconfirmed()] == ["$101"]
     push.mark_delivered("$101")
-    later_ms = NOW_MS + 2 * CONFIRM_PATIENCE_MS
-    assert push.choose(50, later_ms) == ["$1"]
+    assert push.choose(50, NOW_MS) == ["$1"]
     acknowledge_all(push, ["$1"])
     push.mark_delivered("$1")
-    push.update(own(1, 2, 101), later_ms, 10)
+    push.update(own(1, 2, 101), NOW_MS, 10)
     assert not push.is_open
     assert push.start_over()
-    push.update(own(1, 2, 101), later_ms, 10)
-    assert push.choose(50, later_ms) == ["$1", "$2", "$101"]
-    assert not push.start_over(), "once for each time that something was pruned"
+    push.update(own(1, 2, 101), NOW_MS, 10)
+    assert push.choose(50, NOW_MS) == ["$2", "$101"], "the first one has been sent again already"
+    acknowledge_all(push, ["$2", "$101"])
+    push.lacks(push.unconfirmed(), NOW_MS)
+    push.update(own(1, 2, 101), NOW_MS, 10)
+    assert not push.is_open, "whatever the newcomer says"
+    assert not push.start_over()
 
 
 @pytest.mark.requirement("L3", "P7")
-def test_what_was_acknowledged_goes_out_again_if_the_newcomer_was_away() -> None:
+def test_what_was_acknowledged_goes_out_again_once_if_the_newcomer_was_away() -> None:
     push = push_of(1, 2, 3)
     acknowledge_all(push, push.choose(2, NOW_MS))
-    push.confirm("$1", NOW_MS)
-    for again in range(MOST_SUSPICIONS):
-        push.suspect_loss()
-        push.confirm("$2", NOW_MS)
-        assert [sent.event_id for sent in push.unconfirmed()] == []
-        assert push.choose(1, NOW_MS) == ["$2"], again
-        acknowledge_all(push, ["$2"])
+    push.has(["$1"], NOW_MS)
     push.suspect_loss()
-    push.confirm("$2", NOW_MS)
-    assert push.choose(50, NOW_MS) == ["$3"], "not for ever"
+    push.has(["$2"], NOW_MS)
+    assert push.unconfirmed() == []
+    assert push.choose(1, NOW_MS) == ["$2"]
+    acknowledge_all(push, ["$2"])
+    push.suspect_loss()
+    push.has(["$2"], NOW_MS)
+    assert push.choose(50, NOW_MS) == ["$3"]
+
+
+@pytest.mark.requirement("P7")
+def test_patience_begins_anew_with_what_came_before_and_not_with_what_came_later() -> None:
+    push = push_of(1, 2, 3)
+    push.choose(50, NOW_MS)
+    for number, event_id in enumerate(("$1", "$2", "$3")):
+        push.acknowledge(event_id, NOW_MS + number)
+    push.has(["$2"], NOW_MS + 1_000)
+    patient_from_ms = {sent.event_id: sent.patient_from_ms for sent in push.unconfirmed()}
+    assert patient_from_ms == {"$1": NOW_MS, "$3": NOW_MS + 1_000}
+
+
+@pytest.mark.requirement("H2")
+def test_one_who_joins_again_lacks_what_came_since_and_what_was_not_confirmed() -> None:
+    before = push_of(1, 2, 3, 4)
+    acknowledge_all(before, before.choose(50, NOW_MS))
+    before.has(["$1", "$3"], NOW_MS)
+    before.update(own(1, 2, 3, 4), NOW_MS, 10)
+    assert before.position == 2
+    push = push_of(window=10)
+    push.follow(before.position, before, NOW_MS + 5_000)
+    push.update(own(2, 3, 4, 5), NOW_MS, 10)
+    assert push.acknowledge("$2", NOW_MS)
+    assert push.choose(50, NOW_MS + 4_999) == [], "an acknowledgement does not bring it forward"
+    assert push.next_due_ms(NOW_MS) == NOW_MS + 5_000
+    assert push.choose(50, NOW_MS + 5_000) == ["$4", "$5"]
+    # Unless it says that it has lost even that.
+    push.start_anew()
+    push.update(own(1, 2, 3, 4, 5), NOW_MS, 10)
+    assert push.choose(50, NOW_MS + 5_000) == ["$1", "$3"]
 
 
 @pytest.mark.requirement("P6")
@@ -262,6 +385,7 @@ def test_whatever_happens_all_is_delivered_and_the_window_kept() -> None:
                     delivered.add(sent.event_id)
                     push.mark_delivered(sent.event_id)
                 elif chance.random() < 0.5:
-                    push.mark_lost(sent, now_ms)
+                    push.lacks([sent], now_ms)
+                    delivered.add(sent.event_id)
             now_ms += chance.randint(1, 2_000)
         assert delivered == {event_id for _, event_id, _ in events}, seed

@@ -128,9 +128,8 @@ def test_what_cannot_be_dealt_with_yet_is_kept(left_alone: Upgraded) -> None:
     for name in (PREFIX + "newcomers", BACKLOG):
         assert of_newcomer(now[name]) == of_newcomer(left_alone.rows[name]) != []
     # It is looked at again and again.
-    assert without("due_ms", now[PREFIX + "incomplete"]) == without(
-        "due_ms", left_alone.rows[PREFIX + "incomplete"]
-    )
+    parked = without("tries", without("due_ms", now[PREFIX + "incomplete"]))
+    assert parked == without("due_ms", left_alone.rows[PREFIX + "incomplete"])
     (before,), (after,) = (rows[PREFIX + "state_positions"] for rows in (left_alone.rows, now))
     assert after["instance_name"] == before["instance_name"]
     assert after["position"] >= before["position"]
@@ -166,7 +165,7 @@ def without(name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @pytest.mark.requirement("E4")
 def test_each_duty_has_a_layout_of_its_own(left_alone: Upgraded) -> None:
-    """The tables of 0.1.0 are the first version of each."""
+    """The tables of 0.1.0 are the first version of each. Parking has a second one."""
 
     def layouts() -> dict[str, int]:
         if LAYOUTS not in left_alone.database.tables():
@@ -174,7 +173,7 @@ def test_each_duty_has_a_layout_of_its_own(left_alone: Upgraded) -> None:
         return {row["duty"]: row["version"] for row in left_alone.database.rows(LAYOUTS)}
 
     wait_until(lambda: layouts().keys() == DUTIES, "each duty to be ready", look=layouts)
-    assert layouts() == dict.fromkeys(DUTIES, 1)
+    assert layouts() == {**dict.fromkeys(DUTIES, 1), "parking": 2}
 
 
 @pytest.mark.requirement("E4")

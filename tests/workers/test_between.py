@@ -19,6 +19,7 @@ from tests.integration.rooms import (
     wait_until_taken_in,
 )
 from tests.integration.story import TRANSACTION, revived, tell
+from tests.integration.test_staging import parked
 from tests.lab import Homeserver, Lab, Peer, WorkerHomeserver, wait_until
 from tests.lab.faults import FAULTY_MODULE, Fault, has_struck, set_clock_of, without_new_rows
 from tests.lab.next_version import NEXT_VERSION
@@ -170,16 +171,12 @@ def test_what_no_persister_can_take_is_not_kept(
 @pytest.mark.slow
 @pytest.mark.requirement("E2", "E4", "L3", "P7")
 def test_the_persister_is_away_for_long(deployment: WorkerHomeserver, peer: Peer) -> None:
-    """For longer than the receiving process tries to reach it."""
+    """For longer than the receiving process, Synapse itself there, tries to reach it."""
     scene = enter_where(deployment, peer, PERSISTERS[0])
     deployment.kill_process(PERSISTERS[0])
     sent = {scene.sticky() for _ in range(4)}
 
-    def given_up() -> bool:
-        said = deployment.output()
-        return any(f"Could not process the sticky PDU {event_id}" in said for event_id in sent)
-
-    wait_until(given_up, "the first to be given up", 120)
+    wait_until(lambda: sent & parked(deployment), "the first to be parked", 120)
     wait_until_all_entered(deployment, scene, sent)
 
 

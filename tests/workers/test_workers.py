@@ -39,6 +39,7 @@ def test_duties(deployment: WorkerHomeserver) -> None:
         assert duties == EVERYWHERE | DUTIES[name], name
 
 
+@pytest.mark.workers
 @pytest.mark.requirement("E2", "D1", "D2", "P1")
 def test_there_and_back(scene: Scene[WorkerHomeserver]) -> None:
     """Two rooms, which may have persisters of their own."""

@@ -9,6 +9,7 @@ use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedStr;
 use pyo3::types::{PyBool, PyFloat, PyInt, PyMapping, PyString, PyTuple};
 
+use super::guarded::caught;
 use crate::error::Error;
 
 /// Defines the type of each argument: `function -> value { Type = "name" }`. The function converts the Python object.
@@ -20,7 +21,7 @@ macro_rules! arguments {
             type Error = Error;
 
             fn extract(object: Borrowed<'_, '_, PyAny>) -> Result<Self, Error> {
-                $convert(&object, $name).map(Self)
+                caught($name, || $convert(&object, $name))?.map(Self)
             }
         }
     )*)*};
@@ -147,13 +148,14 @@ impl<'py> Row<'py> {
         let rows = rows
             .try_iter()
             .map_err(|_| Error::wrong_type(name, "a list of tuples"))?;
-        rows.enumerate()
+        let rows = rows
+            .enumerate()
             .map(|(at, row)| match row?.cast_into::<PyTuple>() {
                 Ok(tuple) if tuple.len() == len => read(&Self { tuple, at }),
                 Ok(_) => Err(Error::bad_value(format!("rows[{at}]"), expected).into()),
                 Err(_) => Err(Error::wrong_type(format!("rows[{at}]"), expected).into()),
-            })
-            .collect()
+            });
+        caught(name, || rows.collect())?
     }
 
     /// The field of this number.
@@ -168,7 +170,7 @@ impl<'py> Row<'py> {
                 Error::wrong_type(in_row(argument), expected)
             }
             Error::BadValue { argument, expected } => Error::bad_value(in_row(argument), expected),
-            Error::Full => error,
+            Error::Full | Error::Panicked { .. } => error,
         });
         Ok(value?)
     }

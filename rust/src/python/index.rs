@@ -10,6 +10,7 @@ use super::arguments::{
     text, EventId, ExpiresAtMs, FromPositions, FromStreamId, InstanceName, MaxFound, MaxRows,
     NowMs, Positions, RoomId, Row, Sender, ServerName, StreamId, ToPositions, ToStreamId,
 };
+use super::guarded::{Guarded, OnPanic};
 use crate::error::Error;
 use crate::index::{NewRow, Position, Range, Rooms, StickyIndex};
 
@@ -17,47 +18,52 @@ use crate::index::{NewRow, Position, Range, Rooms, StickyIndex};
 type FoundTuple<'a> = (i64, &'a str, &'a str, &'a str, i64);
 
 #[pyclass(name = "StickyIndex", module = "synapse_sticky._core")]
-pub(super) struct PyStickyIndex(StickyIndex);
+pub(super) struct PyStickyIndex(Guarded<StickyIndex>);
 
 #[pymethods]
 impl PyStickyIndex {
     #[new]
-    fn new(server_name: ServerName) -> Result<Self, Error> {
+    #[pyo3(signature = (server_name, *, on_panic=None))]
+    fn new(server_name: ServerName, on_panic: OnPanic) -> Result<Self, Error> {
         if server_name.0.is_empty() {
             return Err(Error::bad_value(
                 "server_name",
                 "the name of a server, not empty",
             ));
         }
-        Ok(Self(StickyIndex::new(&server_name.0)))
+        let make = || StickyIndex::new(&server_name.0);
+        Guarded::new("StickyIndex", on_panic, make).map(Self)
     }
 
     fn insert(&mut self, rows: OwnedRows) -> Result<(), Error> {
-        for row in &rows.0 {
-            self.0.insert(row.as_new())?;
-        }
-        Ok(())
+        self.0.write(|index| {
+            for row in &rows.0 {
+                index.insert(row.as_new())?;
+            }
+            Ok(())
+        })?
     }
 
-    fn remove(&mut self, event_id: EventId) -> bool {
-        self.0.remove(&event_id.0)
+    fn remove(&mut self, event_id: EventId) -> Result<bool, Error> {
+        self.0.write(|index| index.remove(&event_id.0))
     }
 
-    fn expire(&mut self, now_ms: NowMs, max_rows: MaxRows) -> usize {
-        self.0.expire(now_ms.0, max_rows.0)
+    fn expire(&mut self, now_ms: NowMs, max_rows: MaxRows) -> Result<usize, Error> {
+        self.0.write(|index| index.expire(now_ms.0, max_rows.0))
     }
 
-    fn advance(&mut self, instance_name: InstanceName, stream_id: StreamId) {
-        self.0.advance(&instance_name.0, stream_id.0);
+    fn advance(&mut self, instance_name: InstanceName, stream_id: StreamId) -> Result<(), Error> {
+        self.0
+            .write(|index| index.advance(&instance_name.0, stream_id.0))
     }
 
-    fn positions(&self) -> BTreeMap<String, i64> {
-        self.0.positions().clone()
+    fn positions(&self) -> Result<BTreeMap<String, i64>, Error> {
+        self.0.read(|index| index.positions().clone())
     }
 
-    fn in_step(&self, positions: Positions) -> bool {
+    fn in_step(&self, positions: Positions) -> Result<bool, Error> {
         let positions = positions.0.iter().map(|(name, at)| (name.as_str(), *at));
-        self.0.in_step(positions)
+        self.0.read(|index| index.in_step(positions))
     }
 
     #[allow(clippy::too_many_arguments)] // Two positions are two arguments each, as in Synapse's tokens.
@@ -74,7 +80,9 @@ impl PyStickyIndex {
     ) -> PyResult<Bound<'py, PyList>> {
         let range = range(from_stream_id, from_positions, to_stream_id, to_positions);
         let limit = limit.map(|limit| limit.0);
-        let found = self.0.events_in_rooms(&room_ids, &range, now_ms.0, limit)?;
+        let found = self
+            .0
+            .read(|index| index.events_in_rooms(&room_ids, &range, now_ms.0, limit))??;
         let tuples = found
             .iter()
             .map(|row| (row.stream_id, row.room_id, row.event_id));
@@ -95,7 +103,9 @@ impl PyStickyIndex {
     ) -> PyResult<(Bound<'py, PyDict>, usize, Option<i64>)> {
         let range = range(from_stream_id, from_positions, to_stream_id, to_positions);
         let limit = limit.map(|limit| limit.0);
-        let found = self.0.events_by_room(&room_ids, &range, now_ms.0, limit)?;
+        let found = self
+            .0
+            .read(|index| index.events_by_room(&room_ids, &range, now_ms.0, limit))??;
         let by_room = PyDict::new(py);
         for (room_id, event_ids) in &found.rooms {
             by_room.set_item(room_id, PyList::new(py, event_ids)?)?;
@@ -109,34 +119,39 @@ impl PyStickyIndex {
         from_stream_id: FromStreamId,
         now_ms: NowMs,
         limit: MaxFound,
-    ) -> Vec<(i64, &str, &str)> {
+    ) -> Result<Vec<(i64, &str, &str)>, Error> {
+        self.0.read(|index| {
+            index
+                .own_events(&room_id.0, from_stream_id.0, now_ms.0, limit.0)
+                .map(|found| (found.stream_id, found.event_id, found.sender))
+                .collect()
+        })
+    }
+
+    fn server_count(&mut self, room_id: RoomId, now_ms: NowMs) -> Result<usize, Error> {
         self.0
-            .own_events(&room_id.0, from_stream_id.0, now_ms.0, limit.0)
-            .map(|found| (found.stream_id, found.event_id, found.sender))
-            .collect()
+            .write(|index| index.server_count(&room_id.0, now_ms.0))
     }
 
-    fn server_count(&mut self, room_id: RoomId, now_ms: NowMs) -> usize {
-        self.0.server_count(&room_id.0, now_ms.0)
+    fn get(&self, event_id: EventId) -> Result<Option<FoundTuple<'_>>, Error> {
+        let found = self.0.read(|index| index.get(&event_id.0))?;
+        Ok(found.map(|found| {
+            (
+                found.stream_id,
+                found.room_id,
+                found.event_id,
+                found.sender,
+                found.expires_at_ms,
+            )
+        }))
     }
 
-    fn get(&self, event_id: EventId) -> Option<FoundTuple<'_>> {
-        let found = self.0.get(&event_id.0)?;
-        Some((
-            found.stream_id,
-            found.room_id,
-            found.event_id,
-            found.sender,
-            found.expires_at_ms,
-        ))
+    fn __len__(&self) -> Result<usize, Error> {
+        self.0.read(StickyIndex::len)
     }
 
-    fn __len__(&self) -> usize {
-        self.0.len()
-    }
-
-    fn __contains__(&self, event_id: EventId) -> bool {
-        self.0.contains(&event_id.0)
+    fn __contains__(&self, event_id: EventId) -> Result<bool, Error> {
+        self.0.read(|index| index.contains(&event_id.0))
     }
 }
 

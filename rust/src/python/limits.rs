@@ -7,12 +7,13 @@ use super::arguments::{
     BurstCount, Capacity, EventId, ExpiresAtMs, LimitName, MaxEvents, NowMs, Origin, PerSecond,
     RoomId, Row, Sender, Server, UserId,
 };
+use super::guarded::{caught, Guarded, OnPanic};
 use crate::error::Error;
 use crate::limiter::{Key, Limit, Limiter, Refusal, Scope};
 use crate::release::{Deferred, ReleaseQueue};
 
 #[pyclass(name = "Limiter", module = "synapse_sticky._core")]
-pub(super) struct PyLimiter(Limiter);
+pub(super) struct PyLimiter(Guarded<Limiter>);
 
 /// The name of the option, and the ms until the limit would let the same pass.
 type RefusalTuple = (&'static str, i64);
@@ -26,8 +27,10 @@ fn refused(decision: Result<(), Refusal>) -> Option<RefusalTuple> {
 #[pymethods]
 impl PyLimiter {
     #[new]
-    fn new(limits: Limits, capacity: Capacity) -> Self {
-        Self(Limiter::new(limits.0, capacity.0))
+    #[pyo3(signature = (limits, capacity, *, on_panic=None))]
+    fn new(limits: Limits, capacity: Capacity, on_panic: OnPanic) -> Result<Self, Error> {
+        let make = || Limiter::new(limits.0, capacity.0);
+        Guarded::new("Limiter", on_panic, make).map(Self)
     }
 
     fn admit_transaction(
@@ -35,7 +38,7 @@ impl PyLimiter {
         origin: Origin,
         pdus: Claims,
         now_ms: NowMs,
-    ) -> Option<RefusalTuple> {
+    ) -> Result<Option<RefusalTuple>, Error> {
         let origin = &origin.0;
         let mut charges = Vec::with_capacity(pdus.0.len() * 3);
         for claim in &pdus.0 {
@@ -47,15 +50,22 @@ impl PyLimiter {
                 }
             }
         }
-        refused(self.0.admit(&charges, now_ms.0))
+        self.0
+            .write(|limiter| refused(limiter.admit(&charges, now_ms.0)))
     }
 
-    fn admit_user(&mut self, user_id: UserId, now_ms: NowMs) -> Option<RefusalTuple> {
-        refused(self.0.admit(&[(Key::User(&user_id.0), 1)], now_ms.0))
+    fn admit_user(
+        &mut self,
+        user_id: UserId,
+        now_ms: NowMs,
+    ) -> Result<Option<RefusalTuple>, Error> {
+        let charge = [(Key::User(&user_id.0), 1)];
+        self.0
+            .write(|limiter| refused(limiter.admit(&charge, now_ms.0)))
     }
 
-    fn __len__(&self) -> usize {
-        self.0.len()
+    fn __len__(&self) -> Result<usize, Error> {
+        self.0.read(Limiter::len)
     }
 }
 
@@ -84,7 +94,8 @@ impl FromPyObject<'_, '_> for Limits {
             let burst_count = u32::try_from(burst_count).unwrap_or(u32::MAX);
             Ok((scope, Limit::new(per_second, burst_count)?))
         };
-        limits.iter().map(read).collect::<PyResult<_>>().map(Self)
+        let read_all = || limits.iter().map(read).collect::<PyResult<_>>();
+        caught("limits", read_all)?.map(Self)
     }
 }
 
@@ -112,13 +123,14 @@ impl FromPyObject<'_, '_> for Claims {
 }
 
 #[pyclass(name = "ReleaseQueue", module = "synapse_sticky._core")]
-pub(super) struct PyReleaseQueue(ReleaseQueue);
+pub(super) struct PyReleaseQueue(Guarded<ReleaseQueue>);
 
 #[pymethods]
 impl PyReleaseQueue {
     #[new]
-    fn new() -> Self {
-        Self(ReleaseQueue::new())
+    #[pyo3(signature = (*, on_panic=None))]
+    fn new(on_panic: OnPanic) -> Result<Self, Error> {
+        Guarded::new("ReleaseQueue", on_panic, ReleaseQueue::new).map(Self)
     }
 
     fn admit(
@@ -128,11 +140,13 @@ impl PyReleaseQueue {
         server: Server,
         sender: Sender,
         now_ms: NowMs,
-    ) -> Option<&'static str> {
-        self.0
-            .admit(&mut limiter.0, &room_id.0, &server.0, &sender.0, now_ms.0)
-            .err()
-            .map(Scope::name)
+    ) -> Result<Option<&'static str>, Error> {
+        let charged = limiter.0.lent()?;
+        let refused = self
+            .0
+            .read(|queue| queue.admit(charged, &room_id.0, &server.0, &sender.0, now_ms.0));
+        limiter.0.spoil(&refused);
+        Ok(refused?.err().map(Scope::name))
     }
 
     fn add(
@@ -142,18 +156,19 @@ impl PyReleaseQueue {
         server: Server,
         sender: Sender,
         expires_at_ms: ExpiresAtMs,
-    ) -> bool {
-        self.0.add(Deferred {
+    ) -> Result<bool, Error> {
+        let event = Deferred {
             event_id: &event_id.0,
             room_id: &room_id.0,
             server: &server.0,
             sender: &sender.0,
             expires_at_ms: expires_at_ms.0,
-        })
+        };
+        self.0.write(|queue| queue.add(event))
     }
 
-    fn remove(&mut self, event_id: EventId) -> bool {
-        self.0.remove(&event_id.0)
+    fn remove(&mut self, event_id: EventId) -> Result<bool, Error> {
+        self.0.write(|queue| queue.remove(&event_id.0))
     }
 
     fn take(
@@ -161,27 +176,32 @@ impl PyReleaseQueue {
         limiter: &mut PyLimiter,
         now_ms: NowMs,
         max_events: MaxEvents,
-    ) -> Vec<String> {
-        self.0.take(&mut limiter.0, now_ms.0, max_events.0)
+    ) -> Result<Vec<String>, Error> {
+        let charged = limiter.0.lent()?;
+        let taken = self
+            .0
+            .write(|queue| queue.take(charged, now_ms.0, max_events.0));
+        limiter.0.spoil(&taken);
+        taken
     }
 
-    fn expire(&mut self, now_ms: NowMs, max_events: MaxEvents) -> Vec<String> {
-        self.0.expire(now_ms.0, max_events.0)
+    fn expire(&mut self, now_ms: NowMs, max_events: MaxEvents) -> Result<Vec<String>, Error> {
+        self.0.write(|queue| queue.expire(now_ms.0, max_events.0))
     }
 
-    fn next_due_ms(&self, now_ms: NowMs) -> Option<i64> {
-        self.0.next_due_ms(now_ms.0)
+    fn next_due_ms(&self, now_ms: NowMs) -> Result<Option<i64>, Error> {
+        self.0.read(|queue| queue.next_due_ms(now_ms.0))
     }
 
-    fn waiting(&self, server: Server) -> usize {
-        self.0.waiting(&server.0)
+    fn waiting(&self, server: Server) -> Result<usize, Error> {
+        self.0.read(|queue| queue.waiting(&server.0))
     }
 
-    fn __len__(&self) -> usize {
-        self.0.len()
+    fn __len__(&self) -> Result<usize, Error> {
+        self.0.read(ReleaseQueue::len)
     }
 
-    fn __contains__(&self, event_id: EventId) -> bool {
-        self.0.contains(&event_id.0)
+    fn __contains__(&self, event_id: EventId) -> Result<bool, Error> {
+        self.0.read(|queue| queue.contains(&event_id.0))
     }
 }

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Protocol
 import attr
 
 from synapse_sticky import metrics
-from synapse_sticky.backoff import Backoff
+from synapse_sticky.apart import Stragglers, apart
+from synapse_sticky.backoff import Alarm, Backoff, Retrying
 from synapse_sticky.config import FederationConfig, Mode
-from synapse_sticky.handlers.deferral.alarm import Alarm
 from synapse_sticky.handlers.deferral.waiting import PastLimit, Waiting
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.layout import migrate
@@ -34,6 +34,8 @@ EXPIRE_BATCH = 500
 PAUSE_MS = 20
 """The least time between two releases. A flood then does not cost a transaction an event."""
 _BACKOFF = Backoff(1_000, 60_000)
+_MAX_STRAGGLERS = 10_000
+"""How many events that cannot be released are tried again; of others the rows are left."""
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
@@ -69,10 +71,11 @@ class Writer(Protocol):
         """
 
     def attempt_txn(self, txn: Cursor, change: Callable[[], None]) -> Exception | None:
-        """Calls ``change``; gives the error if the database refuses its statements.
+        """Calls ``change``; gives the error if it fails on its own account.
 
-        Then these are undone, and the transaction goes on. Any other error of the database fails
-        the transaction.
+        So it does if it would wait long for what another transaction has locked. Then its
+        statements are undone, and the transaction goes on. A database that is away or has no room
+        fails the transaction.
         """
 
     def enter_txn(self, txn: Cursor, events: Sequence[NewStickyEvent]) -> None:
@@ -104,8 +107,21 @@ class DeferralHandler:
         self._stream = stream
         self._config = config
         self._report = report
-        self._waiting = Waiting(homeserver, config, report)
-        self._alarm = Alarm(homeserver, "release", self._release)
+        self._waiting = Waiting(
+            homeserver, config, report, fill=self._fill, on_whole=self._schedule
+        )
+        self._releasing = Retrying(
+            homeserver, "release", "Could not release sticky events", self._release, _BACKOFF
+        )
+        self._alarm = Alarm(homeserver, "release", self._releasing.run)
+        self._stragglers: Stragglers[str] = Stragglers(
+            homeserver,
+            "release_one",
+            "Could not release the sticky event",
+            self._release_one,
+            _BACKOFF,
+            _MAX_STRAGGLERS,
+        )
         self._is_loaded = False
         # Out of the queue and charged, but still in the table.
         self._taken: list[str] = []
@@ -113,9 +129,6 @@ class DeferralHandler:
         self._expired: list[str] = []
         # Deferred events that may not be sticky any more.
         self._dirty: set[str] = set()
-        self._is_releasing = False
-        self._failures = 0
-        self._not_before_ms = 0
         self._refusals = 0
         self._no_insert_before_ms = 0
 
@@ -132,16 +145,25 @@ class DeferralHandler:
             NewerLayoutError: a later version of the module made the table.
         """
         await migrate(self._homeserver, self._table)
-        after = ""
-        while page := await self._table.page(after):
-            for event, server in page:
-                if self._writer.handles(event.room_id):
-                    self._waiting.add(event, server)
-            after = page[-1][0].event_id
+        await self._read_all()
         self._is_loaded = True
         if count := len(self._waiting):
             logger.info("%d sticky events of an earlier run are still deferred", count)
         self._schedule()
+
+    async def _read_all(self) -> None:
+        after = ""
+        while page := await self._table.page(after):
+            for event, server in page:
+                is_out = event.event_id in self._stragglers or event.event_id in self._taken
+                if not is_out and self._writer.handles(event.room_id):
+                    self._waiting.add(event, server)
+            after = page[-1][0].event_id
+
+    async def _fill(self) -> None:
+        """What waits was forgotten, and the table has it."""
+        if self._is_loaded:
+            await self._read_all()
 
     # Deferring, in database threads
 
@@ -149,7 +171,8 @@ class DeferralHandler:
         """Adds to the table those of the new events that are past a limit, and gives their IDs.
 
         None of them if the database does not take the rows, as when somebody took away the right
-        to write them. What fails a transaction without this module fails this one, too.
+        to write them, or has locked the table. What fails a transaction without this module fails
+        this one, too.
         """
         if not self._is_loaded or not events:
             return ()
@@ -161,10 +184,17 @@ class DeferralHandler:
         if deferred and not self._insert_txn(txn, deferred):
             deferred = []
         # Also if none is deferred: a decision is not needed any more once it is final.
-        txn.call_after(self._waiting.committed, events, deferred)
-        if deferred:
-            txn.call_after(self._schedule)
+        txn.call_after(self._committed, events, deferred)
         return {new.event.event_id for new in deferred}
+
+    def _committed(self, events: Sequence[NewStickyEvent], deferred: Sequence[PastLimit]) -> None:
+        # What is raised here would reach whoever persists the events.
+        try:
+            self._waiting.committed(events, deferred)
+            if deferred:
+                self._schedule()
+        except Exception:
+            logger.exception("Could not note %d deferred sticky events", len(deferred))
 
     def _insert_txn(self, txn: Cursor, deferred: Sequence[PastLimit]) -> bool:
         """Gives whether the database took the rows. Does not ask again for a while if not."""
@@ -192,46 +222,45 @@ class DeferralHandler:
     # Releasing
 
     def _schedule(self) -> None:
-        if not self._is_loaded or self._is_releasing:
+        # After a run, or the delay that follows a failure, comes the next one by itself.
+        if not self._releasing.is_running and not self._releasing.is_failing:
+            self._ring()
+
+    def _ring(self) -> None:
+        if not self._is_loaded or not self._waiting.is_whole:
             return
         now_ms = self._homeserver.now_ms()
         is_due = self._dirty or self._taken or self._expired
         due_ms = now_ms if is_due else self._waiting.next_due_ms()
-        if due_ms is None:
-            return
-        # The clock may have been set back since a failure.
-        not_before_ms = min(self._not_before_ms, now_ms + _BACKOFF.max_ms)
-        self._alarm.ring_at(max(due_ms, now_ms + PAUSE_MS, not_before_ms))
+        if due_ms is not None:
+            self._alarm.ring_at(max(due_ms, now_ms + PAUSE_MS))
 
     async def _release(self) -> None:
-        if self._is_releasing:
+        if not self._waiting.is_whole:
             return
-        self._is_releasing = True
-        try:
-            while await self._drop_some():
-                pass
-            await self._release_some()
-            self._failures = 0
-            self._not_before_ms = 0
-        except Exception:
-            self._failures += 1
-            delay_ms = _BACKOFF.after(self._failures)
-            logger.exception("Could not release sticky events, trying again in %d ms", delay_ms)
-            self._not_before_ms = self._homeserver.now_ms() + delay_ms
-        finally:
-            self._is_releasing = False
-            self._schedule()
+        while await self._drop_some():
+            pass
+        await self._release_some()
+        self._ring()
 
     async def _release_some(self) -> None:
         if not self._taken:
             self._taken = self._waiting.take(RELEASE_BATCH)
-        if not self._taken:
-            return
-        still_sticky = await self._writer.still_sticky(self._taken)
-        rooms = await self._table.release(self._taken, still_sticky, self._writer.enter_txn)
-        metrics.RELEASED.inc(len(still_sticky))
+        stuck = await apart(self._taken, self._release_these)
         self._taken = []
+        self._stragglers.add(stuck)
+
+    async def _release_these(self, event_ids: Sequence[str]) -> None:
+        still_sticky = await self._writer.still_sticky(event_ids)
+        rooms = await self._table.release(event_ids, still_sticky, self._writer.enter_txn)
+        metrics.RELEASED.inc(len(still_sticky))
+        # Not once more, if the database fails at the others of its batch.
+        done = set(event_ids)
+        self._taken = [event_id for event_id in self._taken if event_id not in done]
         self._writer.wake(rooms)
+
+    async def _release_one(self, event_id: str) -> None:
+        await self._release_these([event_id])
 
     async def _drop_some(self) -> bool:
         """Drops some of the events that are not to be released. Gives whether there may be more."""
@@ -243,8 +272,10 @@ class DeferralHandler:
             if not self._expired:
                 return False
             self._report.expired(self._expired)
-        await self._table.drop(self._expired)
+        stuck = await apart(self._expired, self._table.drop)
         self._expired = []
+        # Releasing one that has expired drops it, too.
+        self._stragglers.add(stuck)
         return True
 
     def _event_changed(self, event_id: str) -> None:
@@ -256,10 +287,14 @@ class DeferralHandler:
         dirty = list(self._dirty)[:RELEASE_BATCH]
         if not dirty:
             return False
-        still_sticky = await self._writer.still_sticky(dirty)
-        gone = [event_id for event_id in dirty if event_id not in still_sticky]
+        # One that cannot be looked at is looked at when it is its turn.
+        await apart(dirty, self._drop_gone)
+        self._dirty.difference_update(dirty)
+        return True
+
+    async def _drop_gone(self, event_ids: Sequence[str]) -> None:
+        still_sticky = await self._writer.still_sticky(event_ids)
+        gone = [event_id for event_id in event_ids if event_id not in still_sticky]
         if gone:
             await self._table.drop(gone)
         self._waiting.remove(gone)
-        self._dirty.difference_update(dirty)
-        return True

@@ -13,8 +13,8 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 from synapse_sticky import metrics
+from synapse_sticky.backoff import Alarm, Backoff, Retrying
 from synapse_sticky.config import FederationConfig
-from synapse_sticky.handlers.deferral.alarm import Alarm
 from synapse_sticky.handlers.deferral.handler import (
     EXPIRE_BATCH,
     PAUSE_MS,
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 MAX_FOLLOWED = 100_000
 """How many events wait in memory at most; about 50 MB."""
 
-_AFTER_FAILURE_MS = 10_000
+_BACKOFF = Backoff(10_000, 60_000, spread=0)
 
 
 class Observer:
@@ -57,11 +57,12 @@ class Observer:
         self._report = report
         bounds = Bounds(config.max_deferred_per_server, MAX_FOLLOWED)
         self._waiting = Waiting(homeserver, config, report, bounds)
-        self._alarm = Alarm(homeserver, "observe", self._go_on)
+        self._going_on = Retrying(
+            homeserver, "observe", "Could not observe sticky events", self._go_on, _BACKOFF
+        )
+        self._alarm = Alarm(homeserver, "observe", self._going_on.run)
         # Events that may not be sticky any more.
         self._dirty: set[str] = set()
-        self._is_busy = False
-        self._not_before_ms = 0
         self._failures: set[type[Exception]] = set()
 
     def install(self) -> None:
@@ -91,30 +92,24 @@ class Observer:
             self._schedule()
 
     def _schedule(self) -> None:
-        if self._is_busy:
-            return
+        if not self._going_on.is_running and not self._going_on.is_failing:
+            self._ring()
+
+    def _ring(self) -> None:
         now_ms = self._homeserver.now_ms()
         due_ms = now_ms if self._dirty else self._waiting.next_due_ms()
-        if due_ms is None:
-            return
-        # The clock may have been set back since a failure.
-        not_before_ms = min(self._not_before_ms, now_ms + _AFTER_FAILURE_MS)
-        self._alarm.ring_at(max(due_ms, now_ms + PAUSE_MS, not_before_ms))
+        if due_ms is not None:
+            self._alarm.ring_at(max(due_ms, now_ms + PAUSE_MS))
 
     async def _go_on(self) -> None:
         """Does what is due, but no more than a batch of each kind. The reactor has other work."""
-        self._is_busy = True
-        self._not_before_ms = self._homeserver.now_ms() + _AFTER_FAILURE_MS
-        with self._guarded():
-            await self._drop_some()
-            if expired := self._waiting.expire(EXPIRE_BATCH):
-                self._report.expired(expired)
-            # What is to be dropped is not to be released.
-            if not self._dirty and len(expired) < EXPIRE_BATCH:
-                metrics.RELEASED.inc(len(self._waiting.take(RELEASE_BATCH)))
-            self._not_before_ms = 0
-        self._is_busy = False
-        self._schedule()
+        await self._drop_some()
+        if expired := self._waiting.expire(EXPIRE_BATCH):
+            self._report.expired(expired)
+        # What is to be dropped is not to be released.
+        if not self._dirty and len(expired) < EXPIRE_BATCH:
+            metrics.RELEASED.inc(len(self._waiting.take(RELEASE_BATCH)))
+        self._ring()
 
     async def _drop_some(self) -> None:
         dirty = list(self._dirty)[:RELEASE_BATCH]

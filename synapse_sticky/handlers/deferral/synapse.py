@@ -12,6 +12,7 @@ from synapse.types import StreamKeyType
 from synapse_sticky._core import sticky_until_ms
 from synapse_sticky.handlers.deferral.handler import DeferTxn, NewStickyEvent
 from synapse_sticky.homeserver import Cursor, Homeserver
+from synapse_sticky.homeserver.causes import Cause, is_locked, is_outage
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, attributes, method, table
 
 logger = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ SEAMS = (
     method(HOMESERVER, "get_notifier() -> Notifier"),
     method("synapse.notifier.Notifier", "on_new_event(stream_key, new_token, /, *, rooms)"),
     Attribute("synapse.config.workers.WriterLocations", "events"),
-    *attributes("synapse.config.workers.WorkerConfig", "writers", "events_shard_config"),
+    Attribute("synapse.config.workers.WorkerConfig", "events_shard_config"),
     method(
         "synapse.config._base.ShardedWorkerHandlingConfig",
         "should_handle(instance_name, key, /) -> bool",
@@ -44,16 +45,12 @@ SEAMS = (
         "stream_id integer, instance_name text, room_id text, event_id text, sender text, "
         "expires_at integer, event_stream_ordering integer",
     ),
-    Attribute("synapse.storage.engines._base.BaseDatabaseEngine", "module"),
     table("event_json", "event_id text"),
 )
 
 _FIELD: str = StickyEvent.EVENT_FIELD_NAME
 _STREAM: Final = StreamKeyType.STICKY_EVENTS
 _SAVEPOINT = "synapse_sticky_deferred"
-_REFUSED = ("42", "54", "22", "23")
-"""How the SQLSTATEs begin that say that these statements will not do. Of all else Synapse's own
-statements would fail as well, and it may try them again."""
 _COLUMNS = "event_id, room_id, sender, expires_at, event_stream_ordering"
 
 
@@ -105,20 +102,21 @@ class SynapseWriter:
     ) -> Collection[str]:
         try:
             return defer_txn(txn, events)
-        except self._store.database_engine.module.Error:
-            raise  # the transaction is no good any more, and Synapse may try it again
-        except Exception:
+        except Exception as e:
+            if Cause.of_database(e) is not None:
+                raise  # the transaction is no good any more, and Synapse may try it again
             logger.exception("Could not defer any of %d sticky events", len(events))
             return ()
 
     def attempt_txn(self, txn: Cursor, change: Callable[[], None]) -> Exception | None:
-        # SQLite undoes by itself what one statement did, and its errors have no code.
         txn.execute(f"SAVEPOINT {_SAVEPOINT}")
         try:
-            change()
-        except self._store.database_engine.module.Error as e:
-            if not (getattr(e, "pgcode", None) or "").startswith(_REFUSED):
-                raise
+            # Synapse may wait for as long as it likes in the statements that follow.
+            with self._homeserver.brief_waits_txn(txn):
+                change()
+        except Exception as e:
+            if is_outage(e) and not is_locked(e):
+                raise  # Synapse's own statements fail as well, and it may try them again
             txn.execute(f"ROLLBACK TO SAVEPOINT {_SAVEPOINT}")
             return e
         txn.execute(f"RELEASE SAVEPOINT {_SAVEPOINT}")

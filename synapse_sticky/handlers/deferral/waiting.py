@@ -5,16 +5,18 @@ Decides the same whether events are really deferred or only observed.
 
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import attr
 
 from synapse_sticky import metrics
-from synapse_sticky._core import ReleaseQueue
+from synapse_sticky._core import Limiter, ReleaseQueue
 from synapse_sticky.config import FederationConfig
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.limits import LimitReport, federation_limiter, per_second
+from synapse_sticky.renewal import OnPanic, Renewed
 
 if TYPE_CHECKING:
     from synapse_sticky.handlers.deferral.handler import NewStickyEvent
@@ -50,13 +52,29 @@ class Bounds:
     total: int
 
 
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class _Core:
+    """They belong together: a call of the queue charges the limiter."""
+
+    queue: ReleaseQueue
+    limiter: Limiter
+
+
+def _new_core(config: FederationConfig, on_panic: OnPanic) -> _Core:
+    return _Core(ReleaseQueue(on_panic=on_panic), federation_limiter(config, on_panic))
+
+
 class Waiting:
     """The events of other servers that wait for their release, and the limits that hold them up.
 
-    ``decide`` is for database threads. All else is for the reactor's thread.
+    ``decide`` is for database threads. All else is for the reactor's thread. While what has
+    panicked is made anew, nothing is past a limit.
 
     Args:
         bounds: None if transactions are refused before too many events wait.
+        fill: adds all events that wait, once what has panicked is made anew; None if they are
+            forgotten then.
+        on_whole: is called after that.
     """
 
     def __init__(
@@ -65,19 +83,43 @@ class Waiting:
         config: FederationConfig,
         report: LimitReport,
         bounds: Bounds | None = None,
+        fill: Callable[[], Awaitable[None]] | None = None,
+        on_whole: Callable[[], None] = lambda: None,
     ) -> None:
         self._homeserver = homeserver
         self._config = config
         self._report = report
         self._bounds = bounds
+        self._fill = fill
         self._is_exempt = config.exempts()
-        self._limiter = federation_limiter(config)
-        self._queue = ReleaseQueue()
+        self._core = Renewed(
+            homeserver,
+            "deferral",
+            partial(_new_core, config),
+            self._refill,
+            problem="Could not read the deferred events",
+            on_whole=on_whole,
+        )
         # Synapse persists events in database threads.
         self._lock = threading.Lock()
         # Decisions of transactions that are not through, by event ID: they may be tried again.
         self._decisions: OrderedDict[str, str | None] = OrderedDict()
         self._shown = 0
+
+    async def _refill(self) -> None:
+        if self._fill is not None:
+            await self._fill()
+        with self._lock:
+            self._show()
+
+    @property
+    def is_whole(self) -> bool:
+        """Are all events here that wait? Not while what has panicked is made anew."""
+        return self._core.is_whole
+
+    @property
+    def _queue(self) -> ReleaseQueue:
+        return self._core.it.queue
 
     def __len__(self) -> int:
         return len(self._queue)
@@ -104,15 +146,19 @@ class Waiting:
     def _limit_past(self, event: "NewStickyEvent", server: str) -> str | None:
         if event.event_id in self._decisions:
             return self._decisions[event.event_id]
-        limit: str | None = _REFUSED
-        if not self._is_full(server):
-            limit = self._queue.admit(
-                self._limiter, event.room_id, server, event.sender, self._homeserver.now_ms()
-            )
+        limit: str | None = None
+        if self.is_whole:
+            limit = self._admit(event, server)
         self._decisions[event.event_id] = limit
         if len(self._decisions) > _MAX_DECISIONS:
             self._decisions.popitem(last=False)
         return limit
+
+    def _admit(self, event: "NewStickyEvent", server: str) -> str | None:
+        if self._is_full(server):
+            return _REFUSED
+        core, now_ms = self._core.it, self._homeserver.now_ms()
+        return core.queue.admit(core.limiter, event.room_id, server, event.sender, now_ms)
 
     def _is_full(self, server: str) -> bool:
         return self._bounds is not None and self._queue.waiting(server) >= self._bounds.per_server
@@ -154,7 +200,8 @@ class Waiting:
     def take(self, at_most: int) -> list[str]:
         """Takes out the events whose turn it is, and charges them. Gives their IDs, in order."""
         with self._lock:
-            taken = self._queue.take(self._limiter, self._homeserver.now_ms(), at_most)
+            core = self._core.it
+            taken = core.queue.take(core.limiter, self._homeserver.now_ms(), at_most)
             self._show()
         return taken
 

@@ -9,9 +9,12 @@ from collections import deque
 from collections.abc import Callable, Collection
 from typing import Protocol
 
+from synapse_sticky.apart import Stragglers
+from synapse_sticky.backoff import Alarm, Backoff, Retrying
 from synapse_sticky.config import ExtremitiesConfig
 from synapse_sticky.handlers.extremities.senders import DummyEvents, Senders
 from synapse_sticky.homeserver import Homeserver
+from synapse_sticky.homeserver.causes import is_outage
 from synapse_sticky.index import IndexFollower
 
 logger = logging.getLogger(__name__)
@@ -19,10 +22,14 @@ logger = logging.getLogger(__name__)
 _ROUND_MS = 5_000
 _MINUTE_MS = 60_000
 _MAX_ROOMS = 1_000
-"""While so many rooms are dirty, this duty ignores others."""
+"""While so many rooms are dirty, this duty ignores others; while it is half of that, those where
+nobody could send. So they never take all places, whatever changes in them."""
+_BACKOFF = Backoff(5_000, 600_000)
 
 _MAX_FAILURES = 50
-"""In so many rooms of a round there may be nobody who can send."""
+"""So many rooms of a round may fail, most of them because nobody in them can send. They use up no
+dummy events: those are for the others. As the rooms take turns, the ones that fail delay another by
+100 s at most (``_MAX_ROOMS / _MAX_FAILURES`` rounds)."""
 
 
 class Extremities(DummyEvents, Protocol):
@@ -57,8 +64,24 @@ class ExtremitiesHandler:
         self._per_round = max(1, config.per_minute * _ROUND_MS // _MINUTE_MS)
         # In the order in which the rooms have their turn.
         self._dirty: dict[str, None] = {}
-        self._is_scheduled = False
+        self._events_left = 0
         self._failures_left = 0
+        self._rounds = Retrying(
+            homeserver,
+            "merge_extremities",
+            "Could not merge forward extremities",
+            self._run_round,
+            _BACKOFF,
+        )
+        self._alarm = Alarm(homeserver, "merge_extremities", self._rounds.run)
+        self._stragglers: Stragglers[str] = Stragglers(
+            homeserver,
+            "merge_extremities_of_one",
+            "Could not merge the forward extremities of",
+            self._try_again,
+            _BACKOFF,
+            _MAX_ROOMS,
+        )
 
     def install(self) -> None:
         """Takes effect from the next sticky event of a room on."""
@@ -67,7 +90,9 @@ class ExtremitiesHandler:
 
     def _add(self, room_ids: Collection[str]) -> None:
         for room_id in room_ids:
-            if len(self._dirty) < _MAX_ROOMS and not self._senders.is_left_out(room_id):
+            is_to_wait = room_id in self._stragglers or self._senders.is_left_out(room_id)
+            most = _MAX_ROOMS // 2 if self._senders.has_failed(room_id) else _MAX_ROOMS
+            if len(self._dirty) < most and not is_to_wait:
                 self._dirty[room_id] = None
         self._schedule()
 
@@ -76,36 +101,58 @@ class ExtremitiesHandler:
             self._add([room_id])
 
     def _schedule(self) -> None:
-        if self._dirty and not self._is_scheduled:
-            self._is_scheduled = True
-            self._homeserver.call_later(_ROUND_MS, "merge_extremities", self._run_round)
+        # After a round, or the delay that follows a failure, comes the next one by itself.
+        if self._dirty and not self._rounds.is_running and not self._rounds.is_failing:
+            self._alarm.ring_in(_ROUND_MS)
 
     async def _run_round(self) -> None:
         rooms = deque(self._dirty)
         self._dirty.clear()
-        left = self._per_round
+        # Rooms that were tried by themselves since may have had some of it already.
+        self._events_left = self._per_round + min(self._events_left, 0)
         self._failures_left = _MAX_FAILURES
         try:
-            while rooms and self._failures_left:
-                left -= await self._bring_down(rooms[0], left)
-                if left == 0:
+            while rooms and self._failures_left > 0 and self._events_left > 0:
+                await self._bring_down_by_itself(rooms[0])
+                if self._events_left > 0:
+                    rooms.popleft()
+                else:
                     # The room that used the round up comes last in the next one.
                     rooms.rotate(-1)
-                    break
-                rooms.popleft()
-            self._dirty = dict.fromkeys([*rooms, *self._dirty])
         except Exception:
-            logger.exception("Could not merge forward extremities, leaving them to Synapse")
+            # Likewise the one that failed with the database.
+            rooms.rotate(-1)
+            raise
         finally:
-            self._is_scheduled = False
-            self._schedule()
+            next_rooms = [*rooms, *self._dirty]
+            self._dirty = dict.fromkeys(r for r in next_rooms if r not in self._stragglers)
+        if self._dirty:
+            self._alarm.ring_in(_ROUND_MS)
 
-    async def _bring_down(self, room_id: str, at_most: int) -> int:
-        """Sends at most so many dummy events, until the room has few enough extremities.
+    async def _bring_down_by_itself(self, room_id: str) -> None:
+        """Does as ``_bring_down``; a room that fails is tried again by itself.
 
-        Returns:
-            How many it sent.
+        Raises:
+            Exception: the database is away.
         """
+        try:
+            await self._bring_down(room_id, self._events_left)
+        except Exception as e:
+            if is_outage(e):
+                raise
+            self._failures_left -= 1
+            self._stragglers.add([(room_id, e)])
+
+    async def _try_again(self, room_id: str) -> None:
+        # Once the fault is gone many are tried at a time. They send what a round sends, no more.
+        if self._events_left > -self._per_round:
+            await self._bring_down(room_id, 1)
+        # If this went well, the room has its turn among the others.
+        self._dirty[room_id] = None
+        self._schedule()
+
+    async def _bring_down(self, room_id: str, at_most: int) -> None:
+        """Sends at most so many dummy events, until the room has few enough extremities."""
         extremities = self._extremities
         sent = 0
         while sent < at_most and await extremities.count(room_id) > extremities.threshold:
@@ -113,6 +160,7 @@ class ExtremitiesHandler:
                 self._failures_left -= 1
                 break
             sent += 1
+            self._events_left -= 1
         if sent:
             logger.info(
                 "Sent %d dummy events to %s: it has %d forward extremities",
@@ -120,4 +168,3 @@ class ExtremitiesHandler:
                 room_id,
                 await extremities.count(room_id),
             )
-        return sent

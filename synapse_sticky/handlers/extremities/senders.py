@@ -87,6 +87,10 @@ class Senders:
         verdict = self._verdicts.get(room_id)
         return verdict is not None and not verdict.is_doubted and self._now_ms() < verdict.until_ms
 
+    def has_failed(self, room_id: str) -> bool:
+        """Could nobody send to the room, or not all with the power, when that was last tried?"""
+        return room_id in self._verdicts
+
     def doubt(self, room_id: str) -> bool:
         """The room's state has changed. Gives whether the room was left out: it has to be looked at
         again."""

@@ -13,6 +13,7 @@ from synapse.types import create_requester
 
 from synapse_sticky.handlers.extremities.senders import Able
 from synapse_sticky.homeserver import Cursor, Homeserver
+from synapse_sticky.homeserver.causes import Cause
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, method, table
 
 if TYPE_CHECKING:
@@ -64,7 +65,6 @@ class SynapseExtremities:
         self._homeserver = homeserver
         self._hs = homeserver.hs
         self._store = homeserver.store
-        self._database: Any = self._store.database_engine.module
         self.threshold = self._hs.config.server.dummy_events_threshold
 
     async def count(self, room_id: str) -> int:
@@ -112,7 +112,7 @@ class SynapseExtremities:
                     requester, [(event, context)], ratelimit=False, ignore_shadow_ban=True
                 )
         except Exception as e:
-            if self._passes(e):
+            if _passes(e):
                 raise
             return f"{type(e).__name__}: {e}"
         return None
@@ -138,13 +138,6 @@ class SynapseExtremities:
 
         return await self._homeserver.transact("to_merge", read_txn)
 
-    def _passes(self, error: Exception) -> bool:
-        """Has it failed for a cause that is not the room's or the sender's?"""
-        if isinstance(error, SynapseError):
-            # Conflict: the room's state has become complete meanwhile.
-            return error.code >= 500 or error.code == HTTPStatus.CONFLICT
-        return isinstance(error, self._database.Error)
-
     def left_out_since_ms(self, room_id: str) -> int | None:
         return self._left_out.get(room_id)
 
@@ -163,6 +156,15 @@ class SynapseExtremities:
         # Synapse forgets what is in it after a week.
         rooms: dict[str, int] = self._creation._rooms_to_exclude_from_dummy_event_insertion
         return rooms
+
+
+def _passes(error: Exception) -> bool:
+    """Has it failed for a cause that is not the room's or the sender's?"""
+    if isinstance(error, SynapseError):
+        # Conflict: the room's state has become complete meanwhile.
+        return error.code >= 500 or error.code == HTTPStatus.CONFLICT
+    # Not the driver's errors only: Twisted has one of its own for a connection that is lost.
+    return Cause.of_database(error) is not None
 
 
 def able_among(members: Collection[str], state: "StateMap[EventBase]") -> Sequence[str]:

@@ -5,7 +5,6 @@ from typing import Protocol
 
 import attr
 
-from synapse_sticky.handlers.joins.confirmation import Asking
 from synapse_sticky.handlers.joins.detection.reader import HandledDestinations
 from synapse_sticky.homeserver import Cursor
 
@@ -28,19 +27,19 @@ BacklogSource = Callable[[str, int], Awaitable[Batch | None]]
 """``(destination, limit)`` to the next batch for it, or None if there is none for now."""
 
 
-class NotLoadedError(Exception):
-    """The newcomers of an earlier run are not loaded yet."""
+class LeftToSynapseError(Exception):
+    """The module cannot say what to send: Synapse's own selection has to do."""
 
 
-class Federation(HandledDestinations, Asking, Protocol):
+class Federation(HandledDestinations, Protocol):
     """Sending to other servers, in a process that does so."""
 
     def wake(self, destination: str) -> None:
         """Looks for something to send to the destination, unless it is backed off."""
 
     async def may_receive(self, room_id: str, destination: str) -> bool:
-        """May the destination get own events of this room now: is this server in the room, the
-        destination too, the ACL and the federation whitelist in favour?"""
+        """May the destination get own events of this room now: are both servers in the room and
+        allowed by its ACL, and is the federation whitelist in favour?"""
 
     async def retry_at_ms(self, destination: str) -> int:
         """When the destination's back-off ends (ms since the epoch; 0 if there is none)."""
@@ -56,6 +55,11 @@ class Federation(HandledDestinations, Asking, Protocol):
     ) -> None:
         """Calls back with a destination and the ``(room_id, event_id)`` that it acknowledged by
         event ID and without error in its answer to ``/send`` (P7)."""
+
+    def on_refused(self, callback: Callable[[str, set[str], list[str]], None]) -> None:
+        """Calls back with a destination, the rooms of a transaction, and the IDs of the events that
+        the destination named with an error in its answer to it. Of events that it left out nobody
+        hears."""
 
     def on_skipped(self, callback: Callable[[str], None]) -> None:
         """Calls back with a destination once Synapse, in catch-up, has skipped events to it. The

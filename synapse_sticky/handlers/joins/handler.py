@@ -7,20 +7,23 @@ bookkeeping. An event counts as delivered once the newcomer has acknowledged it 
 backlog also has events that a destination missed while it could not be reached. They are pushed in
 the same way.
 
-Fails open: if this cannot say what to send, Synapse's own selection does.
+Fails open: if this cannot say what to send, Synapse's own selection does. A room that fails waits.
 """
 
 import logging
 from collections.abc import Collection, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from synapse_sticky._core import MAX_STICKY_DURATION_MS
 from synapse_sticky.backoff import Backoff
 from synapse_sticky.config import JoinsConfig
-from synapse_sticky.handlers.joins.confirmation import Confirmation
+from synapse_sticky.handlers.joins.confirmation.asking import Asking
+from synapse_sticky.handlers.joins.confirmation.confirmation import LATER_MS, Confirmation
 from synapse_sticky.handlers.joins.destinations import Destinations
 from synapse_sticky.handlers.joins.detection.reader import JoinReader, ServerJoin, StateChanges
-from synapse_sticky.handlers.joins.federation import Batch, Federation, NotLoadedError
+from synapse_sticky.handlers.joins.earlier import EarlierPushes
+from synapse_sticky.handlers.joins.federation import Batch, Federation, LeftToSynapseError
 from synapse_sticky.handlers.joins.push import Push
 from synapse_sticky.handlers.joins.tables import Newcomer, NewcomerTable
 from synapse_sticky.homeserver import Homeserver
@@ -44,6 +47,7 @@ class JoinsHandler:
         rooms: "Rooms",
         follower: IndexFollower,
         federation: Federation,
+        asking: Asking,
         changes: StateChanges,
         table: NewcomerTable,
         config: JoinsConfig,
@@ -51,7 +55,6 @@ class JoinsHandler:
         self._homeserver = homeserver
         self._rooms = rooms
         self._follower = follower
-        self._index = follower.index
         self._federation = federation
         self._table = table
         self._config = config
@@ -60,18 +63,23 @@ class JoinsHandler:
         self._reader = JoinReader(homeserver, changes, federation, table, self._joined)
         self._confirmation = Confirmation(
             homeserver,
-            federation,
-            self._destinations.is_current,
+            asking,
+            is_on=config.confirm,
+            find=self._destinations.find,
+            retry_at_ms=federation.retry_at_ms,
+            servers=lambda room_id: follower.index.server_count(room_id, homeserver.now_ms()),
             update=self._update,
             on_progress=lambda push: federation.wake(push.destination),
             on_end=self._asking_ended,
         )
+        self._earlier = EarlierPushes()
         self._is_loaded = False
 
     def install(self) -> None:
         """Takes effect once the newcomers of an earlier run are loaded."""
         self._federation.serve_backlog_from(self.next_batch)
         self._federation.on_acknowledged(self._acknowledged)
+        self._federation.on_refused(self._refused)
         self._federation.on_skipped(self._skipped)
         self._federation.on_catch_up_recorded(self._catch_up_recorded)
         self._follower.on_new_events(self._new_events)
@@ -105,26 +113,42 @@ class JoinsHandler:
     # Newcomers
 
     def _joined(
-        self, mine: Sequence[ServerJoin], joins: Sequence[ServerJoin], watch_until_ms: int
+        self, mine: Sequence[ServerJoin], own: Sequence[ServerJoin], watch_until_ms: int
     ) -> None:
         for join in mine:
             logger.info("%s has newly joined %s", join.destination, join.room_id)
-            self._add(join.destination, join.room_id, position=0, watch_until_ms=watch_until_ms)
+            self._add_newcomer(join.destination, join.room_id, watch_until_ms)
             self._federation.wake(join.destination)
             self._destinations.schedule(join.destination)
-        for join in joins:
-            if join.destination == self._homeserver.server_name:
-                self._unblock(join.room_id)
+        for join in own:
+            self._unblock(join.room_id)
 
     def _unblock(self, room_id: str) -> None:
         """This server is in the room again: what it could not send meanwhile is due."""
         for destination in self._destinations.names():
-            for push in self._destinations.pushes_of(destination):
-                if push.room_id == room_id and push.is_blocked:
+            for push in self._destinations.of_rooms(destination, [room_id]):
+                if push.is_blocked:
                     push.is_blocked = False
                     self._federation.wake(destination)
 
-    def _add(self, destination: str, room_id: str, *, position: int, watch_until_ms: int) -> None:
+    def _add_newcomer(self, destination: str, room_id: str, watch_until_ms: int) -> None:
+        now_ms = self._homeserver.now_ms()
+        before = self._destinations.find(destination, room_id)
+        if before is not None:
+            self._update(before)
+            self._earlier.note(destination, room_id, before.position, now_ms)
+        position, not_before_ms = self._earlier.begin(destination, room_id, now_ms)
+        push = self._add(destination, room_id, position=0, watch_until_ms=watch_until_ms)
+        push.follow(position, before, not_before_ms)
+        # While the index is made anew nobody knows what the newcomer should have.
+        own = self._follower.index.own_events(room_id, 0, now_ms, _ALL)
+        has = [event_id for at, event_id, _ in own if at < position]
+        if has and self._follower.is_whole:
+            # It may have lost what it had, and what was under way when it left.
+            push.probe = has[-1]
+            self._confirmation.begin(push, max(not_before_ms - now_ms, LATER_MS))
+
+    def _add(self, destination: str, room_id: str, *, position: int, watch_until_ms: int) -> Push:
         push = Push(
             destination,
             room_id,
@@ -133,6 +157,7 @@ class JoinsHandler:
             backoff=self._backoff,
         )
         self._destinations.add(push)
+        return push
 
     # Sending
 
@@ -141,34 +166,31 @@ class JoinsHandler:
         none for now. Synapse calls it whenever it is the backlog's turn.
 
         Raises:
-            NotLoadedError: Synapse's own selection has to do.
+            LeftToSynapseError: nothing is loaded, or all rooms fail: its own selection has to do.
         """
-        if not self._is_loaded:
-            raise NotLoadedError
+        if not self._is_loaded or not self._follower.is_whole:
+            raise LeftToSynapseError
         await self._adopt(destination)
-        state = self._destinations.get(destination)
-        if state is None:
-            return None
+        now_ms = self._homeserver.now_ms()
+        pushes = [p for p in self._destinations.pushes_of(destination) if not p.is_idle(now_ms)]
         try:
-            for room_id, push in list(state.pushes.items()):
-                if push.is_idle(self._homeserver.now_ms()):
-                    continue
-                batch = await self._batch_of(push, limit)
+            for push in pushes:
+                batch = await self._destinations.apart(push, partial(self._batch_of, limit=limit))
                 if batch is not None:
-                    # The room goes to the end of the line.
-                    if state.pushes.get(room_id) is push:
-                        state.pushes[room_id] = state.pushes.pop(room_id)
-                    state.progressed()
+                    self._destinations.put_last(push)
+                    self._destinations.progressed(destination)
                     return batch
-            return None
         finally:
             self._destinations.schedule(destination)
+        # Else Synapse would send all that is under way of the others once more.
+        if pushes and all(self._destinations.is_failing(push) for push in pushes):
+            raise LeftToSynapseError
+        return None
 
     async def _adopt(self, destination: str) -> None:
         """Takes over what Synapse's backlog of the destination has."""
         for room_id, position in await self._federation.backlog(destination):
-            state = self._destinations.get(destination)
-            push = state.pushes.get(room_id) if state else None
+            push = self._destinations.find(destination, room_id)
             if push is None:
                 self._add(destination, room_id, position=position, watch_until_ms=0)
             elif position < push.backlog_position:
@@ -177,12 +199,12 @@ class JoinsHandler:
     async def _batch_of(self, push: Push, limit: int) -> Batch | None:
         await self._ask_if_dirty(push)
         if not await self._federation.may_receive(push.room_id, push.destination):
-            if await self._rooms.is_in_room(push.room_id):
+            if await self._rooms.may_send(push.room_id):
                 logger.info("%s may not get events of %s now", push.destination, push.room_id)
                 await self._end(push, still_watched=False)
             elif not push.is_blocked:
-                # This server may come back while the events are sticky.
-                logger.info("%s is not in %s now", self._homeserver.server_name, push.room_id)
+                # This server may come back, or be allowed again, while the events are sticky.
+                logger.info("%s may not send in %s now", self._homeserver.server_name, push.room_id)
                 push.is_blocked = True
             return None
         push.is_blocked = False
@@ -213,14 +235,16 @@ class JoinsHandler:
         push.skip((position, event_id) for position, event_id, sender in own if sender in erased)
 
     def _update(self, push: Push) -> None:
+        if not self._follower.is_whole:
+            return  # what is missing in it is not gone; it tells of all rooms once it is whole
         now_ms = self._homeserver.now_ms()
-        pushing = self._index.server_count(push.room_id, now_ms)
+        pushing = self._follower.index.server_count(push.room_id, now_ms)
         window = max(1, self._config.window // max(1, pushing))
         push.update(self._own_events(push), now_ms, window)
 
     def _own_events(self, push: Push) -> list[tuple[int, str, str]]:
         now_ms = self._homeserver.now_ms()
-        return self._index.own_events(push.room_id, push.position, now_ms, _ALL)
+        return self._follower.index.own_events(push.room_id, push.position, now_ms, _ALL)
 
     async def _settle(self, push: Push) -> None:
         """Nothing is due. The push ends unless there is something to watch for."""
@@ -231,6 +255,8 @@ class JoinsHandler:
             or not self._follower.has_taken_in(push.last_rows)
         ):
             return  # the index may yet bring something, or the database has to be asked again
+        if push.probe is not None and now_ms < push.stored_watch_until_ms:
+            return  # the newcomer may yet say that it lacks everything
         watched = now_ms < push.watch_until_ms
         if push.delivered_count:
             logger.info(
@@ -240,6 +266,7 @@ class JoinsHandler:
                 push.room_id,
             )
         push.settle()
+        self._earlier.note(push.destination, push.room_id, push.position, now_ms)
         await self._end(push, still_watched=watched)
 
     async def _end(self, push: Push, *, still_watched: bool) -> None:
@@ -267,7 +294,7 @@ class JoinsHandler:
         # While a destination cannot be reached, Synapse asks for no batch. New events are left to
         # the ordinary queue meanwhile, but not while the push is dirty: then they would all be due.
         for push in self._destinations.pushes_of(destination):
-            await self._ask_if_dirty(push)
+            await self._destinations.apart(push, self._ask_if_dirty)
 
     async def _end_expired(self, destination: str) -> None:
         """Ends pushes whose events have all expired. No batch would end them, as Synapse asks for
@@ -275,10 +302,13 @@ class JoinsHandler:
         now_ms = self._homeserver.now_ms()
         for push in self._destinations.pushes_of(destination):
             if push.watch_until_ms < now_ms - MAX_STICKY_DURATION_MS:
-                await self._ask_if_dirty(push)
-                self._update(push)
-                if not push.is_open:
-                    await self._settle(push)
+                await self._destinations.apart(push, self._end_if_expired)
+
+    async def _end_if_expired(self, push: Push) -> None:
+        await self._ask_if_dirty(push)
+        self._update(push)
+        if not push.is_open:
+            await self._settle(push)
 
     def _skipped(self, destination: str) -> None:
         """Synapse skipped events to the destination, and entered them into its backlog. The
@@ -294,7 +324,7 @@ class JoinsHandler:
 
     def _new_events(self, rooms: Collection[str]) -> None:
         for destination in self._destinations.names():
-            touched = [p for p in self._destinations.pushes_of(destination) if p.room_id in rooms]
+            touched = self._destinations.of_rooms(destination, rooms)
             for push in touched:
                 self._update(push)
             if touched:
@@ -302,21 +332,19 @@ class JoinsHandler:
 
     async def _acknowledged(self, destination: str, events: Sequence[tuple[str, str]]) -> None:
         now_ms = self._homeserver.now_ms()
-        rooms = {room_id for room_id, _ in events}
-        for push in self._destinations.pushes_of(destination):
-            if push.room_id not in rooms:
-                continue
+        for push in self._destinations.of_rooms(destination, {room_id for room_id, _ in events}):
             self._update(push)
-            for room_id, event_id in events:
-                if room_id != push.room_id or not push.acknowledge(event_id, now_ms):
-                    continue
-                if self._config.confirm:
-                    self._confirmation.begin(push)
-                else:
-                    push.mark_delivered(event_id)
+            acknowledged = [e for room_id, e in events if room_id == push.room_id]
+            if sum(push.acknowledge(event_id, now_ms) for event_id in acknowledged):
+                self._confirmation.begin(push)
+        self._destinations.schedule(destination)
+
+    def _refused(self, destination: str, rooms: Collection[str], event_ids: Sequence[str]) -> None:
+        for push in self._destinations.of_rooms(destination, rooms):
+            if count := push.refuse(event_ids, self._homeserver.now_ms()):
+                logger.info("%s refuses %d events of %s", destination, count, push.room_id)
         self._destinations.schedule(destination)
 
     def _asking_ended(self, push: Push) -> None:
-        if (state := self._destinations.get(push.destination)) is not None:
-            state.progressed()
+        self._destinations.progressed(push.destination)
         self._destinations.schedule(push.destination)

@@ -4,49 +4,18 @@ Pure bookkeeping: nothing here waits or asks, and time is an argument. Not only 
 pushes: any other entry of Synapse's backlog gets a push, too.
 """
 
-from collections.abc import Iterable, Mapping
-
-import attr
+from collections.abc import Collection, Iterable, Mapping
 
 from synapse_sticky.backoff import Backoff
-
-PATIENT_ATTEMPTS = 3
-"""An event that failed more often than this does not count for the window any more."""
-
-GRACE_MS = 2_000
-"""How long an event that was sent after the join is left to Synapse's ordinary queue."""
+from synapse_sticky.handlers.joins.confirmation.asking import Asked
+from synapse_sticky.handlers.joins.sent import GRACE_MS, MOST_SENDS, FirstContact, Sent
 
 WATCH_AFTER_RECORD_MS = 10_000
 """How long a push still watches after Synapse has recorded how far its ordinary queue got with the
 newcomer. After a restart the ordinary queue goes on from there. So the push need only watch for
 events that were under way when the newcomer joined."""
 
-MOST_SUSPICIONS = 3
-"""How often an event is resent because the newcomer could not be reached."""
-
-CONFIRM_PATIENCE_MS = 30_000
-"""How long the newcomer may lack an event that it acknowledged, until it is resent."""
-
-
-@attr.s(auto_attribs=True, slots=True)
-class Sent:
-    """An own sticky event that the newcomer is not yet known to have. The push sent it, or left it
-    to the ordinary queue first."""
-
-    stream_id: int
-    event_id: str
-    due_ms: int
-    """When it is sent, or resent, unless it is acknowledged by then."""
-    attempts: int = 0
-    acknowledged_ms: int | None = None
-    overtaken_count: int = 0
-    """How often the newcomer had a later event and lacked this one."""
-    refusal_count: int = 0
-    """How often the newcomer refused to say whether it has the event."""
-    is_suspect: bool = False
-    """Could the newcomer not be reached since it acknowledged the event?"""
-    suspicions: int = 0
-    """How often the event was resent for that."""
+_MOST_REMEMBERED = 5_000
 
 
 class Push:
@@ -63,6 +32,8 @@ class Push:
         an earlier or later one.
     dirty_marks: how often the push became dirty: once by the join, and once more each time that the
         ordinary queue leaves something out.
+    is_blocked: whether nothing may be sent for now.
+    probe: an event that the newcomer had when it was in the room before. It is asked for once.
     """
 
     def __init__(
@@ -84,32 +55,54 @@ class Push:
         self.dirty_marks = 1
         self.window = 1
         self.delivered_count = 0
-        self.is_confirming = False
-        self.is_settled = False
-        self.is_blocked = False
-        """May nothing be sent for now?"""
+        self.is_settled = self.is_blocked = False
+        self.probe: str | None = None
+        self.asked = Asked()
         self._answered_marks = 0
         """What ``dirty_marks`` was when the handler asked the database."""
         self._asked_after_watch = False
-        self._has_acknowledged = False
+        self._contact = FirstContact(backoff)
+        self._floor_ms = 0
+        """Until then nothing is sent."""
         self._due_up_to = 0
         """Own events up to this position are not left to the ordinary queue."""
-        self._newcomer_pruned = False
+        self._start = position
+        """Where sending everything again begins."""
+        self._last_own = self._again_up_to = 0
+        self._has_lost = False
         self._highest_delivered = 0
         self._backoff = backoff
         self._sent: dict[str, Sent] = {}
         self._to_send: list[tuple[int, str]] = []
         """``(stream_id, event_id)`` of events that are due and not in ``_sent``."""
         self._finished: dict[str, int] = {}
-        """Stream IDs of delivered and skipped events, by event ID."""
+        """Stream IDs of events that were delivered, skipped or given up, by event ID."""
+        self._sent_often: dict[str, int] = {}
+        """The same of events that no answer has sent again."""
+
+    def follow(self, position: int, before: "Push | None", not_before_ms: int) -> None:
+        """The newcomer was in the room before. Up to ``position`` it has all own events, and after
+        it what ``before`` knows, if that push still was there. Nothing is sent until
+        ``not_before_ms`` (ms since the epoch)."""
+        self.position = self._start = max(self.position, position)
+        self._floor_ms = not_before_ms
+        self._finished = before.finished_after(position) if before is not None else {}
+
+    def finished_after(self, position: int) -> dict[str, int]:
+        """Stream IDs of events that are done with, from the position on, by event ID."""
+        return {e: p for e, p in self._finished.items() if p >= position}
+
+    def start_anew(self) -> None:
+        """The newcomer lacks what it had when it was in the room before."""
+        self.position = self._start = self.backlog_position
+        self._finished = {}
+        self.is_settled = False
 
     def is_dirty(self, now_ms: int) -> bool:
         """Must the handler ask the database for the last rows? It must after each mark, and once
         more after the watch."""
-        watch_is_over = now_ms >= self.watch_until_ms
-        return self._answered_marks < self.dirty_marks or (
-            watch_is_over and not self._asked_after_watch
-        )
+        is_due_again = now_ms >= self.watch_until_ms and not self._asked_after_watch
+        return is_due_again or self._answered_marks < self.dirty_marks
 
     def take_in_last_rows(
         self, last_rows: Mapping[str, int], dirty_marks: int, asked_ms: int
@@ -125,12 +118,12 @@ class Push:
         """The destination lacks events from ``position`` on, too."""
         self.dirty_marks += 1
         self.backlog_position = min(self.backlog_position, position)
-        self.position = min(self.position, position)
+        self.position, self._start = min(self.position, position), min(self._start, position)
         self.is_settled = False
 
     def settle(self) -> None:
         """The destination lacks nothing before ``position``, and that is stored."""
-        self.backlog_position = self.position
+        self.backlog_position = self._start = self.position
         self.is_settled = True
         self.delivered_count = 0
 
@@ -143,6 +136,7 @@ class Push:
         present = set()
         for stream_id, event_id, _ in own:
             present.add(event_id)
+            self._last_own = max(self._last_own, stream_id)
             if stream_id < self.position or event_id in self._finished:
                 continue
             sent = self._sent.get(event_id)
@@ -166,37 +160,66 @@ class Push:
         self._finished = {e: p for e, p in self._finished.items() if p >= self.position}
 
     def choose(self, limit: int, now_ms: int) -> list[str]:
-        """The event IDs to send now, oldest first; they count as sent from here on."""
-        due = [s for s in self._sent.values() if s.acknowledged_ms is None and s.due_ms <= now_ms]
-        free = min(limit, self.window - self._in_flight(now_ms))
-        candidates = sorted([(s.stream_id, s.event_id) for s in due] + self._to_send)
-        chosen = candidates[: max(free, 0)]
+        """The event IDs to send now, oldest first; they count as sent from here on.
+
+        A newcomer that is still joining answers, and acknowledges nothing. Until it does, each
+        attempt is of one event, and of another one each time.
+        """
+        if not self._may_send(now_ms):
+            return []
+        candidates = sorted([(s.stream_id, s.event_id) for s in self._due(now_ms)] + self._to_send)
+        free = max(min(limit, self.window - self._in_flight(now_ms)), 0)
+        if not self._contact.is_made:
+            candidates.sort(key=lambda c: (s.attempts if (s := self._sent.get(c[1])) else 0, c[0]))
+            free = min(free, 1)
+        chosen = candidates[:free]
+        if chosen:
+            self._contact.try_again(now_ms)
         for stream_id, event_id in chosen:
-            sent = self._sent.setdefault(event_id, Sent(stream_id, event_id, 0))
-            sent.attempts += 1
-            sent.due_ms = now_ms + self._backoff.after(sent.attempts)
-        chosen_ids = {event_id for _, event_id in chosen}
-        self._to_send = [e for e in self._to_send if e[1] not in chosen_ids]
+            before = int(stream_id <= self._again_up_to)
+            new = Sent(stream_id, event_id, 0, attempts=before, answers=before)
+            sent = self._sent.setdefault(event_id, new)
+            sent.send(now_ms, self._backoff)
+            if sent.attempts >= MOST_SENDS:
+                self._sent_often[event_id] = stream_id
+        while len(self._sent_often) > _MOST_REMEMBERED:
+            del self._sent_often[next(iter(self._sent_often))]
+        sent_now = set(chosen)
+        self._to_send = [event for event in self._to_send if event not in sent_now]
         return [event_id for _, event_id in chosen]
+
+    def _due(self, now_ms: int) -> list[Sent]:
+        is_awaited = self._contact.is_awaited
+        waiting = [s for s in self._sent.values() if s.acknowledged_ms is None]
+        return [s for s in waiting if s.due_ms <= now_ms or (is_awaited and s.may_be_early())]
+
+    def _may_send(self, now_ms: int) -> bool:
+        return now_ms >= max(self._floor_ms, self._contact.not_before_ms) and not self.is_blocked
 
     def _in_flight(self, now_ms: int) -> int:
         """Events that may be in the newcomer's staging area, as far as that can be known."""
-        return sum(
-            0 < s.attempts <= PATIENT_ATTEMPTS
-            and (s.acknowledged_ms is not None or s.due_ms > now_ms)
-            for s in self._sent.values()
-        )
+        return sum(s.is_in_flight(now_ms, self._contact.is_made) for s in self._sent.values())
 
     def acknowledge(self, event_id: str, now_ms: int) -> bool:
         """The newcomer acknowledged the event; is it one that this push cares about?"""
-        self._has_acknowledged = True
+        if self._contact.make():  # what was sent before is due at once
+            for waiting in self._sent.values():
+                waiting.due_ms = now_ms if waiting.attempts else waiting.due_ms
         sent = self._sent.get(event_id) or self._move_to_sent(event_id, now_ms)
         if sent is None:
             return False
-        # Acknowledged without having been pushed: it went by the ordinary queue.
-        sent.attempts = max(sent.attempts, 1)
-        sent.acknowledged_ms = now_ms
+        sent.acknowledge(now_ms)
         return True
+
+    def refuse(self, event_ids: Collection[str], now_ms: int) -> int:
+        """The newcomer answered with an error for these. They are resent once: after the longest
+        delay, or as soon as it first acknowledges something. Gives how many are given up."""
+        ids = set(event_ids) & {*self._sent, *(event_id for _, event_id in self._to_send)}
+        found = [self._sent.get(e) or self._move_to_sent(e, now_ms) for e in ids]
+        until_ms = now_ms + self._backoff.max_ms
+        given_up = [(s.stream_id, s.event_id) for s in found if s and s.refuse(until_ms)]
+        self.skip(given_up)
+        return len(given_up)
 
     def _move_to_sent(self, event_id: str, now_ms: int) -> Sent | None:
         for event in self._to_send:
@@ -210,7 +233,7 @@ class Push:
         """Synapse recorded how far its ordinary queue got with the destination: the watch ends
         soon. The watch stays as it is if the newcomer has acknowledged no event of the room yet:
         the newcomer may not know of the room."""
-        if self._has_acknowledged:
+        if self._contact.is_made:
             self.watch_until_ms = min(self.watch_until_ms, now_ms + WATCH_AFTER_RECORD_MS)
 
     def unconfirmed(self) -> list[Sent]:
@@ -218,9 +241,12 @@ class Push:
         waiting = [s for s in self._sent.values() if s.acknowledged_ms is not None]
         return sorted(waiting, key=lambda s: s.stream_id)
 
+    def is_last(self, sent: Sent) -> bool:
+        """Is it the last own event of the room?"""
+        return sent.stream_id >= self._last_own
+
     def mark_delivered(self, event_id: str) -> None:
-        """The event is delivered: confirmed, or only acknowledged where ``joins.confirm`` is
-        off."""
+        """The event is delivered: the newcomer has it, or its acknowledgement has to do."""
         sent = self._sent.pop(event_id, None)
         if sent is not None:
             self._finished[event_id] = sent.stream_id
@@ -234,47 +260,56 @@ class Push:
             self._finished[event_id] = stream_id
         self._to_send = [e for e in self._to_send if e[1] not in self._finished]
 
-    def is_overtaken(self, sent: Sent) -> bool:
-        """Does the newcomer have a later event? It takes what it has staged in order."""
-        return sent.stream_id < self._highest_delivered
+    def has(self, event_ids: Iterable[str], now_ms: int) -> int:
+        """The newcomer says that it has some copy of these events. Gives how many it was not yet
+        known to have. What may have been lost is resent: the copy may be one that it fetched."""
+        found = [sent for e in event_ids if (sent := self._sent.get(e))]
+        taken = [sent.acknowledged_ms for sent in found if sent.acknowledged_ms is not None]
+        for sent in found:
+            if sent.is_suspect:
+                self._resend(sent, now_ms)
+            else:
+                self.mark_delivered(sent.event_id)
+        for sent in self._sent.values():
+            if taken and sent.acknowledged_ms is not None and min(taken) <= sent.acknowledged_ms:
+                sent.patient_from_ms = now_ms
+        return len(found)
 
-    def mark_lost(self, sent: Sent, now_ms: int) -> None:
-        """The newcomer acknowledged the event, and lacks it: it is resent, later each time."""
-        self._newcomer_pruned = True
-        sent.acknowledged_ms = None
-        sent.overtaken_count = 0
-        sent.due_ms = now_ms + self._backoff.after(sent.attempts)
+    def lacks(self, events: Iterable[Sent], now_ms: int) -> None:
+        """The newcomer acknowledged the events, and has lost them. They are resent, unless they
+        have been sent often enough."""
+        for sent in list(events):
+            if sent.attempts >= MOST_SENDS:
+                self.mark_delivered(sent.event_id)
+            else:
+                self._has_lost = True
+                self._resend(sent, now_ms)
 
     def suspect_loss(self) -> None:
         """The newcomer cannot be reached, and may have lost what it acknowledged. If it later says
         that it has such an event, it may only have fetched the event (see ``start_over``)."""
         for sent in self._sent.values():
-            sent.is_suspect = sent.acknowledged_ms is not None and sent.suspicions < MOST_SUSPICIONS
+            sent.is_suspect = sent.acknowledged_ms is not None and sent.attempts < MOST_SENDS
 
-    def confirm(self, event_id: str, now_ms: int) -> None:
-        """The newcomer says that it has the event. It is resent if it may have been lost."""
-        sent = self._sent.get(event_id)
-        if sent is None or not sent.is_suspect:
-            self.mark_delivered(event_id)
-            return
+    def _resend(self, sent: Sent, now_ms: int) -> None:
         sent.is_suspect = False
-        sent.suspicions += 1
         sent.acknowledged_ms = None
         sent.due_ms = now_ms
 
     def start_over(self) -> bool:
-        """Must everything be resent? It must if the newcomer pruned.
+        """Must everything be resent that was sent once? It must if the newcomer lost something.
 
-        The newcomer may have fetched a pruned event, because another event refers to it. Then it
+        The newcomer may have fetched what it pruned, because another event refers to it. Then it
         answers that it has the event. But it does not take the event for sticky until this server
         sends it in full.
         """
-        if not self._newcomer_pruned:
+        if not self._has_lost:
             return False
-        self._newcomer_pruned = False
-        self._due_up_to = max(self._due_up_to, self._highest_delivered)
-        self.position = self.backlog_position
-        self._finished = {}
+        self._has_lost = False
+        self._again_up_to = max(self._again_up_to, self._highest_delivered)
+        self._due_up_to = max(self._due_up_to, self._again_up_to)
+        self.position = self._start
+        self._finished = dict(self._sent_often)
         self._highest_delivered = 0
         return True
 
@@ -289,12 +324,16 @@ class Push:
 
     def worth_sending(self, now_ms: int) -> bool:
         """Do events wait, and is there enough of the window free to make a transaction of?"""
-        if self.is_blocked:
-            return False
-        waits = self._to_send or any(
-            s.acknowledged_ms is None and s.due_ms <= now_ms for s in self._sent.values()
-        )
-        return bool(waits) and self._in_flight(now_ms) <= self.window // 2
+        is_free = self.missing_for_half(now_ms) == 0
+        return is_free and self.has_waiting(now_ms) and self._may_send(now_ms)
+
+    def has_waiting(self, now_ms: int) -> bool:
+        """Do events wait to be sent?"""
+        return bool(self._to_send or self._due(now_ms))
+
+    def missing_for_half(self, now_ms: int) -> int:
+        """How many events the newcomer must take until half of the window is free."""
+        return max(self._in_flight(now_ms) - self.window // 2, 0)
 
     def next_due_ms(self, now_ms: int) -> int | None:
         """When there is something to send next, None if nothing waits for a time."""
@@ -302,11 +341,8 @@ class Push:
             return None
         if self.worth_sending(now_ms):
             return now_ms
-        return min(
-            (
-                s.due_ms
-                for s in self._sent.values()
-                if s.acknowledged_ms is None and s.due_ms > now_ms
-            ),
-            default=None,
-        )
+        may_ms = max(self._floor_ms, self._contact.not_before_ms)
+        if now_ms < may_ms and self.has_waiting(may_ms):
+            return may_ms
+        waiting = [s.due_ms for s in self._sent.values() if s.acknowledged_ms is None]
+        return min((due_ms for due_ms in waiting if due_ms > now_ms), default=None)

@@ -1,19 +1,16 @@
 """Sending to other servers: Synapse's per-destination queues and its backlog of sticky events."""
 
 import logging
-import urllib.parse
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from synapse.api.errors import FederationDeniedError, HttpResponseException, RequestSendFailed
 from synapse.module_api import RoomID
 from synapse.module_api.callbacks.federation import (
     FederatedEventDeliveryMethod,
     FederationEventDeliveryEvent,
 )
 
-from synapse_sticky.handlers.joins.confirmation import Possession
-from synapse_sticky.handlers.joins.federation import BacklogSource, NotLoadedError
+from synapse_sticky.handlers.joins.federation import BacklogSource, LeftToSynapseError
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, attributes, method, table
 
@@ -22,18 +19,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_ASK_TIMEOUT_MS = 10_000
 _CAUGHT_UP_TO = "new_last_successfully_sent_stream_ordering"
 
-_PREFIX = "/_matrix/federation/v1"
 _SENDER = "synapse.federation.sender"
 _QUEUE = f"{_SENDER}.per_destination_queue.PerDestinationQueue"
 _TRACKER = f"{_SENDER}.per_destination_queue.StickyEventBacklogTracker"
+_TRANSPORT = "synapse.federation.transport.client.TransportLayerClient"
 _FEDERATION_CONFIG = "synapse.config.federation.FederationConfig"
 
 SEAMS = (
     method(HOMESERVER, "get_federation_sender() -> AbstractFederationSender"),
-    method(HOMESERVER, "get_federation_http_client() -> MatrixFederationHttpClient"),
     Attribute("synapse.config.homeserver.HomeServerConfig", "federation"),
     Attribute("synapse.config.workers.WorkerConfig", "federation_shard_config"),
     method(
@@ -44,16 +39,15 @@ SEAMS = (
         _FEDERATION_CONFIG, "is_domain_allowed_according_to_federation_whitelist(domain, /) -> bool"
     ),
     method(
-        "synapse.http.matrixfederationclient.MatrixFederationHttpClient",
-        "async get_json(destination, /, *, path, timeout, ignore_backoff)",
-    ),
-    method(
         f"{_SENDER}.FederationSender",
         "_get_per_destination_queue(destination, /) -> PerDestinationQueue | None",
     ),
     method(_QUEUE, "attempt_new_transaction()"),
     Attribute(_QUEUE, "_sticky_event_backlog_tracker"),
     method(_TRACKER, "notify_potential_new_backlog()"),
+    method(HOMESERVER, "get_federation_transport_client() -> TransportLayerClient"),
+    method(_TRANSPORT, "async send_transaction(transaction)", is_replaced=True),
+    *attributes("synapse.federation.units.Transaction", "destination", "pdus"),
     method(
         STORE,
         "async get_destination_retry_timings(destination, /) -> DestinationRetryTimings | None",
@@ -94,11 +88,9 @@ class SynapseFederation:
         self._homeserver = homeserver
         self._rooms = rooms
         self._store = homeserver.store
-        hs = homeserver.hs
-        config = hs.config
+        config = homeserver.hs.config
         self._shards = config.worker.federation_shard_config
         self._is_whitelisted = config.federation.is_domain_allowed_according_to_federation_whitelist
-        self._client: Any = hs.get_federation_http_client()
 
     def handles(self, destination: str) -> bool:
         return (
@@ -118,31 +110,6 @@ class SynapseFederation:
         timings = await self._store.get_destination_retry_timings(destination)
         return timings.retry_last_ts + timings.retry_interval if timings else 0
 
-    async def has_event(self, destination: str, event_id: str) -> Possession:
-        if await self.retry_at_ms(destination) > self._homeserver.now_ms():
-            return Possession.UNREACHABLE
-        path = f"{_PREFIX}/event/{urllib.parse.quote(event_id, safe='')}"
-        try:
-            # A failed request must not back the destination off: then Synapse would send nothing
-            # else there either.
-            answer = await self._client.get_json(
-                destination, path=path, timeout=_ASK_TIMEOUT_MS, ignore_backoff=True
-            )
-        except HttpResponseException as e:
-            if e.code == 404:
-                return Possession.LACKS
-            # 429 and 5xx pass with time; any other answer is the newcomer's last word.
-            temporary = e.code == 429 or e.code >= 500
-            return Possession.UNREACHABLE if temporary else Possession.REFUSES
-        except (RequestSendFailed, FederationDeniedError):
-            return Possession.UNREACHABLE
-        except Exception:
-            # An answer that cannot be understood counts as none.
-            logger.exception("Could not ask %s for %s", destination, event_id)
-            return Possession.UNREACHABLE
-        pdus = answer.get("pdus") if isinstance(answer, dict) else None
-        return Possession.HAS if isinstance(pdus, list) and pdus else Possession.LACKS
-
     def on_acknowledged(
         self, callback: Callable[[str, Sequence[tuple[str, str]]], Awaitable[None]]
     ) -> None:
@@ -160,6 +127,25 @@ class SynapseFederation:
         self._homeserver.api.register_federation_callbacks(
             on_event_delivered_over_federation=delivered
         )
+
+    def on_refused(self, callback: Callable[[str, set[str], list[str]], None]) -> None:
+        def make(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+            async def send(transaction: Any, *args: Any, **options: Any) -> Any:
+                answer = await original(transaction, *args, **options)
+                try:
+                    refused = _refused(answer)
+                    if refused:
+                        rooms = {pdu.get("room_id", "") for pdu in transaction.pdus}
+                        callback(transaction.destination, rooms, refused)
+                except Exception:
+                    # Else Synapse would take the transaction for failed.
+                    logger.exception("Could not take in what %s refused", transaction.destination)
+                return answer
+
+            return send
+
+        client = self._homeserver.hs.get_federation_transport_client()
+        self._homeserver.replace(client, "send_transaction", make)
 
     def on_skipped(self, callback: Callable[[str], None]) -> None:
         def include_the_last(options: dict[str, Any]) -> None:
@@ -204,7 +190,7 @@ class SynapseFederation:
             ) -> tuple[Any, Any, Any] | None:
                 try:
                     batch = await source(destination, limit)
-                except NotLoadedError:
+                except LeftToSynapseError:
                     return await original(destination, *args, limit=limit, **options)
                 except Exception:
                     logger.exception(
@@ -251,7 +237,7 @@ class SynapseFederation:
     async def may_receive(self, room_id: str, destination: str) -> bool:
         if not self._is_whitelisted(destination):
             return False
-        if not await self._rooms.has_member_of(room_id, self._homeserver.server_name):
+        if not await self._rooms.is_joined(room_id, self._homeserver.server_name):
             return False
         if not await self._rooms.has_member_of(room_id, destination):
             # While the room's state is partial, those whom /send_join named count as joined.
@@ -259,3 +245,11 @@ class SynapseFederation:
             if servers is None or destination not in servers:
                 return False
         return await self._rooms.acl_allows(room_id, destination)
+
+
+def _refused(answer: Any) -> list[str]:
+    """The events that an answer to ``/send`` names with an error, as Synapse reads it."""
+    results = answer.get("pdus") if isinstance(answer, Mapping) else None
+    if not isinstance(results, Mapping):
+        return []
+    return [e for e, said in results.items() if not isinstance(said, Mapping) or "error" in said]

@@ -1,7 +1,8 @@
 """Whether a transaction of another server is accepted at all (L1, L2, L6).
 
 In mode ``reject`` a transaction past a limit is refused whole, before Synapse touches it. In both
-modes a transaction is refused while its server has too many events deferred or staged. Only the
+modes a transaction is refused while its server has too many events deferred or staged, or too many
+staged in one of the transaction's rooms. Only the
 origin is proven here. So an event is charged to the origin, and to its sender if that is a user of
 the origin. The limit of a room (``per_room``) does not apply here, because refusals cannot share it
 fairly; it applies when events are persisted and released.
@@ -15,6 +16,7 @@ import logging
 import secrets
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from typing import Protocol
 
 import attr
@@ -25,6 +27,7 @@ from synapse_sticky.config import FederationConfig, Mode
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.layout import HasLayout, NewerLayoutError, migrate
 from synapse_sticky.limits import LimitReport, Refusal, federation_limiter
+from synapse_sticky.renewal import Renewed
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +35,9 @@ _MAX_ID_LENGTH = 255
 _MAX_ORIGINS = 10_000
 _RETRY_MIN_MS = 1_000
 _RETRY_MAX_MS = 60_000
+_PROCESSING_MS = 50
+"""About how long it takes to process a staged PDU in a busy room."""
+
 _LOOK_BACKOFF = Backoff(5_000, 30_000, spread=0)
 
 _Claim = tuple[str | None, str | None]
@@ -87,10 +93,10 @@ class Receipt(Protocol):
     async def is_answered(self, origin: str, transaction_id: str) -> bool:
         """Has Synapse answered this transaction before? Then it repeats its answer."""
 
-    def count_staged_txn(self, txn: Cursor, origin: str, at_most: int) -> int:
-        """How many PDUs of the origin with the sticky field are staged.
+    def count_staged_txn(self, txn: Cursor, origin: str, at_most: int) -> Mapping[str, int]:
+        """How many PDUs of the origin with the sticky field are staged, by room.
 
-        A number up to ``at_most`` may be too large. It only says that there are not more.
+        Empty if no more than ``at_most`` of its PDUs are staged, sticky or not.
         """
 
 
@@ -118,7 +124,7 @@ class ReceiptHandler:
         self._config = config
         self._report = report
         self._is_exempt = config.exempts()
-        self._limiter = federation_limiter(config)
+        self._limiter = Renewed(homeserver, "receipt", partial(federation_limiter, config))
         self._has_table: bool | None = None
         self._looking = Retrying(
             homeserver,
@@ -148,39 +154,46 @@ class ReceiptHandler:
             return None
         if await self._receipt.is_answered(origin, transaction.transaction_id):
             return None
-        refusal = await self._too_many(origin) or self._past_a_limit(transaction, claims)
+        refusal = await self._too_many(origin, claims) or self._past_a_limit(transaction, claims)
         if refusal is not None:
             self._report.refused(
                 refusal.limit, origin, _where(claims), refusal.retry_after_ms, len(claims)
             )
         return refusal
 
-    async def _too_many(self, origin: str) -> Refusal | None:
+    async def _too_many(self, origin: str, claims: list[_Claim]) -> Refusal | None:
         most = self._config.max_deferred_per_server
-        count = await self._count(origin)
-        if count < most:
-            return None
-        limits = (self._config.per_server, self._config.per_server_in_room)
-        per_second = min((limit.per_second for limit in limits if limit), default=1.0)
-        retry_after_ms = round((count - most + 1) * 1000 / per_second)
-        return Refusal(
-            "max_deferred_per_server", min(max(retry_after_ms, _RETRY_MIN_MS), _RETRY_MAX_MS)
+        count, in_rooms = await self._count(origin, {room_id for room_id, _ in claims if room_id})
+        if count >= most:
+            limits = (self._config.per_server, self._config.per_server_in_room)
+            per_second = min((limit.per_second for limit in limits if limit), default=1.0)
+            wait_ms = round((count - most + 1) * 1000 / per_second)
+            return Refusal("max_deferred_per_server", _retry_after_ms(wait_ms))
+        if in_rooms:
+            too_many = max(in_rooms.values()) - self._config.max_staged_per_server_in_room + 1
+            wait_ms = too_many * _PROCESSING_MS
+            return Refusal("max_staged_per_server_in_room", _retry_after_ms(wait_ms))
+        return None
+
+    async def _count(self, origin: str, room_ids: set[str]) -> tuple[int, Mapping[str, int]]:
+        """How many events of the origin are deferred or staged; exact from the most that there may
+        be. And how many are staged in each room where these are too many."""
+        counts_deferred = await self._has_deferred_table()
+        most, most_staged = (
+            self._config.max_deferred_per_server,
+            self._config.max_staged_per_server_in_room,
         )
 
-    async def _count(self, origin: str) -> int:
-        """How many events of the origin are deferred or staged; exact from the most that there may
-        be."""
-        counts_deferred = await self._has_deferred_table()
-        most = self._config.max_deferred_per_server
-
-        def count_txn(txn: Cursor) -> int:
+        def count_txn(txn: Cursor) -> tuple[int, Mapping[str, int]]:
             deferred = self._deferred.count_txn(txn, origin) if counts_deferred else 0
             if deferred >= most:
-                return deferred
-            at_most = most - 1 - deferred
-            return deferred + self._receipt.count_staged_txn(txn, origin, at_most)
+                return deferred, {}
+            at_most = min(most - deferred, most_staged) - 1
+            staged = self._receipt.count_staged_txn(txn, origin, at_most)
+            in_rooms = {r: n for r, n in staged.items() if r in room_ids and n >= most_staged}
+            return deferred + sum(staged.values()), in_rooms
 
-        return await self._homeserver.transact("count_deferred", count_txn)
+        return await self._homeserver.transact_briefly("count_deferred", count_txn)
 
     async def _has_deferred_table(self) -> bool:
         """Is the table of deferred events there, in a layout that this version knows?"""
@@ -200,14 +213,14 @@ class ReceiptHandler:
             self._has_table = False
 
     def _past_a_limit(self, transaction: Transaction, claims: list[_Claim]) -> Refusal | None:
-        if self._config.mode is not Mode.REJECT:
+        if self._config.mode is not Mode.REJECT or not self._limiter.is_whole:
             return None
         origin = transaction.origin
         # The ID alone would not do: the origin may put other PDUs under it.
         receipt = (transaction.transaction_id, transaction.fingerprint())
         if self._charged.get(origin) == receipt:
             return None
-        refused = self._limiter.admit_transaction(origin, claims, self._homeserver.now_ms())
+        refused = self._limiter.it.admit_transaction(origin, claims, self._homeserver.now_ms())
         if refused is not None:
             return Refusal(*refused)
         self._charged[origin] = receipt
@@ -220,6 +233,10 @@ class ReceiptHandler:
         now_ms = self._homeserver.now_ms()
         until_ms = sticky_until_ms(pdu.sticky_field, pdu.origin_server_ts, now_ms)
         return until_ms is not None and now_ms < until_ms
+
+
+def _retry_after_ms(wait_ms: int) -> int:
+    return min(max(wait_ms, _RETRY_MIN_MS), _RETRY_MAX_MS)
 
 
 def _claim(pdu: ReceivedPdu, origin: str) -> _Claim:

@@ -6,6 +6,7 @@ Fails open: an event that cannot be checked is sent.
 """
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Protocol
 
 import attr
@@ -13,6 +14,7 @@ import attr
 from synapse_sticky.config import LocalConfig, LocalMode
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.limits import LimitReport, Refusal, local_limiter
+from synapse_sticky.renewal import Renewed
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
@@ -50,7 +52,7 @@ class SendingHandler:
         self._homeserver = homeserver
         self._sending = sending
         self._observes = config.mode is LocalMode.OBSERVE
-        self._limiter = local_limiter(config)
+        self._limiter = Renewed(homeserver, "sending", partial(local_limiter, config))
         self._report = report
 
     def install(self) -> None:
@@ -59,7 +61,9 @@ class SendingHandler:
 
     async def check(self, request: LocalSend) -> Refusal | None:
         """The refusal of the request; or None to accept it, which charges the user."""
-        refused = self._limiter.admit_user(request.user_id, self._homeserver.now_ms())
+        if not self._limiter.is_whole:
+            return None
+        refused = self._limiter.it.admit_user(request.user_id, self._homeserver.now_ms())
         # Asked last, as both may read the database.
         if refused is None or await request.is_exempt() or await request.is_repeated():
             return None

@@ -1,12 +1,17 @@
-"""Which servers newly join which rooms, read from the state changes (P3)."""
+"""Which servers newly join which rooms, read from the state changes (P3).
+
+What fails for one room or one newcomer waits by itself, while all others go on. Until it is done,
+the stored position stays before it: the next run reads from there.
+"""
 
 import logging
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
 import attr
 
 from synapse_sticky._core import MAX_STICKY_DURATION_MS
+from synapse_sticky.apart import Stragglers, apart
 from synapse_sticky.backoff import Backoff, Retrying
 from synapse_sticky.handlers.joins.tables import NewcomerTable
 from synapse_sticky.homeserver import Cursor, Homeserver
@@ -15,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 _BACKOFF = Backoff(5_000, 60_000)
 _STORE_EVERY_MS = 60_000
+_MAX_STRAGGLERS = 1_000
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
@@ -25,16 +31,30 @@ class ServerJoin:
     room_id: str
 
 
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class RoomChanges:
+    """What one page has of one room.
+
+    changes: as ``StateChanges`` made them; nobody else looks into them.
+    """
+
+    room_id: str
+    changes: Sequence[Any]
+
+
 class StateChanges(Protocol):
     """The changes of rooms' state, as this process sees them."""
 
     def state_position(self) -> int:
         """Up to where state changes are visible here (position of the events stream)."""
 
+    async def page(self, *, after: int, up_to: int) -> tuple[int, list[RoomChanges]]:
+        """One page of changes by room, and the position that it reaches to."""
+
     async def server_joins(
-        self, *, after: int, up_to: int, not_before_ms: int
-    ) -> tuple[int, list[ServerJoin]]:
-        """One page of new joins of servers, and the position that it reaches to.
+        self, rooms: Sequence[RoomChanges], *, not_before_ms: int
+    ) -> list[ServerJoin]:
+        """The new joins of servers among the changes.
 
         A user's join counts if no other user of that server was joined before. Joins that were
         received before ``not_before_ms`` do not count. This server's own joins count, too. Suppose
@@ -53,6 +73,21 @@ class HandledDestinations(Protocol):
         """Enters the room into Synapse's own backlog of the destination, from its start."""
 
 
+@attr.s(frozen=True, eq=False, slots=True)
+class _Left:
+    """What could not be done of a page: one room's changes, or one newcomer of a room.
+
+    after: where the page began.
+    """
+
+    after: int = attr.ib()
+    what: RoomChanges | ServerJoin = attr.ib()
+
+    def __str__(self) -> str:
+        joined = f"{self.what.destination} in " if isinstance(self.what, ServerJoin) else ""
+        return f"{joined}{self.what.room_id}"
+
+
 class JoinReader:
     """Reads the state changes from a stored position on, and stores the newcomers."""
 
@@ -66,8 +101,8 @@ class JoinReader:
     ) -> None:
         """
         Args:
-            on_joins: gets the joins of a page that this process sends to, all of its joins, and
-                until when own events are to be watched for (ms since the epoch).
+            on_joins: gets joins that this process sends to, joins of this server itself, and until
+                when own events are to be watched for (ms since the epoch).
         """
         self._homeserver = homeserver
         self._changes = changes
@@ -75,9 +110,18 @@ class JoinReader:
         self._table = table
         self._on_joins = on_joins
         self._position: int | None = None
+        self._stored = 0
         self._stored_ms = 0
         self._reading = Retrying(
             homeserver, "read_joins", "Could not read who joined", self._read, _BACKOFF
+        )
+        self._stragglers: Stragglers[_Left] = Stragglers(
+            homeserver,
+            "read_joins_of_one",
+            "Could not read who joined:",
+            self._try_again,
+            _BACKOFF,
+            _MAX_STRAGGLERS,
         )
 
     async def stored_position(self) -> int:
@@ -86,7 +130,7 @@ class JoinReader:
 
     def start(self, position: int) -> None:
         """Reads from the position on. Until this is called, a wake-up does nothing."""
-        self._position = position
+        self._position = self._stored = position
         self.wake()
 
     def wake(self) -> None:
@@ -101,21 +145,71 @@ class JoinReader:
             await self._read_page(self._position, up_to)
 
     async def _read_page(self, after: int, up_to: int) -> None:
-        now_ms = self._homeserver.now_ms()
-        # Earlier joins do not matter: what was sent before them has expired by now.
-        position, joins = await self._changes.server_joins(
-            after=after, up_to=up_to, not_before_ms=now_ms - MAX_STICKY_DURATION_MS
-        )
-        mine = [join for join in joins if self._destinations.handles(join.destination)]
-        watch_until_ms = now_ms + MAX_STICKY_DURATION_MS
+        position, rooms = await self._changes.page(after=after, up_to=up_to)
+        # A room that fails is not tried at every page.
+        left = [left.what for left in self._stragglers.items()]
+        failing = {what.room_id for what in left if isinstance(what, RoomChanges)}
+        waiting = [room for room in rooms if room.room_id in failing]
+        rooms = [room for room in rooms if room.room_id not in failing]
+
+        async def take_in(some: Sequence[RoomChanges]) -> None:
+            is_all = len(some) == len(rooms) and not waiting
+            await self._take_in(some, after, position if is_all else None)
+
+        stuck = await apart(rooms, take_in)
+        self._leave(after, stuck)
+        self._stragglers.add((_Left(after, room), _StillFailingError()) for room in waiting)
         # Without a join, the position of this process is worth a write now and then only.
-        if mine or now_ms - self._stored_ms > _STORE_EVERY_MS:
-            await self._table.record_joins(
-                position,
-                [(join.destination, join.room_id) for join in mine],
-                watch_until_ms,
-                self._destinations.add_backlog_txn,
-            )
-            self._stored_ms = now_ms
+        if self._homeserver.now_ms() - self._stored_ms > _STORE_EVERY_MS:
+            await self._record([], self._not_past_what_is_left(position))
         self._position = position
-        self._on_joins(mine, joins, watch_until_ms)
+
+    def _leave(
+        self, after: int, stuck: Iterable[tuple[RoomChanges | ServerJoin, Exception]]
+    ) -> None:
+        self._stragglers.add((_Left(after, what), error) for what, error in stuck)
+
+    async def _take_in(
+        self, rooms: Sequence[RoomChanges], after: int, position: int | None
+    ) -> None:
+        """Stores the newcomers among the changes, and with them the position if there is one."""
+        # Earlier joins do not matter: what was sent before them has expired by now.
+        not_before_ms = self._homeserver.now_ms() - MAX_STICKY_DURATION_MS
+        joins = await self._changes.server_joins(rooms, not_before_ms=not_before_ms)
+        mine = [join for join in joins if self._destinations.handles(join.destination)]
+        own = [join for join in joins if join.destination == self._homeserver.server_name]
+
+        async def record(some: Sequence[ServerJoin]) -> None:
+            if position is None or len(some) < len(mine):
+                await self._record(some, self._stored)
+            else:
+                await self._record(some, self._not_past_what_is_left(position))
+
+        stuck = await apart(mine, record)
+        self._leave(after, stuck)
+        self._on_joins([], own, 0)
+
+    async def _record(self, joins: Sequence[ServerJoin], position: int) -> None:
+        now_ms = self._homeserver.now_ms()
+        watch_until_ms = now_ms + MAX_STICKY_DURATION_MS
+        await self._table.record_joins(
+            position,
+            [(join.destination, join.room_id) for join in joins],
+            watch_until_ms,
+            self._destinations.add_backlog_txn,
+        )
+        self._stored, self._stored_ms = position, now_ms
+        self._on_joins(joins, [], watch_until_ms)
+
+    def _not_past_what_is_left(self, position: int) -> int:
+        return min((left.after for left in self._stragglers.items()), default=position)
+
+    async def _try_again(self, left: _Left) -> None:
+        if isinstance(left.what, ServerJoin):
+            await self._record([left.what], self._stored)
+        else:
+            await self._take_in([left.what], left.after, None)
+
+
+class _StillFailingError(Exception):
+    """Earlier changes of the same room could not be read."""

@@ -1,12 +1,12 @@
 """The changes of rooms' state in Synapse's database, and who was in a room before them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import attr
 from synapse.api.constants import EventTypes, Membership
 
-from synapse_sticky.handlers.joins.detection.reader import ServerJoin
+from synapse_sticky.handlers.joins.detection.reader import RoomChanges, ServerJoin
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.seams import STORE, attributes, method, table
 
@@ -68,12 +68,19 @@ class SynapseStateChanges:
     def state_position(self) -> int:
         return self._store.get_room_max_stream_ordering()
 
-    async def server_joins(
-        self, *, after: int, up_to: int, not_before_ms: int
-    ) -> tuple[int, list[ServerJoin]]:
+    async def page(self, *, after: int, up_to: int) -> tuple[int, list[RoomChanges]]:
         position, deltas = await self._store.get_partial_current_state_deltas(
             after, up_to, limit=_PAGE
         )
+        by_room: dict[str, list[StateDelta]] = {}
+        for delta in deltas:
+            by_room.setdefault(delta.room_id, []).append(delta)
+        return position, [RoomChanges(*room) for room in by_room.items()]
+
+    async def server_joins(
+        self, rooms: Sequence[RoomChanges], *, not_before_ms: int
+    ) -> list[ServerJoin]:
+        deltas: list[StateDelta] = [delta for room in rooms for delta in room.changes]
         changes = [d for d in deltas if d.event_type == _MEMBER and d.event_id]
         # When this server itself joins, the whole state of the room arrives as changes at one
         # position. Only then is a new create event among them; other changes may also share a
@@ -91,7 +98,7 @@ class SynapseStateChanges:
             d for d in changes if _domain(d.state_key) not in (self._homeserver.server_name, None)
         ]
         if not changes:
-            return position, list(joins)
+            return list(joins)
         memberships = await self._memberships(
             e for d in changes for e in (d.event_id, d.prev_event_id) if e
         )
@@ -108,7 +115,7 @@ class SynapseStateChanges:
             joined_while_away = stayed is not None and server not in stayed
             if joined_while_away or (at not in own_joins and await self._is_server_join(new)):
                 joins[ServerJoin(server, new.room_id)] = None
-        return position, list(joins)
+        return list(joins)
 
     async def _servers_at_leave(
         self, before: int, room_id: str, not_before_ms: int

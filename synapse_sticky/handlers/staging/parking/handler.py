@@ -12,20 +12,26 @@ server that does not answer requests for prev_events would hold up the room for 
 PDU is tried first, as PDUs mostly form a chain. If that does not help, the others take turns with
 it, the newest first: Synapse fetches the ones before a PDU on the way to it.
 
+Nothing waits while Synapse has the room's lock: there is one attempt to persist a PDU, and one to
+park it. A PDU that cannot be written into the table stays staged until it can, and the room goes on
+without it. What the database refuses is dropped. Where nobody knows whether the cause passes, there
+are three tries (unknown.py).
+
 Fails open: a PDU that cannot be parked is dropped, as Synapse drops it.
 """
 
 import logging
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-import attr
-
 from synapse_sticky.backoff import Backoff
+from synapse_sticky.handlers.staging.held import Held
 from synapse_sticky.handlers.staging.parking.tables import ParkedPdu, ParkedTable, ScheduledPdu
+from synapse_sticky.handlers.staging.parking.writing import ParkedWriter, ToPark
 from synapse_sticky.handlers.staging.pdu import StagedPdu
 from synapse_sticky.homeserver import Cancellable, Cursor, Homeserver
+from synapse_sticky.homeserver.causes import Verdict
 from synapse_sticky.homeserver.layout import NewerLayoutError, migrate
 
 if TYPE_CHECKING:
@@ -34,9 +40,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _BACKOFF = Backoff(1_000, 60_000, spread=0)
-_ATTEMPTS = 12
-"""The delays between them are about six minutes in all. The room's other PDUs wait meanwhile, so
-there has to be an end."""
 
 _CHECK_AFTER_MS = 1_000
 """After an attempt: by then it has gone well, or the other server does not answer."""
@@ -46,9 +49,6 @@ _TURN_MS = 60_000
 
 _MOST_TRIED = 10_000
 """Twice as many as may be parked in all. One that is no longer remembered is only tried again."""
-
-_MOST_IN_MEMORY = 500
-"""Until the table is there: as many as may be parked of one server, about 100 MB at the worst."""
 
 _POLL_MS = 60_000
 """Another process may have parked PDUs, and be gone."""
@@ -77,55 +77,59 @@ class Staging(Protocol):
         """Stages PDUs of the room, in this order, behind those that are there; none if the room is
         gone."""
 
+    async def unstage(self, origin: str, event_id: str) -> None:
+        """Takes the PDU of this origin out of the area, if it is there."""
+
     async def persisted(self, event_ids: Collection[str]) -> set[str]:
         """Those of the events that are here, and in full."""
 
-    def park_by(
-        self,
-        park: Callable[[ParkedPdu, StagedPdu, str], Awaitable[None]],
-        retry_after_ms: Callable[[StagedPdu, int], int | None],
-    ) -> None:
+    def verdict_of(self, e: Exception) -> Verdict | None:
+        """Does the cause of this error pass? None if it is not the database's, nor an event
+        persister's."""
+
+    def park_by(self, fail: "Fail") -> None:
         """From now on deals with sticky PDUs that cannot be persisted.
 
         Args:
-            park: takes a PDU that Synapse drops, or has in memory only while it joins the room, and
-                the reason. It gets no PDU that can never be persisted or that is too large.
-            retry_after_ms: is asked, with the number of failures, in how many ms a PDU is
-                processed again after the database or the event persister failed; None for not at
-                all.
+            fail: takes a PDU that Synapse drops, or has in memory only while it joins the room,
+                with the reason, and whether that passes. It waits for nothing but the database, and
+                is called while Synapse has the room's lock. It gets no PDU that is too large.
         """
 
 
-@attr.s(auto_attribs=True, frozen=True, slots=True)
-class _ToPark:
-    pdu: ParkedPdu
-    staged: StagedPdu
-    why: str
+Fail = Callable[[ParkedPdu, StagedPdu, str, Verdict], Awaitable[None]]
+
+_Key = tuple[str, str]  # origin and event ID
 
 
 class ParkingHandler:
     """Parks sticky PDUs that cannot be persisted yet, and has them processed again."""
 
     def __init__(
-        self, homeserver: Homeserver, rooms: "Rooms", staging: Staging, table: ParkedTable
+        self,
+        homeserver: Homeserver,
+        rooms: "Rooms",
+        staging: Staging,
+        table: ParkedTable,
+        held: Held,
     ) -> None:
         self._homeserver = homeserver
         self._rooms = rooms
         self._staging = staging
         self._table = table
-        self._is_loaded = False
-        self._is_off = False
-        # Parked once the table is there.
-        self._awaiting_table: deque[_ToPark] = deque()
+        self._writer = ParkedWriter(homeserver, table, staging, held, self._on_parked)
         self._timer: Cancellable | None = None
         self._timer_due_ms = 0
         self._is_trying = False
+        self._failures_to_try = 0
+        # Origins and rooms that could not even be put off in the table, and until when they are.
+        self._put_off_ms: dict[tuple[str, str], int] = {}
         # What this process tried when its prev_events were there.
-        self._tried: OrderedDict[tuple[str, str], None] = OrderedDict()
+        self._tried: OrderedDict[_Key, None] = OrderedDict()
 
     def install(self) -> None:
         """Takes effect from the next PDU on."""
-        self._staging.park_by(self.park, self.retry_after_ms)
+        self._staging.park_by(self.fail)
 
     async def load(self) -> None:
         """Has what was acknowledged before a restart processed without waiting for others.
@@ -136,64 +140,31 @@ class ParkingHandler:
         try:
             await migrate(self._homeserver, self._table)
         except NewerLayoutError:
-            self._is_off = True
-            for to_park in self._awaiting_table:
-                logger.warning("Not parking the sticky PDU %s", to_park.pdu.event_id)
-            self._awaiting_table.clear()
+            self._writer.switch_off()
             raise
-        self._is_loaded = True
-        while self._awaiting_table:
-            to_park = self._awaiting_table[0]
-            await self._park_in_table(to_park)
-            self._awaiting_table.popleft()
+        await self._writer.load()
         self._staging.begin_on_staged_pdus()
         if self._staging.receives:
             self._try_within(0)
 
-    def _is_unexpired(self, staged: StagedPdu) -> bool:
-        return staged.until_ms() > self._homeserver.now_ms()
-
-    def retry_after_ms(self, staged: StagedPdu, failures: int) -> int | None:
-        """In how many ms the PDU is processed again; None for not any more."""
-        if failures >= _ATTEMPTS or not self._is_unexpired(staged):
-            return None
-        return _BACKOFF.after(failures)
-
     # Parking
 
-    async def park(self, pdu: ParkedPdu, staged: StagedPdu, why: str) -> None:
-        """Parks a PDU that Synapse is about to drop, or has in memory only."""
-        to_park = _ToPark(pdu, staged, why)
-        if self._is_loaded:
-            await self._park_in_table(to_park)
-        elif not self._is_off and len(self._awaiting_table) < _MOST_IN_MEMORY:
-            # The table is being made. Nobody waits for it.
-            self._awaiting_table.append(to_park)
-        else:
-            logger.warning("There is no table, not parking the sticky PDU %s", pdu.event_id)
+    async def fail(self, pdu: ParkedPdu, staged: StagedPdu, why: str, verdict: Verdict) -> None:
+        """Parks or drops a PDU that Synapse is about to drop, or has in memory only.
 
-    async def _park_in_table(self, to_park: _ToPark) -> None:
-        pdu, staged = to_park.pdu, to_park.staged
-        failures = 0
-        while self._is_unexpired(staged):
-            due_ms = self._homeserver.now_ms() + _BACKOFF.min_ms
-            try:
-                if await self._table.park(pdu, staged.until_ms(), due_ms):
-                    logger.info("Parked the sticky PDU %s: %s", pdu.event_id, to_park.why)
-                else:
-                    logger.warning(
-                        "Too many sticky PDUs of %s are parked, not parking %s: %s",
-                        *(pdu.origin, pdu.event_id, to_park.why),
-                    )
-            except Exception:
-                failures += 1
-                if failures == _ATTEMPTS:
-                    raise
-                logger.exception("Could not park the sticky PDU %s yet", pdu.event_id)
-                await self._homeserver.sleep_ms(_BACKOFF.after(failures))
-            else:
-                self._try_within(_BACKOFF.min_ms)
-                return
+        There is one attempt to write it into the table; then it stays staged until that goes well.
+
+        Args:
+            why: for the log.
+            verdict: whether the reason passes.
+        """
+        if verdict is Verdict.REFUSED:
+            await self._writer.drop(pdu, why)
+        else:
+            await self._writer.park(ToPark(pdu, staged, why, verdict is Verdict.UNKNOWN))
+
+    def _on_parked(self) -> None:
+        self._try_within(_BACKOFF.min_ms)
 
     # Trying again
 
@@ -212,23 +183,38 @@ class ParkingHandler:
             self._try_within(_CHECK_AFTER_MS)
             return
         self._is_trying = True
-        delay_ms = _BACKOFF.min_ms
+        delay_ms = _BACKOFF.after(self._failures_to_try + 1)
         try:
-            for origin, room_id in await self._table.due():
+            now_ms = self._homeserver.now_ms()
+            for pair, until_ms in [*self._put_off_ms.items()]:
+                # The clock may have been set back since then.
+                if not now_ms < until_ms <= now_ms + _AFTER_FAILURE_MS:
+                    del self._put_off_ms[pair]
+            for origin, room_id in await self._table.due(self._put_off_ms):
                 try:
                     await self._try_room(origin, room_id)
                 except Exception:
                     # The PDUs of other origins and rooms do not wait for these.
                     logger.exception("Could not stage PDUs of %s for %s again", origin, room_id)
-                    await self._table.postpone(origin, room_id, _AFTER_FAILURE_MS)
+                    await self._postpone(origin, room_id)
             next_ms = await self._table.next_due_ms()
             wait_ms = _POLL_MS if next_ms is None else next_ms - self._homeserver.now_ms()
             delay_ms = min(max(wait_ms, _CHECK_AFTER_MS), _POLL_MS)
+            self._failures_to_try = 0
         except Exception:
+            self._failures_to_try += 1
             logger.exception("Could not stage parked PDUs, trying again in %d ms", delay_ms)
         finally:
             self._is_trying = False
             self._try_within(delay_ms)
+
+    async def _postpone(self, origin: str, room_id: str) -> None:
+        try:
+            await self._table.postpone(origin, room_id, _AFTER_FAILURE_MS)
+        except Exception:
+            # Here they are put off all the same, or they would come first again at once.
+            logger.info("Could not put off PDUs of %s for %s", origin, room_id, exc_info=True)
+            self._put_off_ms[origin, room_id] = self._homeserver.now_ms() + _AFTER_FAILURE_MS
 
     async def _try_room(self, origin: str, room_id: str) -> None:
         now_ms = self._homeserver.now_ms()
@@ -237,33 +223,39 @@ class ParkingHandler:
             # Until the room is joined Synapse would drop all, or have them in memory only.
             await self._table.stage_again(
                 *(origin, room_id, []),
-                ended=[pdu.event_id for pdu in parked if pdu.until_ms <= now_ms],
-                due={pdu.event_id: _next_ms(pdu, now_ms) for pdu in parked},
+                ended=[pdu for pdu in parked if pdu.until_ms <= now_ms],
+                due_ms={pdu: _next_ms(pdu, now_ms) for pdu in parked},
                 stage_txn=self._staging.stage_txn,
             )
             return
         prevs = {prev for pdu in parked for prev in pdu.prev_event_ids}
         persisted = await self._staging.persisted({*prevs, *(pdu.event_id for pdu in parked)})
-        ended = [pdu for pdu in parked if pdu.event_id in persisted or pdu.until_ms <= now_ms]
-        left = [pdu for pdu in parked if pdu not in ended]
+        ended: list[ScheduledPdu] = []
+        left: list[ScheduledPdu] = []
+        for pdu in parked:
+            is_over = pdu.event_id in persisted or pdu.until_ms <= now_ms
+            (ended if is_over else left).append(pdu)
+        counted = [pdu for pdu in left if pdu.tries]
+        left = [pdu for pdu in left if not pdu.tries]
         to_stage = self._complete(origin, left, persisted)
-        due = {pdu.event_id: _next_ms(pdu, now_ms) for pdu in to_stage}
-        others = [pdu for pdu in left if pdu not in to_stage]
+        complete = {pdu.event_id for pdu in to_stage}
+        others = [pdu for pdu in left if pdu.event_id not in complete]
+        # These are tried when they are due, and no more often.
+        to_stage += [pdu for pdu in counted if pdu.due_ms <= now_ms]
+        due_ms = {pdu: _next_ms(pdu, now_ms) for pdu in to_stage}
         if others:
             oldest = others[0]
             again_ms = oldest.due_ms
             if oldest.due_ms <= now_ms:
                 turn = (now_ms - oldest.received_ts_ms) // _TURN_MS
                 to_stage.append(others[-1 - turn // 2 % len(others)] if turn % 2 else oldest)
-                due[oldest.event_id] = _next_ms(oldest, now_ms)
+                due_ms[oldest] = _next_ms(oldest, now_ms)
                 again_ms = now_ms + _CHECK_AFTER_MS
-            due.update((pdu.event_id, again_ms) for pdu in others[1:])
+            due_ms.update((pdu, again_ms) for pdu in others[1:])
         await self._table.stage_again(
-            origin,
-            room_id,
-            [pdu.event_id for pdu in to_stage],
-            ended=[pdu.event_id for pdu in ended],
-            due=due,
+            *(origin, room_id, to_stage),
+            ended=ended,
+            due_ms=due_ms,
             stage_txn=self._staging.stage_txn,
         )
         if to_stage:

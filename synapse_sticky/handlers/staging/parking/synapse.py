@@ -9,11 +9,16 @@ from canonicaljson import encode_canonical_json
 from synapse.api.constants import EventContentFields, StickyEvent
 from synapse.federation.federation_server import _INBOUND_EVENT_HANDLING_LOCK_NAME
 from synapse.module_api import EventBase
-from synapse.module_api.errors import SynapseError
+from synapse.module_api.errors import Codes, SynapseError
+from synapse.replication.http.federation import ReplicationFederationSendEventsRestServlet
 
+from synapse_sticky.handlers.staging.held import Held
+from synapse_sticky.handlers.staging.parking.passed_over import PassedOver
 from synapse_sticky.handlers.staging.parking.tables import ParkedPdu
 from synapse_sticky.handlers.staging.pdu import StagedPdu
 from synapse_sticky.homeserver import Cursor, Homeserver
+from synapse_sticky.homeserver.causes import Cause, Verdict
+from synapse_sticky.homeserver.process import replace_shared
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, method, table
 from synapse_sticky.homeserver.staged import begin_on_staged_pdus
 
@@ -21,18 +26,31 @@ logger = logging.getLogger(__name__)
 
 _EVENT_HANDLER = "synapse.handlers.federation_event.FederationEventHandler"
 _SERVER = "synapse.federation.federation_server.FederationServer"
+_PERSISTING = "synapse.replication.http.federation.ReplicationFederationSendEventsRestServlet"
 
 SEAMS = (
     method(HOMESERVER, "get_federation_server() -> FederationServer"),
     method(HOMESERVER, "get_federation_event_handler() -> FederationEventHandler"),
     method(_EVENT_HANDLER, "async on_receive_pdu(origin, pdu)", is_replaced=True),
+    method(
+        _EVENT_HANDLER,
+        "async _process_pulled_event(origin, event, backfilled)",
+        is_replaced=True,
+    ),
     Attribute(_EVENT_HANDLER, "room_queues"),
+    method(_PERSISTING, "async _handle_request(request, content) -> tuple[_, _]", is_replaced=True),
+    Attribute(_PERSISTING, "federation_event_handler"),
+    method("synapse.api.errors.SynapseError", "error_dict(config, /) -> dict"),
     method(_SERVER, "async _process_incoming_pdus_in_room_inner(room_id, room_version, lock, /)"),
     method(STORE, "async get_room_version(room_id, /) -> RoomVersion"),
     method(STORE, "async try_acquire_lock(lock_name, lock_key, /) -> Lock | None"),
     method(STORE, "async have_events_in_timeline(event_ids, /) -> set"),
     method(STORE, "async is_host_joined(room_id, host, /) -> bool"),
-    Attribute("synapse.storage.engines._base.BaseDatabaseEngine", "module"),
+    method(
+        STORE,
+        "async remove_received_event_from_staging(origin, event_id) -> int | None",
+        is_replaced=True,
+    ),
     table(
         "federation_inbound_events_staging",
         "origin text, event_id text, room_id text, received_ts integer, event_json text, "
@@ -47,20 +65,28 @@ _MAX_PDU_SIZE = 65_536  # bytes; the specification's limit
 _MAX_PREV_EVENTS = 20  # Synapse refuses a PDU with more
 _MAX_AUTH_EVENTS = 10  # likewise
 
-Park = Callable[[ParkedPdu, StagedPdu, str], Awaitable[None]]
-RetryAfter = Callable[[StagedPdu, int], int | None]
+_DEPTH = 5
+"""So many errors, each the cause of the one before, are looked at."""
+
+_CAUSE = "org.matrix.msc4354.synapse_sticky.cause"
+"""The field of an event persister's answer with the cause of its error."""
+
+_READS_CAUSE = "_synapse_sticky_reads_cause"
+"""What the servlet, whose class all homeservers of a process share, does for one of them."""
+
+Fail = Callable[[ParkedPdu, StagedPdu, str, Verdict], Awaitable[None]]
 
 
 class SynapseStaging:
     """Implements ``handler.Staging``."""
 
-    def __init__(self, homeserver: Homeserver) -> None:
+    def __init__(self, homeserver: Homeserver, held: Held) -> None:
         self._homeserver = homeserver
+        self._held = held
         self._store = homeserver.store
         self._handler: Any = homeserver.hs.get_federation_event_handler()
         self.receives = homeserver.place.serves("federation")
-        errors = self._store.database_engine.module
-        self._database_errors = (errors.OperationalError, errors.InterfaceError)
+        self._passed_over = PassedOver(homeserver.now_ms)
 
     # Processing
 
@@ -103,9 +129,18 @@ class SynapseStaging:
             ],
         )
 
+    async def unstage(self, origin: str, event_id: str) -> None:
+        def delete_txn(txn: Cursor) -> None:
+            txn.execute(
+                "DELETE FROM federation_inbound_events_staging WHERE origin = ? AND event_id = ?",
+                (origin, event_id),
+            )
+
+        await self._homeserver.transact("unstage", delete_txn)
+
     # Parking
 
-    def park_by(self, park: Park, retry_after_ms: RetryAfter) -> None:
+    def park_by(self, fail: Fail) -> None:
         def make(original: Callable[..., Any]) -> Callable[..., Any]:
             async def on_receive_pdu(
                 origin: str, pdu: EventBase, *args: Any, **options: Any
@@ -116,56 +151,86 @@ class SynapseStaging:
                     return
                 in_room = await self._may_be_in_room(pdu.room_id)
                 try:
-                    await self._retry(
-                        lambda: original(origin, pdu, *args, **options), staged, retry_after_ms
-                    )
+                    await original(origin, pdu, *args, **options)
                 except Exception as e:
                     # Synapse drops it.
-                    if self._may_go_well_later(e):
-                        await self._park(park, origin, pdu, "it could not be persisted for now")
-                    elif await self._lacks_prev_events(pdu):
-                        await self._park(park, origin, pdu, "its prev_events cannot be fetched")
+                    if found := await self._verdict_on(pdu, e):
+                        await self._fail(fail, origin, pdu, *found)
                     raise
                 # The main process joins rooms. Until it has, it queues the room's PDUs in memory
                 # only, and the other processes ignore them. None is in the staging area any more.
                 if self._is_queued(pdu):
-                    await self._park(park, origin, pdu, "the room is being joined")
+                    await self._fail(fail, origin, pdu, "the room is being joined")
                 elif not in_room:
-                    await self._park(park, origin, pdu, "this server is not in the room yet")
+                    await self._fail(fail, origin, pdu, "this server is not in the room yet")
 
             return on_receive_pdu
 
         self._homeserver.replace(self._handler, "on_receive_pdu", make)
+        self._homeserver.replace(self._handler, "_process_pulled_event", self._passing_over)
+        self._homeserver.replace(
+            self._store, "remove_received_event_from_staging", self._leaving_held
+        )
+        self._homeserver.enter(self._handler, _READS_CAUSE, self._cause_of)
+        replace_shared(ReplicationFederationSendEventsRestServlet, "_handle_request", _handing_on)
 
-    async def _retry(
-        self,
-        process: Callable[[], Awaitable[None]],
-        staged: StagedPdu,
-        retry_after_ms: RetryAfter,
-    ) -> None:
-        failures = 0
-        while True:
+    def _passing_over(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        async def _process_pulled_event(
+            origin: str, event: EventBase, backfilled: bool, *args: Any, **options: Any
+        ) -> None:
+            if event.event_id in self._passed_over:
+                return
             try:
-                return await process()
+                await original(origin, event, backfilled, *args, **options)
             except Exception as e:
-                failures += 1
-                delay_ms = retry_after_ms(staged, failures) if self._is_temporary(e) else None
-                if delay_ms is None:
+                cause = self._cause_of(e)
+                verdict = None if backfilled or cause is None else cause.verdict()
+                # Else nothing that comes after it in the room could be persisted. Synapse does the
+                # same with an event that it refuses itself.
+                if not verdict or not self._passed_over.failed(event.event_id, verdict):
                     raise
-                logger.warning(
-                    "Could not process the sticky PDU %s, trying again in %d ms: %s",
-                    staged.event_id,
-                    delay_ms,
-                    e.__cause__ or e,
-                )
-            await self._homeserver.sleep_ms(delay_ms)
+                logger.warning("Passing over %s of %s: %s", event.event_id, origin, cause)
 
-    async def _park(self, park: Park, origin: str, pdu: EventBase, why: str) -> None:
+        return _process_pulled_event
+
+    def _leaving_held(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        async def remove_received_event_from_staging(
+            origin: str, event_id: str, *args: Any, **options: Any
+        ) -> int | None:
+            if (origin, event_id) in self._held:
+                return None
+            received_ts: int | None = await original(origin, event_id, *args, **options)
+            return received_ts
+
+        return remove_received_event_from_staging
+
+    async def _verdict_on(self, pdu: EventBase, e: Exception) -> tuple[str, Verdict] | None:
+        """Why it was not persisted, and whether that passes; None if Synapse itself refuses it."""
+        cause = self._cause_of(e)
+        verdict = None if cause is None else cause.verdict()
+        if verdict is Verdict.PASSES:
+            return f"it cannot be persisted for now: {cause}", verdict
+        if await self._lacks_prev_events(pdu):
+            # Synapse has not come to the PDU itself. One of these failed.
+            return "its prev_events cannot be fetched", Verdict.PASSES
+        if verdict is None:
+            return None
+        self._passed_over.failed(pdu.event_id, verdict)
+        return f"it cannot be persisted: {cause}", verdict
+
+    async def _fail(
+        self,
+        fail: Fail,
+        origin: str,
+        pdu: EventBase,
+        why: str,
+        verdict: Verdict = Verdict.PASSES,
+    ) -> None:
         # Synapse checks the size late, after it has fetched the prev_events.
         if len(encode_canonical_json(pdu.get_pdu_json())) > _MAX_PDU_SIZE:
             return
         try:
-            await park(_parked_pdu_of(origin, pdu), self._staged_pdu_of(pdu), why)
+            await fail(_parked_pdu_of(origin, pdu), self._staged_pdu_of(pdu), why, verdict)
         except Exception:
             logger.exception("Could not park the sticky PDU %s", pdu.event_id)
 
@@ -184,16 +249,27 @@ class SynapseStaging:
         queue = self._handler.room_queues.get(pdu.room_id)
         return bool(queue) and queue[-1][0] is pdu
 
-    def _is_temporary(self, e: Exception) -> bool:
-        """Does the database fail, or is the event persister away?"""
-        if any(isinstance(cause, self._database_errors) for cause in (e, e.__cause__)):
-            return True
-        # An error that the persister itself answered with has no cause: the persister is not away.
-        return isinstance(e, SynapseError) and e.code == 502 and e.__cause__ is not None
+    # Causes
 
-    def _may_go_well_later(self, e: Exception) -> bool:
-        # If the persister fails, or its database, its answer to this process is such an error.
-        return self._is_temporary(e) or (isinstance(e, SynapseError) and e.code >= 500)
+    def verdict_of(self, e: Exception) -> Verdict | None:
+        cause = self._cause_of(e)
+        return None if cause is None else cause.verdict()
+
+    def _cause_of(self, e: BaseException | None) -> Cause | None:
+        """The first of the error and its causes that the table of causes knows; None if none is."""
+        for _ in range(_DEPTH):
+            if e is not None and (cause := Cause.of_database(e)):
+                return cause
+            if isinstance(e, SynapseError) and e.code >= 500:
+                # An error that the persister itself answered with has no cause.
+                if e.code == 502 and e.__cause__ is not None:
+                    return Cause(is_unreachable=True, text=f"{e}: {e.__cause__!r}")
+                handed_on = Cause.from_json(e.error_dict(None).get(_CAUSE))
+                return handed_on or Cause(status=e.code, text=str(e))
+            if e is None:
+                break
+            e = e.__cause__
+        return None
 
     async def _lacks_prev_events(self, pdu: EventBase) -> bool:
         prev_event_ids = set(pdu.prev_event_ids())
@@ -201,7 +277,27 @@ class SynapseStaging:
             return bool(prev_event_ids - await self.persisted(prev_event_ids))
         except Exception as e:
             logger.exception("Could not find out whether the prev_events of %s are here", pdu)
-            return isinstance(e, self._database_errors)
+            return self.verdict_of(e) in (Verdict.PASSES, Verdict.UNKNOWN)
+
+
+def _handing_on(original: Callable[..., Any]) -> Callable[..., Any]:
+    """In an event persister: answers an error of the database with its cause."""
+
+    async def _handle_request(self: Any, request: Any, content: Any, *args: Any) -> Any:
+        try:
+            return await original(self, request, content, *args)
+        except Exception as e:
+            read = getattr(self.federation_event_handler, _READS_CAUSE, None)
+            cause: Cause | None = None if read is None else read(e)
+            if cause is None or not cause.classes:
+                raise
+            # Synapse logs what it answers with 500 itself, but no SynapseError. What the database
+            # says stays here: the answer may be passed on to whoever made the request.
+            logger.exception("Could not persist events: %s", cause)
+            message = "Internal server error"
+            raise SynapseError(500, message, Codes.UNKNOWN, {_CAUSE: cause.to_json()}) from e
+
+    return _handle_request
 
 
 def _is_possible(pdu: EventBase) -> bool:

@@ -1,7 +1,8 @@
 """The table of parked PDUs."""
 
+import enum
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import attr
 
@@ -34,7 +35,8 @@ class ParkedPdu:
 class ScheduledPdu:
     """A parked PDU without its content: what decides when it is tried.
 
-    It expires at ``until_ms``, and is due at ``due_ms``.
+    It expires at ``until_ms``, and is due at ``due_ms``. ``tries`` is how often it has failed for
+    a reason that nobody knows.
     """
 
     event_id: str
@@ -42,6 +44,17 @@ class ScheduledPdu:
     received_ts_ms: int
     until_ms: int
     due_ms: int
+    tries: int = 0
+
+
+class Outcome(enum.Enum):
+    """What has become of a PDU that was to be parked."""
+
+    PARKED = "parked"
+    FULL = "full"
+    """Too many are parked."""
+    GIVEN_UP = "given up"
+    """It was tried often enough, and is not parked any more."""
 
 
 StageTxn = Callable[[Cursor, str, Sequence[ParkedPdu]], None]
@@ -81,27 +94,49 @@ class ParkedTable:
                 ON synapse_sticky_incomplete (origin, room_id, received_ts_ms)
             """,
         ),
+        (
+            "ALTER TABLE synapse_sticky_incomplete"
+            " ADD COLUMN IF NOT EXISTS tries BIGINT NOT NULL DEFAULT 0",
+        ),
     )
 
     def __init__(self, homeserver: Homeserver) -> None:
         self._homeserver = homeserver
 
-    async def park(self, pdu: ParkedPdu, until_ms: int, due_ms: int) -> bool:
-        """Parks a PDU until it expires; False if too many PDUs are parked.
+    async def park(
+        self, pdu: ParkedPdu, until_ms: int, due_ms: int, counted_due_ms: Sequence[int] = ()
+    ) -> Outcome:
+        """Parks a PDU until it expires. Does not wait long for a table that is locked.
 
         Where all places are taken, the server with the most parked PDUs loses its last one.
 
         Args:
-            until_ms: when it expires.
-            due_ms: when it is tried again first.
+            until_ms: when it expires, in ms since the epoch.
+            due_ms: when it is tried again first, likewise. One that is parked already stays due
+                when it is.
+            counted_due_ms: given if this failure counts. When the PDU is due, in place of
+                ``due_ms``, after each failure that counts; after one more it is given up.
         """
 
-        def write_txn(txn: Cursor) -> bool:
+        def write_txn(txn: Cursor) -> Outcome:
             key = (pdu.origin, pdu.event_id)
             where = "synapse_sticky_incomplete WHERE origin = ? AND event_id = ?"
-            txn.execute(f"SELECT 1 FROM {where}", key)
-            if txn.fetchone() is not None:
-                return True
+            txn.execute(f"SELECT tries FROM {where}", key)
+            row = txn.fetchone()
+            if row is not None and not counted_due_ms:
+                return Outcome.PARKED
+            tries = (row[0] if row else 0) + (1 if counted_due_ms else 0)
+            if tries > len(counted_due_ms):
+                txn.execute(f"DELETE FROM {where}", key)
+                return Outcome.GIVEN_UP
+            first_due_ms = counted_due_ms[tries - 1] if tries else due_ms
+            if row is not None:
+                txn.execute(
+                    "UPDATE synapse_sticky_incomplete SET tries = ?, due_ms = ?"
+                    " WHERE origin = ? AND event_id = ?",
+                    (tries, first_due_ms, *key),
+                )
+                return Outcome.PARKED
             txn.execute(
                 "SELECT origin, COUNT(*) FROM synapse_sticky_incomplete"
                 " GROUP BY origin ORDER BY COUNT(*) DESC, origin"
@@ -109,11 +144,11 @@ class ParkedTable:
             counts: dict[str, int] = dict(txn.fetchall())
             own = counts.get(pdu.origin, 0)
             if own >= _MOST_OF_SERVER:
-                return False
+                return Outcome.FULL
             if sum(counts.values()) >= _MOST:
                 most, count = next(iter(counts.items()))
                 if count <= own + 1:
-                    return False
+                    return Outcome.FULL
                 txn.execute(
                     "SELECT origin, event_id FROM synapse_sticky_incomplete WHERE origin = ?"
                     " ORDER BY received_ts_ms DESC LIMIT 1",
@@ -122,28 +157,48 @@ class ParkedTable:
                 txn.execute(f"DELETE FROM {where}", txn.fetchone())
             txn.execute(
                 "INSERT INTO synapse_sticky_incomplete"
-                f" ({_COLUMNS}, received_ts_ms, until_ms, due_ms)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (origin, event_id) DO NOTHING",
+                f" ({_COLUMNS}, received_ts_ms, until_ms, due_ms, tries)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (origin, event_id) DO NOTHING",
                 (
                     *(*key, pdu.room_id, pdu.event_json, pdu.internal_metadata),
-                    *(json.dumps(pdu.prev_event_ids), self._homeserver.now_ms(), until_ms, due_ms),
+                    *(json.dumps(pdu.prev_event_ids), self._homeserver.now_ms()),
+                    *(until_ms, first_due_ms, tries),
                 ),
             )
-            return True
+            return Outcome.PARKED
 
-        return await self._homeserver.transact("park", write_txn)
+        return await self._homeserver.transact_briefly("park", write_txn)
 
-    async def due(self) -> list[tuple[str, str]]:
+    async def remove(self, origin: str, event_id: str) -> None:
+        """The PDU is not parked any more, if it was.
+
+        Does not wait long for a table that is locked.
+        """
+
+        def write_txn(txn: Cursor) -> None:
+            txn.execute(
+                "DELETE FROM synapse_sticky_incomplete WHERE origin = ? AND event_id = ?",
+                (origin, event_id),
+            )
+
+        await self._homeserver.transact_briefly("remove_parked", write_txn)
+
+    async def due(self, without: Collection[tuple[str, str]] = ()) -> list[tuple[str, str]]:
         """The origins and rooms that have PDUs to be tried now: ``(origin, room_id)``, at most 50,
-        the longest overdue first."""
+        the longest overdue first.
+
+        Args:
+            without: pairs that are left out.
+        """
 
         def read_txn(txn: Cursor) -> list[tuple[str, str]]:
             txn.execute(
                 "SELECT origin, room_id FROM synapse_sticky_incomplete WHERE due_ms <= ?"
                 " GROUP BY origin, room_id ORDER BY MIN(due_ms) LIMIT ?",
-                (self._homeserver.now_ms(), _ROOMS_AT_ONCE),
+                (self._homeserver.now_ms(), _ROOMS_AT_ONCE + len(without)),
             )
-            return [(origin, room_id) for origin, room_id in txn.fetchall()]
+            pairs = [(origin, room_id) for origin, room_id in txn.fetchall()]
+            return [pair for pair in pairs if pair not in without][:_ROOMS_AT_ONCE]
 
         return await self._homeserver.transact("due_parked", read_txn)
 
@@ -179,14 +234,14 @@ class ParkedTable:
 
         def read_txn(txn: Cursor) -> list[ScheduledPdu]:
             txn.execute(
-                "SELECT event_id, prev_event_ids, received_ts_ms, until_ms, due_ms"
+                "SELECT event_id, prev_event_ids, received_ts_ms, until_ms, due_ms, tries"
                 " FROM synapse_sticky_incomplete WHERE origin = ? AND room_id = ?"
                 " ORDER BY received_ts_ms, event_id",
                 (origin, room_id),
             )
             return [
-                ScheduledPdu(event_id, tuple(json.loads(prev_event_ids)), *times)
-                for event_id, prev_event_ids, *times in txn.fetchall()
+                ScheduledPdu(event_id, tuple(json.loads(prev_event_ids)), *numbers)
+                for event_id, prev_event_ids, *numbers in txn.fetchall()
             ]
 
         return await self._homeserver.transact("parked", read_txn)
@@ -195,40 +250,45 @@ class ParkedTable:
         self,
         origin: str,
         room_id: str,
-        event_ids: Sequence[str],
+        to_stage: Sequence[ScheduledPdu],
         *,
-        ended: Sequence[str],
-        due: Mapping[str, int],
+        ended: Sequence[ScheduledPdu],
+        due_ms: Mapping[ScheduledPdu, int],
         stage_txn: StageTxn,
     ) -> None:
         """Stages these PDUs again, in this order. They stay parked, in case they fail again.
 
+        A PDU that is not due any more when it was due is left as it is: another process has just
+        staged it.
+
         Args:
-            ended: the IDs of those that are persisted or expired; they are deleted.
-            due: when PDUs are tried next, in ms since the epoch by event ID.
+            to_stage: PDUs as ``of_room`` gave them.
+            ended: those that are persisted or expired; they are deleted.
+            due_ms: when PDUs are tried next, in ms since the epoch.
             stage_txn: puts PDUs of the room into Synapse's staging area.
         """
 
         def write_txn(txn: Cursor) -> None:
             txn.execute_batch(
                 "DELETE FROM synapse_sticky_incomplete WHERE origin = ? AND event_id = ?",
-                [(origin, event_id) for event_id in ended],
-            )
-            txn.execute_batch(
-                "UPDATE synapse_sticky_incomplete SET due_ms = ? WHERE origin = ? AND event_id = ?",
-                [(due_ms, origin, event_id) for event_id, due_ms in due.items()],
+                [(origin, pdu.event_id) for pdu in ended],
             )
             pdus = []
-            for event_id in event_ids:
+            for scheduled in to_stage:
                 txn.execute(
                     f"SELECT {_COLUMNS} FROM synapse_sticky_incomplete"
-                    " WHERE origin = ? AND event_id = ?",
-                    (origin, event_id),
+                    " WHERE origin = ? AND event_id = ? AND due_ms = ?",
+                    (origin, scheduled.event_id, scheduled.due_ms),
                 )
                 if (row := txn.fetchone()) is not None:
                     of, event, room, event_json, metadata, prevs = row
                     prev_event_ids = tuple(json.loads(prevs))
                     pdus.append(ParkedPdu(of, event, room, event_json, metadata, prev_event_ids))
+            txn.execute_batch(
+                "UPDATE synapse_sticky_incomplete SET due_ms = ?"
+                " WHERE origin = ? AND event_id = ? AND due_ms = ?",
+                [(then_ms, origin, pdu.event_id, pdu.due_ms) for pdu, then_ms in due_ms.items()],
+            )
             stage_txn(txn, room_id, pdus)
 
         await self._homeserver.transact("stage_again", write_txn)

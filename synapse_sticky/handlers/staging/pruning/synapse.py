@@ -55,6 +55,11 @@ class SynapsePruning:
         # Synapse thinks of pruning after every single PDU of a busy room. What is known of the
         # staged ones is remembered, so that each is read and parsed once.
         self._known: OrderedDict[str, dict[str, _KnownPdu]] = OrderedDict()
+        self._may_prune: Callable[[str], bool] = lambda room_id: True
+
+    def prune_only_if(self, may_prune: Callable[[str], bool]) -> None:
+        """Asks this of a room before all IDs that are staged for it are read."""
+        self._may_prune = may_prune
 
     def exempt_from_pruning(self, is_exempt: Callable[[StagedPdu], bool]) -> None:
         def make(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -75,6 +80,8 @@ class SynapsePruning:
     async def _prune(
         self, room_id: str, room_version: Any, is_exempt: Callable[[StagedPdu], bool]
     ) -> bool:
+        if not self._may_prune(room_id):
+            return False
         to_delete = await self._to_delete(room_id, room_version, is_exempt)
         if not to_delete:
             return False

@@ -1,0 +1,1 @@
+"""The cases of ``benchmarks.harm``: each module here has a tuple ``CASES``."""

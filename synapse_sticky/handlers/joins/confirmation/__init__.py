@@ -1,0 +1,1 @@
+"""Whether a newcomer has what it acknowledged."""

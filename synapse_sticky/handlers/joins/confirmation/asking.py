@@ -1,0 +1,77 @@
+"""What a newcomer can be asked, and what it can answer."""
+
+from collections.abc import Collection
+from enum import Enum
+from typing import Protocol
+
+import attr
+
+
+class Kind(Enum):
+    """Of an answer."""
+
+    SAYS = "says what it has"
+    LACKS = "lacks the event"
+    SILENT = "does not say"
+    """No answer of this server to such a question will ever say anything."""
+    TOO_LARGE = "says more than is read"
+    REFUSES = "refuses to say"
+    BUSY = "cannot say now"
+    UNREACHABLE = "cannot be reached"
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class Answer:
+    """An answer.
+
+    event_ids: those of the events asked for that it has some copy of: an outlier and a rejected
+        event are copies, too.
+    reason: why it says nothing, for the log.
+    """
+
+    kind: Kind
+    event_ids: Collection[str] = ()
+    reason: str = ""
+
+
+class Asking(Protocol):
+    """Asking other servers for events. No question is repeated by itself."""
+
+    async def has_events(
+        self, destination: str, room_id: str, event_ids: Collection[str], limit: int
+    ) -> Answer:
+        """Asks which of the room's events it has (federation ``/backfill``). It may answer with
+        ``limit`` events. What it does not name it may have all the same."""
+
+    async def has_event(self, destination: str, event_id: str) -> Answer:
+        """Asks for one event (federation ``/event``)."""
+
+    async def referenced(self, event_ids: Collection[str]) -> set[str]:
+        """Those of the events that are prev_events of others, by this server's database."""
+
+
+@attr.s(auto_attribs=True, slots=True)
+class Asked:
+    """What came of the questions about one push.
+
+    in_vain, refusals: how many answers in a row told nothing new, or nothing at all.
+    limit: how many events an answer may have.
+    is_doubted: whether the newcomer is to be asked for the oldest event by itself.
+    last_ms: when there was an answer last.
+    took_ms: how long the newcomer takes for an event.
+    """
+
+    in_vain: int = 0
+    refusals: int = 0
+    limit: int = 100
+    is_doubted: bool = False
+    last_ms: int = 0
+    took_ms: float = 0
+
+    def takes(self, found: int, now_ms: int) -> float:
+        """The newcomer has taken so many events since the last answer: how long it takes for
+        one."""
+        took_ms = max(now_ms - self.last_ms, 0) / found
+        self.took_ms = (self.took_ms + took_ms) / 2 if self.took_ms else took_ms
+        self.last_ms = now_ms
+        return self.took_ms

@@ -1,0 +1,292 @@
+"""Finds out whether a newcomer has what it acknowledged (P7).
+
+A plain Synapse that has a hundred PDUs of a room staged prunes those that others reference, and
+leaves the tips (L3). So the newcomer is asked for referenced events only, for many at once, and
+never for the last one: for that its acknowledgement has to do.
+"""
+
+import logging
+from collections.abc import Awaitable, Callable
+
+from synapse_sticky._core import MAX_STICKY_DURATION_MS
+from synapse_sticky.backoff import Backoff
+from synapse_sticky.handlers.joins.confirmation.asking import Answer, Asking, Kind
+from synapse_sticky.handlers.joins.confirmation.questions import APART_MS, Questions
+from synapse_sticky.handlers.joins.push import Push
+from synapse_sticky.handlers.joins.sent import PACE_MS, PATIENCE_MS, Sent
+from synapse_sticky.homeserver import Homeserver
+
+logger = logging.getLogger(__name__)
+
+SOON_MS = 500
+"""When a newcomer is asked whether half of the window is free: it is time for the next events."""
+
+LATER_MS = 2_000
+"""When it is asked where nothing waits for the answer."""
+
+_IN_VAIN = Backoff(SOON_MS, 30_000)
+_IN_VAIN_AND_NOTHING_WAITS = Backoff(LATER_MS, 60_000)
+_SEEDS = 50
+_LEAST_LIMIT = 10
+_REFUSALS_TO_BELIEVE = 3
+_MOST_BELIEVED = 10_000
+_UNASKED_MS = 60_000
+"""How long the acknowledgements of a destination are believed that waited in line for too long."""
+
+
+class Confirmation:
+    """Asks for the acknowledged events of the pushes, a few destinations and rooms at a time."""
+
+    def __init__(
+        self,
+        homeserver: Homeserver,
+        asking: Asking,
+        *,
+        is_on: bool,
+        find: Callable[[str, str], Push | None],
+        retry_at_ms: Callable[[str], Awaitable[int]],
+        servers: Callable[[str], int],
+        update: Callable[[Push], None],
+        on_progress: Callable[[Push], None],
+        on_end: Callable[[Push], None],
+    ) -> None:
+        """
+        Args:
+            is_on: whether newcomers are asked at all; else all acknowledgements are believed.
+            find: the present push to a destination of a room.
+            retry_at_ms: when the destination's back-off ends (ms since the epoch).
+            servers: how many servers have sticky events in the room.
+            update: has a push take in the present events of its room.
+            on_progress: there may be something to send.
+            on_end: nothing is left to be asked for.
+        """
+        self._homeserver = homeserver
+        self._asking = asking
+        self._is_on = is_on
+        self._find = find
+        self._retry_at_ms = retry_at_ms
+        self._servers = servers
+        self._update = update
+        self._on_progress = on_progress
+        self._on_end = on_end
+        self._questions = Questions(
+            homeserver, self._ask, is_believed=self._is_believed, on_overdue=self._note_overdue
+        )
+        self._silent: dict[str, int] = {}
+        self._overdue: dict[str, int] = {}
+        """Until when the acknowledgements of a destination are believed (ms since the epoch): as it
+        does not say what it has, or as it waited in line for too long."""
+
+    def begin(self, push: Push, delay_ms: int | None = None) -> None:
+        """Asks in the background, unless that is under way for this push.
+
+        Args:
+            delay_ms: when; by default that depends on whether events wait for the answer.
+        """
+        now_ms = self._homeserver.now_ms()
+        if delay_ms is None:
+            delay_ms = SOON_MS if push.has_waiting(now_ms) else LATER_MS
+            if self._is_believed(push.destination):
+                delay_ms = PACE_MS
+        push.asked.last_ms = push.asked.last_ms or now_ms
+        self._questions.add(push.destination, push.room_id, delay_ms)
+
+    async def _ask(self, destination: str, room_id: str) -> int | None:
+        push = self._find(destination, room_id)
+        if push is None:
+            return None
+        self._update(push)
+        delay_ms = await self._confirm(push)
+        if self._find(destination, room_id) is not push:
+            return None
+        if push.worth_sending(self._homeserver.now_ms()):
+            self._on_progress(push)
+        if delay_ms is None:
+            push.asked = type(push.asked)()
+            self._on_end(push)
+        return delay_ms
+
+    async def _confirm(self, push: Push) -> int | None:
+        """Asks once; gives when to ask again, None if nothing is left to be asked for."""
+        if self._is_silent(push.destination):
+            push.probe = None
+            return self._believe_all(push)
+        if push.is_blocked:  # the newcomer tells nothing to a server that is not in the room
+            return self._in_vain(push)
+        retry_at_ms = await self._retry_at_ms(push.destination)
+        if retry_at_ms > self._homeserver.now_ms():
+            return self._cannot_reach(push, retry_at_ms)
+        if self._is_overdue(push.destination):
+            return self._believe_all(push)
+        if push.probe is not None:
+            return await self._ask_for_probe(push, push.probe)
+        return await self._ask_for_referenced(push)
+
+    async def _ask_for_referenced(self, push: Push) -> int | None:
+        waiting = push.unconfirmed()
+        referenced = await self._asking.referenced([s.event_id for s in waiting]) if waiting else ()
+        asked = [s for s in waiting if s.event_id in referenced and not push.is_last(s)]
+        rest = [sent.event_id for sent in waiting if sent not in asked]
+        now_ms = self._homeserver.now_ms()
+        if not asked:
+            push.has(rest, now_ms)
+            return None
+        late = [s for s in asked if now_ms - s.patient_from_ms > PATIENCE_MS]
+        if late and push.asked.is_doubted:
+            return await self._ask_for_one(push, late)
+        return await self._ask_for_many(push, asked, rest)
+
+    async def _ask_for_many(self, push: Push, asked: list[Sent], rest: list[str]) -> int | None:
+        """Asks for these events; the acknowledgements of the rest have to do."""
+        event_ids = [sent.event_id for sent in asked[:_SEEDS]]
+        limit = len(event_ids) * max(self._servers(push.room_id), 1) + _LEAST_LIMIT
+        answer = await self._asking.has_events(
+            push.destination, push.room_id, event_ids, min(limit, push.asked.limit)
+        )
+        if answer.kind is not Kind.SAYS:
+            return self._without_answer(push, answer)
+        now_ms = self._homeserver.now_ms()
+        self._questions.reached(push.destination)
+        push.has(rest, now_ms)
+        found = push.has(answer.event_ids, now_ms)
+        left_ms = [
+            sent.patient_from_ms + PATIENCE_MS - now_ms
+            for sent in asked
+            if sent.event_id not in answer.event_ids
+        ]
+        if not left_ms:
+            return None
+        push.asked.is_doubted = min(left_ms) < 0
+        if push.asked.is_doubted:
+            return APART_MS
+        if not found or not push.has_waiting(now_ms):
+            return max(min(self._in_vain(push), min(left_ms) + 1), APART_MS)
+        took_ms = push.asked.takes(found, now_ms)
+        push.asked.in_vain = push.asked.refusals = 0
+        return min(max(int(took_ms * push.missing_for_half(now_ms)), APART_MS), 10 * SOON_MS)
+
+    async def _ask_for_one(self, push: Push, late: list[Sent]) -> int | None:
+        """Asks for the oldest of the events that the newcomer should have for long."""
+        answer = await self._asking.has_event(push.destination, late[0].event_id)
+        now_ms = self._homeserver.now_ms()
+        push.asked.is_doubted = False
+        if answer.kind is Kind.SAYS:
+            # There are answers that leave out what is there.
+            push.asked.refusals += 1
+            is_enough = push.asked.refusals >= _REFUSALS_TO_BELIEVE
+            push.has([sent.event_id for sent in late[: None if is_enough else 1]], now_ms)
+        elif answer.kind is Kind.LACKS:
+            push.lacks(late, now_ms)
+        else:
+            return self._without_answer(push, answer)
+        self._questions.reached(push.destination)
+        return APART_MS
+
+    async def _ask_for_probe(self, push: Push, event_id: str) -> int | None:
+        """The newcomer was in the room before: does it still have what it got then?"""
+        answer = await self._asking.has_event(push.destination, event_id)
+        if answer.kind in {Kind.BUSY, Kind.UNREACHABLE}:
+            return self._without_answer(push, answer)
+        push.probe = None
+        if answer.kind is Kind.LACKS:
+            logger.info("%s lacks what it had of %s", push.destination, push.room_id)
+            push.start_anew()
+            self._update(push)
+        elif answer.kind is Kind.SILENT:
+            return self._without_answer(push, answer)
+        return APART_MS
+
+    # Without an answer
+
+    def _without_answer(self, push: Push, answer: Answer) -> int | None:
+        if answer.kind is Kind.UNREACHABLE:
+            return self._cannot_reach(push)
+        if answer.kind is Kind.BUSY:
+            self._questions.put_off(push.destination)
+            return self._in_vain(push)
+        self._questions.reached(push.destination)
+        if answer.kind is Kind.SILENT:
+            self._note_silence(push.destination, answer.reason)
+            push.probe = None
+            return self._believe_all(push)
+        if answer.kind is Kind.TOO_LARGE and push.asked.limit > _LEAST_LIMIT:
+            push.asked.limit = _LEAST_LIMIT
+            return APART_MS
+        push.asked.refusals += 1
+        if push.asked.refusals < _REFUSALS_TO_BELIEVE:
+            return self._in_vain(push)
+        # No answer will come: the acknowledgement has to do.
+        for sent in push.unconfirmed():
+            push.mark_delivered(sent.event_id)
+        return None
+
+    def _cannot_reach(self, push: Push, until_ms: int = 0) -> int:
+        """No event is asked for until the destination can be reached, and what it acknowledged up
+        to now it may have lost."""
+        self._questions.put_off(push.destination, until_ms)
+        push.suspect_loss()
+        for room_id in self._questions.rooms(push.destination):
+            if (other := self._find(push.destination, room_id)) is not None:
+                other.suspect_loss()
+        return self._in_vain(push)
+
+    def _in_vain(self, push: Push) -> int:
+        push.asked.in_vain += 1
+        waits = push.has_waiting(self._homeserver.now_ms())
+        return (_IN_VAIN if waits else _IN_VAIN_AND_NOTHING_WAITS).after(push.asked.in_vain)
+
+    def _note_silence(self, destination: str, reason: str) -> None:
+        logger.warning(
+            "%s does not say which events it has (%s): its acknowledgements are believed",
+            destination,
+            reason,
+        )
+        self._note(self._silent, destination, MAX_STICKY_DURATION_MS)
+
+    def _note_overdue(self, destination: str) -> None:
+        logger.info(
+            "Too many servers are to be asked what they have: the acknowledgements of %s are"
+            " believed for now",
+            destination,
+        )
+        self._note(self._overdue, destination, _UNASKED_MS)
+
+    def _note(self, until_ms: dict[str, int], destination: str, duration_ms: int) -> None:
+        until_ms.pop(destination, None)
+        until_ms[destination] = self._homeserver.now_ms() + duration_ms
+        if len(until_ms) > _MOST_BELIEVED:
+            del until_ms[next(iter(until_ms))]
+
+    def _is_believed(self, destination: str) -> bool:
+        """Is it asked nothing?"""
+        return self._is_silent(destination) or self._is_overdue(destination)
+
+    def _is_silent(self, destination: str) -> bool:
+        return not self._is_on or self._silent.get(destination, 0) > self._homeserver.now_ms()
+
+    def _is_overdue(self, destination: str) -> bool:
+        return self._overdue.get(destination, 0) > self._homeserver.now_ms()
+
+    def _believe_all(self, push: Push) -> int | None:
+        """This takes no question, so it is done for all rooms of the destination."""
+        rooms = self._questions.rooms(push.destination)
+        others = [p for r in rooms if (p := self._find(push.destination, r)) and p is not push]
+        now_ms = self._homeserver.now_ms()
+        for other in others:
+            _believe(other, now_ms)
+            if other.worth_sending(now_ms):
+                self._on_progress(other)
+        times_ms = [_believe(push, now_ms)]
+        if push.probe is not None:  # it is asked for once there may be a place
+            times_ms.append(self._overdue.get(push.destination))
+        next_ms = min((ms for ms in times_ms if ms is not None), default=None)
+        return None if next_ms is None else max(next_ms - now_ms, APART_MS)
+
+
+def _believe(push: Push, now_ms: int) -> int | None:
+    """What was acknowledged is delivered, at the pace of a plain Synapse. Gives when the next will
+    be (ms since the epoch); None if nothing is left."""
+    times = {s.event_id: (s.acknowledged_ms or 0) + s.pace_ms() for s in push.unconfirmed()}
+    for event_id in [event_id for event_id, ms in times.items() if ms <= now_ms]:
+        push.mark_delivered(event_id)
+    return min((ms for ms in times.values() if ms > now_ms), default=None)

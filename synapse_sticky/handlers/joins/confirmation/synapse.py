@@ -1,0 +1,151 @@
+"""Asking other servers for events: /backfill, /event, and what of their answers is believed."""
+
+import json
+import urllib.parse
+from collections.abc import Collection
+from typing import Any
+
+from synapse.api.errors import FederationDeniedError, HttpResponseException, RequestSendFailed
+from synapse.events import make_event_from_dict
+from synapse.http.client import BodyExceededMaxSize
+from synapse.http.matrixfederationclient import JsonParser
+from twisted.internet import defer
+
+from synapse_sticky.handlers.joins.confirmation.asking import Answer, Kind
+from synapse_sticky.homeserver import Cursor, Homeserver
+from synapse_sticky.homeserver.seams import HOMESERVER, STORE, attributes, method, table
+
+_TIMEOUT_MS = 10_000
+_PREFIX = "/_matrix/federation/v1"
+_NOT_FOUND = 404
+_HASHED_AT_ONCE = 20
+_NOT_ROUTED = (_NOT_FOUND, 405, 501)
+
+SEAMS = (
+    method(HOMESERVER, "get_federation_http_client() -> MatrixFederationHttpClient"),
+    method(
+        "synapse.http.matrixfederationclient.MatrixFederationHttpClient",
+        "async get_json(destination, /, *, path, args, timeout, ignore_backoff, parser)",
+    ),
+    *attributes("synapse.http.matrixfederationclient.JsonParser", "MAX_RESPONSE_SIZE"),
+    *attributes("synapse.api.errors.RequestSendFailed", "inner_exception", "can_retry"),
+    *attributes("synapse.api.errors.HttpResponseException", "response"),
+    method(STORE, "async get_room_version(room_id, /) -> RoomVersion"),
+    method("synapse.events", "make_event_from_dict(event_dict, /, *, room_version)"),
+    table("event_edges", "event_id text, prev_event_id text"),
+)
+
+
+class _OneEvent(JsonParser):
+    # JSON may escape a PDU of 64 kB to three times that.
+    MAX_RESPONSE_SIZE = 512 * 1024
+
+
+class _ManyEvents(JsonParser):
+    # Parsing holds the reactor, 1 MB for less than 10 ms (H3).
+    MAX_RESPONSE_SIZE = 1024 * 1024
+
+
+class SynapseAsking:
+    """Implements ``asking.Asking``."""
+
+    def __init__(self, homeserver: Homeserver) -> None:
+        self._homeserver = homeserver
+        self._store = homeserver.store
+        self._client: Any = homeserver.hs.get_federation_http_client()
+
+    async def has_events(
+        self, destination: str, room_id: str, event_ids: Collection[str], limit: int
+    ) -> Answer:
+        path = f"{_PREFIX}/backfill/{urllib.parse.quote(room_id, safe='')}"
+        args = {"v": list(event_ids), "limit": [str(limit)]}
+        answer = await self._ask(destination, path, args, _ManyEvents())
+        if isinstance(answer, Answer):
+            return answer
+        room_version = await self._store.get_room_version(room_id)
+        found = set()
+        for number, pdu in enumerate(answer[:limit]):
+            if number % _HASHED_AT_ONCE == 0:
+                await self._homeserver.sleep_ms(0)
+            found.add(self._own_event_id(pdu, room_version))
+        return Answer(Kind.SAYS, found.intersection(event_ids))
+
+    async def has_event(self, destination: str, event_id: str) -> Answer:
+        path = f"{_PREFIX}/event/{urllib.parse.quote(event_id, safe='')}"
+        answer = await self._ask(destination, path, None, _OneEvent())
+        if isinstance(answer, Answer):
+            return answer
+        return Answer(Kind.SAYS, [event_id]) if answer else Answer(Kind.REFUSES, reason="no PDU")
+
+    async def referenced(self, event_ids: Collection[str]) -> set[str]:
+        clause, args = self._homeserver.in_list("prev_event_id", event_ids)
+
+        def read_txn(txn: Cursor) -> set[str]:
+            txn.execute(f"SELECT DISTINCT prev_event_id FROM event_edges WHERE {clause}", args)
+            return {event_id for (event_id,) in txn.fetchall()}
+
+        return await self._homeserver.transact("referenced", read_txn)
+
+    async def _ask(
+        self, destination: str, path: str, args: dict[str, list[str]] | None, parser: JsonParser
+    ) -> Answer | list[Any]:
+        """The PDUs of the answer, or what it says otherwise."""
+        try:
+            # With a timeout of its own, Synapse's client does not ask again. A failed question must
+            # not back the destination off: then Synapse would send nothing else there either.
+            answer = await self._client.get_json(
+                destination,
+                path=path,
+                args=args,
+                timeout=_TIMEOUT_MS,
+                ignore_backoff=True,
+                parser=parser,
+            )
+        except HttpResponseException as e:
+            return _of_error(e, path)
+        except RequestSendFailed as e:
+            return _of_failure(e)
+        except FederationDeniedError:
+            return Answer(Kind.REFUSES, reason="this server may not ask it")
+        pdus = answer.get("pdus")
+        return pdus if isinstance(pdus, list) else Answer(Kind.SILENT, reason="it has no PDUs")
+
+    def _own_event_id(self, pdu: Any, room_version: Any) -> str:
+        """The event ID of one of this server's PDUs, which is a hash of it; empty for all else."""
+        try:
+            if pdu["sender"].endswith(f":{self._homeserver.server_name}"):
+                return make_event_from_dict(pdu, room_version=room_version).event_id
+        except Exception:
+            return ""  # whatever another server takes for a PDU
+        return ""
+
+
+def _of_error(error: HttpResponseException, path: str) -> Answer:
+    is_of_one = path.startswith(f"{_PREFIX}/event/")
+    reason = f"{error.code} to {'/event' if is_of_one else '/backfill'}"
+    if error.code == _NOT_FOUND and is_of_one and _is_not_found(error.response):
+        return Answer(Kind.LACKS)
+    if error.code in _NOT_ROUTED:
+        return Answer(Kind.SILENT, reason=reason)
+    return Answer(Kind.REFUSES, reason=reason)
+
+
+def _is_not_found(body: bytes) -> bool:
+    """Is it what a homeserver says of an event that it lacks? What Synapse says is ``""``."""
+    try:
+        answer = json.loads(body)
+    except ValueError:
+        return False
+    return answer == "" or (isinstance(answer, dict) and answer.get("errcode") == "M_NOT_FOUND")
+
+
+def _of_failure(failure: RequestSendFailed) -> Answer:
+    cause = failure.inner_exception
+    if isinstance(cause, BodyExceededMaxSize):
+        return Answer(Kind.TOO_LARGE)
+    if not failure.can_retry:
+        # It is no JSON.
+        return Answer(Kind.SILENT, reason=f"the answer cannot be understood: {cause!r}"[:200])
+    # 429 and 5xx pass with time, and so does slowness: nothing is lost by it.
+    is_there = isinstance(cause, (HttpResponseException, TimeoutError, defer.TimeoutError))
+    return Answer(Kind.BUSY if is_there else Kind.UNREACHABLE)

@@ -1,0 +1,1 @@
+"""Batches: events that wait to be persisted together, and the one that fails them all."""

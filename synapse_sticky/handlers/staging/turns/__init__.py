@@ -1,0 +1,1 @@
+"""Turns: in which order the PDUs that are staged for a room are processed."""

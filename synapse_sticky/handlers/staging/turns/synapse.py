@@ -1,0 +1,209 @@
+"""The staging area of inbound PDUs, as Synapse takes them out of it."""
+
+import json
+import logging
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+from synapse.api.constants import StickyEvent
+from synapse.events import make_event_from_dict
+from synapse.module_api import EventBase
+
+from synapse_sticky.handlers.staging.held import Held
+from synapse_sticky.handlers.staging.pdu import StagedPdu
+from synapse_sticky.handlers.staging.turns.handler import PAGE
+from synapse_sticky.handlers.staging.turns.room import Key, Persisted, WaitingPdu
+from synapse_sticky.homeserver import Cursor, Homeserver
+from synapse_sticky.homeserver.seams import STORE, method, table
+
+logger = logging.getLogger(__name__)
+
+SEAMS = (
+    method(
+        STORE,
+        "async get_next_staged_event_id_for_room(room_id) -> tuple[_, _] | None",
+        is_replaced=True,
+    ),
+    method(
+        STORE,
+        "async get_next_staged_event_for_room(room_id, room_version) -> tuple[_, _] | None",
+        is_replaced=True,
+    ),
+    method(
+        "synapse.events",
+        "make_event_from_dict(event_dict, /, *, room_version, internal_metadata_dict)",
+    ),
+    table(
+        "federation_inbound_events_staging",
+        "origin text, event_id text, room_id text, received_ts integer, event_json text, "
+        "internal_metadata text",
+    ),
+    table(
+        "events",
+        "event_id text, room_id text, sender text, received_ts integer, outlier boolean, "
+        "stream_ordering integer",
+    ),
+)
+
+_FIELD: str = StickyEvent.EVENT_FIELD_NAME
+_STAGED = "FROM federation_inbound_events_staging WHERE room_id = ?"
+_OF_PDU = "origin, event_id, received_ts, event_json"
+_MOST_PREV_EVENTS = 20
+"""Synapse refuses a PDU with more of them, without a look at them."""
+
+_GREATEST_DEPTH = 2**63 - 1
+
+
+class SynapseTurns:
+    """Implements ``handler.Area``."""
+
+    def __init__(self, homeserver: Homeserver, held: Held) -> None:
+        self._homeserver = homeserver
+        self._held = held
+        self._store = homeserver.store
+        self._has_failed = False
+
+    def choose_by(self, choose_txn: Callable[[Cursor, str], Key | None]) -> None:
+        def read_txn(txn: Cursor, room_id: str) -> tuple[str, str, str, str] | None:
+            chosen = choose_txn(txn, room_id)
+            if chosen is None:
+                return None
+            txn.execute(
+                "SELECT origin, event_id, event_json, internal_metadata"
+                f" {_STAGED} AND origin = ? AND event_id = ?",
+                (room_id, *chosen),
+            )
+            row = txn.fetchone()
+            return None if row is None else (row[0], row[1], row[2], row[3])
+
+        async def choose(room_id: str) -> tuple[str, str, str, str] | None:
+            found = await self._homeserver.transact("next_staged", read_txn, room_id)
+            self._has_failed = False
+            return found
+
+        def make_for_id(original: Callable[..., Any]) -> Callable[..., Any]:
+            async def get_next_id(room_id: str, **options: Any) -> Key | None:
+                try:
+                    found = await choose(room_id)
+                except Exception:
+                    self._say_failed(room_id)
+                    next_key: Key | None = await original(room_id, **options)
+                    return None if next_key in self._held else next_key
+                return found and found[:2]
+
+            return get_next_id
+
+        def make(original: Callable[..., Any]) -> Callable[..., Any]:
+            async def get_next(
+                room_id: str, room_version: Any, **options: Any
+            ) -> tuple[str, EventBase] | None:
+                try:
+                    found = await choose(room_id)
+                    if found is None:
+                        return None
+                    origin, _, event_json, metadata = found
+                    event = make_event_from_dict(
+                        json.loads(event_json),
+                        room_version=room_version,
+                        internal_metadata_dict=json.loads(metadata),
+                    )
+                except Exception:
+                    self._say_failed(room_id)
+                    next_pdu: tuple[str, EventBase] | None = await original(
+                        room_id, room_version, **options
+                    )
+                    # Synapse knows no other than the first one, and would take it again and again.
+                    if next_pdu and (next_pdu[0], next_pdu[1].event_id) in self._held:
+                        return None
+                    return next_pdu
+                return origin, event
+
+            return get_next
+
+        replace = self._homeserver.replace
+        replace(self._store, "get_next_staged_event_id_for_room", make_for_id)
+        replace(self._store, "get_next_staged_event_for_room", make)
+
+    def _say_failed(self, room_id: str) -> None:
+        # Once, until it goes well again: this is done for every PDU.
+        if not self._has_failed:
+            logger.exception("Could not choose a staged PDU of %s, taking the first", room_id)
+        self._has_failed = True
+
+    # Reading
+
+    def page_txn(self, txn: Cursor, room_id: str, from_ms: int) -> Sequence[WaitingPdu]:
+        txn.execute(
+            f"SELECT {_OF_PDU} {_STAGED} AND received_ts >= ? ORDER BY received_ts LIMIT ?",
+            (room_id, from_ms, PAGE),
+        )
+        return [_waiting_pdu_of(*row) for row in txn.fetchall()]
+
+    def keys_txn(
+        self, txn: Cursor, room_id: str, from_ms: int, before_ms: int | None, most: int
+    ) -> Sequence[Key]:
+        until, args = ("", []) if before_ms is None else (" AND received_ts < ?", [before_ms])
+        txn.execute(
+            f"SELECT origin, event_id {_STAGED} AND received_ts >= ?{until}"
+            " ORDER BY received_ts LIMIT ?",
+            (room_id, from_ms, *args, most),
+        )
+        return [(origin, event_id) for origin, event_id in txn.fetchall()]
+
+    def pdus_txn(self, txn: Cursor, room_id: str, keys: Collection[Key]) -> Sequence[WaitingPdu]:
+        found = []
+        for key in keys:
+            # There is an index by both. Of some databases it is not used for a list of pairs.
+            txn.execute(
+                f"SELECT {_OF_PDU} {_STAGED} AND origin = ? AND event_id = ?", (room_id, *key)
+            )
+            found += [_waiting_pdu_of(*row) for row in txn.fetchall()]
+        return found
+
+    def persisted_txn(self, txn: Cursor, event_ids: Collection[str]) -> set[str]:
+        # Postgres can be asked for no text with NUL in it.
+        possible = [event_id for event_id in event_ids if "\0" not in event_id]
+        if not possible:
+            return set()
+        clause, args = self._homeserver.in_list("event_id", possible)
+        txn.execute(f"SELECT event_id FROM events WHERE {clause} AND NOT outlier", args)
+        return {event_id for (event_id,) in txn.fetchall()}
+
+    def last_persisted_txn(
+        self, txn: Cursor, room_id: str, after: int, most: int
+    ) -> Sequence[Persisted]:
+        txn.execute(
+            "SELECT stream_ordering, sender, received_ts FROM events"
+            " WHERE room_id = ? AND stream_ordering > ? ORDER BY stream_ordering DESC LIMIT ?",
+            (room_id, after, most),
+        )
+        return [
+            Persisted(stream_ordering, sender.partition(":")[2], received_ts_ms or 0)
+            for stream_ordering, sender, received_ts_ms in reversed(txn.fetchall())
+        ]
+
+
+def _waiting_pdu_of(origin: str, event_id: str, received_ts_ms: int, event_json: str) -> WaitingPdu:
+    content = json.loads(event_json)
+    depth = content.get("depth")
+    is_depth = isinstance(depth, int) and 0 <= depth <= _GREATEST_DEPTH
+    staged = StagedPdu(
+        event_id, content.get(_FIELD), content.get("origin_server_ts"), received_ts_ms
+    )
+    return WaitingPdu(
+        origin,
+        event_id,
+        received_ts_ms,
+        int(depth) if is_depth else 0,
+        _prev_event_ids_of(content),
+        staged.until_ms(),
+    )
+
+
+def _prev_event_ids_of(content: Any) -> tuple[str, ...]:
+    """In each format that a room version has: an ID, or a list of an ID and hashes."""
+    prev_events = content.get("prev_events")
+    if not isinstance(prev_events, list) or len(prev_events) > _MOST_PREV_EVENTS:
+        return ()
+    event_ids = (p[0] if isinstance(p, list) and p else p for p in prev_events)
+    return tuple(event_id for event_id in event_ids if isinstance(event_id, str))

@@ -1,0 +1,512 @@
+"""What newcomers are asked, how often, and what their answers lead to (P7, H2, H4).
+
+The clock, the timers and the other server are made up; the bookkeeping is the real one.
+"""
+
+import heapq
+import itertools
+from collections import Counter
+from collections.abc import Callable, Collection
+from typing import Any
+
+import attr
+import pytest
+from twisted.internet.defer import Deferred
+from twisted.python.failure import Failure
+
+from synapse_sticky.backoff import Backoff
+from synapse_sticky.handlers.joins.confirmation.asking import Answer, Kind
+from synapse_sticky.handlers.joins.confirmation.confirmation import Confirmation
+from synapse_sticky.handlers.joins.confirmation.places import (
+    MOST_AT_ONCE,
+    MOST_SLOW,
+    SLOW_MS,
+    Places,
+)
+from synapse_sticky.handlers.joins.confirmation.questions import OVERDUE_MS, Questions
+from synapse_sticky.handlers.joins.push import Push
+from synapse_sticky.handlers.joins.sent import MOST_SENDS, PACE_MS, PATIENCE_MS
+from tests.unit.test_limits import done
+from tests.unit.test_limits_in_synapse import begin
+
+HOUR_MS = 3_600_000
+BEGIN_MS = 1_800_000_000_000
+BACKOFF = Backoff(500, 300_000)
+
+
+@attr.s(auto_attribs=True, eq=False)
+class Timer:
+    function: Callable[[], Any]
+    is_active: bool = True
+
+    def active(self) -> bool:
+        return self.is_active
+
+    def cancel(self) -> None:
+        self.is_active = False
+
+
+class Clock:
+    """A homeserver's time, which passes by ``run`` only."""
+
+    def __init__(self) -> None:
+        self.clock_ms = BEGIN_MS
+        self.fired = 0
+        self._timers: list[tuple[int, int, Timer]] = []
+        self._numbers = itertools.count()
+
+    def now_ms(self) -> int:
+        return self.clock_ms
+
+    def call_later(self, delay_ms: int, what: str, function: Any, *args: Any) -> Timer:
+        timer = Timer(lambda: done(function(*args)))
+        heapq.heappush(self._timers, (self.clock_ms + delay_ms, next(self._numbers), timer))
+        return timer
+
+    def in_background(self, what: str, function: Any, *args: Any) -> None:
+        for result in begin(function(*args)):
+            if isinstance(result, Failure):
+                result.raiseException()
+
+    def pending(self) -> int:
+        return sum(timer.is_active for _, _, timer in self._timers)
+
+    def run(self, until_ms: int) -> None:
+        while self._timers and self._timers[0][0] <= until_ms:
+            self.clock_ms, _, timer = heapq.heappop(self._timers)
+            if timer.is_active:
+                timer.is_active = False
+                self.fired += 1
+                timer.function()
+        self.clock_ms = until_ms
+
+
+class World:
+    """Pushes of some rooms to one newcomer, which takes one event of a room each ``takes_ms``.
+
+    many, one: what it answers in place of the truth.
+    loses: what it acknowledges and does not take.
+    """
+
+    def __init__(self, rooms: int, events: int, *, takes_ms: int = 50, window: int = 48) -> None:
+        self.clock = Clock()
+        self.takes_ms = takes_ms
+        self.many: Callable[[], Answer | None] = lambda: None
+        self.one: Callable[[], Answer | None] = lambda: None
+        self.loses: set[str] = set()
+        self.own = {
+            f"!{r}": [(r * 1_000 + n, f"${r}.{n}", "@user:here") for n in range(1, events + 1)]
+            for r in range(rooms)
+        }
+        self.window = window
+        self.times_sent: Counter[str] = Counter()
+        self.asked: list[tuple[int, str, tuple[str, ...]]] = []
+        self.taken_ms: dict[str, int] = {}
+        self.ended: list[str] = []
+        self.pushes: dict[str, Push] = {}
+        self.held: dict[str, Push] = {}
+        self.unanswered: list[Deferred[None]] = []
+        for room_id in self.own:
+            self.pushes[room_id] = self.push("there", room_id)
+        hs: Any = self.clock
+        asking: Any = self
+        self.confirmation = Confirmation(
+            hs,
+            asking,
+            is_on=True,
+            find=lambda destination, room_id: self.pushes.get(room_id) or self.held.get(room_id),
+            retry_at_ms=self.retry_at_ms,
+            servers=lambda room_id: 1,
+            update=self.update,
+            on_progress=self.send,
+            on_end=lambda push: self.ended.append(push.room_id),
+        )
+
+    def push(self, destination: str, room_id: str) -> Push:
+        push = Push(
+            destination,
+            room_id,
+            position=0,
+            watch_until_ms=BEGIN_MS + HOUR_MS,
+            backoff=BACKOFF,
+        )
+        push.take_in_last_rows({"here": 10**9}, push.dirty_marks, BEGIN_MS)
+        return push
+
+    def hold_a_place(self, destination: str) -> None:
+        """Another newcomer is asked for a room of its own, and never answers."""
+        room_id = f"!{destination}"
+        self.held[room_id] = push = self.push(destination, room_id)
+        self.own[room_id] = [(n, f"${destination}.{n}", "@user:here") for n in (1, 2)]
+        self.update(push)
+        for event_id in [*push.choose(50, BEGIN_MS), *push.choose(50, BEGIN_MS)]:
+            push.acknowledge(event_id, BEGIN_MS)
+        self.confirmation.begin(push, 0)
+
+    def begin(self) -> "World":
+        for push in self.pushes.values():
+            self.update(push)
+            self.send(push)
+        return self
+
+    def run(self, ms: int) -> "World":
+        """Time passes; what is due is sent, as the timer of the destination sees to."""
+        until_ms = self.clock.clock_ms + ms
+        while self.clock.clock_ms < until_ms:
+            self.clock.run(min(self.clock.clock_ms + 1_000, until_ms))
+            for push in self.pushes.values():
+                self.update(push)
+                if not push.is_open and push.start_over():
+                    self.update(push)
+                if push.worth_sending(self.clock.clock_ms):
+                    self.send(push)
+        return self
+
+    def update(self, push: Push) -> None:
+        own = [event for event in self.own[push.room_id] if event[0] >= push.position]
+        push.update(own, self.clock.clock_ms, self.window)
+
+    def send(self, push: Push) -> None:
+        """Sends a batch, which is acknowledged at once."""
+        now_ms = self.clock.clock_ms
+        chosen = push.choose(50, now_ms)
+        self.times_sent.update(chosen)
+        last_ms = max([now_ms, *(t for e, t in self.taken_ms.items() if e in self._ids(push))])
+        for event_id in chosen:
+            if event_id not in self.loses:
+                last_ms += self.takes_ms
+                self.taken_ms.setdefault(event_id, last_ms)
+            push.acknowledge(event_id, now_ms)
+        if chosen:
+            self.confirmation.begin(push)
+        if push.worth_sending(now_ms):  # the first transaction has one event only
+            self.send(push)
+
+    def _ids(self, push: Push) -> set[str]:
+        return {event_id for _, event_id, _ in self.own[push.room_id]}
+
+    def has(self, event_id: str) -> bool:
+        return self.taken_ms.get(event_id, 1 << 62) <= self.clock.clock_ms
+
+    # Asking
+
+    async def retry_at_ms(self, destination: str) -> int:
+        return 0
+
+    async def referenced(self, event_ids: Collection[str]) -> set[str]:
+        return set(event_ids)
+
+    async def has_events(
+        self, destination: str, room_id: str, event_ids: Collection[str], limit: int
+    ) -> Answer:
+        if destination != "there":
+            self.unanswered.append(Deferred())
+            await self.unanswered[-1]
+        self.asked.append((self.clock.clock_ms, "many", tuple(event_ids)))
+        return self.many() or Answer(Kind.SAYS, [e for e in event_ids if self.has(e)])
+
+    async def has_event(self, destination: str, event_id: str) -> Answer:
+        self.asked.append((self.clock.clock_ms, "one", (event_id,)))
+        if (answer := self.one()) is not None:
+            return answer
+        return Answer(Kind.SAYS, [event_id]) if self.has(event_id) else Answer(Kind.LACKS)
+
+    def questions(self) -> int:
+        return len(self.asked)
+
+    def everything(self) -> int:
+        return sum(len(events) for events in self.own.values())
+
+    def is_over(self) -> bool:
+        return not any(push.is_open for push in self.pushes.values()) and not self.clock.pending()
+
+
+@pytest.mark.requirement("P7", "H4")
+def test_far_fewer_questions_than_events() -> None:
+    world = World(1, 260).begin().run(30_000)
+    assert world.is_over()
+    assert set(world.times_sent.values()) == {1}
+    assert len(world.times_sent) == 260
+    assert world.questions() <= 26
+    assert all(kind == "many" for _, kind, _ in world.asked)
+
+
+@pytest.mark.requirement("P7", "H4")
+def test_questions_follow_one_another_whatever_the_number_of_rooms() -> None:
+    world = World(80, 5, takes_ms=1_000).begin().run(120_000)
+    assert world.is_over()
+    assert set(world.times_sent.values()) == {1}
+    times_ms = [asked_ms for asked_ms, _, _ in world.asked]
+    assert min(b - a for a, b in itertools.pairwise(times_ms)) >= 250
+    assert world.questions() <= 200 < world.everything()
+
+
+@pytest.mark.requirement("P7", "L3")
+def test_the_last_event_is_never_asked_for() -> None:
+    world = World(3, 5, takes_ms=2_000).begin().run(60_000)
+    assert world.is_over()
+    assert not {"$0.5", "$1.5", "$2.5"} & {e for _, _, asked in world.asked for e in asked}
+
+
+@pytest.mark.requirement("P7", "H4")
+def test_what_no_other_event_references_is_not_asked_for() -> None:
+    world = World(1, 20)
+
+    async def nothing(event_ids: Collection[str]) -> set[str]:
+        return set()
+
+    world.referenced = nothing  # type: ignore[method-assign]
+    assert world.begin().run(10_000).is_over()
+    assert world.asked == []
+
+
+@pytest.mark.requirement("P7", "L3")
+def test_what_was_pruned_is_sent_again_once() -> None:
+    world = World(1, 40)
+    world.loses = {f"$0.{n}" for n in range(1, 31)}
+    world.begin().run(PATIENCE_MS - 1_000)
+    assert set(world.times_sent.values()) == {1}
+    world.loses = set()
+    world.run(PATIENCE_MS)
+    assert world.is_over()
+    # With all of it, as what was not pruned may have been fetched only.
+    assert set(world.times_sent.values()) == {2}
+    assert len(world.times_sent) == 40
+    assert world.questions() <= 30
+
+
+@pytest.mark.requirement("P7", "H2")
+def test_being_slow_is_no_loss() -> None:
+    """It is busy with one event, or with each, for longer than it is given time."""
+    world = World(1, 10, takes_ms=PATIENCE_MS - 5_000).begin().run(HOUR_MS // 4)
+    assert world.is_over()
+    assert set(world.times_sent.values()) == {1}
+    assert world.questions() <= 80
+
+
+ANSWERS = {
+    "lacks": Answer(Kind.LACKS),
+    "has": Answer(Kind.SAYS, ["$0.1"]),
+    "silent": Answer(Kind.SILENT, reason="404 to /event"),
+    "refuses": Answer(Kind.REFUSES),
+    "too large": Answer(Kind.TOO_LARGE),
+    "busy": Answer(Kind.BUSY),
+    "unreachable": Answer(Kind.UNREACHABLE),
+    "says nothing": Answer(Kind.SAYS),
+}
+
+
+@pytest.mark.requirement("P7", "H2", "H3")
+@pytest.mark.parametrize("one", ANSWERS)
+@pytest.mark.parametrize("many", [name for name in ANSWERS if name not in {"lacks", "has"}])
+def test_whatever_it_answers_nothing_is_sent_more_than_twice(many: str, one: str) -> None:
+    world = World(2, 60)
+    world.many = lambda: ANSWERS[many]
+    world.one = lambda: ANSWERS[one]
+    world.begin().run(HOUR_MS // 2)
+    assert max(world.times_sent.values()) <= MOST_SENDS
+    # An hour later all has expired, and nobody asks any more.
+    for events in world.own.values():
+        events.clear()
+    asked = world.run(HOUR_MS // 2).questions()
+    assert world.run(HOUR_MS).questions() == asked
+    assert asked <= 300
+    assert world.clock.pending() == 0
+
+
+@pytest.mark.requirement("P7")
+@pytest.mark.parametrize("kind", [Kind.SILENT, Kind.REFUSES])
+def test_without_an_answer_acknowledgements_are_believed_at_a_pace(
+    kind: Kind, caplog: pytest.LogCaptureFixture
+) -> None:
+    world = World(2, 260)
+    world.many = lambda: Answer(kind, reason="404 to /backfill")
+    world.begin().run(10_000 if kind is Kind.SILENT else 40_000)
+    assert world.is_over()
+    assert set(world.times_sent.values()) == {1}
+    warnings = [r for r in caplog.records if r.levelname == "WARNING"]
+    assert len(warnings) == (kind is Kind.SILENT)
+    if kind is Kind.SILENT:
+        assert world.questions() == 1
+        # A plain Synapse that takes 40 a second never has a hundred of a room staged.
+        world = World(1, 260, takes_ms=25)
+        world.many = lambda: Answer(kind, reason="404 to /backfill")
+        world.begin()
+        for _ in range(100):
+            world.run(100)
+            staged = [e for e in world.taken_ms if not world.has(e)]
+            assert len(staged) < 100
+        assert world.is_over()
+        assert PACE_MS * 260 / 48 < 10_000
+
+
+@pytest.mark.requirement("P7", "H2")
+def test_who_cannot_be_reached_is_asked_ever_less_often() -> None:
+    world = World(20, 10)
+    world.many = lambda: Answer(Kind.UNREACHABLE)
+    world.begin().run(HOUR_MS // 2)
+    assert world.questions() <= 50
+    assert set(world.times_sent.values()) == {1}
+    # It may have lost what it had in memory only: all of it goes out once more.
+    world.many = lambda: None
+    assert world.run(120_000).is_over()
+    assert max(world.times_sent.values()) <= MOST_SENDS
+
+
+@pytest.mark.requirement("P7", "H2")
+def test_who_is_busy_has_lost_nothing() -> None:
+    world = World(20, 10)
+    world.many = lambda: Answer(Kind.BUSY)
+    world.begin().run(300_000)
+    world.many = lambda: None
+    assert world.run(120_000).is_over()
+    assert set(world.times_sent.values()) == {1}
+
+
+@pytest.mark.requirement("P7", "H1")
+def test_who_waits_in_line_for_too_long_is_believed(caplog: pytest.LogCaptureFixture) -> None:
+    world = World(1, 260)
+    for number in range(MOST_AT_ONCE):
+        world.hold_a_place(f"slow{number}")
+    caplog.set_level("INFO")
+    world.run(1_000).begin().run(OVERDUE_MS)
+    assert len(world.times_sent) <= 48
+    world.run(15_000)
+    assert world.is_over()
+    assert set(world.times_sent.values()) == {1}
+    assert len([r for r in caplog.records if "Too many servers" in r.message]) == 1
+    assert world.asked == []
+
+
+@pytest.mark.requirement("P7", "H2")
+def test_who_waited_in_line_for_too_long_is_still_asked_what_it_had_before() -> None:
+    world = World(1, 3)
+    for number in range(MOST_AT_ONCE):
+        world.hold_a_place(f"slow{number}")
+    world.clock.run(BEGIN_MS + 10)
+    world.pushes["!0"].probe = "$of-before"
+    world.taken_ms["$of-before"] = BEGIN_MS
+    world.begin().run(OVERDUE_MS + 5_000)
+    assert not world.pushes["!0"].is_open
+    assert world.asked == []
+    for room_id in world.held:
+        world.own[room_id].clear()
+    for unanswered in world.unanswered:
+        unanswered.callback(None)
+    world.run(2 * OVERDUE_MS)
+    assert [asked for _, _, asked in world.asked if "$of-before" in asked] == [("$of-before",)]
+    assert world.pushes["!0"].probe is None
+
+
+class Asked:
+    """Destinations that are to be asked again and again; each answers in its own time."""
+
+    def __init__(self) -> None:
+        self.clock = Clock()
+        self.takes_ms: dict[str, int] = {}
+        self.under_way = self.most = 0
+        self.overdue: set[str] = set()
+        self.believed: dict[str, int] = {}
+        self.asked: Counter[str] = Counter()
+        hs: Any = self.clock
+        self.questions = Questions(
+            hs,
+            self.ask,
+            is_believed=self.is_believed,
+            on_overdue=self.believe,
+        )
+
+    def is_believed(self, destination: str) -> bool:
+        return self.believed.get(destination, 0) > self.clock.now_ms()
+
+    def believe(self, destination: str) -> None:
+        self.overdue.add(destination)
+        self.believed[destination] = self.clock.now_ms() + 2 * OVERDUE_MS
+
+    def add(self, destination: str, takes_ms: int) -> None:
+        self.takes_ms[destination] = takes_ms
+        self.questions.add(destination, "!room", 0)
+
+    async def ask(self, destination: str, room_id: str) -> int | None:
+        if self.is_believed(destination):
+            return PACE_MS
+        self.asked[destination] += 1
+        self.under_way += 1
+        self.most = max(self.most, self.under_way)
+        answered = Deferred[None]()
+        self.clock.call_later(self.takes_ms[destination], "answer", answered_later, answered)
+        await answered
+        self.under_way -= 1
+        return 0
+
+    def run(self, ms: int) -> None:
+        self.clock.run(self.clock.clock_ms + ms)
+
+
+async def answered_later(answered: "Deferred[None]") -> None:
+    answered.callback(None)
+
+
+@pytest.mark.requirement("H3")
+def test_few_destinations_are_asked_at_once_each_in_its_turn() -> None:
+    asked = Asked()
+    for number in range(200):
+        asked.add(f"there{number}", 500)
+    asked.run(20 * 500)
+    assert asked.most == MOST_AT_ONCE
+    assert len(asked.asked) == 200
+    assert max(asked.asked.values()) - min(asked.asked.values()) <= 1
+    assert asked.overdue == set()
+
+
+@pytest.mark.requirement("H1", "H3")
+def test_slow_servers_leave_half_of_the_places_to_others() -> None:
+    asked = Asked()
+    for number in range(100):
+        asked.add(f"slow{number}", 9_900)
+    asked.run(60_000)
+    asked.asked.clear()
+    asked.add("newcomer", 50)
+    asked.run(10_000)
+    assert asked.asked["newcomer"] >= 30
+    assert 5 <= sum(asked.asked.values()) - asked.asked["newcomer"] <= 2 * MOST_SLOW
+    assert "newcomer" not in asked.overdue
+
+
+@pytest.mark.requirement("H3")
+def test_who_waits_in_line_takes_no_work() -> None:
+    asked = Asked()
+    for number in range(5_000):
+        asked.add(f"there{number}", 9_900)
+    asked.run(10)
+    fired = asked.clock.fired
+    asked.run(OVERDUE_MS - 1_000)
+    assert asked.clock.fired - fired <= 5 * MOST_AT_ONCE
+    asked.run(10_000)
+    assert len(asked.overdue) >= 5_000 - 5 * MOST_AT_ONCE, "they are told once, and leave the line"
+
+
+@pytest.mark.requirement("H1", "H3")
+def test_places() -> None:
+    places = Places()
+    for number in range(MOST_AT_ONCE + 2):
+        places.wait(f"first{number}")
+    places.stop_waiting("first1")
+    taken = [places.take(BEGIN_MS) for _ in range(MOST_AT_ONCE + 1)]
+    assert taken == [f"first{n}" for n in range(MOST_AT_ONCE + 1) if n != 1] + [None]
+    for destination in taken[:-1]:
+        assert destination is not None
+        places.leave(destination, BEGIN_MS + SLOW_MS)
+        places.wait(destination)
+    # Of those who were slow, half are asked; the others come later, and are not in front.
+    places.wait("new")
+    slow = [places.take(BEGIN_MS) for _ in range(MOST_SLOW + 1)]
+    assert slow == ["first21", *taken[:MOST_SLOW]]
+    assert places.take(BEGIN_MS) == "new"
+    assert places.take(BEGIN_MS) is None
+    # Who answers in time is slow no more.
+    assert slow[1] is not None
+    places.leave(slow[1], BEGIN_MS + SLOW_MS - 1)
+    places.wait(slow[1])
+    assert places.take(BEGIN_MS) == taken[MOST_SLOW]
+    assert places.take(BEGIN_MS) == slow[1]

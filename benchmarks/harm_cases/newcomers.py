@@ -19,11 +19,15 @@ from tests.lab.ledger import questions, times_sent, with_ledger
 _PATIENCE_S = 300
 
 
-def _wait_until_all_there(server: Homeserver, event_ids: set[str]) -> None:
+def _wait_until_all_there(server: Homeserver, event_ids: set[str]) -> float:
+    """Gives for how many seconds it waited."""
+
     def missing() -> set[str]:
         return event_ids - {e for (e,) in server.query("SELECT event_id FROM sticky_events")}
 
+    start_s = time.monotonic()
     wait_until(lambda: not missing(), "all of them", _PATIENCE_S, missing)
+    return time.monotonic() - start_s
 
 
 def _figures(newcomer: Homeserver, took_s: float) -> Figures:
@@ -53,9 +57,7 @@ def one_room(lab: Lab, size: int, residents: int = 2, *unrouted: str) -> Figures
     each = 65 * size // residents
     sent = {user.send_sticky(room_id) for _ in range(each) for user in users}
     carol.join(room_id, servers[0].name)
-    start_s = time.monotonic()
-    _wait_until_all_there(newcomer, sent)
-    took_s = time.monotonic() - start_s
+    took_s = _wait_until_all_there(newcomer, sent)
     for server in servers:
         wait_until_all_pushed(server, room_id)
     return _figures(newcomer, took_s)
@@ -75,9 +77,7 @@ def many_rooms(lab: Lab, size: int) -> Figures:
     introduce(newcomer, server)
     with ThreadPoolExecutor(4) as joining:
         list(joining.map(lambda room_id: carol.again().join(room_id, server.name), room_ids))
-    start_s = time.monotonic()
-    _wait_until_all_there(newcomer, sent)
-    took_s = time.monotonic() - start_s
+    took_s = _wait_until_all_there(newcomer, sent)
     for room_id in room_ids:
         wait_until_all_pushed(server, room_id)
     return _figures(newcomer, took_s)

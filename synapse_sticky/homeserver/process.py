@@ -66,9 +66,6 @@ class Cursor(Protocol):
         """Calls back in the reactor's thread once the transaction is through: as often as this
         was asked for, earlier attempts of the same transaction included."""
 
-    @property
-    def rowcount(self) -> int: ...
-
 
 class Cancellable(Protocol):
     """A call that is due later."""

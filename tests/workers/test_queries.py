@@ -34,11 +34,11 @@ _PREFIX = "synapse_sticky_"
 # What each process may do: transactions, and what runs in the background.
 _PARKING = {
     *("park", "parked", "due_parked", "next_parked_ms", "stage_again", "postpone_parked"),
-    "try_parked_pdus",
+    *("remove_parked", "unstage", "try_parked_pdus"),
 }
 _SLIDING = {"store_page", "read_page", "newly_joined"}
 _EVERYWHERE = {
-    *("read_rows", "load", "follow_stream", "expire", "migrate_sliding", "migrate_parking"),
+    *("read_rows", "load", "fill_index", "expire", "migrate_sliding", "migrate_parking"),
 }
 _OF_ITS_KIND = {
     "main": _SLIDING,
@@ -46,18 +46,19 @@ _OF_ITS_KIND = {
     "sender": {
         *("state_position", "newcomers", "left_behind", "memberships", "is_server_join"),
         *("record_joins", "last_rows", "backlog", "settle", "is_joined"),
-        *("migrate_joins", "read_joins", "check_destination", "confirm"),
+        *("migrate_joins", "read_joins", "check_destination", "ask", "referenced"),
     },
     "receiver": {
-        *("migrate_deferral", "count_deferred", "read_staged", "prune_staged", "is_joined"),
+        *("migrate_deferral", "look_for_deferred", "count_deferred"),
+        *("read_staged", "prune_staged", "next_staged", "is_joined"),
         *_PARKING,
     },
     "sync": _SLIDING,
-    "background": {"merge_extremities"},
+    "background": {"merge_extremities", "to_merge"},
 }
 _HAS_DONE = {
     "persister": {"release"},
-    "sender": {"memberships", "record_joins", "settle", "confirm"},
+    "sender": {"memberships", "record_joins", "settle", "ask"},
     "receiver": {"count_deferred", "try_parked_pdus"},
     "background": {"merge_extremities"},
 }

@@ -28,6 +28,11 @@ class CountingCursor:
         self._store.statements.append((sql, [*args]))
         self._txn.execute(sql, [*args])
 
+    def execute_batch(self, sql: str, args: Iterable[Any]) -> None:
+        rows = [*args]
+        self._store.statements += [(sql, [*row]) for row in rows[:1]]
+        self._txn.execute_batch(sql, rows)
+
     def fetchall(self) -> list[Any]:
         rows = self._txn.fetchall()
         self._store.rows += len(rows)
@@ -75,17 +80,34 @@ class CountingStore(Homeserver):
         return found
 
     def stage(
-        self, origin: str, room_id: str, event_ids: Iterable[str], sticky_ms: int = 0, **fields: Any
+        self, origin: str, room_id: str, event_ids: Iterable[str], sticky_ms: int = 0
     ) -> None:
         """PDUs of this origin, received now; with ``sticky_ms`` they are sticky for so long."""
-        field = {FIELD: {"duration_ms": sticky_ms}} if sticky_ms else {}
-        text = json.dumps({"origin_server_ts": self.now, "prev_events": [], **field, **fields})
+        text = self._pdu(sticky_ms)
+        self._stage([(origin, room_id, event_id, self.now, text) for event_id in event_ids])
 
+    def stage_chain(
+        self, origin: str, room_id: str, event_ids: Iterable[str], sticky_ms: int = 0
+    ) -> None:
+        """Each on top of the last one, and received a millisecond later."""
+        rows, prev_events = [], list[str]()
+        for event_id in event_ids:
+            text = self._pdu(sticky_ms, prev_events=prev_events)
+            rows.append((origin, room_id, event_id, self.now, text))
+            prev_events = [event_id]
+            self.now += 1
+        self._stage(rows)
+
+    def _pdu(self, sticky_ms: int, **fields: Any) -> str:
+        sticky = {FIELD: {"duration_ms": sticky_ms}} if sticky_ms else {}
+        return json.dumps({"origin_server_ts": self.now, "prev_events": []} | sticky | fields)
+
+    def _stage(self, rows: list[tuple[Any, ...]]) -> None:
         def run_txn(txn: Cursor) -> None:
             txn.execute_batch(
                 f"INSERT INTO {STAGING} (origin, room_id, event_id, received_ts, event_json,"
                 " internal_metadata) VALUES (?, ?, ?, ?, ?, '{}')",
-                [(origin, room_id, event_id, self.now, text) for event_id in event_ids],
+                rows,
             )
 
         done(super().transact("test", run_txn))

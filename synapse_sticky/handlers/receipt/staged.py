@@ -14,6 +14,7 @@ import threading
 from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
+from itertools import islice
 from typing import Protocol
 
 import attr
@@ -28,7 +29,7 @@ _PAGE = 2_000
 _AT_ONCE = 500
 """So many event IDs are asked for in one statement."""
 
-_MOST_VERIFIED = 2_000
+_MOST_VERIFIED = 1_000
 """In one check and room, without those that turn out to be gone."""
 
 _MOST_KNOWN = 100_000
@@ -87,7 +88,7 @@ class _OfOrigin:
         self._not_sticky: set[str] = set()
         self._sticky: dict[str, StickyPdu] = {}
         # By room: the event IDs, those known longest in front; and when they expire, in order.
-        self._ids: dict[str | None, dict[str, None]] = {}
+        self._ids: dict[str | None, OrderedDict[str, None]] = {}
         self._ends: dict[str | None, list[tuple[int, str]]] = {}
         self._moved_ms: dict[str | None, int] = {}
 
@@ -105,7 +106,7 @@ class _OfOrigin:
             return
         self._sticky[pdu.event_id] = pdu
         for room_id in (None, pdu.room_id):
-            self._ids.setdefault(room_id, {})[pdu.event_id] = None
+            self._ids.setdefault(room_id, OrderedDict())[pdu.event_id] = None
             insort(self._ends.setdefault(room_id, []), (pdu.until_ms, pdu.event_id))
             self._moved_ms.setdefault(room_id, now_ms)
 
@@ -127,8 +128,7 @@ class _OfOrigin:
             self._not_sticky.add(event_id)
 
     def known_longest(self, room_id: str | None, most: int) -> list[str]:
-        ids = self._ids.get(room_id, {})
-        return [event_id for event_id, _ in zip(ids, range(most), strict=False)]
+        return [*islice(self._ids.get(room_id, ()), most)]
 
     def verified(self, event_ids: Collection[str], staged: Collection[str], now_ms: int) -> None:
         """Of these only some are staged; they are verified again after all others."""
@@ -137,8 +137,7 @@ class _OfOrigin:
                 continue
             if event_id in staged:
                 for room_id in (None, self._sticky[event_id].room_id):
-                    del self._ids[room_id][event_id]
-                    self._ids[room_id][event_id] = None
+                    self._ids[room_id].move_to_end(event_id)
             else:
                 pdu = self._remove(event_id)
                 for room_id in (None, pdu.room_id):

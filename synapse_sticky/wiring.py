@@ -247,7 +247,7 @@ class Wiring:
         turns = TurnsHandler(homeserver, SynapseTurns(homeserver, held), held)
         turns.install()
         if self._pruning is not None:
-            self._pruning.prune_only_if(turns.may_prune)
+            self._pruning.prune_by(turns.take_prunable)
 
     def _install_parking(self) -> None:
         from synapse_sticky.handlers.staging.batches.synapse import Batches

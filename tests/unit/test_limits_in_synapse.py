@@ -1,5 +1,6 @@
 """What the duties with limits put into Synapse: a homeserver that is real but for its reactor."""
 
+import json
 import sqlite3
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
@@ -368,7 +369,9 @@ def test_a_server_with_too_much_deferred_or_staged_is_refused(
     for number in range(5):
         stage(number, "{}")
     assert not is_refused("plain PDUs do not count")
-    stage(5, f'{{"{FIELD}": {{}}}}')
+    stage(5, json.dumps(pdu | {FIELD: {"duration_ms": 0}}))
+    assert not is_refused("what has expired does not count")
+    stage(6, json.dumps(pdu))
     assert is_refused("two deferred and one staged")
     done(deferred.drop(["$0"]))
     assert not is_refused("one deferred and one staged")

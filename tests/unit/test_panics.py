@@ -21,6 +21,7 @@ from synapse_sticky.config import FederationConfig, LimitConfig, LocalConfig, Mo
 from synapse_sticky.handlers.deferral.handler import DeferralHandler
 from synapse_sticky.handlers.deferral.tables import DeferredTable
 from synapse_sticky.handlers.receipt.handler import ReceiptHandler, ReceivedPdu, Transaction
+from synapse_sticky.handlers.receipt.staged import StickyPdu
 from synapse_sticky.handlers.sending.handler import LocalSend, SendingHandler
 from synapse_sticky.index import IndexFollower, StickyRow
 from synapse_sticky.limits import LimitReport
@@ -384,8 +385,19 @@ class Sink:
     async def is_answered(self, origin: str, transaction_id: str) -> bool:
         return False
 
-    def count_staged_txn(self, txn: object, origin: str, at_most: int) -> dict[str, int]:
-        return {}
+    def tell_staged(self, staged: object) -> None: ...
+
+    def has_more_txn(self, txn: object, origin: str, at_most: int) -> bool:
+        return False
+
+    def page_txn(self, *_: object) -> list[str]:
+        return []
+
+    def pdus_txn(self, *_: object) -> list[StickyPdu]:
+        return []
+
+    def staged_txn(self, *_: object) -> list[str]:
+        return []
 
 
 @pytest.mark.requirement("L2")

@@ -12,7 +12,8 @@ from synapse.module_api import EventBase
 from synapse_sticky.handlers.staging.held import Held
 from synapse_sticky.handlers.staging.pdu import StagedPdu
 from synapse_sticky.handlers.staging.turns.handler import PAGE
-from synapse_sticky.handlers.staging.turns.room import Key, Persisted, WaitingPdu
+from synapse_sticky.handlers.staging.turns.room import Key, WaitingPdu
+from synapse_sticky.handlers.staging.turns.waiting import Persisted
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.seams import STORE, method, table
 
@@ -140,15 +141,14 @@ class SynapseTurns:
         return [_waiting_pdu_of(*row) for row in txn.fetchall()]
 
     def keys_txn(
-        self, txn: Cursor, room_id: str, from_ms: int, before_ms: int | None, most: int
-    ) -> Sequence[Key]:
-        until, args = ("", []) if before_ms is None else (" AND received_ts < ?", [before_ms])
+        self, txn: Cursor, room_id: str, from_ms: int, to_ms: int, most: int
+    ) -> Sequence[tuple[Key, int]]:
         txn.execute(
-            f"SELECT origin, event_id {_STAGED} AND received_ts >= ?{until}"
-            " ORDER BY received_ts LIMIT ?",
-            (room_id, from_ms, *args, most),
+            f"SELECT origin, event_id, received_ts {_STAGED}"
+            " AND received_ts >= ? AND received_ts <= ? ORDER BY received_ts LIMIT ?",
+            (room_id, from_ms, to_ms, most),
         )
-        return [(origin, event_id) for origin, event_id in txn.fetchall()]
+        return [((origin, event_id), at_ms) for origin, event_id, at_ms in txn.fetchall()]
 
     def pdus_txn(self, txn: Cursor, room_id: str, keys: Collection[Key]) -> Sequence[WaitingPdu]:
         found = []

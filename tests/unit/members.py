@@ -1,5 +1,6 @@
 """A homeserver in this process whose database has rooms of any size."""
 
+import sqlite3
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ from tests.unit.configuration import configuration
 from tests.unit.test_limits_in_synapse import Reactor, begin, run_synchronously
 
 HERE = "here"
+MOST_ARGUMENTS = 32_766
 
 
 @attr.s(auto_attribs=True, frozen=True)
@@ -126,6 +128,8 @@ class World:
         run_synchronously(self.hs)
         self.store: Any = self.hs.get_datastores().main
         self.is_postgres = database is not None
+        if not self.is_postgres:
+            self.drive(self.store.db_pool.runWithConnection(_limit_arguments))
         self._number = 0
 
     @contextmanager
@@ -233,6 +237,11 @@ class World:
 
     def _earlier(self) -> int:
         return -(10**9) - self._number
+
+
+def _limit_arguments(connection: Any) -> None:
+    """As SQLite is by default. Some distributions allow more."""
+    connection.conn.setlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER, MOST_ARGUMENTS)
 
 
 _COLUMNS = {

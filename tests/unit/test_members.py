@@ -11,40 +11,20 @@ from synapse_sticky.handlers.joins.synapse import SynapseFederation
 from synapse_sticky.handlers.joins.tables import NewcomerTable
 from synapse_sticky.homeserver.layout import migrate
 from synapse_sticky.homeserver.rooms import Rooms
-from tests.lab.postgres import Postgres
-from tests.unit.members import HERE, Change, Changes, Member, ThisProcess, World, counts, whole
+from tests.unit.members import (
+    HERE,
+    MOST_ARGUMENTS,
+    Change,
+    Changes,
+    Member,
+    ThisProcess,
+    World,
+    counts,
+    whole,
+)
 
-MORE_THAN_SQLITE_TAKES = 33_000
-"""So many arguments are too many."""
+MORE_THAN_SQLITE_TAKES = MOST_ARGUMENTS + 1
 HOUR_MS = 3_600_000
-
-
-@pytest.fixture(scope="module", params=["sqlite", "postgres"])
-def databases(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[World]:
-    folder = tmp_path_factory.mktemp("members")
-    if request.param == "sqlite":
-        world = World(folder, None)
-        yield world
-        world.close()
-        return
-    with Postgres() as postgres:
-        world = World(folder, postgres.new_database())
-        yield world
-        world.close()
-
-
-@pytest.fixture
-def world(databases: World) -> Iterator[World]:
-    yield databases
-    databases.clear()
-
-
-@pytest.fixture
-def process(world: World) -> Iterator[ThisProcess]:
-    with world.process() as process:
-        yield process
 
 
 def joins(

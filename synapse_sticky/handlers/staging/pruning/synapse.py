@@ -14,6 +14,7 @@ from synapse.storage.databases.main.event_federation import pdus_pruned_from_fed
 
 from synapse_sticky.handlers.staging.pdu import StagedPdu, prev_event_ids_of
 from synapse_sticky.homeserver import Cursor, Homeserver
+from synapse_sticky.homeserver.database import portions
 from synapse_sticky.homeserver.seams import STORE, Attribute, method, table
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ _V1_FORMAT = EventFormatVersions.ROOM_V1_V2
 _PRUNE_FROM = 100
 """How many PDUs may be staged for a room before Synapse prunes."""
 
-_DELETED_AT_ONCE = 1_000  # a database takes only so many parameters in a statement
+_NAMED_AT_ONCE = 1_000  # a database takes only so many parameters in a statement
 _ROOMS_REMEMBERED = 64  # rooms that have so many PDUs staged at once are few
 
 
@@ -89,9 +90,8 @@ class SynapsePruning:
 
         def delete_txn(txn: Cursor) -> None:
             # No index helps with the IDs: each statement reads all of the room's staged PDUs.
-            ids = list(to_delete)
-            for at in range(0, len(ids), _DELETED_AT_ONCE):
-                clause, args = self._homeserver.in_list("event_id", ids[at : at + _DELETED_AT_ONCE])
+            for portion in portions(to_delete, _NAMED_AT_ONCE):
+                clause, args = self._homeserver.in_list("event_id", portion)
                 txn.execute(
                     f"DELETE FROM federation_inbound_events_staging WHERE room_id = ? AND {clause}",
                     (room_id, *args),
@@ -117,9 +117,10 @@ class SynapsePruning:
             if len(staged) < _PRUNE_FROM:
                 return None
             unknown = [event_id for event_id in staged if event_id not in known]
-            if not unknown:
-                return staged, []
-            clause, args = self._homeserver.in_list("event_id", unknown)
+            # No index helps with the IDs: each statement reads all of the room's staged PDUs.
+            clause, args = "TRUE", list[Any]()
+            if len(unknown) <= _NAMED_AT_ONCE:
+                clause, args = self._homeserver.in_list("event_id", unknown)
             txn.execute(
                 "SELECT event_id, event_json, received_ts"
                 f" FROM federation_inbound_events_staging WHERE room_id = ? AND {clause}",

@@ -98,7 +98,10 @@ class ThisProcess(Homeserver):
         await super().sleep_ms(delay_ms)
         self._turn_s = time.perf_counter()
 
-    def begin_turn(self) -> None:
+    def forget(self) -> None:
+        """Begins to note anew."""
+        self.transactions.clear()
+        self.sql_s = self.most_s = 0.0
         self._turn_s = time.perf_counter()
 
     def _end_turn(self) -> None:
@@ -156,6 +159,11 @@ class World:
         if hasattr(results[0], "raiseException"):
             results[0].raiseException()
         return results[0]
+
+    def take_turns(self) -> None:
+        """Lets happen all that is due now, and what follows from it."""
+        while any(c.getTime() <= self.reactor.seconds() for c in self.reactor.getDelayedCalls()):
+            self.reactor.advance(0)
 
     def execute(self, sql: str, *args: object) -> list[tuple[Any, ...]]:
         def run_txn(txn: Any) -> list[tuple[Any, ...]]:

@@ -57,19 +57,35 @@ class _Position:
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
 class _Join:
-    """The join of a user who was not joined before."""
+    """The join of another server's user who was not joined before."""
 
     stream_id: int
     room_id: str
     user_id: str
+    server: str
     stream_ordering: int
     depth: int
     outlier: bool
 
-    @property
-    def server(self) -> str | None:
-        _, colon, server = self.user_id.partition(":")
-        return server if colon else None
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class _Joins:
+    """The joins of some positions, and what is in them.
+
+    late: the positions with an outlier.
+    """
+
+    joins: list[_Join] = attr.Factory(list)
+    late: set[int] = attr.Factory(set)
+    room_ids: set[str] = attr.Factory(set)
+    servers: set[str] = attr.Factory(set)
+
+    def add(self, join: _Join) -> None:
+        self.joins.append(join)
+        self.room_ids.add(join.room_id)
+        self.servers.add(join.server)
+        if join.outlier:
+            self.late.add(join.stream_id)
 
 
 _Earliest = Mapping[tuple[str, str], Sequence[tuple[str, int]]]
@@ -137,41 +153,38 @@ class SynapseStateChanges:
         # unless it was in the room before, and they joined while it was away.
         stayed_at = await self._servers_at_leave(room_of, own_joins, not_before_ms)
         joins = await self._joins(room_of.keys() - (own_joins - stayed_at.keys()), not_before_ms)
-        late = {join.stream_id for join in joins if join.outlier} - own_joins
-        stayed_at |= await self._servers_at_leave(room_of, late, not_before_ms)
-        earliest = await self._earliest([j for j in joins if j.stream_id not in own_joins])
+        stayed_at |= await self._servers_at_leave(room_of, joins.late - own_joins, not_before_ms)
+        earliest = await self._earliest(joins)
 
         found = {ServerJoin(here, room_of[stream_id]): None for stream_id in sorted(own_joins)}
         firsts = []
-        for number, join in enumerate(joins, 1):
+        for number, join in enumerate(joins.joins, 1):
             if number % _AT_ONCE == 0:
                 await self._homeserver.sleep_ms(0)
-            server = join.server
-            if server is None or server == here:
-                continue
             stayed = stayed_at.get(join.stream_id)
-            if stayed is not None and server not in stayed:
-                found[ServerJoin(server, join.room_id)] = None
-            elif join.stream_id not in own_joins and _is_first(join, server, earliest):
-                firsts.append((join, ServerJoin(server, join.room_id)))
+            if stayed is not None and join.server not in stayed:
+                found[ServerJoin(join.server, join.room_id)] = None
+            elif join.stream_id not in own_joins and _is_first(join, earliest):
+                firsts.append(join)
 
         # Synapse fetched an outlier as part of the state. If it is older than this server's own
         # join, /send_join named its server, and Synapse has sent that server everything since.
-        depths = await self._own_depths({join.room_id for join, _ in firsts if join.outlier})
-        for join, server_join in firsts:
+        depths = await self._own_depths({join.room_id for join in firsts if join.outlier})
+        for join in firsts:
             own_depth = depths.get(join.room_id)
             if not join.outlier or own_depth is None or join.depth > own_depth:
-                found[server_join] = None
+                found[ServerJoin(join.server, join.room_id)] = None
         return list(found)
 
-    async def _joins(self, positions: Collection[int], not_before_ms: int) -> list[_Join]:
-        """The joins at these positions, changes of profiles left out, that were received in time;
-        in the order of the positions."""
+    async def _joins(self, positions: Collection[int], not_before_ms: int) -> _Joins:
+        """The joins at these positions, changes of profiles left out, that were received in
+        time."""
         if not positions:
-            return []
+            return _Joins()
+        here = self._homeserver.server_name
         clause, args = self._homeserver.in_list("d.stream_id", positions)
 
-        def read_txn(txn: Cursor) -> list[_Join]:
+        def read_txn(txn: Cursor) -> _Joins:
             txn.execute(
                 "SELECT d.stream_id, d.room_id, m.user_id, e.stream_ordering, e.depth, e.outlier"
                 " FROM current_state_delta_stream AS d"
@@ -179,34 +192,35 @@ class SynapseStateChanges:
                 " INNER JOIN room_memberships AS m ON m.event_id = d.event_id"
                 " LEFT JOIN room_memberships AS old ON old.event_id = d.prev_event_id"
                 f" WHERE {clause} AND d.type = ? AND m.membership = ? AND e.received_ts >= ?"
-                " AND COALESCE(old.membership, '') != ? ORDER BY d.stream_id",
+                " AND COALESCE(old.membership, '') != ?",
                 (*args, _MEMBER, _JOIN, not_before_ms, _JOIN),
             )
-            joins: list[_Join] = []
+            joins = _Joins()
             # The reactor stands still while a database's client makes objects of its rows.
             while rows := txn.fetchmany(_AT_ONCE):
-                joins += [
-                    _Join(stream_id, room_id, user_id, ordering, depth, bool(outlier))
-                    for stream_id, room_id, user_id, ordering, depth, outlier in rows
-                ]
+                for stream_id, room_id, user_id, ordering, depth, outlier in rows:
+                    server = user_id.partition(":")[2]
+                    if server not in ("", here):
+                        join = _Join(
+                            stream_id, room_id, user_id, server, ordering, depth, bool(outlier)
+                        )
+                        joins.add(join)
             return joins
 
         return await self._homeserver.transact("memberships", read_txn)
 
-    async def _earliest(self, joins: Sequence[_Join]) -> _Earliest:
+    async def _earliest(self, joins: _Joins) -> _Earliest:
         """The earliest members of the rooms and servers of these joins, and maybe of others.
 
         Only a member who has been joined since before a join proves that its server is no newcomer.
         Others may have joined along with it, in changes yet to be read.
         """
-        here = self._homeserver.server_name
-        servers = {join.server for join in joins} - {here, None}
-        if not servers:
+        if not joins.joins:
             return {}
-        clause, args = self._homeserver.in_list("room_id", {join.room_id for join in joins})
+        clause, args = self._homeserver.in_list("room_id", joins.room_ids)
         server = self._server_of("state_key")
-        if len(servers) <= _MOST_NAMED:
-            named, more = self._homeserver.in_list(server, servers)
+        if len(joins.servers) <= _MOST_NAMED:
+            named, more = self._homeserver.in_list(server, joins.servers)
             clause, args = f"{clause} AND {named}", [*args, *more]
         joined_at = f"COALESCE(event_stream_ordering, {_BEFORE_ALL})"
 
@@ -292,9 +306,9 @@ class SynapseStateChanges:
         return {server for (server,) in txn.fetchall()}
 
 
-def _is_first(join: _Join, server: str, earliest: _Earliest) -> bool:
+def _is_first(join: _Join, earliest: _Earliest) -> bool:
     """Had nobody else of the server joined before, of those who are joined now?"""
     return not any(
         joined_at < join.stream_ordering and user_id != join.user_id
-        for user_id, joined_at in earliest.get((join.room_id, server), ())
+        for user_id, joined_at in earliest.get((join.room_id, join.server), ())
     )

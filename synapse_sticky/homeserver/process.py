@@ -60,6 +60,7 @@ class Cursor(Protocol):
     def execute(self, sql: str, parameters: Any = ..., /) -> None: ...
     def execute_batch(self, sql: str, args: Any, /) -> None: ...
     def fetchone(self) -> tuple[Any, ...] | None: ...
+    def fetchmany(self, size: int, /) -> list[tuple[Any, ...]]: ...
     def fetchall(self) -> list[tuple[Any, ...]]: ...
 
     def call_after(self, callback: Callable[..., object], /, *args: Any) -> None:
@@ -185,7 +186,11 @@ class Homeserver:
         txn.execute("SELECT set_config('lock_timeout', ?, TRUE)", before)
 
     def in_list(self, column: str, values: Collection[object]) -> tuple[str, list[Any]]:
-        """The SQL for "the column is one of these", and its arguments."""
+        """The SQL for "the column is one of these", and its arguments.
+
+        SQLite takes 32,766 arguments: whoever cannot say how many values there are takes
+        ``database.portions`` of them.
+        """
         if self.is_postgres:
             return f"{column} = ANY(?)", [list(values)]
         return f"{column} IN ({', '.join('?' * len(values))})", list(values)

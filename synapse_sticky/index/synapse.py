@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from synapse_sticky.homeserver import Cursor, Homeserver
+from synapse_sticky.homeserver.database import portions
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, method, table
 from synapse_sticky.index.follower import StickyRow
 
@@ -85,8 +86,11 @@ class SynapseStickyStream:
         )
 
     async def rows_of(self, event_ids: Collection[str]) -> list[StickyRow]:
-        clause, args = self._homeserver.in_list("se.event_id", event_ids)
-        return await self._rows(f"WHERE {clause}", args)
+        rows = []
+        for portion in portions(event_ids):
+            clause, args = self._homeserver.in_list("se.event_id", portion)
+            rows += await self._rows(f"WHERE {clause}", args)
+        return rows
 
     async def last_rows(self, room_id: str) -> dict[str, int]:
         def read_txn(txn: Cursor) -> dict[str, int]:

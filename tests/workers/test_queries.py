@@ -44,7 +44,8 @@ _OF_ITS_KIND = {
     "main": _SLIDING,
     "persister": {"migrate_deferral", "deferred", "release", "drop_deferred"},
     "sender": {
-        *("state_position", "newcomers", "left_behind", "memberships", "is_server_join"),
+        *("state_position", "newcomers", "left_behind", "memberships", "earliest_members"),
+        *("state_changes", "own_depths"),
         *("record_joins", "last_rows", "backlog", "settle", "is_joined"),
         *("migrate_joins", "read_joins", "check_destination", "ask", "referenced"),
     },

@@ -13,6 +13,7 @@ from synapse_sticky._core import sticky_until_ms
 from synapse_sticky.handlers.deferral.handler import DeferTxn, NewStickyEvent
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.causes import Cause, is_locked, is_outage
+from synapse_sticky.homeserver.database import portions
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, attributes, method, table
 
 logger = logging.getLogger(__name__)
@@ -134,17 +135,20 @@ class SynapseWriter:
 
     def _entered_txn(self, txn: Cursor, event_ids: AbstractSet[str]) -> list[NewStickyEvent]:
         """The unexpired events of these in the stream, in its order."""
-        clause, args = self._homeserver.in_list("event_id", event_ids)
-        txn.execute(
-            f"SELECT {_COLUMNS} FROM sticky_events WHERE ? < expires_at AND {clause}"
-            " ORDER BY stream_id",
-            (self._homeserver.now_ms(), *args),
-        )
-        return [NewStickyEvent(*row) for row in txn.fetchall()]
+        found: list[tuple[Any, ...]] = []
+        for portion in portions(event_ids):
+            clause, args = self._homeserver.in_list("event_id", portion)
+            txn.execute(
+                f"SELECT stream_id, {_COLUMNS} FROM sticky_events"
+                f" WHERE ? < expires_at AND {clause}",
+                (self._homeserver.now_ms(), *args),
+            )
+            found += txn.fetchall()
+        return [NewStickyEvent(*row) for _, *row in sorted(found)]
 
     def _delete_txn(self, txn: Cursor, event_ids: Collection[str]) -> None:
-        if event_ids:
-            clause, args = self._homeserver.in_list("event_id", event_ids)
+        for portion in portions(event_ids):
+            clause, args = self._homeserver.in_list("event_id", portion)
             txn.execute(f"DELETE FROM sticky_events WHERE {clause}", args)
 
     def enter_txn(self, txn: Cursor, events: Sequence[NewStickyEvent]) -> None:
@@ -172,16 +176,17 @@ class SynapseWriter:
 
     def _missing_txn(self, txn: Cursor, events: Sequence[NewStickyEvent]) -> list[NewStickyEvent]:
         """The events that are in the database and not in the stream."""
-        if not events:
-            return []
-        clause, args = self._homeserver.in_list("event_id", [event.event_id for event in events])
-        txn.execute(f"SELECT event_id FROM event_json WHERE {clause}", args)
-        there = {event_id for (event_id,) in txn.fetchall()}
-        # The table has no index by event ID.
-        orderings = [event.event_stream_ordering for event in events]
-        clause, args = self._homeserver.in_list("event_stream_ordering", orderings)
-        txn.execute(f"SELECT event_stream_ordering FROM sticky_events WHERE {clause}", args)
-        entered = {ordering for (ordering,) in txn.fetchall()}
+        there, entered = set(), set()
+        for portion in portions(events):
+            clause, args = self._homeserver.in_list("event_id", [e.event_id for e in portion])
+            txn.execute(f"SELECT event_id FROM event_json WHERE {clause}", args)
+            there |= {event_id for (event_id,) in txn.fetchall()}
+            # The table has no index by event ID.
+            clause, args = self._homeserver.in_list(
+                "event_stream_ordering", [e.event_stream_ordering for e in portion]
+            )
+            txn.execute(f"SELECT event_stream_ordering FROM sticky_events WHERE {clause}", args)
+            entered |= {ordering for (ordering,) in txn.fetchall()}
         return [
             event
             for event in events

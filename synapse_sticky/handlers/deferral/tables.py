@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from synapse_sticky.handlers.deferral.handler import NewStickyEvent
 from synapse_sticky.homeserver import Cursor, Homeserver
+from synapse_sticky.homeserver.database import portions
 from synapse_sticky.homeserver.layout import Migrations
 
 _PAGE = 500
@@ -96,14 +97,16 @@ class DeferredTable:
         """
 
         def write_txn(txn: Cursor) -> list[str]:
-            clause, args = self._homeserver.in_list("event_id", event_ids)
-            txn.execute(
-                f"SELECT {_COLUMNS} FROM synapse_sticky_deferred"
-                f" WHERE {clause} AND expires_at_ms > ?",
-                (*args, self._homeserver.now_ms()),
-            )
-            deferred = {row[0]: NewStickyEvent(*row) for row in txn.fetchall()}
-            txn.execute(f"DELETE FROM synapse_sticky_deferred WHERE {clause}", args)
+            deferred: dict[str, NewStickyEvent] = {}
+            for portion in portions(event_ids):
+                clause, args = self._homeserver.in_list("event_id", portion)
+                txn.execute(
+                    f"SELECT {_COLUMNS} FROM synapse_sticky_deferred"
+                    f" WHERE {clause} AND expires_at_ms > ?",
+                    (*args, self._homeserver.now_ms()),
+                )
+                deferred |= {row[0]: NewStickyEvent(*row) for row in txn.fetchall()}
+                txn.execute(f"DELETE FROM synapse_sticky_deferred WHERE {clause}", args)
             released = [deferred[e] for e in event_ids if e in deferred and e in still_sticky]
             enter_txn(txn, released)
             return list({event.room_id: None for event in released})
@@ -114,7 +117,8 @@ class DeferredTable:
         """Deletes these events. They are not released."""
 
         def write_txn(txn: Cursor) -> None:
-            clause, args = self._homeserver.in_list("event_id", event_ids)
-            txn.execute(f"DELETE FROM synapse_sticky_deferred WHERE {clause}", args)
+            for portion in portions(event_ids):
+                clause, args = self._homeserver.in_list("event_id", portion)
+                txn.execute(f"DELETE FROM synapse_sticky_deferred WHERE {clause}", args)
 
         await self._homeserver.transact("drop_deferred", write_txn)

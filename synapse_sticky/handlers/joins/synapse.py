@@ -219,12 +219,12 @@ class SynapseFederation:
 
         return await self._homeserver.transact("backlog", read_txn)
 
-    def add_backlog_txn(self, txn: Cursor, destination: str, room_id: str) -> None:
-        txn.execute(
+    def add_backlog_txn(self, txn: Cursor, joins: Sequence[tuple[str, str]]) -> None:
+        txn.execute_batch(
             "INSERT INTO destination_rooms_sticky_events_backlog"
             " (destination, room_id, sticky_events_stream_position) VALUES (?, ?, 0)"
             " ON CONFLICT (destination, room_id) DO UPDATE SET sticky_events_stream_position = 0",
-            (destination, room_id),
+            joins,
         )
 
     def clear_backlog_txn(self, txn: Cursor, destination: str, room_id: str) -> None:

@@ -90,7 +90,7 @@ class NewcomerTable:
         position: int,
         joins: Sequence[tuple[str, str]],
         watch_until_ms: int,
-        add_backlog_txn: Callable[[Cursor, str, str], None],
+        add_backlog_txn: Callable[[Cursor, Sequence[tuple[str, str]]], None],
     ) -> None:
         """Stores newcomers and up to where the state changes have been read, as one.
 
@@ -99,19 +99,18 @@ class NewcomerTable:
 
         Args:
             joins: ``(destination, room_id)`` of each.
-            add_backlog_txn: enters a destination and room into that backlog, from its start.
+            add_backlog_txn: enters destinations and rooms into that backlog, from its start.
         """
 
         def write_txn(txn: Cursor) -> None:
-            for destination, room_id in joins:
-                txn.execute(
-                    "INSERT INTO synapse_sticky_newcomers"
-                    " (destination, room_id, position, watch_until_ms) VALUES (?, ?, 0, ?)"
-                    " ON CONFLICT (destination, room_id)"
-                    " DO UPDATE SET position = 0, watch_until_ms = EXCLUDED.watch_until_ms",
-                    (destination, room_id, watch_until_ms),
-                )
-                add_backlog_txn(txn, destination, room_id)
+            txn.execute_batch(
+                "INSERT INTO synapse_sticky_newcomers"
+                " (destination, room_id, position, watch_until_ms) VALUES (?, ?, 0, ?)"
+                " ON CONFLICT (destination, room_id)"
+                " DO UPDATE SET position = 0, watch_until_ms = EXCLUDED.watch_until_ms",
+                [(*join, watch_until_ms) for join in joins],
+            )
+            add_backlog_txn(txn, joins)
             self._write_position_txn(txn, position)
 
         await self._homeserver.transact("record_joins", write_txn)

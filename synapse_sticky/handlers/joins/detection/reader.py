@@ -6,6 +6,7 @@ the stored position stays before it: the next run reads from there.
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import Any, Protocol
 
 import attr
@@ -15,12 +16,19 @@ from synapse_sticky.apart import Stragglers, apart
 from synapse_sticky.backoff import Backoff, Retrying
 from synapse_sticky.handlers.joins.tables import NewcomerTable
 from synapse_sticky.homeserver import Cursor, Homeserver
+from synapse_sticky.homeserver.causes import is_outage
+from synapse_sticky.homeserver.database import portions
 
 logger = logging.getLogger(__name__)
 
 _BACKOFF = Backoff(5_000, 60_000)
 _STORE_EVERY_MS = 60_000
 _MAX_STRAGGLERS = 1_000
+_LARGE = 1_000
+"""A room with more changes in a page is read apart, so that the others do not wait for it (H1)."""
+_MOST_LARGE = 1_000
+_RECORDED_AT_ONCE = 50
+"""Newcomers; no transaction has others wait for long (H1)."""
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
@@ -36,10 +44,12 @@ class RoomChanges:
     """What one page has of one room.
 
     changes: as ``StateChanges`` made them; nobody else looks into them.
+    count: how many changes of state these are.
     """
 
     room_id: str
     changes: Sequence[Any]
+    count: int
 
 
 class StateChanges(Protocol):
@@ -69,8 +79,8 @@ class HandledDestinations(Protocol):
     def handles(self, destination: str) -> bool:
         """Does this very process send to the destination?"""
 
-    def add_backlog_txn(self, txn: Cursor, destination: str, room_id: str) -> None:
-        """Enters the room into Synapse's own backlog of the destination, from its start."""
+    def add_backlog_txn(self, txn: Cursor, joins: Sequence[tuple[str, str]]) -> None:
+        """Enters destinations and rooms into Synapse's own backlog, from its start."""
 
 
 @attr.s(frozen=True, eq=False, slots=True)
@@ -123,6 +133,14 @@ class JoinReader:
             _BACKOFF,
             _MAX_STRAGGLERS,
         )
+        self._large: dict[_Left, None] = {}
+        self._reading_large = Retrying(
+            homeserver,
+            "read_joins_of_large",
+            "Could not read who joined a large room",
+            self._read_large,
+            _BACKOFF,
+        )
 
     async def stored_position(self) -> int:
         """Where to begin: where an earlier run got to, or the slowest of all processes."""
@@ -150,7 +168,7 @@ class JoinReader:
         left = [left.what for left in self._stragglers.items()]
         failing = {what.room_id for what in left if isinstance(what, RoomChanges)}
         waiting = [room for room in rooms if room.room_id in failing]
-        rooms = [room for room in rooms if room.room_id not in failing]
+        rooms = self._put_apart(after, [room for room in rooms if room.room_id not in failing])
 
         async def take_in(some: Sequence[RoomChanges]) -> None:
             is_all = len(some) == len(rooms) and not waiting
@@ -163,6 +181,28 @@ class JoinReader:
         if self._homeserver.now_ms() - self._stored_ms > _STORE_EVERY_MS:
             await self._record([], self._not_past_what_is_left(position))
         self._position = position
+
+    def _put_apart(self, after: int, rooms: Sequence[RoomChanges]) -> list[RoomChanges]:
+        """Has the large ones of the rooms read apart, one at a time; gives the others."""
+        others = []
+        for room in rooms:
+            if room.count > _LARGE and len(self._large) < _MOST_LARGE:
+                self._large[_Left(after, room)] = None
+                self._reading_large.wake()
+            else:
+                others.append(room)
+        return others
+
+    async def _read_large(self) -> None:
+        while self._large:
+            left = next(iter(self._large))
+            try:
+                await self._try_again(left)
+            except Exception as e:
+                if is_outage(e):
+                    raise
+                self._stragglers.add([(left, e)])
+            del self._large[left]
 
     def _leave(
         self, after: int, stuck: Iterable[tuple[RoomChanges | ServerJoin, Exception]]
@@ -179,13 +219,20 @@ class JoinReader:
         mine = [join for join in joins if self._destinations.handles(join.destination)]
         own = [join for join in joins if join.destination == self._homeserver.server_name]
 
+        recorded = 0
+
         async def record(some: Sequence[ServerJoin]) -> None:
-            if position is None or len(some) < len(mine):
+            nonlocal recorded
+            is_all = recorded + len(some) == len(mine)
+            if position is None or not is_all:
                 await self._record(some, self._stored)
             else:
                 await self._record(some, self._not_past_what_is_left(position))
+            recorded += len(some)
 
-        stuck = await apart(mine, record)
+        stuck = []
+        for portion in portions(mine, _RECORDED_AT_ONCE):
+            stuck += await apart(portion, record)
         self._leave(after, stuck)
         self._on_joins([], own, 0)
 
@@ -202,7 +249,8 @@ class JoinReader:
         self._on_joins(joins, [], watch_until_ms)
 
     def _not_past_what_is_left(self, position: int) -> int:
-        return min((left.after for left in self._stragglers.items()), default=position)
+        left = chain(self._stragglers.items(), self._large)
+        return min((one.after for one in left), default=position)
 
     async def _try_again(self, left: _Left) -> None:
         if isinstance(left.what, ServerJoin):

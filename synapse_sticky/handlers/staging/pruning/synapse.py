@@ -18,6 +18,7 @@ from synapse.storage.databases.main.event_federation import pdus_pruned_from_fed
 
 from synapse_sticky.handlers.staging.pdu import StagedPdu, prev_event_ids_of
 from synapse_sticky.homeserver import Cursor, Homeserver
+from synapse_sticky.homeserver.database import portions
 from synapse_sticky.homeserver.seams import STORE, Attribute, method, table
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ _V1_FORMAT = EventFormatVersions.ROOM_V1_V2
 _PRUNE_FROM = 100
 """How many PDUs may be staged for a room before Synapse prunes."""
 
-_AT_ONCE = 500  # a database takes only so many parameters in a statement
+_NAMED_AT_ONCE = 1_000  # a database takes only so many parameters in a statement
 _ROWS_PER_PDU = 10
 """How many rows are read for each PDU that is processed, on an average, where turns are off."""
 
@@ -123,9 +124,8 @@ class SynapsePruning:
     async def _delete(self, room_id: str, event_ids: Collection[str]) -> None:
         def delete_txn(txn: Cursor) -> None:
             # No index helps with the IDs: each statement reads all of the room's staged PDUs.
-            ids = list(event_ids)
-            for at in range(0, len(ids), _AT_ONCE):
-                clause, args = self._homeserver.in_list("event_id", ids[at : at + _AT_ONCE])
+            for portion in portions(event_ids, _NAMED_AT_ONCE):
+                clause, args = self._homeserver.in_list("event_id", portion)
                 txn.execute(
                     f"DELETE FROM federation_inbound_events_staging WHERE room_id = ? AND {clause}",
                     (room_id, *args),
@@ -156,15 +156,15 @@ class SynapsePruning:
             if len(staged) < _PRUNE_FROM:
                 return None
             unknown = [event_id for event_id in staged if event_id not in known]
-            new: list[tuple[str, str, int]] = []
-            for at in range(0, len(unknown), _AT_ONCE):
-                clause, args = self._homeserver.in_list("event_id", unknown[at : at + _AT_ONCE])
-                txn.execute(
-                    f"SELECT event_id, event_json, received_ts {of_room} AND {clause}",
-                    (room_id, *args),
-                )
-                new += [(row[0], row[1], row[2]) for row in txn.fetchall()]
-            return staged, new
+            # No index helps with the IDs: each statement reads all of the room's staged PDUs.
+            clause, args = "TRUE", list[Any]()
+            if len(unknown) <= _NAMED_AT_ONCE:
+                clause, args = self._homeserver.in_list("event_id", unknown)
+            txn.execute(
+                f"SELECT event_id, event_json, received_ts {of_room} AND {clause}",
+                (room_id, *args),
+            )
+            return staged, [(row[0], row[1], row[2]) for row in txn.fetchall()]
 
         found = await self._homeserver.transact("read_staged", read_txn)
         if found is None:

@@ -15,6 +15,7 @@ from synapse_sticky.handlers.staging.turns.handler import PAGE
 from synapse_sticky.handlers.staging.turns.room import Key, WaitingPdu
 from synapse_sticky.handlers.staging.turns.waiting import Persisted
 from synapse_sticky.homeserver import Cursor, Homeserver
+from synapse_sticky.homeserver.database import portions
 from synapse_sticky.homeserver.seams import STORE, method, table
 
 logger = logging.getLogger(__name__)
@@ -163,11 +164,12 @@ class SynapseTurns:
     def persisted_txn(self, txn: Cursor, event_ids: Collection[str]) -> set[str]:
         # Postgres can be asked for no text with NUL in it.
         possible = [event_id for event_id in event_ids if "\0" not in event_id]
-        if not possible:
-            return set()
-        clause, args = self._homeserver.in_list("event_id", possible)
-        txn.execute(f"SELECT event_id FROM events WHERE {clause} AND NOT outlier", args)
-        return {event_id for (event_id,) in txn.fetchall()}
+        found = set()
+        for portion in portions(possible):
+            clause, args = self._homeserver.in_list("event_id", portion)
+            txn.execute(f"SELECT event_id FROM events WHERE {clause} AND NOT outlier", args)
+            found |= {event_id for (event_id,) in txn.fetchall()}
+        return found
 
     def last_persisted_txn(
         self, txn: Cursor, room_id: str, after: int, most: int

@@ -20,6 +20,7 @@ from typing import Protocol
 import attr
 
 from synapse_sticky.homeserver import Cursor
+from synapse_sticky.homeserver.database import portions
 
 _FAR_MS = 2**62
 
@@ -201,8 +202,8 @@ class StagedCounts:
         if of.after_event_id and (left := _PAGE - len(page)):
             page += self._area.page_txn(txn, origin, "", left)
         unknown = [event_id for event_id in page if event_id not in of]
-        for at in range(0, len(unknown), _AT_ONCE):
-            pdus = self._area.pdus_txn(txn, origin, unknown[at : at + _AT_ONCE])
+        for portion in portions(unknown, _AT_ONCE):
+            pdus = self._area.pdus_txn(txn, origin, portion)
             with self._lock:
                 for pdu in pdus:
                     of.add(pdu, self._now_ms())

@@ -14,6 +14,7 @@ from synapse_sticky._core import sticky_until_ms
 from synapse_sticky.handlers.receipt.handler import Check, ReceivedPdu, Transaction
 from synapse_sticky.handlers.receipt.staged import StickyPdu
 from synapse_sticky.homeserver import Cursor, Homeserver
+from synapse_sticky.homeserver.database import portions
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, method, table
 from synapse_sticky.homeserver.staged import begin_on_staged_pdus
 
@@ -156,10 +157,8 @@ class SynapseReceipt:
 
     def pdus_txn(self, txn: Cursor, origin: str, event_ids: Sequence[str]) -> Sequence[StickyPdu]:
         found = []
-        for at in range(0, len(event_ids), _PARSED_AT_ONCE):
-            clause, args = self._homeserver.in_list(
-                "event_id", event_ids[at : at + _PARSED_AT_ONCE]
-            )
+        for portion in portions(event_ids, _PARSED_AT_ONCE):
+            clause, args = self._homeserver.in_list("event_id", portion)
             txn.execute(
                 f"SELECT event_id, room_id, received_ts, event_json {_STAGED} AND {clause}",
                 (origin, *args),

@@ -8,6 +8,7 @@ from synapse.api.constants import EventTypes, Membership
 
 from synapse_sticky.handlers.joins.detection.reader import RoomChanges, ServerJoin
 from synapse_sticky.homeserver import Cursor, Homeserver
+from synapse_sticky.homeserver.changed import ChangedRooms
 from synapse_sticky.homeserver.seams import STORE, attributes, method, table
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ class SynapseStateChanges:
     def __init__(self, homeserver: Homeserver) -> None:
         self._homeserver = homeserver
         self._store = homeserver.store
+        self.may_have_changed = ChangedRooms(homeserver).may_have_changed
 
     def state_position(self) -> int:
         return self._store.get_room_max_stream_ordering()

@@ -124,6 +124,7 @@ CHECK = "cli.synapse"
 """What ``synapse-sticky check`` needs to read a configuration."""
 
 _ROWS = "index.synapse:rows"
+_PERSISTED = "index.synapse:persisted"
 _CHANGES = ("homeserver.stream", "index.synapse:changes")
 _INDEX = (_ROWS, *_CHANGES, "index.synapse:stream")
 _MEMBERS = "homeserver.rooms:members"
@@ -267,6 +268,7 @@ def _every_seam() -> Iterator[Seam]:
     yield from database.SEAMS
     yield from schema.SEAMS
     yield from changed.SEAMS
+    yield from seams_of(_PERSISTED)
     yield from seams_of(CHECK)
     for layer in access.SEAMS.values():
         yield from layer

@@ -1,4 +1,4 @@
-"""What an event costs that the module has nothing to do for, counted on a real homeserver (H1)."""
+"""What the module starts and asks for an event, counted on a real homeserver (H1)."""
 
 import re
 from collections import Counter
@@ -58,7 +58,7 @@ def peer(lab: Lab) -> Iterator[Peer]:
 
 @pytest.fixture(scope="module")
 def scene(lab: Lab, peer: Peer) -> Iterator[Scene[Homeserver]]:
-    (server,) = lab.servers({"metrics": True, "config": NO_LIMITS})
+    (server,) = lab.servers({"metrics": True, "probed": True, "config": NO_LIMITS})
     entered = enter(server, peer)
     # What follows a join is over once there is nothing left to do for it.
     wait_until_seen(server, peer, entered.room_id)
@@ -94,6 +94,27 @@ def test_nothing_is_started_for_a_plain_pdu_that_is_received(scene: Scene[Homese
     # Synapse asks twice which PDU is next. This is done in its place.
     in_its_place = Counter({"synapse_sticky_next_staged": 2 * EVENTS})
     assert during(scene.server, lambda: receive(scene)) == (Counter(), in_its_place)
+
+
+@pytest.mark.slow
+@pytest.mark.requirement("H1")
+@pytest.mark.one_process
+def test_a_sticky_event_is_taken_in_as_it_is_persisted(scene: Scene[Homeserver]) -> None:
+    sent: list[str] = []
+
+    def send_sticky() -> None:
+        sent.extend(scene.alice.send_sticky(scene.room_id) for _ in range(EVENTS))
+
+    def receive_sticky() -> None:
+        for _ in range(EVENTS):
+            sent.append(scene.sticky())
+            scene.peer.advance(scene.room, sent[-1])
+            scene.wait_until_there(sent[-1])
+
+    in_its_place = Counter({"synapse_sticky_next_staged": 2 * EVENTS})
+    assert during(scene.server, send_sticky) == (Counter(), Counter())
+    assert during(scene.server, receive_sticky) == (Counter(), in_its_place)
+    assert all(map(scene.server.index_knows, sent))
 
 
 @pytest.mark.slow

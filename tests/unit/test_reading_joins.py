@@ -43,7 +43,8 @@ class Counting(Process):
 def following() -> tuple[Counting, Quiet, JoinReader]:
     process, changes = Counting(), Quiet()
     hs: Any = process
-    reader = JoinReader(hs, changes, changes, changes, lambda joins, own, until: None)
+    table: Any = changes
+    reader = JoinReader(hs, changes, changes, table, lambda joins, own, until: None)
     reader.start(0)
     return process, changes, reader
 

@@ -136,10 +136,10 @@ class TurnsHandler:
             if known is not None:
                 self._rooms.move_to_end(room_id)
         if known is None:
-            # This is all that it takes where one PDU comes at a time.
-            first = self._area.page_txn(txn, room_id, 0)
+            # This is all that it takes where one PDU comes at a time: it is not even parsed.
+            first = self._area.keys_txn(txn, room_id, 0, None, 2)
             if len(first) <= 1:
-                return first[0].key if first and first[0].key not in self._held else None
+                return first[0] if first and first[0] not in self._held else None
             known = self._remember(room_id)
         try:
             with known.lock:

@@ -41,12 +41,14 @@ lint: $(VENV)/.built ## ruff, mypy, stubtest, rustfmt, clippy; whether docs/conf
 	$(BIN)/python -m tests.compat --check
 	@! git grep -nE '(pypi[.]org|pythonhosted[.]org|crates[.]io)' -- ':!Makefile' | grep -v '^Cargo.lock:[0-9]*:source = "registry+' || { echo "A registry's host is named"; exit 1; }
 
-bench: $(VENV)/.built ## Benchmarks: the Rust core; delivery beside SQL; /sync; refusing beside accepting; what it costs others when much goes wrong; newcomers, also plain ones and with busy cores; workers
+bench: $(VENV)/.built ## Benchmarks: the Rust core; delivery beside SQL; /sync; refusing beside accepting; what each event costs; what it costs others when much goes wrong; newcomers, also plain ones and with busy cores; workers
 	cargo bench --quiet
 	$(BIN)/python -m benchmarks.delivery
 	$(BIN)/python -m benchmarks.sync
 	$(BIN)/python -m benchmarks.receipt
 	$(BIN)/python -m benchmarks.flood
+	$(BIN)/python -m benchmarks.events
+	$(BIN)/python -m benchmarks.events --workers
 	$(BIN)/python -m benchmarks.harm
 	$(BIN)/python -m benchmarks.newcomers --runs 5
 	$(BIN)/python -m benchmarks.newcomers --runs 5 --plain --busy

@@ -7,7 +7,7 @@ from typing import Any
 
 import attr
 
-from synapse_sticky.homeserver import access, database, schema
+from synapse_sticky.homeserver import access, changed, database, schema
 from synapse_sticky.homeserver.fitting import Columns, misfits
 from synapse_sticky.homeserver.place import Place
 from synapse_sticky.homeserver.seams import Seam, Table, imports_of
@@ -124,6 +124,7 @@ CHECK = "cli.synapse"
 """What ``synapse-sticky check`` needs to read a configuration."""
 
 _ROWS = "index.synapse:rows"
+_PERSISTED = "index.synapse:persisted"
 _CHANGES = ("homeserver.stream", "index.synapse:changes")
 _INDEX = (_ROWS, *_CHANGES, "index.synapse:stream")
 _MEMBERS = "homeserver.rooms:members"
@@ -266,6 +267,8 @@ def _every_seam() -> Iterator[Seam]:
         yield from seams_of(file)
     yield from database.SEAMS
     yield from schema.SEAMS
+    yield from changed.SEAMS
+    yield from seams_of(_PERSISTED)
     yield from seams_of(CHECK)
     for layer in access.SEAMS.values():
         yield from layer

@@ -43,8 +43,22 @@ def in_place_of(
         and (name := own_names.get(parameter.name, parameter.name)) in own
     }
     rest = next((p.name for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD), "")
+    known = {p.name: own_names.get(p.name, p.name) for p in parameters if p.name != rest}
+    in_order = [known[p.name] for p in parameters if p.kind in _BY_POSITION]
+    required = frozenset(known[p.name] for p in parameters if p.name in known and not _is_left(p))
 
     def by_name(*args: Any, **options: Any) -> dict[str, Any]:
+        # Several of these stand in the way of each event, and ``bind`` takes microseconds. It is
+        # for what is not plain here, as for a call that the original does not take.
+        if len(args) <= len(in_order):
+            given = dict(zip(in_order, args, strict=False))
+            for name, value in options.items():
+                if (own_name := known.get(name)) is None or own_name in given:
+                    break
+                given[own_name] = value
+            else:
+                if given.keys() >= required:
+                    return {**defaults, **given}
         arguments = signature.bind(*args, **options).arguments
         unnamed = arguments.pop(rest, {})
         named = {own_names.get(name, name): value for name, value in arguments.items()}
@@ -63,6 +77,11 @@ def in_place_of(
         return replacement(**by_name(*args, **options))
 
     return _with_signature(call, signature)
+
+
+def _is_left(parameter: inspect.Parameter) -> bool:
+    """May it be left out?"""
+    return parameter.default is not inspect.Parameter.empty
 
 
 def _with_signature(

@@ -17,6 +17,7 @@ from synapse_sticky._core import StickyIndex
 from synapse_sticky.backoff import Alarm, Backoff
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.homeserver.position import Position
+from synapse_sticky.index.noted import NotedRows
 from synapse_sticky.renewal import OnPanic, Renewed
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,10 @@ class Stream(Protocol):
     def on_advance(self, callback: Callable[[], None]) -> None:
         """Calls back whenever any of Synapse's streams may have advanced."""
 
+    def on_persisted(self, callback: Callable[[Collection[StickyRow]], None]) -> None:
+        """Calls back with rows that this process has persisted, before their positions are
+        visible. Not with all of them."""
+
     def on_event_changed(self, callback: Callable[[str], None]) -> None:
         """Calls back with an event ID: redacted, purged or changed in its metadata."""
 
@@ -103,6 +108,7 @@ class IndexFollower:
         self._purged: set[str] = set()
         self._rechecking: set[str] = set()
         self._progress = homeserver.new_signal()
+        self._noted: NotedRows[StickyRow] = NotedRows()
         self._is_started = False
 
     @property
@@ -117,6 +123,7 @@ class IndexFollower:
 
     def start(self) -> None:
         """Begins to fill the index and to follow the stream. Until then the database answers."""
+        self.stream.on_persisted(self._noted.note)
         self.stream.on_advance(self._poke)
         self.stream.on_event_changed(self._event_changed)
         self.stream.on_room_purged(self._room_purged)
@@ -178,10 +185,39 @@ class IndexFollower:
             self._following.is_running
             or self._changed
             or not self.index.in_step(self.stream.positions())
-        ):
+        ) and not self._take_in_noted():
             self._following.wake()
 
+    def _take_in_noted(self) -> bool:
+        """Takes in what is new if this process has persisted all of it: nothing is started, and
+        nothing is asked. Gives whether nothing is left to do."""
+        following, index = self._following, self.index
+        is_busy = following.is_running or following.is_failing or self._changed
+        if is_busy or not self.is_whole or not index.positions():
+            return False
+        positions = self.stream.positions()
+        after, up_to = _span(index, positions)
+        if (rows := self._noted.all_between(after, up_to)) is None:
+            return False
+        try:
+            self._take_in_rows(index, rows, positions)
+        except Exception:
+            # It is read from the table instead; what fails there as well is tried again.
+            logger.debug("Could not take in %d rows", len(rows), exc_info=True)
+            return False
+        return True
+
+    def _take_in_rows(
+        self, index: StickyIndex, rows: Collection[StickyRow], positions: Mapping[str, int]
+    ) -> None:
+        """Takes in the last rows up to these positions."""
+        self._insert(index, rows)
+        for writer, position in positions.items():
+            index.advance(writer, position)
+        self._noted.drop(max(positions.values(), default=0))
+
     def _event_changed(self, event_id: str) -> None:
+        self._noted.forget_if_noted(event_id)
         # While a page is being read, any event may be in it in its state of before.
         if self._following.is_running or event_id in self.index:
             self._changed.add(event_id)
@@ -190,6 +226,7 @@ class IndexFollower:
     def _room_purged(self, room_id: str) -> None:
         # Rare: whatever of the room is known gets looked up anew; once more after a page that is
         # being read, as that may have been read before.
+        self._noted.clear()
         self._look_up_anew(room_id)
         if self._following.is_running:
             self._purged.add(room_id)
@@ -216,21 +253,17 @@ class IndexFollower:
         index = self.index
         if index.in_step(positions):
             return
-        # From the slowest writer's position: rows of the others that are read again are known.
-        known = index.positions()
-        after = min((known.get(writer, 0) for writer in positions), default=0)
-        up_to = max(positions.values(), default=0)
-        loading = not known
+        after, up_to = _span(index, positions)
+        loading = not index.positions()
         while True:
             rows = await self.stream.rows(after=after, up_to=up_to, limit=_PAGE)
-            self._insert(index, rows)
             if len(rows) < _PAGE:
                 break
+            self._insert(index, rows)
             after = rows[-1].stream_id
             if loading:
                 logger.info("Loading the sticky events index: %d so far", len(index))
-        for writer, position in positions.items():
-            index.advance(writer, position)
+        self._take_in_rows(index, rows, positions)
         if loading:
             logger.info("The sticky events index is filled: %d unexpired events", len(index))
 
@@ -285,3 +318,13 @@ class IndexFollower:
 
 def _new_index(server_name: str, on_panic: OnPanic) -> StickyIndex:
     return StickyIndex(server_name, on_panic=on_panic)
+
+
+def _span(index: StickyIndex, positions: Mapping[str, int]) -> tuple[int, int]:
+    """After which stream ID, and up to which one, there may be rows that the index does not have.
+
+    From the slowest writer's position: rows of the others that are read again are known.
+    """
+    known = index.positions()
+    after = min((known.get(writer, 0) for writer in positions), default=0)
+    return after, max(positions.values(), default=0)

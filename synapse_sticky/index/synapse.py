@@ -6,8 +6,12 @@ from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 from typing import Any
 
+from synapse.module_api import EventBase, LoggingTransaction
+
 from synapse_sticky.homeserver import Cursor, Homeserver
+from synapse_sticky.homeserver.causes import Cause
 from synapse_sticky.homeserver.database import portions
+from synapse_sticky.homeserver.fitting import misfits
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, method, table
 from synapse_sticky.index.follower import StickyRow
 
@@ -42,8 +46,14 @@ SEAMS = {
         method("synapse.notifier.Notifier", "add_replication_callback(cb, /)"),
         method(STORE, "_invalidate_local_get_event_cache_room_id(room_id)", is_replaced=True),
     ),
+    "persisted": (
+        method(STORE, "insert_sticky_events_txn(txn, events)", is_replaced=True),
+        Attribute("synapse.synapse_rust.events.EventInternalMetadata", "stream_ordering"),
+        table("sticky_events", "room_id text, event_stream_ordering integer"),
+    ),
 }
-"""By what is used: the rows, changes of single events, the stream itself."""
+"""By what is used: the rows, changes of single events, the stream itself; and what this process
+persists, without which each row is read after it is persisted."""
 
 _COLUMNS = """
     SELECT se.stream_id, se.instance_name, se.room_id, se.event_id, se.sender, se.expires_at,
@@ -117,28 +127,51 @@ class SynapseStickyStream:
             still_sticky = {
                 event_id for event_id, event in events.items() if event.sticky_duration()
             }
-        return [
-            StickyRow(
-                stream_id=stream_id,
-                instance_name=instance_name,
-                room_id=room_id,
-                event_id=event_id,
-                sender=sender,
-                expires_at_ms=expires_at_ms,
-                deliverable=not json.loads(metadata).get("soft_failed", False)
-                and (not disputed_row or event_id in still_sticky),
-            )
-            for (
-                stream_id,
-                instance_name,
-                room_id,
-                event_id,
-                sender,
-                expires_at_ms,
-                metadata,
-                disputed_row,
-            ) in found
-        ]
+        return [_row_of(row, is_sticky=not row[7] or row[3] in still_sticky) for row in found]
+
+    def on_persisted(self, callback: Callable[[Collection[StickyRow]], None]) -> None:
+        if misfits(SEAMS["persisted"]):
+            return
+
+        def persisted(rows: list[StickyRow]) -> None:
+            # What is raised here would reach whoever persists the events.
+            try:
+                callback(rows)
+            except Exception:
+                logger.exception("Could not note %d new sticky events", len(rows))
+
+        def make(original: Callable[..., None]) -> Callable[..., None]:
+            def insert_sticky_events_txn(
+                txn: LoggingTransaction, events: list[EventBase], *args: Any, **options: Any
+            ) -> None:
+                if not any(event.sticky_duration() for event in events):
+                    original(txn, events, *args, **options)
+                    return
+                rows: list[StickyRow] = []
+                # The original has the positions become visible, in the same way: after this.
+                txn.call_after(persisted, rows)
+                original(txn, events, *args, **options)
+                rows += self._entered_txn(txn, events)
+
+            return insert_sticky_events_txn
+
+        self._homeserver.replace(self._store, "insert_sticky_events_txn", make)
+
+    def _entered_txn(self, txn: Cursor, events: Sequence[EventBase]) -> list[StickyRow]:
+        """The rows that these events have got, but for those that a redaction may concern."""
+        in_list = self._homeserver.in_list
+        try:
+            # There is an index by both.
+            in_rooms, rooms = in_list("se.room_id", list({event.room_id for event in events}))
+            orderings = [event.internal_metadata.stream_ordering for event in events]
+            at_these, found_at = in_list("se.event_stream_ordering", orderings)
+            txn.execute(f"{_COLUMNS} WHERE {in_rooms} AND {at_these}", (*rooms, *found_at))
+            return [_row_of(row, is_sticky=True) for row in txn.fetchall() if not row[7]]
+        except Exception as e:
+            if Cause.of_database(e) is not None:
+                raise  # the transaction is no good any more, and Synapse may try it again
+            logger.exception("Could not note %d new sticky events", len(events))
+            return []
 
     def on_advance(self, callback: Callable[[], None]) -> None:
         def advanced() -> None:
@@ -217,3 +250,12 @@ def _then(
                 logger.exception("Could not note that %r changed", changed)
 
     return invalidate
+
+
+def _row_of(row: tuple[Any, ...], *, is_sticky: bool) -> StickyRow:
+    stream_id, instance_name, room_id, event_id, sender, expires_at_ms, metadata, _ = row
+    is_soft_failed = json.loads(metadata).get("soft_failed", False)
+    is_deliverable = is_sticky and not is_soft_failed
+    return StickyRow(
+        stream_id, instance_name, room_id, event_id, sender, expires_at_ms, is_deliverable
+    )

@@ -200,6 +200,9 @@ class Changes:
     def state_position(self) -> int:
         return len(self.joins)
 
+    def may_have_changed(self, after: int) -> bool:
+        return len(self.joins) > after
+
     async def page(self, *, after: int, up_to: int) -> tuple[int, list[RoomChanges]]:
         self.reads += 1
         if self.error is AWAY:

@@ -60,6 +60,7 @@ class Here:
         self.before_newcomers: Callable[[], None] = lambda: None
         self.calls: list[str] = []
         self.stream_position = 1
+        self.changed_at = 2
         self.is_allowed = True
         self.backlogged: list[tuple[str, int]] = []
         self.failing: dict[str, Exception] = {}
@@ -74,6 +75,9 @@ class Here:
 
     def in_background(self, what: str, function: Any, *args: Any) -> None:
         done(function(*args))
+
+    def may_have_changed(self, after: int) -> bool:
+        return self.changed_at > after
 
     async def page(self, **page: int) -> tuple[int, list[RoomChanges]]:
         self.calls.append("page")

@@ -177,8 +177,10 @@ def test_one_small_query_a_batch(deployment: WorkerHomeserver, peer: Peer) -> No
     assert deployment.index_knows(last), "all processes have read all of it"
     for name, asked in transactions(deployment).items():
         new = asked - before[name]
-        assert 0 < new[_READ] <= 2 * count + 1, (name, new)
+        # What a persister has persisted itself it need not read.
+        least = 0 if kind_of(name) == "persister" else 1
+        assert least <= new[_READ] <= 2 * count + 1, (name, new)
         of_module = {what: new[what] for what in new if what.startswith(_PREFIX)}
         # Senders look for newcomers as well, and receivers from time to time for what is kept.
         if kind_of(name) not in {"sender", "receiver"}:
-            assert of_module == {_READ: new[_READ]}, (name, new)
+            assert of_module.keys() <= {_READ}, (name, new)

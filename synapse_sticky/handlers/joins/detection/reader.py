@@ -23,6 +23,10 @@ logger = logging.getLogger(__name__)
 
 _BACKOFF = Backoff(5_000, 60_000)
 _STORE_EVERY_MS = 60_000
+_STORE_EVERY = 1_000
+"""So many positions without a change of state are read again after a restart. That costs a query,
+while a write for each minute in which anybody says anything would cost more."""
+
 _MAX_STRAGGLERS = 1_000
 _LARGE = 1_000
 """A room with more changes in a page is read apart, so that the others do not wait for it (H1)."""
@@ -57,6 +61,10 @@ class StateChanges(Protocol):
 
     def state_position(self) -> int:
         """Up to where state changes are visible here (position of the events stream)."""
+
+    def may_have_changed(self, after: int) -> bool:
+        """Whether there may be a change of state after this position, among those that are visible
+        here. Costs a look into memory."""
 
     async def page(self, *, after: int, up_to: int) -> tuple[int, list[RoomChanges]]:
         """One page of changes by room, and the position that it reaches to."""
@@ -153,8 +161,21 @@ class JoinReader:
 
     def wake(self) -> None:
         """Reads on if there is something to read; any number may call this at any time."""
-        if self._position is not None and self._changes.state_position() > self._position:
+        if self._position is None or (up_to := self._changes.state_position()) <= self._position:
+            return
+        # Most events change no room's state. For these nothing is started.
+        if (
+            self._reading.is_running
+            or self._changes.may_have_changed(self._position)
+            or self._is_to_be_stored(up_to)
+        ):
             self._reading.wake()
+        else:
+            self._position = up_to
+
+    def _is_to_be_stored(self, position: int) -> bool:
+        is_far = position - self._stored >= _STORE_EVERY
+        return is_far and self._homeserver.now_ms() - self._stored_ms > _STORE_EVERY_MS
 
     async def _read(self) -> None:
         while self._position is not None and (

@@ -7,7 +7,8 @@ from synapse.api.constants import EventTypes, Membership
 
 from synapse_sticky.handlers.joins.detection.reader import RoomChanges, ServerJoin
 from synapse_sticky.homeserver import Cursor, Homeserver
-from synapse_sticky.homeserver.seams import STORE, Attribute, method, table
+from synapse_sticky.homeserver.changed import ChangedRooms
+from synapse_sticky.homeserver.seams import STORE, method, table
 
 _MEMBER, _CREATE = EventTypes.Member, EventTypes.Create
 _JOIN = Membership.JOIN
@@ -19,11 +20,6 @@ _MOST_NAMED = 500
 _BEFORE_ALL = -(2**62)
 
 SEAMS = (
-    Attribute(STORE, "_curr_state_delta_stream_cache"),
-    method(
-        "synapse.util.caches.stream_change_cache.StreamChangeCache",
-        "has_any_entity_changed(stream_pos, /) -> bool",
-    ),
     method(STORE, "get_room_max_stream_ordering() -> int"),
     table(
         "current_state_events",
@@ -106,12 +102,13 @@ class SynapseStateChanges:
         find = "strpos" if homeserver.is_postgres else "instr"
         self._colon_in = f"{find}({{0}}, ':')".format
         self._server_of = f"substr({{0}}, {find}({{0}}, ':') + 1)".format
+        self.may_have_changed = ChangedRooms(homeserver).may_have_changed
 
     def state_position(self) -> int:
         return self._store.get_room_max_stream_ordering()
 
     async def page(self, *, after: int, up_to: int) -> tuple[int, list[RoomChanges]]:
-        if not self._store._curr_state_delta_stream_cache.has_any_entity_changed(after):
+        if not self.may_have_changed(after):
             return up_to, []
 
         def read_txn(txn: Cursor) -> list[tuple[int, str, int, int]]:

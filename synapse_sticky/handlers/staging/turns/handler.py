@@ -58,6 +58,8 @@ that was forgotten reads the room's PDUs anew."""
 _MOST_GONE = 100
 """How many choices may turn out to be staged no more, until more is compared."""
 
+_FAR_MS = 2**62
+
 _MOST_PRUNED = 250
 """How many are pruned at once. The next ones are when the next PDU was processed."""
 
@@ -164,10 +166,10 @@ class TurnsHandler:
             if known is not None:
                 self._rooms.move_to_end(room_id)
         if known is None:
-            # This is all that it takes where one PDU comes at a time.
-            first = self._area.page_txn(txn, room_id, 0)
+            # This is all that it takes where one PDU comes at a time: it is not even parsed.
+            first = [key for key, _ in self._area.keys_txn(txn, room_id, 0, _FAR_MS, 2)]
             if len(first) <= 1:
-                return first[0].key if first and first[0].key not in self._held else None
+                return first[0] if first and first[0] not in self._held else None
             known = self._remember(room_id)
         try:
             with known.lock:

@@ -16,6 +16,13 @@ class DueTimes:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def __contains__(self, key: str) -> bool:
+        return key in self._entries
+
+    def keys(self) -> list[str]:
+        """All that have a time."""
+        return list(self._entries)
+
     def get(self, key: str) -> int | None:
         """When the key is due, None if it has no time."""
         entry = self._entries.get(key)
@@ -41,6 +48,13 @@ class DueTimes:
         while self._heap and not self._is_valid(self._heap[0]):
             heapq.heappop(self._heap)
         return (self._heap[0][0], self._heap[0][2]) if self._heap else None
+
+    def take_first(self) -> str:
+        """Takes out the one that is due first; there must be one."""
+        self.first()
+        key = self._heap[0][2]
+        self.set(key, None)
+        return key
 
     def due(self, now_ms: int) -> list[str]:
         """All that are due, in no certain order."""

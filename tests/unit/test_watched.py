@@ -287,6 +287,18 @@ def test_too_many_newcomers_are_pushed_everything_and_not_watched() -> None:
     assert sent == {"server0": [later], "server1": [later]}
 
 
+@pytest.mark.requirement("H1", "P7")
+def test_while_the_index_is_made_anew_the_look_at_newcomers_waits() -> None:
+    crowd = Crowd(3)
+    crowd.settle_all()
+    event_id = crowd.send()
+    crowd.is_whole = False
+    crowd.run(2 * GRACE_MS)
+    crowd.is_whole = True
+    crowd.run(GRACE_MS + 1)
+    assert [crowd.batch(server).event_ids for server, _ in crowd.keys] == [[event_id]] * 3
+
+
 @pytest.mark.requirement("H1")
 def test_newcomers_are_counted_by_room_and_hour(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")

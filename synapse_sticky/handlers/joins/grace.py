@@ -75,8 +75,12 @@ class Grace:
                 looked += self._look(push)
             except Exception:
                 logger.exception("Could not look at what %s lacks of %s", push.destination, room_id)
-                return
+                break
+            if not self._rooms.is_whole:
+                break
             # One that needs nothing costs a hundredth.
             if looked >= STEP or number % (100 * STEP) == 0:
                 looked = 0
                 await self._homeserver.give_way()
+        if not self._rooms.is_whole:
+            self.begin([room_id])  # nobody knows what is missing; the rest is looked at later

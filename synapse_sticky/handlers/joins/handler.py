@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_MOST_NAMED = 200
+"""So many events of an answer to /send are read: a transaction has 50."""
+
 _STEP = 20
 """So many pushes are looked at before others have their turn (H3)."""
 
@@ -312,6 +315,7 @@ class JoinsHandler:
         self._destinations.schedule(destination)
 
     def _refused(self, destination: str, rooms: Collection[str], event_ids: Sequence[str]) -> None:
+        event_ids = event_ids[:_MOST_NAMED]
         for room_id in rooms:
             if (push := self._destinations.find(destination, room_id)) is None:
                 continue

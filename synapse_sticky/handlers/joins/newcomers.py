@@ -98,7 +98,9 @@ class Newcomers:
             backoff=self._backoff,
         )
         now_ms = self._homeserver.now_ms()
-        if now_ms < watch_until_ms and not self._watches.admit(room_id, now_ms):
+        before = self._destinations.find(destination, room_id)
+        is_watched = before is not None and now_ms < before.watch_until_ms
+        if not is_watched and now_ms < watch_until_ms and not self._watches.admit(room_id, now_ms):
             push.watch_until_ms, push.is_believed = now_ms, True
         self._destinations.add(push)
         return push

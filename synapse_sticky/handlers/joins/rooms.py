@@ -46,6 +46,11 @@ class PushedRooms:
         self._window = window
         self._rooms: dict[str, _Room] = {}
 
+    @property
+    def is_whole(self) -> bool:
+        """Does the index have all events? Not while it is made anew."""
+        return self._follower.is_whole
+
     def add(self, push: Push) -> None:
         """From now on the push is among those of its room."""
         if (room := self._rooms.get(push.room_id)) is None:

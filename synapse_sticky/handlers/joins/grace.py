@@ -16,7 +16,7 @@ from synapse_sticky.homeserver import Homeserver
 
 logger = logging.getLogger(__name__)
 
-STEP = 10
+STEP = 5
 """So many pushes are looked at before others have their turn."""
 
 

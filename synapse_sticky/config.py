@@ -84,6 +84,8 @@ class JoinsConfig:
     retry_min_ms: the delay before an event is first sent again, 10 ms to an hour. It doubles.
     retry_max_ms: the longest such delay, at least retry_min_ms, at most an hour.
     confirm: whether to ask the newcomer if it has what it acknowledged.
+    watched: of how many newcomers of a room within an hour more is known than acknowledgements, 0
+        to 100,000. Each of them is watched for an hour (H1).
     """
 
     enabled: bool = option(True, boolean)
@@ -91,6 +93,7 @@ class JoinsConfig:
     retry_min_ms: int = option(500, duration(10, HOUR_MS))
     retry_max_ms: int = option(300_000, duration(10, HOUR_MS))
     confirm: bool = option(True, boolean)
+    watched: int = option(1_000, integer(0, 100_000))
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)

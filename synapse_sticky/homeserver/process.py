@@ -137,6 +137,10 @@ class Homeserver:
         """Waits. Nobody may be kept waiting by that: no lock is held, no room's queue stands."""
         await self.api.sleep(delay_ms / 1000)
 
+    async def give_way(self) -> None:
+        """Between two steps of something long: whatever else is due has its turn (H3)."""
+        await self.api.sleep(0)
+
     async def transact(self, what: str, function: Callable[..., T], *args: Any) -> T:
         """Runs ``function(cursor, *args)`` in one transaction; retried if the database asks."""
         return await self.api.run_db_interaction(f"synapse_sticky_{what}", function, *args)

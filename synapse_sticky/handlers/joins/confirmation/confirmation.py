@@ -86,7 +86,7 @@ class Confirmation:
         now_ms = self._homeserver.now_ms()
         if delay_ms is None:
             delay_ms = SOON_MS if push.has_waiting(now_ms) else LATER_MS
-            if self._is_believed(push.destination):
+            if push.is_believed or self._is_believed(push.destination):
                 delay_ms = PACE_MS
         push.asked.last_ms = push.asked.last_ms or now_ms
         self._questions.add(push.destination, push.room_id, delay_ms)
@@ -96,7 +96,7 @@ class Confirmation:
         if push is None:
             return None
         self._update(push)
-        delay_ms = await self._confirm(push)
+        delay_ms = self._believed(push) if push.is_believed else await self._confirm(push)
         if self._find(destination, room_id) is not push:
             return None
         if push.worth_sending(self._homeserver.now_ms()):
@@ -266,6 +266,11 @@ class Confirmation:
 
     def _is_overdue(self, destination: str) -> bool:
         return self._overdue.get(destination, 0) > self._homeserver.now_ms()
+
+    def _believed(self, push: Push) -> int | None:
+        now_ms = self._homeserver.now_ms()
+        next_ms = _believe(push, now_ms)
+        return None if next_ms is None else max(next_ms - now_ms, APART_MS)
 
     def _believe_all(self, push: Push) -> int | None:
         """This takes no question, so it is done for all rooms of the destination."""

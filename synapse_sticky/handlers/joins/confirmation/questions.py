@@ -11,6 +11,7 @@ import attr
 
 from synapse_sticky.backoff import Backoff
 from synapse_sticky.handlers.joins.confirmation.places import Places
+from synapse_sticky.handlers.joins.due import DueTimes
 from synapse_sticky.homeserver import Cancellable, Homeserver
 
 APART_MS = 250
@@ -28,16 +29,22 @@ _UNREACHABLE = Backoff(1_000, 60_000)
 class _Rooms:
     """Which rooms a destination is to be asked for, and when each is (ms since the epoch).
 
+    due: by room ID.
     is_busy: whether the destination waits in line or is being asked.
     timer: rings when the next room is due, or when the destination has waited in line for long.
     """
 
-    due_ms: dict[str, int] = attr.Factory(dict)
+    due: DueTimes = attr.Factory(DueTimes)
     not_before_ms: int = 0
     failures: int = 0
     is_busy: bool = False
     timer: Cancellable | None = None
     timer_ms: int = 0
+
+    def next_ms(self) -> int:
+        """When the destination is to be asked next."""
+        first = self.due.first()
+        return max(first[0] if first else 0, self.not_before_ms)
 
 
 class Questions:
@@ -70,14 +77,14 @@ class Questions:
     def add(self, destination: str, room_id: str, delay_ms: int) -> None:
         """Asks for the room after the delay; does nothing if that is due at any time."""
         rooms = self._destinations.setdefault(destination, _Rooms())
-        if room_id not in rooms.due_ms:
-            rooms.due_ms[room_id] = self._homeserver.now_ms() + delay_ms
+        if room_id not in rooms.due:
+            rooms.due.set(room_id, self._homeserver.now_ms() + delay_ms)
             self._arm(destination, rooms)
 
     def rooms(self, destination: str) -> list[str]:
         """The rooms that it is to be asked for."""
         rooms = self._destinations.get(destination)
-        return list(rooms.due_ms) if rooms else []
+        return rooms.due.keys() if rooms else []
 
     def put_off(self, destination: str, until_ms: int = 0) -> None:
         """The destination cannot be reached: all questions wait, longer each time.
@@ -98,7 +105,7 @@ class Questions:
     def _arm(self, destination: str, rooms: _Rooms) -> None:
         if rooms.is_busy:
             return  # it is done after the answer
-        due_ms = max(min(rooms.due_ms.values()), rooms.not_before_ms)
+        due_ms = rooms.next_ms()
         if rooms.timer is not None and rooms.timer.active():
             if rooms.timer_ms <= due_ms:
                 return
@@ -110,7 +117,7 @@ class Questions:
     async def _due(self, destination: str) -> None:
         rooms = self._destinations[destination]
         rooms.timer = None
-        if max(min(rooms.due_ms.values()), rooms.not_before_ms) > self._homeserver.now_ms():
+        if rooms.next_ms() > self._homeserver.now_ms():
             self._arm(destination, rooms)
             return
         rooms.is_busy = True
@@ -147,18 +154,17 @@ class Questions:
 
     async def _ask_for_first(self, destination: str) -> None:
         rooms = self._destinations[destination]
-        room_id = min(rooms.due_ms, key=lambda room_id: rooms.due_ms[room_id])
-        del rooms.due_ms[room_id]
+        room_id = rooms.due.take_first()
         delay_ms: int | None = _AFTER_ERROR_MS
         try:
             delay_ms = await self._ask(destination, room_id)
         finally:
             now_ms = self._homeserver.now_ms()
             rooms.is_busy, rooms.timer = False, None
-            if delay_ms is not None:
-                rooms.due_ms.setdefault(room_id, now_ms + delay_ms)
+            if delay_ms is not None and room_id not in rooms.due:
+                rooms.due.set(room_id, now_ms + delay_ms)
             rooms.not_before_ms = max(rooms.not_before_ms, now_ms + APART_MS)
-            if rooms.due_ms:
+            if rooms.due:
                 self._arm(destination, rooms)
             else:
                 del self._destinations[destination]

@@ -1,0 +1,83 @@
+"""What is known of one destination that something is pushed to."""
+
+import attr
+
+from synapse_sticky.backoff import Backoff
+from synapse_sticky.handlers.joins.due import DueTimes
+from synapse_sticky.handlers.joins.push import Push
+from synapse_sticky.homeserver import Cancellable
+
+CHECK_MIN_MS = 1_000
+"""The time between the first checks of a destination."""
+
+_RETRY = Backoff(CHECK_MIN_MS, 60_000)
+_FORGIVEN_AFTER_MS = 600_000
+"""A failure that long ago does not count any more."""
+
+
+@attr.s(auto_attribs=True, slots=True)
+class Failures:
+    """How often in a row a push has failed, when it did last, and until when it is left alone."""
+
+    count: int = 0
+    last_ms: int = 0
+    retry_ms: int = 0
+
+    def add(self, now_ms: int) -> int:
+        """One more. Gives for how many ms the push is left alone."""
+        is_again = now_ms - self.last_ms < _FORGIVEN_AFTER_MS
+        self.count = self.count + 1 if is_again else 1
+        delay_ms = _RETRY.after(self.count)
+        self.last_ms, self.retry_ms = now_ms, now_ms + delay_ms
+        return delay_ms
+
+
+@attr.s(auto_attribs=True, slots=True)
+class Looks:
+    """How often in a row a push was looked at in vain, and until when that is not done again."""
+
+    count: int = 0
+    next_ms: int = 0
+
+
+@attr.s(auto_attribs=True, slots=True)
+class Destination:
+    """What one destination is pushed; all of it is by room ID.
+
+    failures: of those that failed.
+    looks: of those that were looked at in vain.
+    sends: when something is to be sent. Of those that are due, the one due first has its turn.
+    checks: when a push is to be looked at that has nothing to send.
+    unrecorded: those with acknowledgements since Synapse recorded how far its ordinary queue got.
+    has_backlog: may Synapse's backlog have what no push has taken over?
+    now_ms: the time when something was scheduled last. The clock may be set back.
+    check_interval_ms: how long after a check the next one is due. It doubles with each check, and
+        is reset by progress.
+    next_check_ms: when the next check of a push that has nothing to send is due.
+    """
+
+    pushes: dict[str, Push] = attr.Factory(dict)
+    failures: dict[str, Failures] = attr.Factory(dict)
+    looks: dict[str, Looks] = attr.Factory(dict)
+    sends: DueTimes = attr.Factory(DueTimes)
+    checks: DueTimes = attr.Factory(DueTimes)
+    unrecorded: dict[str, None] = attr.Factory(dict)
+    has_backlog: bool = True
+    now_ms: int = 0
+    timer: Cancellable | None = None
+    check_interval_ms: int = CHECK_MIN_MS
+    next_check_ms: int = 0
+
+    def progressed(self) -> None:
+        """There may be something to do now: the next check is due soon."""
+        self.check_interval_ms = CHECK_MIN_MS
+        self.next_check_ms = 0
+
+    def forget(self, room_id: str) -> None:
+        """The push of the room is another one, or gone."""
+        for by_room in (self.failures, self.looks, self.unrecorded):
+            by_room.pop(room_id, None)
+
+    def cancel_timer(self) -> None:
+        if self.timer is not None and self.timer.active():
+            self.timer.cancel()

@@ -2,12 +2,13 @@
 
 import json
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, method, table
+from synapse_sticky.homeserver.sticky_rows import stream_ids_txn
 from synapse_sticky.index.follower import StickyRow
 
 logger = logging.getLogger(__name__)
@@ -85,8 +86,17 @@ class SynapseStickyStream:
         )
 
     async def rows_of(self, event_ids: Collection[str]) -> list[StickyRow]:
-        clause, args = self._homeserver.in_list("se.event_id", event_ids)
-        return await self._rows(f"WHERE {clause}", args)
+        def read_txn(txn: Cursor) -> dict[str, int]:
+            return stream_ids_txn(self._homeserver, txn, event_ids)
+
+        return await self.rows_at(await self._homeserver.transact("find_rows", read_txn))
+
+    async def rows_at(self, stream_ids: Mapping[str, int]) -> list[StickyRow]:
+        if not stream_ids:
+            return []
+        clause, args = self._homeserver.in_list("se.stream_id", list(stream_ids.values()))
+        rows = await self._rows(f"WHERE {clause}", args)
+        return [row for row in rows if row.event_id in stream_ids]
 
     async def last_rows(self, room_id: str) -> dict[str, int]:
         def read_txn(txn: Cursor) -> dict[str, int]:

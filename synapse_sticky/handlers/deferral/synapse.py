@@ -14,6 +14,7 @@ from synapse_sticky.handlers.deferral.handler import DeferTxn, NewStickyEvent
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.causes import Cause, is_locked, is_outage
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, attributes, method, table
+from synapse_sticky.homeserver.sticky_rows import stream_ids_txn
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +90,8 @@ class SynapseWriter:
                 original(txn, sticky_event_ids, *args, **options)
                 if sticky_event_ids:
                     entered = self._entered_txn(txn, sticky_event_ids)
-                    self._delete_txn(txn, self._defer_txn(defer_txn, txn, entered))
+                    deferred = self._defer_txn(defer_txn, txn, entered)
+                    self._delete_txn(txn, [e for e in entered if e.event_id in deferred])
 
             return un_soft_fail_sticky_events_txn
 
@@ -134,7 +136,10 @@ class SynapseWriter:
 
     def _entered_txn(self, txn: Cursor, event_ids: AbstractSet[str]) -> list[NewStickyEvent]:
         """The unexpired events of these in the stream, in its order."""
-        clause, args = self._homeserver.in_list("event_id", event_ids)
+        stream_ids = stream_ids_txn(self._homeserver, txn, event_ids).values()
+        if not stream_ids:
+            return []
+        clause, args = self._homeserver.in_list("stream_id", list(stream_ids))
         txn.execute(
             f"SELECT {_COLUMNS} FROM sticky_events WHERE ? < expires_at AND {clause}"
             " ORDER BY stream_id",
@@ -142,9 +147,10 @@ class SynapseWriter:
         )
         return [NewStickyEvent(*row) for row in txn.fetchall()]
 
-    def _delete_txn(self, txn: Cursor, event_ids: Collection[str]) -> None:
-        if event_ids:
-            clause, args = self._homeserver.in_list("event_id", event_ids)
+    def _delete_txn(self, txn: Cursor, events: Sequence[NewStickyEvent]) -> None:
+        if events:
+            orderings = [event.event_stream_ordering for event in events]
+            clause, args = self._homeserver.in_list("event_stream_ordering", orderings)
             txn.execute(f"DELETE FROM sticky_events WHERE {clause}", args)
 
     def enter_txn(self, txn: Cursor, events: Sequence[NewStickyEvent]) -> None:

@@ -29,6 +29,7 @@ SEAMS = {
         method(STORE, "_invalidate_local_get_event_cache(event_id)", is_replaced=True),
         method(STORE, "_invalidate_caches_for_event(stream_ordering, event_id)", is_replaced=True),
         method(STORE, "process_replication_rows(stream_name)", is_replaced=True),
+        method(STORE, "_invalidate_local_get_event_cache_room_id(room_id)", is_replaced=True),
     ),
     "stream": (
         Attribute("synapse.config.workers.WorkerConfig", "writers"),
@@ -40,10 +41,9 @@ SEAMS = {
         ),
         method(HOMESERVER, "get_notifier() -> Notifier"),
         method("synapse.notifier.Notifier", "add_replication_callback(cb, /)"),
-        method(STORE, "_invalidate_local_get_event_cache_room_id(room_id)", is_replaced=True),
     ),
 }
-"""By what is used: the rows, changes of single events, the stream itself."""
+"""By what is used: the rows, changes of single events and of rooms, the stream itself."""
 
 _COLUMNS = """
     SELECT se.stream_id, se.instance_name, se.room_id, se.event_id, se.sender, se.expires_at,

@@ -129,6 +129,8 @@ class DeferralHandler:
         self._expired: list[str] = []
         # Deferred events that may not be sticky any more.
         self._dirty: set[str] = set()
+        # Rooms whose deferred events may be gone.
+        self._purged: set[str] = set()
         self._refusals = 0
         self._no_insert_before_ms = 0
 
@@ -137,6 +139,7 @@ class DeferralHandler:
         if self._config.mode is not Mode.OFF:
             self._writer.defer_by(self.defer_txn)
         self._stream.on_event_changed(self._event_changed)
+        self._stream.on_room_purged(self._room_purged)
 
     async def load(self) -> None:
         """Takes up the deferred events of an earlier run.
@@ -230,7 +233,7 @@ class DeferralHandler:
         if not self._is_loaded or not self._waiting.is_whole:
             return
         now_ms = self._homeserver.now_ms()
-        is_due = self._dirty or self._taken or self._expired
+        is_due = self._dirty or self._purged or self._taken or self._expired
         due_ms = now_ms if is_due else self._waiting.next_due_ms()
         if due_ms is not None:
             self._alarm.ring_at(max(due_ms, now_ms + PAUSE_MS))
@@ -264,7 +267,9 @@ class DeferralHandler:
 
     async def _drop_some(self) -> bool:
         """Drops some of the events that are not to be released. Gives whether there may be more."""
-        return await self._drop_expired() or await self._drop_redacted()
+        return (
+            await self._drop_expired() or await self._drop_purged() or await self._drop_redacted()
+        )
 
     async def _drop_expired(self) -> bool:
         if not self._expired:
@@ -282,6 +287,27 @@ class DeferralHandler:
         if event_id in self._waiting:
             self._dirty.add(event_id)
             self._schedule()
+
+    def _room_purged(self, room_id: str) -> None:
+        # Dead events would take the room's turns before those that live.
+        if len(self._waiting) and self._writer.handles(room_id):
+            self._purged.add(room_id)
+            self._schedule()
+
+    async def _drop_purged(self) -> bool:
+        if not self._purged:
+            return False
+        # Out before it is looked at, as it may be purged again meanwhile.
+        room_id = self._purged.pop()
+        after = ""
+        try:
+            while page := await self._table.of_room(room_id, after):
+                await apart(page, self._drop_gone)
+                after = page[-1]
+        except Exception:
+            self._purged.add(room_id)
+            raise
+        return True
 
     async def _drop_redacted(self) -> bool:
         dirty = list(self._dirty)[:RELEASE_BATCH]

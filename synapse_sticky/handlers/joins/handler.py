@@ -24,6 +24,7 @@ from synapse_sticky.handlers.joins.destinations import Destinations
 from synapse_sticky.handlers.joins.detection.reader import JoinReader, ServerJoin, StateChanges
 from synapse_sticky.handlers.joins.earlier import EarlierPushes
 from synapse_sticky.handlers.joins.federation import Batch, Federation, LeftToSynapseError
+from synapse_sticky.handlers.joins.purged import PurgedRooms
 from synapse_sticky.handlers.joins.push import Push
 from synapse_sticky.handlers.joins.tables import Newcomer, NewcomerTable
 from synapse_sticky.homeserver import Homeserver
@@ -72,6 +73,7 @@ class JoinsHandler:
             on_progress=lambda push: federation.wake(push.destination),
             on_end=self._asking_ended,
         )
+        self._purged = PurgedRooms(homeserver, rooms, self._destinations, table)
         self._earlier = EarlierPushes()
         self._is_loaded = False
 
@@ -84,6 +86,7 @@ class JoinsHandler:
         self._federation.on_catch_up_recorded(self._catch_up_recorded)
         self._follower.on_new_events(self._new_events)
         self._follower.stream.on_advance(self._reader.wake)
+        self._follower.stream.on_room_purged(self._purged.note)
 
     async def load(self) -> None:
         """Takes up what an earlier run left, then follows the state changes.

@@ -145,6 +145,9 @@ class Here:
     def in_list(self, column: str, values: Collection[object]) -> tuple[str, list[object]]:
         return f"{column} IN ({', '.join('?' * len(values))})", list(values)
 
+    async def existing(self, event_ids: Any) -> set[str]:
+        return set(event_ids) - self.gone
+
     async def still_sticky(self, event_ids: Any) -> set[str]:
         return set(event_ids) - self.gone
 
@@ -446,6 +449,18 @@ def test_what_waits_of_a_purged_room_gives_up_its_places() -> None:
     here.pass_ms(2_000)
     here.pass_ms(2_000)
     assert here.entered == ["$7", "$2000"]
+
+
+@pytest.mark.requirement("H3", "E4", "L7")
+def test_what_was_purged_while_nobody_heard_of_it_is_dropped_at_the_start() -> None:
+    here = Here()
+    deferred = here.persist(deferral(here, 1, 1), range(200))
+    here.gone = deferred - {"$50", "$60"}
+    here.due.clear()
+    handler = deferral(here, 1, 1)
+    assert len(handler._waiting) == 2
+    here.release()
+    assert table(here) <= {"$50", "$60"}
 
 
 def test_report_is_sampled(caplog: pytest.LogCaptureFixture) -> None:

@@ -82,6 +82,9 @@ class Writer(Protocol):
         """Enters events into the stream as new, in this order. Leaves out those that were purged,
         and those that are in the stream."""
 
+    async def existing(self, event_ids: Collection[str]) -> set[str]:
+        """Those of the events that the database has."""
+
     async def still_sticky(self, event_ids: Collection[str]) -> set[str]:
         """Those of the events that are there and not redacted, rejected or soft-failed (S5)."""
 
@@ -157,10 +160,16 @@ class DeferralHandler:
     async def _read_all(self) -> None:
         after = ""
         while page := await self._table.page(after):
+            # A room may have been deleted while this process did not run.
+            existing = await self._writer.existing([event.event_id for event, _ in page])
             for event, server in page:
                 is_out = event.event_id in self._stragglers or event.event_id in self._taken
-                if not is_out and self._writer.handles(event.room_id):
+                if is_out or not self._writer.handles(event.room_id):
+                    continue
+                if event.event_id in existing:
                     self._waiting.add(event, server)
+                else:
+                    self._dirty.add(event.event_id)
             after = page[-1][0].event_id
 
     async def _fill(self) -> None:

@@ -180,9 +180,7 @@ class SynapseWriter:
         """The events that are in the database and not in the stream."""
         if not events:
             return []
-        clause, args = self._homeserver.in_list("event_id", [event.event_id for event in events])
-        txn.execute(f"SELECT event_id FROM event_json WHERE {clause}", args)
-        there = {event_id for (event_id,) in txn.fetchall()}
+        there = self._existing_txn(txn, [event.event_id for event in events])
         # The table has no index by event ID.
         orderings = [event.event_stream_ordering for event in events]
         clause, args = self._homeserver.in_list("event_stream_ordering", orderings)
@@ -193,6 +191,14 @@ class SynapseWriter:
             for event in events
             if event.event_id in there and event.event_stream_ordering not in entered
         ]
+
+    def _existing_txn(self, txn: Cursor, event_ids: Collection[str]) -> set[str]:
+        clause, args = self._homeserver.in_list("event_id", event_ids)
+        txn.execute(f"SELECT event_id FROM event_json WHERE {clause}", args)
+        return {event_id for (event_id,) in txn.fetchall()}
+
+    async def existing(self, event_ids: Collection[str]) -> set[str]:
+        return await self._homeserver.transact("existing", self._existing_txn, event_ids)
 
     async def still_sticky(self, event_ids: Collection[str]) -> set[str]:
         events = await self._store.get_events(event_ids)

@@ -82,7 +82,8 @@ def test_rooms_are_deleted_under_load(two: list[Homeserver]) -> None:
             "the deletions to end",
             timeout_s=300,
         )
-        assert statuses() == [("complete", "")] * ROOMS
+        causes = [part[:6_000] for part in "".join(a.logs().values()).split("scheduled task")[1:]]
+        assert statuses() == [("complete", "")] * ROOMS, "\n".join(causes)
     finally:
         end.set()
     for finish in sending:

@@ -123,10 +123,11 @@ ALL = ("homeserver.process", "homeserver.place", "homeserver.signal")
 CHECK = "cli.synapse"
 """What ``synapse-sticky check`` needs to read a configuration."""
 
-_ROWS = "index.synapse:rows"
+_PLACES = "homeserver.sticky_rows"
+_ROWS = (_PLACES, "index.synapse:rows")
 _PERSISTED = "index.synapse:persisted"
 _CHANGES = ("homeserver.stream", "index.synapse:changes")
-_INDEX = (_ROWS, *_CHANGES, "index.synapse:stream")
+_INDEX = (*_ROWS, *_CHANGES, "index.synapse:stream")
 _MEMBERS = "homeserver.rooms:members"
 _SERVERS = (_MEMBERS, "homeserver.rooms:servers", "homeserver.rooms:erased")
 _SENDING = "handlers.sending.synapse"
@@ -169,7 +170,7 @@ DUTIES: Mapping[str, Duty] = {
         ),
         _whole(
             "visibility",
-            (_ROWS, *_SERVERS, "homeserver.rooms:users", "handlers.visibility.synapse"),
+            (*_ROWS, *_SERVERS, "homeserver.rooms:users", "handlers.visibility.synapse"),
             "history visibility hides sticky events from joined users and servers",
             _everywhere,
         ),
@@ -215,7 +216,7 @@ DUTIES: Mapping[str, Duty] = {
         ),
         _whole(
             "deferral",
-            (*_CHANGES, "handlers.deferral.synapse"),
+            (*_CHANGES, _PLACES, "handlers.deferral.synapse"),
             "a flood of another server delays the sticky events of all others",
             lambda place: place.writes,
         ),

@@ -7,7 +7,7 @@ the database.
 
 import itertools
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -61,6 +61,10 @@ class Stream(Protocol):
 
     async def rows_of(self, event_ids: Collection[str]) -> list[StickyRow]:
         """The present rows of these events; an event without a row is left out."""
+
+    async def rows_at(self, stream_ids: Mapping[str, int]) -> list[StickyRow]:
+        """The present rows of these events, by event ID, at these stream IDs; one that is gone or
+        was moved is left out."""
 
     async def last_rows(self, room_id: str) -> dict[str, int]:
         """The last stream ID that each writer has given to an unexpired row of the room's own
@@ -136,8 +140,18 @@ class IndexFollower:
         self._listeners.append(listener)
 
     def in_step(self) -> bool:
-        """Does the index hold all that is visible to this process right now?"""
+        """Does the index hold all that is visible to this process right now? ``doubts`` says of
+        single events whether they may have changed since."""
         return self._is_started and self._is_true_up_to(self.stream.positions())
+
+    def doubts(self, event_ids: Iterable[str]) -> bool:
+        """May any of these events have changed since the index took it in?
+
+        It may be redacted or gone. It is looked up; ``catch_up`` waits for that.
+        """
+        if not self._changed and not self._rechecking:
+            return False
+        return any(e in self._changed or e in self._rechecking for e in event_ids)
 
     def has_taken_in(self, last_rows: Mapping[str, int]) -> bool:
         """Has the index taken in the rows of each writer up to this stream ID?"""
@@ -147,7 +161,8 @@ class IndexFollower:
         return all(at <= positions.get(writer, highest) for writer, at in last_rows.items())
 
     def holds(self, up_to: Position) -> bool:
-        """Does the index hold all there is up to this position, and nothing that changed since?"""
+        """Does the index hold all there is up to this position? ``doubts`` says of single events
+        whether they may have changed since."""
         if not self._is_started:
             return False
         writers = self.stream.writers
@@ -165,19 +180,24 @@ class IndexFollower:
             await self._progress.wait(_CATCH_UP_MS)
 
     def _is_true_up_to(self, positions: Mapping[str, int]) -> bool:
-        is_clean = self._is_started and not self._changed and not self._rechecking
-        return is_clean and self.is_whole and self.index.in_step(positions)
+        return self.is_whole and self.index.in_step(positions)
 
     async def rows_of(self, event_ids: Collection[str]) -> dict[str, StickyRow]:
         """The deliverable rows of these events by event ID, from the database if need be."""
-        if self.in_step():
-            positions = {e: self.index.get(e) for e in event_ids}
-            return {
-                e: StickyRow(row[0], "", row[1], row[2], row[3], row[4], True)
-                for e, row in positions.items()
-                if row is not None
-            }
-        return {r.event_id: r for r in await self.stream.rows_of(event_ids) if r.deliverable}
+        if not self.in_step():
+            return {r.event_id: r for r in await self.stream.rows_of(event_ids) if r.deliverable}
+        found, doubtful = {}, {}
+        for event_id in event_ids:
+            if (row := self.index.get(event_id)) is None:
+                continue
+            if self.doubts([event_id]):
+                doubtful[event_id] = row[0]
+            else:
+                found[event_id] = StickyRow(row[0], "", row[1], row[2], row[3], row[4], True)
+        if doubtful:
+            rows = await self.stream.rows_at(doubtful)
+            found.update({r.event_id: r for r in rows if r.deliverable})
+        return found
 
     def _poke(self) -> None:
         # A tick of any stream comes here: one that brings nothing new starts nothing.
@@ -298,14 +318,15 @@ class IndexFollower:
             # What changes while it is read has to be read once more.
             self._rechecking = set(itertools.islice(self._changed, _PAGE))
             self._changed -= self._rechecking
+            # No page is being read now: the next one will have what is not here as it is by then.
+            known = {e: row[0] for e in self._rechecking if (row := self.index.get(e))}
             try:
-                rows = {r.event_id: r for r in await self.stream.rows_of(self._rechecking)}
+                rows = await self.stream.rows_at(known) if known else []
             except Exception:
                 self._changed |= self._rechecking
                 raise
-            for event_id in self._rechecking:
-                if (row := rows.get(event_id)) is None or not row.deliverable:
-                    self.index.remove(event_id)
+            for event_id in known.keys() - {row.event_id for row in rows if row.deliverable}:
+                self.index.remove(event_id)
             self._rechecking = set()
 
     async def _expire(self) -> None:

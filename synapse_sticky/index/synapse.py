@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +13,7 @@ from synapse_sticky.homeserver.causes import Cause
 from synapse_sticky.homeserver.database import portions
 from synapse_sticky.homeserver.fitting import misfits
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, method, table
+from synapse_sticky.homeserver.sticky_rows import stream_ids_txn
 from synapse_sticky.index.follower import StickyRow
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ SEAMS = {
         method(STORE, "_invalidate_local_get_event_cache(event_id)", is_replaced=True),
         method(STORE, "_invalidate_caches_for_event(stream_ordering, event_id)", is_replaced=True),
         method(STORE, "process_replication_rows(stream_name)", is_replaced=True),
+        method(STORE, "_invalidate_local_get_event_cache_room_id(room_id)", is_replaced=True),
     ),
     "stream": (
         Attribute("synapse.config.workers.WorkerConfig", "writers"),
@@ -44,7 +46,6 @@ SEAMS = {
         ),
         method(HOMESERVER, "get_notifier() -> Notifier"),
         method("synapse.notifier.Notifier", "add_replication_callback(cb, /)"),
-        method(STORE, "_invalidate_local_get_event_cache_room_id(room_id)", is_replaced=True),
     ),
     "persisted": (
         method(STORE, "insert_sticky_events_txn(txn, events)", is_replaced=True),
@@ -52,8 +53,8 @@ SEAMS = {
         table("sticky_events", "room_id text, event_stream_ordering integer"),
     ),
 }
-"""By what is used: the rows, changes of single events, the stream itself; and what this process
-persists, without which each row is read after it is persisted."""
+"""By what is used: the rows, changes of single events and of rooms, the stream itself; and what
+this process persists, without which each row is read after it is persisted."""
 
 _COLUMNS = """
     SELECT se.stream_id, se.instance_name, se.room_id, se.event_id, se.sender, se.expires_at,
@@ -96,11 +97,17 @@ class SynapseStickyStream:
         )
 
     async def rows_of(self, event_ids: Collection[str]) -> list[StickyRow]:
+        def read_txn(txn: Cursor) -> dict[str, int]:
+            return stream_ids_txn(self._homeserver, txn, event_ids)
+
+        return await self.rows_at(await self._homeserver.transact("find_rows", read_txn))
+
+    async def rows_at(self, stream_ids: Mapping[str, int]) -> list[StickyRow]:
         rows = []
-        for portion in portions(event_ids):
-            clause, args = self._homeserver.in_list("se.event_id", portion)
+        for portion in portions(stream_ids.values()):
+            clause, args = self._homeserver.in_list("se.stream_id", portion)
             rows += await self._rows(f"WHERE {clause}", args)
-        return rows
+        return [row for row in rows if row.event_id in stream_ids]
 
     async def last_rows(self, room_id: str) -> dict[str, int]:
         def read_txn(txn: Cursor) -> dict[str, int]:

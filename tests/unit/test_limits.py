@@ -123,6 +123,9 @@ class Here:
         self.hooks = 0
         self.on_commit: Callable[[], None] = lambda: None
         self.attempts = 0
+        self.gone: set[str] = set()
+        self.tell_of_purge: Callable[[str], None] = lambda room_id: None
+        self.transactions = 0
 
     def now_ms(self) -> int:
         return self.now
@@ -133,14 +136,20 @@ class Here:
     def on_event_changed(self, callback: Any) -> None: ...
     def wake(self, rooms: Any) -> None: ...
 
+    def on_room_purged(self, callback: Any) -> None:
+        self.tell_of_purge = callback
+
     def handles(self, room_id: str) -> bool:
         return True
 
     def in_list(self, column: str, values: Collection[object]) -> tuple[str, list[object]]:
         return f"{column} IN ({', '.join('?' * len(values))})", list(values)
 
+    async def existing(self, event_ids: Any) -> set[str]:
+        return set(event_ids) - self.gone
+
     async def still_sticky(self, event_ids: Any) -> set[str]:
-        return set(event_ids)
+        return set(event_ids) - self.gone
 
     def attempt_txn(self, txn: Any, change: Callable[[], None]) -> Exception | None:
         self.attempts += 1
@@ -174,6 +183,7 @@ class Here:
                 self.failed += 1
                 raise sqlite3.OperationalError("the disk is full")
             self.spares -= 1
+        self.transactions += 1
         return function(Transaction(self.database.cursor()), *args)
 
     transact_alone = transact
@@ -415,6 +425,42 @@ def test_what_expires_is_dropped() -> None:
     here.release()
     assert here.entered == []
     assert table(here) == set()
+
+
+@pytest.mark.requirement("H3", "L4", "L7")
+def test_what_waits_of_a_purged_room_gives_up_its_places() -> None:
+    """A new event after a rejoin is not behind dead ones."""
+    here = Here()
+    handler = deferral(here, 1, 1)
+    assert len(here.persist(handler, range(1_200))) == 1_199
+    here.gone = table(here) - {"$7"}
+    here.failures, here.fails = 1, "deferred_of_room"
+    here.tell_of_purge("!other")
+    here.release()
+    assert len(table(here)) == 1_199
+    here.tell_of_purge("!room")
+    here.transactions = 0
+    here.release()
+    here.release()
+    assert here.failed == 1
+    assert table(here) == {"$7"}, "what is left of the room is deferred as before"
+    assert here.transactions < 10
+    here.persist(handler, range(2_000, 2_001))
+    here.pass_ms(2_000)
+    here.pass_ms(2_000)
+    assert here.entered == ["$7", "$2000"]
+
+
+@pytest.mark.requirement("H3", "E4", "L7")
+def test_what_was_purged_while_nobody_heard_of_it_is_dropped_at_the_start() -> None:
+    here = Here()
+    deferred = here.persist(deferral(here, 1, 1), range(200))
+    here.gone = deferred - {"$50", "$60"}
+    here.due.clear()
+    handler = deferral(here, 1, 1)
+    assert len(handler._waiting) == 2
+    here.release()
+    assert table(here) <= {"$50", "$60"}
 
 
 def test_report_is_sampled(caplog: pytest.LogCaptureFixture) -> None:

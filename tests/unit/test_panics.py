@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -234,8 +234,8 @@ class Stream:
             raise OSError("the database is away")
         return [row for row in self.all if after < row.stream_id <= up_to][:limit]
 
-    async def rows_of(self, event_ids: Collection[str]) -> list[StickyRow]:
-        return [row for row in self.all if row.event_id in event_ids]
+    async def rows_at(self, stream_ids: Mapping[str, int]) -> list[StickyRow]:
+        return [row for row in self.all if row.event_id in stream_ids]
 
     def on_advance(self, callback: Callable[[], None]) -> None:
         self.advance = callback

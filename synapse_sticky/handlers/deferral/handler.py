@@ -82,6 +82,9 @@ class Writer(Protocol):
         """Enters events into the stream as new, in this order. Leaves out those that were purged,
         and those that are in the stream."""
 
+    async def existing(self, event_ids: Collection[str]) -> set[str]:
+        """Those of the events that the database has."""
+
     async def still_sticky(self, event_ids: Collection[str]) -> set[str]:
         """Those of the events that are there and not redacted, rejected or soft-failed (S5)."""
 
@@ -129,6 +132,8 @@ class DeferralHandler:
         self._expired: list[str] = []
         # Deferred events that may not be sticky any more.
         self._dirty: set[str] = set()
+        # Rooms whose deferred events may be gone.
+        self._purged: set[str] = set()
         self._refusals = 0
         self._no_insert_before_ms = 0
 
@@ -137,6 +142,7 @@ class DeferralHandler:
         if self._config.mode is not Mode.OFF:
             self._writer.defer_by(self.defer_txn)
         self._stream.on_event_changed(self._event_changed)
+        self._stream.on_room_purged(self._room_purged)
 
     async def load(self) -> None:
         """Takes up the deferred events of an earlier run.
@@ -154,10 +160,16 @@ class DeferralHandler:
     async def _read_all(self) -> None:
         after = ""
         while page := await self._table.page(after):
+            # A room may have been deleted while this process did not run.
+            existing = await self._writer.existing([event.event_id for event, _ in page])
             for event, server in page:
                 is_out = event.event_id in self._stragglers or event.event_id in self._taken
-                if not is_out and self._writer.handles(event.room_id):
+                if is_out or not self._writer.handles(event.room_id):
+                    continue
+                if event.event_id in existing:
                     self._waiting.add(event, server)
+                else:
+                    self._dirty.add(event.event_id)
             after = page[-1][0].event_id
 
     async def _fill(self) -> None:
@@ -230,7 +242,7 @@ class DeferralHandler:
         if not self._is_loaded or not self._waiting.is_whole:
             return
         now_ms = self._homeserver.now_ms()
-        is_due = self._dirty or self._taken or self._expired
+        is_due = self._dirty or self._purged or self._taken or self._expired
         due_ms = now_ms if is_due else self._waiting.next_due_ms()
         if due_ms is not None:
             self._alarm.ring_at(max(due_ms, now_ms + PAUSE_MS))
@@ -264,7 +276,9 @@ class DeferralHandler:
 
     async def _drop_some(self) -> bool:
         """Drops some of the events that are not to be released. Gives whether there may be more."""
-        return await self._drop_expired() or await self._drop_redacted()
+        return (
+            await self._drop_expired() or await self._drop_purged() or await self._drop_redacted()
+        )
 
     async def _drop_expired(self) -> bool:
         if not self._expired:
@@ -282,6 +296,27 @@ class DeferralHandler:
         if event_id in self._waiting:
             self._dirty.add(event_id)
             self._schedule()
+
+    def _room_purged(self, room_id: str) -> None:
+        # Dead events would take the room's turns before those that live.
+        if len(self._waiting) and self._writer.handles(room_id):
+            self._purged.add(room_id)
+            self._schedule()
+
+    async def _drop_purged(self) -> bool:
+        if not self._purged:
+            return False
+        # Out before it is looked at, as it may be purged again meanwhile.
+        room_id = self._purged.pop()
+        after = ""
+        try:
+            while page := await self._table.of_room(room_id, after):
+                await apart(page, self._drop_gone)
+                after = page[-1]
+        except Exception:
+            self._purged.add(room_id)
+            raise
+        return True
 
     async def _drop_redacted(self) -> bool:
         dirty = list(self._dirty)[:RELEASE_BATCH]

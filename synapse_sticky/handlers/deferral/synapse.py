@@ -15,6 +15,7 @@ from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.causes import Cause, is_locked, is_outage
 from synapse_sticky.homeserver.database import portions
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, attributes, method, table
+from synapse_sticky.homeserver.sticky_rows import stream_ids_txn
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +91,8 @@ class SynapseWriter:
                 original(txn, sticky_event_ids, *args, **options)
                 if sticky_event_ids:
                     entered = self._entered_txn(txn, sticky_event_ids)
-                    self._delete_txn(txn, self._defer_txn(defer_txn, txn, entered))
+                    deferred = self._defer_txn(defer_txn, txn, entered)
+                    self._delete_txn(txn, [e for e in entered if e.event_id in deferred])
 
             return un_soft_fail_sticky_events_txn
 
@@ -136,8 +138,8 @@ class SynapseWriter:
     def _entered_txn(self, txn: Cursor, event_ids: AbstractSet[str]) -> list[NewStickyEvent]:
         """The unexpired events of these in the stream, in its order."""
         found: list[tuple[Any, ...]] = []
-        for portion in portions(event_ids):
-            clause, args = self._homeserver.in_list("event_id", portion)
+        for portion in portions(stream_ids_txn(self._homeserver, txn, event_ids).values()):
+            clause, args = self._homeserver.in_list("stream_id", portion)
             txn.execute(
                 f"SELECT stream_id, {_COLUMNS} FROM sticky_events"
                 f" WHERE ? < expires_at AND {clause}",
@@ -146,9 +148,9 @@ class SynapseWriter:
             found += txn.fetchall()
         return [NewStickyEvent(*row) for _, *row in sorted(found)]
 
-    def _delete_txn(self, txn: Cursor, event_ids: Collection[str]) -> None:
-        for portion in portions(event_ids):
-            clause, args = self._homeserver.in_list("event_id", portion)
+    def _delete_txn(self, txn: Cursor, events: Sequence[NewStickyEvent]) -> None:
+        for portion in portions(event.event_stream_ordering for event in events):
+            clause, args = self._homeserver.in_list("event_stream_ordering", portion)
             txn.execute(f"DELETE FROM sticky_events WHERE {clause}", args)
 
     def enter_txn(self, txn: Cursor, events: Sequence[NewStickyEvent]) -> None:
@@ -176,15 +178,11 @@ class SynapseWriter:
 
     def _missing_txn(self, txn: Cursor, events: Sequence[NewStickyEvent]) -> list[NewStickyEvent]:
         """The events that are in the database and not in the stream."""
-        there, entered = set(), set()
-        for portion in portions(events):
-            clause, args = self._homeserver.in_list("event_id", [e.event_id for e in portion])
-            txn.execute(f"SELECT event_id FROM event_json WHERE {clause}", args)
-            there |= {event_id for (event_id,) in txn.fetchall()}
-            # The table has no index by event ID.
-            clause, args = self._homeserver.in_list(
-                "event_stream_ordering", [e.event_stream_ordering for e in portion]
-            )
+        there = self._existing_txn(txn, [event.event_id for event in events])
+        entered = set()
+        # The table has no index by event ID.
+        for portion in portions(event.event_stream_ordering for event in events):
+            clause, args = self._homeserver.in_list("event_stream_ordering", portion)
             txn.execute(f"SELECT event_stream_ordering FROM sticky_events WHERE {clause}", args)
             entered |= {ordering for (ordering,) in txn.fetchall()}
         return [
@@ -192,6 +190,17 @@ class SynapseWriter:
             for event in events
             if event.event_id in there and event.event_stream_ordering not in entered
         ]
+
+    def _existing_txn(self, txn: Cursor, event_ids: Collection[str]) -> set[str]:
+        there = set()
+        for portion in portions(event_ids):
+            clause, args = self._homeserver.in_list("event_id", portion)
+            txn.execute(f"SELECT event_id FROM event_json WHERE {clause}", args)
+            there |= {event_id for (event_id,) in txn.fetchall()}
+        return there
+
+    async def existing(self, event_ids: Collection[str]) -> set[str]:
+        return await self._homeserver.transact("existing", self._existing_txn, event_ids)
 
     async def still_sticky(self, event_ids: Collection[str]) -> set[str]:
         events = await self._store.get_events(event_ids)

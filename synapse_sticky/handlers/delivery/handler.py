@@ -60,7 +60,8 @@ class DeliveryHandler:
             return {}, _both(question.after, question.up_to)
         answer = self._by_index(question)
         if answer is None:
-            # Many are often woken by the same event: one of them reads it for all.
+            # Many are often woken by the same event: one of them reads it for all. So it is with
+            # one that may have been redacted.
             await self._follower.catch_up()
             answer = self._by_index(question)
         return answer
@@ -78,6 +79,9 @@ class DeliveryHandler:
             question.now_ms,
             limit,
         )
+        # One event in doubt is the doubt of those alone who would get it.
+        if self._follower.doubts(e for event_ids in by_room.values() for e in event_ids):
+            return None
         if last is not None and count == limit:
             return by_room, _end_of_page(after, up_to, last)
         return by_room, _both(after, up_to)

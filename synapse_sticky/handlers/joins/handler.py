@@ -24,6 +24,7 @@ from synapse_sticky.handlers.joins.detection.reader import JoinReader, StateChan
 from synapse_sticky.handlers.joins.federation import Batch, Federation, LeftToSynapseError
 from synapse_sticky.handlers.joins.grace import Grace
 from synapse_sticky.handlers.joins.newcomers import Newcomers
+from synapse_sticky.handlers.joins.purged import PurgedRooms
 from synapse_sticky.handlers.joins.push import Push
 from synapse_sticky.handlers.joins.rooms import PushedRooms
 from synapse_sticky.handlers.joins.tables import Newcomer, NewcomerTable
@@ -88,6 +89,7 @@ class JoinsHandler:
             config,
         )
         self._reader = JoinReader(homeserver, changes, federation, table, self._newcomers.joined)
+        self._purged = PurgedRooms(homeserver, rooms, self._destinations, table)
         self._is_loaded = False
 
     def install(self) -> None:
@@ -99,6 +101,7 @@ class JoinsHandler:
         self._federation.on_catch_up_recorded(self._catch_up_recorded)
         self._follower.on_new_events(self._new_events)
         self._follower.stream.on_advance(self._reader.wake)
+        self._follower.stream.on_room_purged(self._purged.note)
 
     async def load(self) -> None:
         """Takes up what an earlier run left, then follows the state changes.

@@ -127,6 +127,14 @@ class NewcomerTable:
 
         return await self._homeserver.transact("newcomers", read_txn)
 
+    async def forget_room(self, room_id: str) -> None:
+        """Deletes the newcomers of a room that is gone. Synapse deletes its own backlog of it."""
+
+        def write_txn(txn: Cursor) -> None:
+            txn.execute("DELETE FROM synapse_sticky_newcomers WHERE room_id = ?", (room_id,))
+
+        await self._homeserver.transact("forget_room", write_txn)
+
     async def settle(
         self,
         newcomer: Newcomer,

@@ -4,14 +4,14 @@
 others go on.
 """
 
-import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Generic, TypeVar
 
 from synapse_sticky.backoff import Backoff, Clock, Retrying
 from synapse_sticky.homeserver.causes import is_outage
+from synapse_sticky.logs import bounded
 
-logger = logging.getLogger(__name__)
+logger = bounded(__name__)
 
 T = TypeVar("T")
 

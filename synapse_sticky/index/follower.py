@@ -6,7 +6,6 @@ the database.
 """
 
 import itertools
-import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Protocol
@@ -17,9 +16,10 @@ from synapse_sticky._core import StickyIndex
 from synapse_sticky.backoff import Alarm, Backoff
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.homeserver.position import Position
+from synapse_sticky.logs import bounded
 from synapse_sticky.renewal import OnPanic, Renewed
 
-logger = logging.getLogger(__name__)
+logger = bounded(__name__)
 
 _PAGE = 500
 _EXPIRE_EVERY_MS = 10_000

@@ -8,7 +8,6 @@ says in which order. The database has the truth; the queue is filled from it at 
 Fails open: an event is delivered now if this duty cannot decide on it.
 """
 
-import logging
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -23,11 +22,12 @@ from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.layout import migrate
 from synapse_sticky.index import Stream
 from synapse_sticky.limits import LimitReport
+from synapse_sticky.logs import bounded
 
 if TYPE_CHECKING:
     from synapse_sticky.handlers.deferral.tables import DeferredTable
 
-logger = logging.getLogger(__name__)
+logger = bounded(__name__)
 
 RELEASE_BATCH = 50
 EXPIRE_BATCH = 500

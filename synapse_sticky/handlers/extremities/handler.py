@@ -4,7 +4,6 @@ Synapse itself sends one dummy event to each of five rooms every five minutes. A
 hundreds of extremities. Fails open: Synapse merges what this duty does not.
 """
 
-import logging
 from collections import deque
 from collections.abc import Callable, Collection
 from typing import Protocol
@@ -16,8 +15,9 @@ from synapse_sticky.handlers.extremities.senders import DummyEvents, Senders
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.homeserver.causes import is_outage
 from synapse_sticky.index import IndexFollower
+from synapse_sticky.logs import bounded
 
-logger = logging.getLogger(__name__)
+logger = bounded(__name__)
 
 _ROUND_MS = 5_000
 _MINUTE_MS = 60_000

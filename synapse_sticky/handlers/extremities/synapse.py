@@ -1,6 +1,5 @@
 """A room's forward extremities, and Synapse's dummy events."""
 
-import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
@@ -15,11 +14,12 @@ from synapse_sticky.handlers.extremities.senders import Able
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.causes import Cause
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, method, table
+from synapse_sticky.logs import bounded
 
 if TYPE_CHECKING:
     from synapse.module_api import EventBase, StateMap
 
-logger = logging.getLogger(__name__)
+logger = bounded(__name__)
 
 _CREATION = "synapse.handlers.message.EventCreationHandler"
 

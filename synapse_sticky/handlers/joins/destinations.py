@@ -1,6 +1,5 @@
 """The pushes of each destination, and the one timer that a destination's pushes share."""
 
-import logging
 from collections.abc import Awaitable, Callable, Collection
 from typing import TypeVar
 
@@ -10,8 +9,9 @@ from synapse_sticky.backoff import Backoff
 from synapse_sticky.handlers.joins.push import Push
 from synapse_sticky.homeserver import Cancellable, Homeserver
 from synapse_sticky.homeserver.causes import is_outage
+from synapse_sticky.logs import bounded
 
-logger = logging.getLogger(__name__)
+logger = bounded(__name__)
 
 T = TypeVar("T")
 

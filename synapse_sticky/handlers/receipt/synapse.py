@@ -1,6 +1,5 @@
 """Transactions of other servers, before Synapse accepts them."""
 
-import logging
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
@@ -14,8 +13,9 @@ from synapse_sticky.handlers.receipt.handler import Check, ReceivedPdu, Transact
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, method, table
 from synapse_sticky.homeserver.staged import begin_on_staged_pdus
+from synapse_sticky.logs import bounded
 
-logger = logging.getLogger(__name__)
+logger = bounded(__name__)
 
 SEAMS = (
     method(HOMESERVER, "get_federation_server() -> FederationServer"),

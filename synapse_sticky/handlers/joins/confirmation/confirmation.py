@@ -5,7 +5,6 @@ leaves the tips (L3). So the newcomer is asked for referenced events only, for m
 never for the last one: for that its acknowledgement has to do.
 """
 
-import logging
 from collections.abc import Awaitable, Callable
 
 from synapse_sticky._core import MAX_STICKY_DURATION_MS
@@ -15,8 +14,9 @@ from synapse_sticky.handlers.joins.confirmation.questions import APART_MS, Quest
 from synapse_sticky.handlers.joins.push import Push
 from synapse_sticky.handlers.joins.sent import PACE_MS, PATIENCE_MS, Sent
 from synapse_sticky.homeserver import Homeserver
+from synapse_sticky.logs import bounded
 
-logger = logging.getLogger(__name__)
+logger = bounded(__name__)
 
 SOON_MS = 500
 """When a newcomer is asked whether half of the window is free: it is time for the next events."""

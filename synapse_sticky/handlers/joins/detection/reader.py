@@ -4,7 +4,6 @@ What fails for one room or one newcomer waits by itself, while all others go on.
 the stored position stays before it: the next run reads from there.
 """
 
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
@@ -15,8 +14,9 @@ from synapse_sticky.apart import Stragglers, apart
 from synapse_sticky.backoff import Backoff, Retrying
 from synapse_sticky.handlers.joins.tables import NewcomerTable
 from synapse_sticky.homeserver import Cursor, Homeserver
+from synapse_sticky.logs import bounded
 
-logger = logging.getLogger(__name__)
+logger = bounded(__name__)
 
 _BACKOFF = Backoff(5_000, 60_000)
 _STORE_EVERY_MS = 60_000

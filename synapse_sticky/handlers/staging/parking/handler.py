@@ -20,7 +20,6 @@ are three tries (unknown.py).
 Fails open: a PDU that cannot be parked is dropped, as Synapse drops it.
 """
 
-import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Protocol
@@ -33,11 +32,12 @@ from synapse_sticky.handlers.staging.pdu import StagedPdu
 from synapse_sticky.homeserver import Cancellable, Cursor, Homeserver
 from synapse_sticky.homeserver.causes import Verdict
 from synapse_sticky.homeserver.layout import NewerLayoutError, migrate
+from synapse_sticky.logs import bounded
 
 if TYPE_CHECKING:
     from synapse_sticky.homeserver.rooms import Rooms
 
-logger = logging.getLogger(__name__)
+logger = bounded(__name__)
 
 _BACKOFF = Backoff(1_000, 60_000, spread=0)
 

@@ -51,6 +51,8 @@ class Outcome(enum.Enum):
     """What has become of a PDU that was to be parked."""
 
     PARKED = "parked"
+    STILL_PARKED = "still parked"
+    """It was already, and has failed again."""
     FULL = "full"
     """Too many are parked."""
     GIVEN_UP = "given up"
@@ -124,7 +126,7 @@ class ParkedTable:
             txn.execute(f"SELECT tries FROM {where}", key)
             row = txn.fetchone()
             if row is not None and not counted_due_ms:
-                return Outcome.PARKED
+                return Outcome.STILL_PARKED
             tries = (row[0] if row else 0) + (1 if counted_due_ms else 0)
             if tries > len(counted_due_ms):
                 txn.execute(f"DELETE FROM {where}", key)
@@ -136,7 +138,7 @@ class ParkedTable:
                     " WHERE origin = ? AND event_id = ?",
                     (tries, first_due_ms, *key),
                 )
-                return Outcome.PARKED
+                return Outcome.STILL_PARKED
             txn.execute(
                 "SELECT origin, COUNT(*) FROM synapse_sticky_incomplete"
                 " GROUP BY origin ORDER BY COUNT(*) DESC, origin"

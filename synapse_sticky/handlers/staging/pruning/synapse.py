@@ -1,7 +1,6 @@
 """The staging area of inbound PDUs, as Synapse prunes it."""
 
 import json
-import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -15,8 +14,9 @@ from synapse.storage.databases.main.event_federation import pdus_pruned_from_fed
 from synapse_sticky.handlers.staging.pdu import StagedPdu, prev_event_ids_of
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.seams import STORE, Attribute, method, table
+from synapse_sticky.logs import bounded
 
-logger = logging.getLogger(__name__)
+logger = bounded(__name__)
 
 SEAMS = (
     method(

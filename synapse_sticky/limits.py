@@ -107,7 +107,7 @@ class LimitReport:
     gives the number of events since the last one.
 
     Args:
-        now_ms: gives the time in ms since the epoch.
+        now_ms: gives the time in ms.
         observes: whether the limits are not applied, and the lines say what would be done (H6).
     """
 

@@ -198,9 +198,8 @@ class DeferralHandler:
 
     def _insert_txn(self, txn: Cursor, deferred: Sequence[PastLimit]) -> bool:
         """Gives whether the database took the rows. Does not ask again for a while if not."""
-        now_ms = self._homeserver.now_ms()
-        # The clock may have been set back since then.
-        if now_ms < min(self._no_insert_before_ms, now_ms + _BACKOFF.max_ms):
+        now_ms = self._homeserver.steady_ms()
+        if now_ms < self._no_insert_before_ms:
             return False
         rows = [(new.event, new.server) for new in deferred]
         problem = self._writer.attempt_txn(txn, lambda: self._table.insert_txn(txn, rows))

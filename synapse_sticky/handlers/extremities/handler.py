@@ -60,7 +60,7 @@ class ExtremitiesHandler:
         self._homeserver = homeserver
         self._extremities = extremities
         self._follower = follower
-        self._senders = Senders(homeserver.now_ms, extremities)
+        self._senders = Senders(homeserver.steady_ms, extremities)
         self._per_round = max(1, config.per_minute * _ROUND_MS // _MINUTE_MS)
         # In the order in which the rooms have their turn.
         self._dirty: dict[str, None] = {}

@@ -61,6 +61,15 @@ class Destination:
         self.check_interval_ms = _CHECK_MIN_MS
         self.next_check_ms = 0
 
+    def clock_set(self, by_ms: int) -> None:
+        """The clock was set by so much: what is due keeps its distance."""
+        self.next_check_ms += by_ms
+        for failures in self.failures.values():
+            failures.last_ms += by_ms
+            failures.retry_ms += by_ms
+        for push in self.pushes.values():
+            push.clock_set(by_ms)
+
     def cancel_timer(self) -> None:
         if self.timer is not None and self.timer.active():
             self.timer.cancel()
@@ -86,6 +95,7 @@ class Destinations:
         self._check = check
         self._wake = wake
         self._destinations: dict[str, Destination] = {}
+        homeserver.on_clock_set(self._clock_set)
 
     def names(self) -> list[str]:
         """All destinations that something is pushed to, or watched for."""
@@ -129,6 +139,10 @@ class Destinations:
         """There may be something to do for the destination now: its next check is due soon."""
         if (state := self._destinations.get(destination)) is not None:
             state.progressed()
+
+    def _clock_set(self, by_ms: int) -> None:
+        for state in self._destinations.values():
+            state.clock_set(by_ms)
 
     # One that fails costs only itself (H1)
 

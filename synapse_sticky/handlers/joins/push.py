@@ -62,8 +62,6 @@ class Push:
         """What ``dirty_marks`` was when the handler asked the database."""
         self._asked_after_watch = False
         self._contact = FirstContact(backoff)
-        self._floor_ms = 0
-        """Until then nothing is sent."""
         self._due_up_to = 0
         """Own events up to this position are not left to the ordinary queue."""
         self._start = position
@@ -85,7 +83,7 @@ class Push:
         it what ``before`` knows, if that push still was there. Nothing is sent until
         ``not_before_ms`` (ms since the epoch)."""
         self.position = self._start = max(self.position, position)
-        self._floor_ms = not_before_ms
+        self._contact.floor_ms = not_before_ms
         self._finished = before.finished_after(position) if before is not None else {}
 
     def finished_after(self, position: int) -> dict[str, int]:
@@ -150,8 +148,7 @@ class Push:
                 self._sent[event_id] = Sent(stream_id, event_id, now_ms + GRACE_MS)
         self._sent = {e: s for e, s in self._sent.items() if e in present}
         open_positions = [s.stream_id for s in self._sent.values()]
-        if self._to_send:
-            open_positions.append(self._to_send[0][0])
+        open_positions += [stream_id for stream_id, _ in self._to_send[:1]]
         if open_positions:
             self.is_settled = False
             self.position = min(open_positions)
@@ -194,7 +191,7 @@ class Push:
         return [s for s in waiting if s.due_ms <= now_ms or (is_awaited and s.may_be_early())]
 
     def _may_send(self, now_ms: int) -> bool:
-        return now_ms >= max(self._floor_ms, self._contact.not_before_ms) and not self.is_blocked
+        return now_ms >= self._contact.may_send_ms and not self.is_blocked
 
     def _in_flight(self, now_ms: int) -> int:
         """Events that may be in the newcomer's staging area, as far as that can be known."""
@@ -228,6 +225,12 @@ class Push:
                 self._sent[event_id] = Sent(*event, now_ms)
                 return self._sent[event_id]
         return None
+
+    def clock_set(self, by_ms: int) -> None:
+        """The clock was set by so much: what is due keeps its distance. The watch is stored."""
+        self._contact.clock_set(by_ms)
+        for sent in self._sent.values():
+            sent.clock_set(by_ms)
 
     def catch_up_recorded(self, now_ms: int) -> None:
         """Synapse recorded how far its ordinary queue got with the destination: the watch ends
@@ -341,8 +344,7 @@ class Push:
             return None
         if self.worth_sending(now_ms):
             return now_ms
-        may_ms = max(self._floor_ms, self._contact.not_before_ms)
-        if now_ms < may_ms and self.has_waiting(may_ms):
+        if now_ms < (may_ms := self._contact.may_send_ms) and self.has_waiting(may_ms):
             return may_ms
         waiting = [s.due_ms for s in self._sent.values() if s.acknowledged_ms is None]
         return min((due_ms for due_ms in waiting if due_ms > now_ms), default=None)

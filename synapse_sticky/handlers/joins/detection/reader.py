@@ -160,7 +160,7 @@ class JoinReader:
         self._leave(after, stuck)
         self._stragglers.add((_Left(after, room), _StillFailingError()) for room in waiting)
         # Without a join, the position of this process is worth a write now and then only.
-        if self._homeserver.now_ms() - self._stored_ms > _STORE_EVERY_MS:
+        if self._homeserver.steady_ms() - self._stored_ms > _STORE_EVERY_MS:
             await self._record([], self._not_past_what_is_left(position))
         self._position = position
 
@@ -190,15 +190,14 @@ class JoinReader:
         self._on_joins([], own, 0)
 
     async def _record(self, joins: Sequence[ServerJoin], position: int) -> None:
-        now_ms = self._homeserver.now_ms()
-        watch_until_ms = now_ms + MAX_STICKY_DURATION_MS
+        watch_until_ms = self._homeserver.now_ms() + MAX_STICKY_DURATION_MS
         await self._table.record_joins(
             position,
             [(join.destination, join.room_id) for join in joins],
             watch_until_ms,
             self._destinations.add_backlog_txn,
         )
-        self._stored, self._stored_ms = position, now_ms
+        self._stored, self._stored_ms = position, self._homeserver.steady_ms()
         self._on_joins(joins, [], watch_until_ms)
 
     def _not_past_what_is_left(self, position: int) -> int:

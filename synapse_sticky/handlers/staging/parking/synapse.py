@@ -86,7 +86,7 @@ class SynapseStaging:
         self._store = homeserver.store
         self._handler: Any = homeserver.hs.get_federation_event_handler()
         self.receives = homeserver.place.serves("federation")
-        self._passed_over = PassedOver(homeserver.now_ms)
+        self._passed_over = PassedOver(homeserver.steady_ms)
 
     # Processing
 

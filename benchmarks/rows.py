@@ -119,8 +119,10 @@ class Rows:
             "synapse_sticky_incomplete (origin, event_id, room_id, event_json, internal_metadata,"
             " prev_event_ids, received_ts_ms, until_ms, due_ms)",
             [
-                (f"server-{number % SERVERS}", event_id, room_id, "x" * 1_500, "{}", "[]")
-                + (at_ms, until_ms, at_ms)
+                (
+                    *(f"server-{number % SERVERS}.example.org", event_id, room_id),
+                    *("x" * 1_500, "{}", "[]", at_ms, until_ms, at_ms),
+                )
                 for event_id, room_id, _, until_ms, number in events
             ],
         )

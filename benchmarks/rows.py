@@ -74,8 +74,9 @@ class Rows:
         """A minute that begins at this time."""
         for second in range(0, 60, BATCH // PER_SECOND):
             self._batch(at_ms + second * 1_000)
-        # Synapse deletes what has expired, and the module what was not read for an hour.
-        self._delete("sticky_events", "expires_at < %s", at_ms)
+        # So Synapse does once an hour.
+        if at_ms % _HOUR_MS == _HOUR_MS - 60_000:
+            self._delete("sticky_events", "expires_at < %s", at_ms + 60_000)
         self._vacuum()
 
     def _batch(self, at_ms: int) -> None:
@@ -127,10 +128,13 @@ class Rows:
             ],
         )
         name = "synapse_sticky_incomplete"
-        for put_off in range(4):
-            self._cursor.execute(f"UPDATE {name} SET due_ms = %s", (at_ms + put_off + 1,))
-            self._dead[name] = self._dead.get(name, 0) + self._cursor.rowcount
-        self._delete(name, "received_ts_ms <= %s", at_ms)
+        # Each is tried at growing distance, until it is complete.
+        tried_ms = [at_ms - after_s * 1_000 for after_s in (1, 3, 10, 30)]
+        self._cursor.execute(
+            f"UPDATE {name} SET due_ms = %s WHERE received_ts_ms = ANY(%s)", (at_ms, tried_ms)
+        )
+        self._dead[name] = self._dead.get(name, 0) + self._cursor.rowcount
+        self._delete(name, "received_ts_ms <= %s", at_ms - 60_000)
 
     def _insert(self, into: str, rows: list[Any]) -> None:
         execute_values(self._cursor, f"INSERT INTO {into} VALUES %s", rows, page_size=BATCH)

@@ -97,11 +97,11 @@ class Homeserver:
         # Whoever imports it earlier decides on which one it is.
         from twisted.internet import reactor
 
-        self._reactor: Any = reactor
         self._clock = SetClock(
             api.get_current_time_msec, api.delayed_background_call, reactor.callFromThread
         )
-        self._clock.look_when_running(self._reactor)
+        running: Any = reactor
+        self._clock.look_when_running(running)
         self._undo: list[Callable[[], None]] = []
         # The reactor knows this function, and lets it go at the homeserver's `shutdown()` only.
         # When the process ends, Synapse processes events until its own handlers of the phase
@@ -140,7 +140,9 @@ class Homeserver:
 
     def in_reactor(self, function: Callable[..., object], *args: Any) -> None:
         """Calls the function in the reactor's thread soon; from whatever thread."""
-        self._reactor.callFromThread(function, *args)
+        from twisted.internet import reactor
+
+        reactor.callFromThread(function, *args)
 
     def new_signal(self) -> Signal:
         """A signal that nobody waits for yet."""

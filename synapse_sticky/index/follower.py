@@ -104,9 +104,6 @@ class IndexFollower:
         self._rechecking: set[str] = set()
         self._progress = homeserver.new_signal()
         self._is_started = False
-        # What it dropped as expired may be sticky again.
-        self._was_set_back = False
-        homeserver.on_clock_set(self._clock_set)
 
     @property
     def index(self) -> StickyIndex:
@@ -161,9 +158,7 @@ class IndexFollower:
             await self._progress.wait(_CATCH_UP_MS)
 
     def _is_true_up_to(self, positions: Mapping[str, int]) -> bool:
-        is_clean = self._is_started and not (
-            self._changed or self._rechecking or self._was_set_back
-        )
+        is_clean = self._is_started and not self._changed and not self._rechecking
         return is_clean and self.is_whole and self.index.in_step(positions)
 
     async def rows_of(self, event_ids: Collection[str]) -> dict[str, StickyRow]:
@@ -182,7 +177,6 @@ class IndexFollower:
         if (
             self._following.is_running
             or self._changed
-            or self._was_set_back
             or not self.index.in_step(self.stream.positions())
         ):
             self._following.wake()
@@ -220,14 +214,11 @@ class IndexFollower:
         positions = self.stream.positions()
         # One and the same all the time: another one that takes its place has none of the rows.
         index = self.index
-        is_set_back = self._was_set_back
-        if index.in_step(positions) and not is_set_back:
+        if index.in_step(positions):
             return
         # From the slowest writer's position: rows of the others that are read again are known.
         known = index.positions()
         after = min((known.get(writer, 0) for writer in positions), default=0)
-        if is_set_back:
-            after = 0
         up_to = max(positions.values(), default=0)
         loading = not known
         while True:
@@ -240,8 +231,6 @@ class IndexFollower:
                 logger.info("Loading the sticky events index: %d so far", len(index))
         for writer, position in positions.items():
             index.advance(writer, position)
-        if is_set_back:
-            self._was_set_back = False
         if loading:
             logger.info("The sticky events index is filled: %d unexpired events", len(index))
 
@@ -285,11 +274,6 @@ class IndexFollower:
                 if (row := rows.get(event_id)) is None or not row.deliverable:
                     self.index.remove(event_id)
             self._rechecking = set()
-
-    def _clock_set(self, by_ms: int) -> None:
-        if by_ms < 0 and self._is_started:
-            self._was_set_back = True
-            self._poke()
 
     async def _expire(self) -> None:
         # Whatever happens now.

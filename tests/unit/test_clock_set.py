@@ -15,9 +15,7 @@ from synapse_sticky.handlers.joins.push import Push
 from synapse_sticky.handlers.staging.parking.tables import ParkedTable
 from synapse_sticky.homeserver.clock import SetClock
 from synapse_sticky.homeserver.layout import migrate
-from tests.unit.process import Process
 from tests.unit.test_limits import done
-from tests.unit.test_panics import Stream, following, row
 from tests.unit.test_parking import ROOM, _Homeserver, park
 
 HOUR_MS = 3_600_000
@@ -247,17 +245,3 @@ def test_parked_pdus_are_due_after_the_clock_was_set_back() -> None:
     (pdu,) = asyncio.run(table.of_room("a.test", ROOM))
     assert pdu.is_due(homeserver.now_ms())
     assert not pdu.is_due(homeserver.now)
-
-
-@pytest.mark.requirement("D1", "S2")
-def test_what_expired_by_a_wrong_clock_is_in_the_index_again() -> None:
-    process, stream = Process(), Stream()
-    stream.all = [row(1), row(2)]
-    follower = following(process, stream)
-    assert len(follower.index) == 2
-    process.set_clock(HOUR_MS)
-    process.pass_ms(10 * 60_000)
-    assert len(follower.index) == 0
-    process.set_clock(-HOUR_MS)
-    assert len(follower.index) == 2
-    assert follower.in_step()

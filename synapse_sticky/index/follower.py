@@ -121,6 +121,8 @@ class IndexFollower:
         self.stream.on_event_changed(self._event_changed)
         self.stream.on_room_purged(self._room_purged)
         self._expiry.ring_in(_EXPIRE_EVERY_MS)
+        # What expires by that is over, also if the clock is set back later.
+        self._hs.on_clock_set(lambda _: self._expiry.ring_in(0))
         self._is_started = True
         self._poke()
 

@@ -1,7 +1,6 @@
 """What the duties with limits share: limiters made from the configuration, refusals, and the
 report of what the limits did."""
 
-import logging
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -12,8 +11,9 @@ from synapse.module_api.errors import Codes, SynapseError
 from synapse_sticky import metrics
 from synapse_sticky._core import Limiter
 from synapse_sticky.config import FederationConfig, LimitConfig, LocalConfig, Mode
+from synapse_sticky.logs import bounded
 
-logger = logging.getLogger(__name__)
+logger = bounded(__name__)
 
 _CAPACITY = 65_536
 """How many buckets that are not full a limiter keeps apart; about 15 MB at worst."""
@@ -107,7 +107,7 @@ class LimitReport:
     gives the number of events since the last one.
 
     Args:
-        now_ms: gives the time in ms since the epoch.
+        now_ms: gives the time in ms.
         observes: whether the limits are not applied, and the lines say what would be done (H6).
     """
 

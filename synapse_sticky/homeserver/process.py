@@ -12,6 +12,7 @@ from synapse.module_api import ModuleApi
 from synapse.module_api.errors import ConfigError
 
 from synapse_sticky.homeserver.calls import in_place_of
+from synapse_sticky.homeserver.clock import OnSet, SetClock
 from synapse_sticky.homeserver.database import is_postgres
 from synapse_sticky.homeserver.place import Place
 from synapse_sticky.homeserver.seams import HOMESERVER, Attribute, attributes, method
@@ -94,6 +95,14 @@ class Homeserver:
         self.place = Place(self.hs.config)
         self.instance_name = self.place.name
         self.is_postgres = is_postgres(self.store.database_engine)
+        # Whoever imports it earlier decides on which one it is.
+        from twisted.internet import reactor
+
+        self._clock = SetClock(
+            api.get_current_time_msec, api.delayed_background_call, reactor.callFromThread
+        )
+        running: Any = reactor
+        self._clock.look_when_running(running)
         self._undo: list[Callable[[], None]] = []
         # The reactor knows this function, and lets it go at the homeserver's `shutdown()` only.
         # When the process ends, Synapse processes events until its own handlers of the phase
@@ -105,8 +114,17 @@ class Homeserver:
         )
 
     def now_ms(self) -> int:
-        """The time in ms since the epoch."""
-        return self.api.get_current_time_msec()
+        """The time in ms since the epoch: for what expires, or is stored. Somebody may set it."""
+        return self._clock.now_ms()
+
+    def steady_ms(self) -> int:
+        """The time for delays within this process, in ms: it goes on evenly, whoever sets the
+        clock. Where nobody has, it is the same as ``now_ms``."""
+        return self._clock.steady_ms()
+
+    def on_clock_set(self, listener: OnSet) -> None:
+        """Calls back with the ms by which the clock was set: forward, or back if negative."""
+        self._clock.on_set(listener)
 
     def in_background(
         self, what: str, function: Callable[..., Awaitable[None]], *args: Any
@@ -118,13 +136,11 @@ class Homeserver:
         self, delay_ms: int, what: str, function: Callable[..., Awaitable[None]], *args: Any
     ) -> Cancellable:
         """The same, after a delay."""
-        return self.api.delayed_background_call(
-            delay_ms, function, *args, desc=f"synapse_sticky_{what}"
-        )
+        call = functools.partial(function, *args)
+        return self._clock.call_later(delay_ms, f"synapse_sticky_{what}", call)
 
     def in_reactor(self, function: Callable[..., object], *args: Any) -> None:
         """Calls the function in the reactor's thread soon; from whatever thread."""
-        # Whoever imports it earlier decides on which one it is.
         from twisted.internet import reactor
 
         reactor.callFromThread(function, *args)
@@ -242,6 +258,7 @@ class Homeserver:
 
     def close(self) -> None:
         """Takes out whatever was put in. Synapse goes on without the module."""
+        self._clock.close()
         self.undo_to(0)
 
 

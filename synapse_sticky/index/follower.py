@@ -6,7 +6,6 @@ the database.
 """
 
 import itertools
-import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Protocol
@@ -18,9 +17,10 @@ from synapse_sticky.backoff import Alarm, Backoff
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.homeserver.position import Position
 from synapse_sticky.index.noted import NotedRows
+from synapse_sticky.logs import bounded
 from synapse_sticky.renewal import OnPanic, Renewed
 
-logger = logging.getLogger(__name__)
+logger = bounded(__name__)
 
 _PAGE = 500
 _EXPIRE_EVERY_MS = 10_000
@@ -132,6 +132,8 @@ class IndexFollower:
         self.stream.on_event_changed(self._event_changed)
         self.stream.on_room_purged(self._room_purged)
         self._expiry.ring_in(_EXPIRE_EVERY_MS)
+        # What expires by that is over, also if the clock is set back later.
+        self._hs.on_clock_set(lambda _: self._expiry.ring_in(0))
         self._is_started = True
         self._poke()
 

@@ -1,7 +1,6 @@
 """The sticky events stream: Synapse's table, its positions and what changes an event later."""
 
 import json
-import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -15,8 +14,9 @@ from synapse_sticky.homeserver.fitting import misfits
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, method, table
 from synapse_sticky.homeserver.sticky_rows import stream_ids_txn
 from synapse_sticky.index.follower import StickyRow
+from synapse_sticky.logs import bounded
 
-logger = logging.getLogger(__name__)
+logger = bounded(__name__)
 
 SEAMS = {
     "rows": (

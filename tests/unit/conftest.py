@@ -10,6 +10,7 @@ import pytest
 from synapse import visibility
 from synapse.rest.client.room import RoomSendEventRestServlet, RoomStateEventRestServlet
 
+from synapse_sticky.logs import BOUNDED
 from tests.lab.postgres import Postgres
 from tests.unit.configuration import Files
 from tests.unit.members import ThisProcess, World
@@ -20,6 +21,12 @@ _SHARED = (
     (RoomSendEventRestServlet, "_do"),
     (RoomStateEventRestServlet, "on_PUT"),
 )
+
+
+@pytest.fixture(autouse=True)
+def _no_lines_before() -> None:
+    """No test is short of a log line as another one had many."""
+    BOUNDED.forget()
 
 
 @pytest.fixture

@@ -323,6 +323,8 @@ class World:
     def now_ms(self) -> int:
         return self.process.now_ms()
 
+    def on_clock_set(self, listener: Any) -> None: ...
+
     # What happens: the writers
 
     def reserve(self, writer: str) -> int:

@@ -17,6 +17,7 @@ from synapse_sticky.handlers.joins.federation import LeftToSynapseError
 from synapse_sticky.handlers.joins.handler import JoinsHandler
 from synapse_sticky.handlers.joins.sent import GRACE_MS
 from synapse_sticky.handlers.joins.tables import Newcomer, NewcomerTable
+from tests.unit.settable import Settable
 from tests.unit.test_limits import done
 
 NOW_MS = 1_800_000_000_000
@@ -36,7 +37,7 @@ class Timer:
         self.delay_ms = -1
 
 
-class Here:
+class Here(Settable):
     """The homeserver, table and follower of a process that sends federation traffic."""
 
     server_name = instance_name = "here"
@@ -67,6 +68,9 @@ class Here:
         self.asked: Counter[str] = Counter()
 
     def now_ms(self) -> int:
+        return self.clock_ms + self.set_by_ms
+
+    def steady_ms(self) -> int:
         return self.clock_ms
 
     def call_later(self, delay_ms: int, what: str, function: Any, *args: Any) -> Timer:

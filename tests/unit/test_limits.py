@@ -14,6 +14,7 @@ from synapse_sticky.handlers.deferral import tables
 from synapse_sticky.handlers.deferral.handler import DeferralHandler, NewStickyEvent
 from synapse_sticky.handlers.deferral.tables import DeferredTable
 from synapse_sticky.limits import LimitReport, federation_limiter
+from tests.unit.settable import Settable
 
 NOW_MS = 1_800_000_000_000
 HOUR_MS = 3_600_000
@@ -106,7 +107,7 @@ class Transaction:
         self.after.append((callback, args))
 
 
-class Here:
+class Here(Settable):
     """A homeserver with a database in memory and a clock that stands still."""
 
     def __init__(self) -> None:
@@ -128,6 +129,9 @@ class Here:
         self.transactions = 0
 
     def now_ms(self) -> int:
+        return self.now + self.set_by_ms
+
+    def steady_ms(self) -> int:
         return self.now
 
     def defer_by(self, defer_txn: Any) -> None:

@@ -21,6 +21,7 @@ from synapse_sticky.handlers.staging.parking.tables import (
 from synapse_sticky.handlers.staging.pdu import StagedPdu
 from synapse_sticky.homeserver.causes import Verdict
 from synapse_sticky.homeserver.layout import migrate
+from tests.unit.settable import Settable
 
 T = TypeVar("T")
 ROOM = "!room:test"
@@ -60,7 +61,7 @@ class _Staging:
         self.staged += [pdu.event_id for pdu in pdus]
 
 
-class _Homeserver:
+class _Homeserver(Settable):
     """A database of its own, and a clock that stands still until it is set."""
 
     is_postgres = False
@@ -73,6 +74,9 @@ class _Homeserver:
         self._connection = sqlite3.connect(":memory:")
 
     def now_ms(self) -> int:
+        return self.now + self.set_by_ms
+
+    def steady_ms(self) -> int:
         return self.now
 
     async def is_in_room(self, room_id: str) -> bool:
@@ -112,7 +116,7 @@ def park(table: ParkedTable, origin: str, *event_ids: str, due_ms: int = 0) -> l
             await table.park(
                 ParkedPdu(origin, event_id, ROOM, "{}", "{}", ("$before",)), 3_600_000, due_ms
             )
-            is Outcome.PARKED
+            in (Outcome.PARKED, Outcome.STILL_PARKED)
             for event_id in event_ids
         ]
 

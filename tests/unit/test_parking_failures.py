@@ -217,6 +217,18 @@ def test_what_is_refused_is_dropped(
     assert "the text (54000)" in warning
 
 
+@pytest.mark.requirement("L3", "H3")
+def test_one_that_cannot_be_completed_is_logged_once(
+    handler: ParkingHandler, table: ParkedTable, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        for _ in range(20):
+            fail(handler, "$1", PASSES, "its prev_events cannot be fetched")
+    assert parked(table, ORIGIN) == ["$1"]
+    (line,) = [r.getMessage() for r in caplog.records]
+    assert line == "Parked the sticky PDU $1: its prev_events cannot be fetched"
+
+
 @pytest.mark.requirement("L3", "H2")
 def test_what_nobody_knows_is_tried_three_times(
     homeserver: Any,

@@ -26,6 +26,7 @@ from synapse_sticky.handlers.joins.confirmation.places import (
 from synapse_sticky.handlers.joins.confirmation.questions import OVERDUE_MS, Questions
 from synapse_sticky.handlers.joins.push import Push
 from synapse_sticky.handlers.joins.sent import MOST_SENDS, PACE_MS, PATIENCE_MS
+from tests.unit.settable import Settable
 from tests.unit.test_limits import done
 from tests.unit.test_limits_in_synapse import begin
 
@@ -46,7 +47,7 @@ class Timer:
         self.is_active = False
 
 
-class Clock:
+class Clock(Settable):
     """A homeserver's time, which passes by ``run`` only."""
 
     def __init__(self) -> None:
@@ -56,6 +57,9 @@ class Clock:
         self._numbers = itertools.count()
 
     def now_ms(self) -> int:
+        return self.clock_ms + self.set_by_ms
+
+    def steady_ms(self) -> int:
         return self.clock_ms
 
     def call_later(self, delay_ms: int, what: str, function: Any, *args: Any) -> Timer:

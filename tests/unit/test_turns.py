@@ -23,6 +23,7 @@ from synapse_sticky.handlers.staging.turns.handler import TurnsHandler
 from synapse_sticky.handlers.staging.turns.room import PRUNE_FROM, Key, StagedRoom, WaitingPdu
 from synapse_sticky.handlers.staging.turns.synapse import SynapseTurns
 from synapse_sticky.homeserver import Cursor, Homeserver
+from tests.unit.settable import Settable
 
 ROOM = "!room:there"
 FLOODERS = ("a", "c", "d")
@@ -42,7 +43,7 @@ CREATE TABLE events (
 """
 
 
-class Database:
+class Database(Settable):
     """What all processes of the homeserver share: the time, staged PDUs, events."""
 
     def __init__(self) -> None:
@@ -55,6 +56,9 @@ class Database:
     # As ``Homeserver`` has it
 
     def now_ms(self) -> int:
+        return self.now + self.set_by_ms
+
+    def steady_ms(self) -> int:
         return self.now
 
     def in_list(self, column: str, values: Collection[object]) -> tuple[str, list[Any]]:

@@ -8,7 +8,6 @@ says in which order. The database has the truth; the queue is filled from it at 
 Fails open: an event is delivered now if this duty cannot decide on it.
 """
 
-import logging
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -23,11 +22,12 @@ from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.layout import migrate
 from synapse_sticky.index import Stream
 from synapse_sticky.limits import LimitReport
+from synapse_sticky.logs import bounded
 
 if TYPE_CHECKING:
     from synapse_sticky.handlers.deferral.tables import DeferredTable
 
-logger = logging.getLogger(__name__)
+logger = bounded(__name__)
 
 RELEASE_BATCH = 50
 EXPIRE_BATCH = 500
@@ -210,9 +210,8 @@ class DeferralHandler:
 
     def _insert_txn(self, txn: Cursor, deferred: Sequence[PastLimit]) -> bool:
         """Gives whether the database took the rows. Does not ask again for a while if not."""
-        now_ms = self._homeserver.now_ms()
-        # The clock may have been set back since then.
-        if now_ms < min(self._no_insert_before_ms, now_ms + _BACKOFF.max_ms):
+        now_ms = self._homeserver.steady_ms()
+        if now_ms < self._no_insert_before_ms:
             return False
         rows = [(new.event, new.server) for new in deferred]
         problem = self._writer.attempt_txn(txn, lambda: self._table.insert_txn(txn, rows))

@@ -1,6 +1,5 @@
 """Synapse's way into the sticky events stream, in a process that persists events."""
 
-import logging
 from collections.abc import Callable, Collection, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any, Final
@@ -16,8 +15,9 @@ from synapse_sticky.homeserver.causes import Cause, is_locked, is_outage
 from synapse_sticky.homeserver.database import portions
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, attributes, method, table
 from synapse_sticky.homeserver.sticky_rows import stream_ids_txn
+from synapse_sticky.logs import bounded
 
-logger = logging.getLogger(__name__)
+logger = bounded(__name__)
 
 _METADATA = "synapse.synapse_rust.events.EventInternalMetadata"
 

@@ -50,7 +50,6 @@ class Destination:
     checks: when a push is to be looked at that has nothing to send.
     unrecorded: those with acknowledgements since Synapse recorded how far its ordinary queue got.
     has_backlog: may Synapse's backlog have what no push has taken over?
-    now_ms: the time when something was scheduled last. The clock may be set back.
     check_interval_ms: how long after a check the next one is due. It doubles with each check, and
         is reset by progress.
     next_check_ms: when the next check of a push that has nothing to send is due.
@@ -63,7 +62,6 @@ class Destination:
     checks: DueTimes = attr.Factory(DueTimes)
     unrecorded: dict[str, None] = attr.Factory(dict)
     has_backlog: bool = True
-    now_ms: int = 0
     timer: Cancellable | None = None
     check_interval_ms: int = CHECK_MIN_MS
     next_check_ms: int = 0
@@ -72,6 +70,17 @@ class Destination:
         """There may be something to do now: the next check is due soon."""
         self.check_interval_ms = CHECK_MIN_MS
         self.next_check_ms = 0
+
+    def clock_set(self, by_ms: int) -> None:
+        """The clock was set by so much: what waits for a time keeps its distance."""
+        self.next_check_ms += by_ms
+        for failures in self.failures.values():
+            failures.last_ms += by_ms
+            failures.retry_ms += by_ms
+        for looks in self.looks.values():
+            looks.next_ms += by_ms
+        for push in self.pushes.values():
+            push.clock_set(by_ms)
 
     def forget(self, room_id: str) -> None:
         """The push of the room is another one, or gone."""

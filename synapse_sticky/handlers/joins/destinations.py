@@ -1,6 +1,5 @@
 """The pushes of each destination, and the one timer that a destination's pushes share."""
 
-import logging
 from collections.abc import Awaitable, Callable, Iterator
 from typing import TypeVar
 
@@ -15,8 +14,9 @@ from synapse_sticky.handlers.joins.push import WATCH_AFTER_RECORD_MS, Push
 from synapse_sticky.handlers.joins.rooms import PushedRooms
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.homeserver.causes import is_outage
+from synapse_sticky.logs import bounded
 
-logger = logging.getLogger(__name__)
+logger = bounded(__name__)
 
 T = TypeVar("T")
 
@@ -47,6 +47,7 @@ class Destinations:
         self._check = check
         self._wake = wake
         self._destinations: dict[str, Destination] = {}
+        homeserver.on_clock_set(self._clock_set)
 
     def names(self) -> list[str]:
         """All destinations that something is pushed to, or watched for."""
@@ -91,6 +92,12 @@ class Destinations:
         """There may be something to do for the destination now: its next check is due soon."""
         if (state := self._destinations.get(destination)) is not None:
             state.progressed()
+
+    def _clock_set(self, by_ms: int) -> None:
+        for state in self._destinations.values():
+            state.clock_set(by_ms)
+            for push in state.pushes.values():
+                self.touch(push)
 
     # Synapse's own side of a destination
 
@@ -269,12 +276,6 @@ class Destinations:
         if state is None:
             return
         now_ms = self._homeserver.now_ms()
-        if now_ms < state.now_ms:
-            state.next_check_ms = 0
-            state.looks.clear()
-            for push in state.pushes.values():
-                self.touch(push)
-        state.now_ms = now_ms
         send, check = state.sends.first(), state.checks.first()
         times = [send[0]] if send else []
         times += [max(check[0], state.next_check_ms)] if check else []

@@ -12,6 +12,8 @@ MOST_REMEMBERED = 10_000
 APART = Backoff(5_000, 300_000)
 """The time between the beginnings of two pushes of a room to a destination, at least."""
 
+_LONGEST_MS = 2 * APART.max_ms
+
 
 @attr.s(auto_attribs=True, slots=True)
 class _Push:
@@ -41,6 +43,8 @@ class EarlierPushes:
         """A new push begins. Gives the position before which it has nothing to send, and when it
         may send (ms since the epoch)."""
         push = self._take(destination, room_id, now_ms)
+        if push.begun_ms > now_ms + _LONGEST_MS:
+            push.begun_ms = now_ms  # the clock was set back since
         if push.begun_ms <= now_ms:  # else this one takes the place of one that has yet to begin
             apart_ms = APART.after(push.count) if push.count else 0
             push.begun_ms = max(push.begun_ms + apart_ms, now_ms)

@@ -4,7 +4,6 @@ It is one time for all newcomers of a room. When it is over, they are looked at 
 nothing else waits for all of them (H3).
 """
 
-import logging
 from collections import deque
 from collections.abc import Callable, Iterable
 
@@ -13,8 +12,9 @@ from synapse_sticky.handlers.joins.push import Push
 from synapse_sticky.handlers.joins.rooms import PushedRooms
 from synapse_sticky.handlers.joins.sent import GRACE_MS
 from synapse_sticky.homeserver import Homeserver
+from synapse_sticky.logs import bounded
 
-logger = logging.getLogger(__name__)
+logger = bounded(__name__)
 
 STEP = 5
 """So many pushes are looked at before others have their turn."""
@@ -39,14 +39,13 @@ class Grace:
 
     def begin(self, room_ids: Iterable[str]) -> None:
         """There are new own events in these rooms."""
-        end_ms = self._homeserver.now_ms() + GRACE_MS
+        end_ms = self._homeserver.steady_ms() + GRACE_MS
         self._ends += [(end_ms, room_id) for room_id in room_ids]
         self._ring()
 
     def _ring(self) -> None:
         if self._ends and not self._is_looking:
-            # A clock that is set back makes nobody wait longer.
-            in_ms = min(self._ends[0][0] - self._homeserver.now_ms(), GRACE_MS)
+            in_ms = self._ends[0][0] - self._homeserver.steady_ms()
             self._alarm.ring_in(max(in_ms, 0) + 1)
 
     async def _over(self) -> None:
@@ -62,9 +61,9 @@ class Grace:
 
     def _due(self) -> dict[str, None]:
         """The rooms whose time is over, each once."""
-        now_ms = self._homeserver.now_ms()
+        now_ms = self._homeserver.steady_ms()
         found: dict[str, None] = {}
-        while self._ends and not now_ms < self._ends[0][0] <= now_ms + GRACE_MS:
+        while self._ends and self._ends[0][0] <= now_ms:
             found[self._ends.popleft()[1]] = None
         return found
 

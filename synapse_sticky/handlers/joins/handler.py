@@ -10,7 +10,6 @@ the same way.
 Fails open: if this cannot say what to send, Synapse's own selection does. A room that fails waits.
 """
 
-import logging
 from collections.abc import Collection, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -31,11 +30,12 @@ from synapse_sticky.handlers.joins.tables import Newcomer, NewcomerTable
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.homeserver.layout import migrate
 from synapse_sticky.index import IndexFollower
+from synapse_sticky.logs import bounded
 
 if TYPE_CHECKING:
     from synapse_sticky.homeserver.rooms import Rooms
 
-logger = logging.getLogger(__name__)
+logger = bounded(__name__)
 
 _MOST_NAMED = 200
 """So many events of an answer to /send are read: a transaction has 50."""

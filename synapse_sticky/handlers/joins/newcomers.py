@@ -1,7 +1,6 @@
 """Newcomers, as they are found: each gets a push. One that was in the room before is pushed what it
 lacks since then."""
 
-import logging
 from collections.abc import Sequence
 
 from synapse_sticky.backoff import Backoff
@@ -16,8 +15,9 @@ from synapse_sticky.handlers.joins.rooms import PushedRooms
 from synapse_sticky.handlers.joins.watches import Watches
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.index import IndexFollower
+from synapse_sticky.logs import bounded
 
-logger = logging.getLogger(__name__)
+logger = bounded(__name__)
 
 
 class Newcomers:

@@ -69,8 +69,6 @@ class Push(Answered):
         """What ``dirty_marks`` was when the handler asked the database."""
         self._asked_after_watch = False
         self._contact = FirstContact(backoff)
-        self._floor_ms = 0
-        """Until then nothing is sent."""
         self._due_up_to = 0
         """Own events up to this position are not left to the ordinary queue."""
         self._start = position
@@ -87,7 +85,7 @@ class Push(Answered):
         it what ``before`` knows, if that push still was there. Nothing is sent until
         ``not_before_ms`` (ms since the epoch)."""
         self.position = self._start = max(self.position, position)
-        self._floor_ms = not_before_ms
+        self._contact.floor_ms = not_before_ms
         if before is not None:
             self._finished = before.finished.after(position)
 
@@ -232,7 +230,7 @@ class Push(Answered):
         return [s for s in waiting if s.due_ms <= now_ms or (is_awaited and s.may_be_early())]
 
     def _may_send(self, now_ms: int) -> bool:
-        return now_ms >= max(self._floor_ms, self._contact.not_before_ms) and not self.is_blocked
+        return now_ms >= self._contact.may_send_ms and not self.is_blocked
 
     def _in_flight(self, now_ms: int) -> int:
         """Events that may be in the newcomer's staging area, as far as that can be known."""
@@ -264,6 +262,12 @@ class Push(Answered):
             sent.due_ms = sent.due_ms or now_ms
             self._sent[event_id] = sent
         return sent
+
+    def clock_set(self, by_ms: int) -> None:
+        """The clock was set by so much: what is due keeps its distance. The watch is stored."""
+        self._contact.clock_set(by_ms)
+        for sent in (*self._sent.values(), *self._unsent.values()):
+            sent.clock_set(by_ms)
 
     def catch_up_recorded(self, now_ms: int) -> None:
         """Synapse recorded how far its ordinary queue got with the destination: the watch ends
@@ -334,8 +338,7 @@ class Push(Answered):
             return None
         if self.worth_sending(now_ms):
             return now_ms
-        may_ms = max(self._floor_ms, self._contact.not_before_ms)
-        if now_ms < may_ms and self.has_waiting(may_ms):
+        if now_ms < (may_ms := self._contact.may_send_ms) and self.has_waiting(may_ms):
             return may_ms
         waiting = [s.due_ms for s in self._sent.values() if s.acknowledged_ms is None]
         waiting += [s.due_ms for s in self._unsent.values()]

@@ -45,6 +45,11 @@ class PushedRooms:
         self._follower = follower
         self._window = window
         self._rooms: dict[str, _Room] = {}
+        homeserver.on_clock_set(self._clock_set)
+
+    def _clock_set(self, by_ms: int) -> None:
+        for room in self._rooms.values():
+            room.seen_ms = {stream_id: ms + by_ms for stream_id, ms in room.seen_ms.items()}
 
     @property
     def is_whole(self) -> bool:

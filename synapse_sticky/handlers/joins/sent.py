@@ -87,6 +87,14 @@ class Sent:
         staging_ms = self.acknowledged_ms - self.sent_ms
         return min(max(PACE_MS, _TO_TAKE_BY_TO_STAGE * staging_ms), PATIENCE_MS)
 
+    def clock_set(self, by_ms: int) -> None:
+        """The clock was set by so much: all times keep their distance."""
+        self.due_ms = self.due_ms and self.due_ms + by_ms  # 0 is at once
+        self.patient_from_ms += by_ms
+        self.sent_ms = None if self.sent_ms is None else self.sent_ms + by_ms
+        if self.acknowledged_ms is not None:
+            self.acknowledged_ms += by_ms
+
     def is_in_flight(self, now_ms: int, is_known_there: bool) -> bool:
         """May it be in the newcomer's staging area? Nothing is, before the newcomer knows of the
         room."""
@@ -102,13 +110,24 @@ class FirstContact:
     backoff: Backoff
     is_made: bool = False
     tries: int = 0
+    floor_ms: int = 0
     not_before_ms: int = 0
-    """Until then nothing is sent."""
+    """Until both nothing is sent."""
 
     @property
     def is_awaited(self) -> bool:
         """Was something sent in vain?"""
         return self.tries > 0 and not self.is_made
+
+    @property
+    def may_send_ms(self) -> int:
+        """From when on something may be sent."""
+        return max(self.floor_ms, self.not_before_ms)
+
+    def clock_set(self, by_ms: int) -> None:
+        """The clock was set by so much: all times keep their distance."""
+        self.floor_ms += by_ms
+        self.not_before_ms += by_ms
 
     def try_again(self, now_ms: int) -> None:
         """Something is sent; later each time, until the newcomer acknowledges it."""

@@ -1,6 +1,5 @@
 """Sending to other servers: Synapse's per-destination queues and its backlog of sticky events."""
 
-import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +13,12 @@ from synapse_sticky.handlers.joins.federation import BacklogSource, LeftToSynaps
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.causes import Cause, Verdict
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, attributes, method, table
+from synapse_sticky.logs import bounded
 
 if TYPE_CHECKING:
     from synapse_sticky.homeserver.rooms import Rooms
 
-logger = logging.getLogger(__name__)
+logger = bounded(__name__)
 
 _CAUGHT_UP_TO = "new_last_successfully_sent_stream_ordering"
 

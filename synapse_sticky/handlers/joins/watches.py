@@ -1,12 +1,11 @@
 """How many newcomers of a room are watched: strangers choose how many servers join (H1)."""
 
-import logging
-
 import attr
 
 from synapse_sticky._core import MAX_STICKY_DURATION_MS
+from synapse_sticky.logs import bounded
 
-logger = logging.getLogger(__name__)
+logger = bounded(__name__)
 
 _MOST_ROOMS = 10_000
 

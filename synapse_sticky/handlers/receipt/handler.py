@@ -12,7 +12,6 @@ Fails open: a transaction that cannot be checked is accepted.
 
 import hashlib
 import json
-import logging
 import secrets
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -33,9 +32,10 @@ from synapse_sticky.handlers.receipt.staged import (
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.layout import HasLayout, NewerLayoutError, migrate
 from synapse_sticky.limits import LimitReport, Refusal, federation_limiter
+from synapse_sticky.logs import bounded
 from synapse_sticky.renewal import Renewed
 
-logger = logging.getLogger(__name__)
+logger = bounded(__name__)
 
 _MAX_ID_LENGTH = 255
 _MAX_ORIGINS = 10_000

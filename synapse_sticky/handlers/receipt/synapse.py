@@ -1,7 +1,6 @@
 """Transactions of other servers, before Synapse accepts them."""
 
 import json
-import logging
 from collections.abc import Callable, Collection, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -17,8 +16,9 @@ from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.database import portions
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, method, table
 from synapse_sticky.homeserver.staged import begin_on_staged_pdus
+from synapse_sticky.logs import bounded
 
-logger = logging.getLogger(__name__)
+logger = bounded(__name__)
 
 SEAMS = (
     method(HOMESERVER, "get_federation_server() -> FederationServer"),

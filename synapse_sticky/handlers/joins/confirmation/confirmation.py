@@ -5,7 +5,6 @@ leaves the tips (L3). So the newcomer is asked for referenced events only, for m
 never for the last one: for that its acknowledgement has to do.
 """
 
-import logging
 from collections.abc import Awaitable, Callable
 
 from synapse_sticky._core import MAX_STICKY_DURATION_MS
@@ -15,8 +14,9 @@ from synapse_sticky.handlers.joins.confirmation.questions import APART_MS, Quest
 from synapse_sticky.handlers.joins.push import Push
 from synapse_sticky.handlers.joins.sent import PACE_MS, PATIENCE_MS, Sent
 from synapse_sticky.homeserver import Homeserver
+from synapse_sticky.logs import bounded
 
-logger = logging.getLogger(__name__)
+logger = bounded(__name__)
 
 SOON_MS = 500
 """When a newcomer is asked whether half of the window is free: it is time for the next events."""
@@ -74,8 +74,8 @@ class Confirmation:
         )
         self._silent: dict[str, int] = {}
         self._overdue: dict[str, int] = {}
-        """Until when the acknowledgements of a destination are believed (ms since the epoch): as it
-        does not say what it has, or as it waited in line for too long."""
+        """Until when the acknowledgements of a destination are believed (ms of the steady time):
+        as it does not say what it has, or as it waited in line for too long."""
 
     def begin(self, push: Push, delay_ms: int | None = None) -> None:
         """Asks in the background, unless that is under way for this push.
@@ -253,7 +253,7 @@ class Confirmation:
 
     def _note(self, until_ms: dict[str, int], destination: str, duration_ms: int) -> None:
         until_ms.pop(destination, None)
-        until_ms[destination] = self._homeserver.now_ms() + duration_ms
+        until_ms[destination] = self._homeserver.steady_ms() + duration_ms
         if len(until_ms) > _MOST_BELIEVED:
             del until_ms[next(iter(until_ms))]
 
@@ -262,10 +262,10 @@ class Confirmation:
         return self._is_silent(destination) or self._is_overdue(destination)
 
     def _is_silent(self, destination: str) -> bool:
-        return not self._is_on or self._silent.get(destination, 0) > self._homeserver.now_ms()
+        return not self._is_on or self._silent.get(destination, 0) > self._homeserver.steady_ms()
 
     def _is_overdue(self, destination: str) -> bool:
-        return self._overdue.get(destination, 0) > self._homeserver.now_ms()
+        return self._overdue.get(destination, 0) > self._homeserver.steady_ms()
 
     def _believed(self, push: Push) -> int | None:
         now_ms = self._homeserver.now_ms()
@@ -283,7 +283,8 @@ class Confirmation:
                 self._on_progress(other)
         times_ms = [_believe(push, now_ms)]
         if push.probe is not None:  # it is asked for once there may be a place
-            times_ms.append(self._overdue.get(push.destination))
+            left_ms = self._overdue.get(push.destination, 0) - self._homeserver.steady_ms()
+            times_ms.append(now_ms + left_ms if left_ms > 0 else None)
         next_ms = min((ms for ms in times_ms if ms is not None), default=None)
         return None if next_ms is None else max(next_ms - now_ms, APART_MS)
 

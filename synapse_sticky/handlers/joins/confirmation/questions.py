@@ -27,7 +27,7 @@ _UNREACHABLE = Backoff(1_000, 60_000)
 
 @attr.s(auto_attribs=True, slots=True)
 class _Rooms:
-    """Which rooms a destination is to be asked for, and when each is (ms since the epoch).
+    """Which rooms a destination is to be asked for, and when each is (ms of the steady time).
 
     due: by room ID.
     is_busy: whether the destination waits in line or is being asked.
@@ -78,7 +78,7 @@ class Questions:
         """Asks for the room after the delay; does nothing if that is due at any time."""
         rooms = self._destinations.setdefault(destination, _Rooms())
         if room_id not in rooms.due:
-            rooms.due.set(room_id, self._homeserver.now_ms() + delay_ms)
+            rooms.due.set(room_id, self._homeserver.steady_ms() + delay_ms)
             self._arm(destination, rooms)
 
     def rooms(self, destination: str) -> list[str]:
@@ -95,7 +95,8 @@ class Questions:
         if (rooms := self._destinations.get(destination)) is not None:
             rooms.failures += 1
             delay_ms = _UNREACHABLE.after(rooms.failures)
-            rooms.not_before_ms = max(self._homeserver.now_ms() + delay_ms, until_ms)
+            delay_ms = max(delay_ms, until_ms - self._homeserver.now_ms())
+            rooms.not_before_ms = self._homeserver.steady_ms() + delay_ms
 
     def reached(self, destination: str) -> None:
         """The destination has answered."""
@@ -111,13 +112,13 @@ class Questions:
                 return
             rooms.timer.cancel()
         rooms.timer_ms = due_ms
-        delay_ms = max(due_ms - self._homeserver.now_ms(), 0) + 1
+        delay_ms = max(due_ms - self._homeserver.steady_ms(), 0) + 1
         rooms.timer = self._homeserver.call_later(delay_ms, "ask", self._due, destination)
 
     async def _due(self, destination: str) -> None:
         rooms = self._destinations[destination]
         rooms.timer = None
-        if rooms.next_ms() > self._homeserver.now_ms():
+        if rooms.next_ms() > self._homeserver.steady_ms():
             self._arm(destination, rooms)
             return
         rooms.is_busy = True
@@ -138,7 +139,7 @@ class Questions:
             return  # it goes on below: one who is asked may leave at once
         self._is_filling = True
         try:
-            while (destination := self._places.take(self._homeserver.now_ms())) is not None:
+            while (destination := self._places.take(self._homeserver.steady_ms())) is not None:
                 if (timer := self._destinations[destination].timer) is not None:
                     timer.cancel()
                 self._homeserver.in_background("ask", self._ask_in_place, destination)
@@ -149,7 +150,7 @@ class Questions:
         try:
             await self._ask_for_first(destination)
         finally:
-            self._places.leave(destination, self._homeserver.now_ms())
+            self._places.leave(destination, self._homeserver.steady_ms())
             self._fill_places()
 
     async def _ask_for_first(self, destination: str) -> None:
@@ -159,7 +160,7 @@ class Questions:
         try:
             delay_ms = await self._ask(destination, room_id)
         finally:
-            now_ms = self._homeserver.now_ms()
+            now_ms = self._homeserver.steady_ms()
             rooms.is_busy, rooms.timer = False, None
             if delay_ms is not None and room_id not in rooms.due:
                 rooms.due.set(room_id, now_ms + delay_ms)

@@ -4,7 +4,6 @@ What fails for one room or one newcomer waits by itself, while all others go on.
 the stored position stays before it: the next run reads from there.
 """
 
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any, Protocol
@@ -18,8 +17,9 @@ from synapse_sticky.handlers.joins.tables import NewcomerTable
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.causes import is_outage
 from synapse_sticky.homeserver.database import portions
+from synapse_sticky.logs import bounded
 
-logger = logging.getLogger(__name__)
+logger = bounded(__name__)
 
 _BACKOFF = Backoff(5_000, 60_000)
 _STORE_EVERY_MS = 60_000
@@ -175,7 +175,7 @@ class JoinReader:
 
     def _is_to_be_stored(self, position: int) -> bool:
         is_far = position - self._stored >= _STORE_EVERY
-        return is_far and self._homeserver.now_ms() - self._stored_ms > _STORE_EVERY_MS
+        return is_far and self._homeserver.steady_ms() - self._stored_ms > _STORE_EVERY_MS
 
     async def _read(self) -> None:
         while self._position is not None and (
@@ -199,7 +199,7 @@ class JoinReader:
         self._leave(after, stuck)
         self._stragglers.add((_Left(after, room), _StillFailingError()) for room in waiting)
         # Without a join, the position of this process is worth a write now and then only.
-        if self._homeserver.now_ms() - self._stored_ms > _STORE_EVERY_MS:
+        if self._homeserver.steady_ms() - self._stored_ms > _STORE_EVERY_MS:
             await self._record([], self._not_past_what_is_left(position))
         self._position = position
 
@@ -258,15 +258,14 @@ class JoinReader:
         self._on_joins([], own, 0)
 
     async def _record(self, joins: Sequence[ServerJoin], position: int) -> None:
-        now_ms = self._homeserver.now_ms()
-        watch_until_ms = now_ms + MAX_STICKY_DURATION_MS
+        watch_until_ms = self._homeserver.now_ms() + MAX_STICKY_DURATION_MS
         await self._table.record_joins(
             position,
             [(join.destination, join.room_id) for join in joins],
             watch_until_ms,
             self._destinations.add_backlog_txn,
         )
-        self._stored, self._stored_ms = position, now_ms
+        self._stored, self._stored_ms = position, self._homeserver.steady_ms()
         self._on_joins(joins, [], watch_until_ms)
 
     def _not_past_what_is_left(self, position: int) -> int:

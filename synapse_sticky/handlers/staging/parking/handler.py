@@ -20,24 +20,29 @@ are three tries (unknown.py).
 Fails open: a PDU that cannot be parked is dropped, as Synapse drops it.
 """
 
-import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from synapse_sticky.backoff import Backoff
 from synapse_sticky.handlers.staging.held import Held
-from synapse_sticky.handlers.staging.parking.tables import ParkedPdu, ParkedTable, ScheduledPdu
+from synapse_sticky.handlers.staging.parking.tables import (
+    LONGEST_MS,
+    ParkedPdu,
+    ParkedTable,
+    ScheduledPdu,
+)
 from synapse_sticky.handlers.staging.parking.writing import ParkedWriter, ToPark
 from synapse_sticky.handlers.staging.pdu import StagedPdu
 from synapse_sticky.homeserver import Cancellable, Cursor, Homeserver
 from synapse_sticky.homeserver.causes import Verdict
 from synapse_sticky.homeserver.layout import NewerLayoutError, migrate
+from synapse_sticky.logs import bounded
 
 if TYPE_CHECKING:
     from synapse_sticky.homeserver.rooms import Rooms
 
-logger = logging.getLogger(__name__)
+logger = bounded(__name__)
 
 _BACKOFF = Backoff(1_000, 60_000, spread=0)
 
@@ -170,7 +175,7 @@ class ParkingHandler:
 
     def _try_within(self, delay_ms: int) -> None:
         """Tries the parked PDUs that are due, at the latest after this time."""
-        at_ms = self._homeserver.now_ms() + delay_ms
+        at_ms = self._homeserver.steady_ms() + delay_ms
         if self._timer is not None and self._timer.active():
             if self._timer_due_ms <= at_ms:
                 return
@@ -185,10 +190,9 @@ class ParkingHandler:
         self._is_trying = True
         delay_ms = _BACKOFF.after(self._failures_to_try + 1)
         try:
-            now_ms = self._homeserver.now_ms()
+            now_ms = self._homeserver.steady_ms()
             for pair, until_ms in [*self._put_off_ms.items()]:
-                # The clock may have been set back since then.
-                if not now_ms < until_ms <= now_ms + _AFTER_FAILURE_MS:
+                if until_ms <= now_ms:
                     del self._put_off_ms[pair]
             for origin, room_id in await self._table.due(self._put_off_ms):
                 try:
@@ -199,6 +203,8 @@ class ParkingHandler:
                     await self._postpone(origin, room_id)
             next_ms = await self._table.next_due_ms()
             wait_ms = _POLL_MS if next_ms is None else next_ms - self._homeserver.now_ms()
+            if wait_ms > LONGEST_MS:
+                wait_ms = 0  # the clock was set back since
             delay_ms = min(max(wait_ms, _CHECK_AFTER_MS), _POLL_MS)
             self._failures_to_try = 0
         except Exception:
@@ -214,7 +220,7 @@ class ParkingHandler:
         except Exception:
             # Here they are put off all the same, or they would come first again at once.
             logger.info("Could not put off PDUs of %s for %s", origin, room_id, exc_info=True)
-            self._put_off_ms[origin, room_id] = self._homeserver.now_ms() + _AFTER_FAILURE_MS
+            self._put_off_ms[origin, room_id] = self._homeserver.steady_ms() + _AFTER_FAILURE_MS
 
     async def _try_room(self, origin: str, room_id: str) -> None:
         now_ms = self._homeserver.now_ms()
@@ -241,12 +247,12 @@ class ParkingHandler:
         complete = {pdu.event_id for pdu in to_stage}
         others = [pdu for pdu in left if pdu.event_id not in complete]
         # These are tried when they are due, and no more often.
-        to_stage += [pdu for pdu in counted if pdu.due_ms <= now_ms]
+        to_stage += [pdu for pdu in counted if pdu.is_due(now_ms)]
         due_ms = {pdu: _next_ms(pdu, now_ms) for pdu in to_stage}
         if others:
             oldest = others[0]
             again_ms = oldest.due_ms
-            if oldest.due_ms <= now_ms:
+            if oldest.is_due(now_ms):
                 turn = (now_ms - oldest.received_ts_ms) // _TURN_MS
                 to_stage.append(others[-1 - turn // 2 % len(others)] if turn % 2 else oldest)
                 due_ms[oldest] = _next_ms(oldest, now_ms)

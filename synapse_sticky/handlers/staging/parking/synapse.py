@@ -1,7 +1,6 @@
 """How Synapse processes the PDUs of its staging area, and what becomes of those that it drops."""
 
 import json
-import logging
 from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from typing import Any
 
@@ -21,8 +20,9 @@ from synapse_sticky.homeserver.causes import Cause, Verdict
 from synapse_sticky.homeserver.process import replace_shared
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, method, table
 from synapse_sticky.homeserver.staged import begin_on_staged_pdus
+from synapse_sticky.logs import bounded
 
-logger = logging.getLogger(__name__)
+logger = bounded(__name__)
 
 _EVENT_HANDLER = "synapse.handlers.federation_event.FederationEventHandler"
 _SERVER = "synapse.federation.federation_server.FederationServer"
@@ -86,7 +86,7 @@ class SynapseStaging:
         self._store = homeserver.store
         self._handler: Any = homeserver.hs.get_federation_event_handler()
         self.receives = homeserver.place.serves("federation")
-        self._passed_over = PassedOver(homeserver.now_ms)
+        self._passed_over = PassedOver(homeserver.steady_ms)
 
     # Processing
 

@@ -5,7 +5,6 @@ what can be pruned. Without them all of it has to be looked at: the more is stag
 """
 
 import json
-import logging
 from collections import OrderedDict
 from collections.abc import Callable, Collection
 from typing import Any
@@ -20,8 +19,9 @@ from synapse_sticky.handlers.staging.pdu import StagedPdu, prev_event_ids_of
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.database import portions
 from synapse_sticky.homeserver.seams import STORE, Attribute, method, table
+from synapse_sticky.logs import bounded
 
-logger = logging.getLogger(__name__)
+logger = bounded(__name__)
 
 SEAMS = (
     method(

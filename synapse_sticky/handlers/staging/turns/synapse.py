@@ -1,7 +1,6 @@
 """The staging area of inbound PDUs, as Synapse takes them out of it."""
 
 import json
-import logging
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -17,8 +16,9 @@ from synapse_sticky.handlers.staging.turns.waiting import Persisted
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.database import portions
 from synapse_sticky.homeserver.seams import STORE, method, table
+from synapse_sticky.logs import bounded
 
-logger = logging.getLogger(__name__)
+logger = bounded(__name__)
 
 SEAMS = (
     method(

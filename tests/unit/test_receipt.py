@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from twisted.internet.defer import Deferred
 
-from synapse_sticky.config import FederationConfig
+from synapse_sticky.config import FederationConfig, LimitConfig, Mode
 from synapse_sticky.handlers.deferral.tables import DeferredTable
 from synapse_sticky.handlers.receipt import synapse
 from synapse_sticky.handlers.receipt.handler import ReceiptHandler
@@ -172,6 +172,34 @@ def test_each_staged_pdu_is_looked_into_once(
     processed(homeserver, f"${staged}")
     assert not is_refused()
     assert looks() == 1_650
+
+
+@pytest.mark.requirement("L2", "L7")
+def test_exempt_user_is_not_refused_for_the_limit_on_a_sender(
+    homeserver: Homeserver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    receiving, receipt = Receiving(homeserver, monkeypatch), SynapseReceipt(homeserver)
+    config = FederationConfig(
+        Mode.REJECT,
+        per_server_in_room=LimitConfig(0.001, 7),
+        per_sender=LimitConfig(0.001, 1),
+        exempt_users=("@gateway-*:there",),
+    )
+    report = LimitReport(homeserver.now_ms)
+    ReceiptHandler(homeserver, receipt, DeferredTable(homeserver), config, report).install()
+
+    def is_refused(number: int, sender: str) -> bool:
+        pdu = {**STICKY, "origin_server_ts": homeserver.now_ms(), "room_id": ROOM, "sender": sender}
+        if results := receiving.send(f"{number} {sender}", pdu):
+            assert results[0].value.code == 429
+            return True
+        receiving.answers[-1].callback("200")
+        return False
+
+    assert [is_refused(n, "@other:there") for n in range(3)] == [False, True, True]
+    # Still counted for the server in the room.
+    answers = [is_refused(n, "@gateway-1:there") for n in range(8)]
+    assert answers == [False] * 6 + [True] * 2
 
 
 @pytest.mark.requirement("H3")

@@ -80,9 +80,11 @@ def watch_the_rate(client: Client, room_id: str, since: str, start_s: float) -> 
 @pytest.mark.requirement("L1", "L4", "L6", "D7")
 def test_victim_of_a_flood_that_came_before(servers: Servers) -> None:
     a, b, c = servers(PLAIN, PLAIN, {"config": limits(per_server=limit(20, 40))})
-    mallory, bob, carol = a.user(), b.user(), c.user()
-    room_id = room_of(mallory, bob, carol, via=a)
+    mallory, bob, carol, dave = a.user(), b.user(), c.user(), c.user()
+    room_id = room_of(mallory, bob, carol, dave, via=a)
     since = carol.sync()["next_batch"]
+    start_s = time.monotonic()
+    watch = in_thread(partial(watch_the_rate, dave, room_id, dave.sync()["next_batch"], start_s))
     # All of it is there at once, as after an outage; the victim's event comes last.
     c.pause()
     try:
@@ -93,6 +95,7 @@ def test_victim_of_a_flood_that_came_before(servers: Servers) -> None:
     wait_until_sticky(c, event_id)
     assert syncs_until(carol, room_id, event_id, since) <= 2
     assert flood <= carol.collect_sticky(room_id, flood, 120, filter_=WITHOUT_TIMELINE).keys()
+    watch()
 
 
 @pytest.mark.slow
@@ -273,6 +276,46 @@ def test_exempt_servers(servers: Servers) -> None:
     wait_until_taken_in(c, room_id, by_alice | by_bob)
     assert len(deferred(c)) == 2
     assert deferred(c) < by_bob
+
+
+@pytest.mark.slow
+@pytest.mark.requirement("L4", "L7", "E4")
+def test_last_event_of_one_that_flaps_comes_first(servers: Servers) -> None:
+    """Also after a restart: the key is in the row of what waits."""
+    a, c = servers(PLAIN, {"config": limits(per_sender=limit(HOURLY, 2))})
+    flapper, carol = a.user(), c.user()
+    room_id = room_of(flapper, carol, via=a)
+    content = {"msc4354_sticky_key": "a"}
+    joins = {flapper.send_sticky(room_id, content=content) for _ in range(40)}
+    leave = flapper.send_sticky(room_id, content=content)
+    wait_until_taken_in(c, room_id, joins | {leave})
+    before = entered(c, room_id)
+    assert len(before) == 2
+    c.configure_module(limits(per_sender=limit(20, 1)))
+    c.restart()
+    assert joins | {leave} == carol.collect_sticky(room_id, joins | {leave}).keys()
+    assert entered(c, room_id)[len(before) :].index(leave) <= 2
+
+
+@pytest.mark.slow
+@pytest.mark.requirement("L7")
+@pytest.mark.timeout(900)
+def test_one_account_for_200_participants(servers: Servers) -> None:
+    """With the recipe of docs/limits.md none of their joins and leaves is refused or deferred."""
+    a, c = servers({"config": {}}, {"config": {}})
+    for section, server in (("local", a), ("federation", c)):
+        server.configure_module({section: {"exempt_users": [f"@*:{a.name}"]}})
+        server.restart()
+    gateway, carol = a.user(), c.user()
+    room_id = room_of(gateway, carol, via=a)
+    sent = set()
+    for state in ("join", "leave"):
+        for number in range(200):
+            content = {"msc4354_sticky_key": f"{number}", "state": state}
+            sent.add(gateway.send_sticky(room_id, content=content))
+    wait_until_taken_in(c, room_id, sent)
+    assert sent == set(entered(c, room_id))
+    assert not c.log_has("per_sender: deferred")
 
 
 @pytest.mark.slow

@@ -284,12 +284,12 @@ def test_failing_database_loses_nothing_and_charges_once(
         assert table(here) == {"$2", "$3", "$4", "$5"}
     assert "Could not release sticky events, trying again in" in caplog.text
     here.release()
-    assert here.entered == ["$2", "$3"], "paid for when they were taken"
+    assert here.entered == ["$5", "$4"], "paid for when they were taken"
     here.release()
-    assert here.entered == ["$2", "$3"]
+    assert here.entered == ["$5", "$4"]
     here.now += 2_000
     here.release()
-    assert here.entered == ["$2", "$3", "$4", "$5"]
+    assert here.entered == ["$5", "$4", "$3", "$2"]
     assert table(here) == set()
 
 

@@ -25,6 +25,8 @@ from synapse_sticky.options import (
     parse_section,
     section,
     server_globs,
+    user_globs,
+    user_matcher,
 )
 
 DUTIES = (
@@ -177,6 +179,8 @@ class FederationConfig:
         unprocessed in one room, at least as many as fit into a transaction (50); past it,
         transactions of it with sticky events for that room are refused until there is room.
     exempt_servers: servers that nothing of this applies to, as globs.
+    exempt_users: users whom per_sender does not apply to, as globs with a literal server. They
+        still count for their server and for the room.
     """
 
     mode: Mode = option(Mode.DEFER, _mode_of(Mode))
@@ -187,6 +191,7 @@ class FederationConfig:
     max_deferred_per_server: int = option(5_000, integer(1, 1_000_000))
     max_staged_per_server_in_room: int = option(1_000, integer(50, 1_000_000))
     exempt_servers: tuple[str, ...] = option((), server_globs)
+    exempt_users: tuple[str, ...] = option((), user_globs)
 
     def applied(self) -> "FederationConfig":
         """What of this holds events up: in mode ``observe`` as little as in ``off``."""
@@ -197,6 +202,10 @@ class FederationConfig:
         patterns = [glob_to_regex(glob) for glob in self.exempt_servers]
         return lambda server: any(pattern.match(server) for pattern in patterns)
 
+    def exempts_user(self) -> Callable[[str], bool]:
+        """A function that tells whether per_sender does not apply to a user."""
+        return user_matcher(self.exempt_users)
+
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
 class LocalConfig:
@@ -204,10 +213,16 @@ class LocalConfig:
 
     mode: what becomes of events past a limit.
     per_user: one user, all rooms; None for no limit.
+    exempt_users: users whom per_user does not apply to, as globs with a literal server.
     """
 
     mode: LocalMode = option(LocalMode.REJECT, _mode_of(LocalMode))
     per_user: LimitConfig | None = section(LimitConfig(2.0, 60), nullable=True)
+    exempt_users: tuple[str, ...] = option((), user_globs)
+
+    def exempts_user(self) -> Callable[[str], bool]:
+        """A function that tells whether per_user does not apply to a user."""
+        return user_matcher(self.exempt_users)
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)

@@ -276,6 +276,46 @@ def test_exempt_servers(servers: Servers) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.requirement("L4", "L7", "E4")
+def test_last_event_of_one_that_flaps_comes_first(servers: Servers) -> None:
+    """Also after a restart: the key is in the row of what waits."""
+    a, c = servers(PLAIN, {"config": limits(per_sender=limit(HOURLY, 2))})
+    flapper, carol = a.user(), c.user()
+    room_id = room_of(flapper, carol, via=a)
+    content = {"msc4354_sticky_key": "a"}
+    joins = {flapper.send_sticky(room_id, content=content) for _ in range(40)}
+    leave = flapper.send_sticky(room_id, content=content)
+    wait_until_taken_in(c, room_id, joins | {leave})
+    before = entered(c, room_id)
+    assert len(before) == 2
+    c.configure_module(limits(per_sender=limit(20, 1)))
+    c.restart()
+    assert joins | {leave} == carol.collect_sticky(room_id, joins | {leave}).keys()
+    assert entered(c, room_id)[len(before) :].index(leave) <= 2
+
+
+@pytest.mark.slow
+@pytest.mark.requirement("L7")
+@pytest.mark.timeout(900)
+def test_one_account_for_200_participants(servers: Servers) -> None:
+    """With the recipe of docs/limits.md none of their joins and leaves is refused or deferred."""
+    a, c = servers({"config": {}}, {"config": {}})
+    for section, server in (("local", a), ("federation", c)):
+        server.configure_module({section: {"exempt_users": [f"@*:{a.name}"]}})
+        server.restart()
+    gateway, carol = a.user(), c.user()
+    room_id = room_of(gateway, carol, via=a)
+    sent = set()
+    for state in ("join", "leave"):
+        for number in range(200):
+            content = {"msc4354_sticky_key": f"{number}", "state": state}
+            sent.add(gateway.send_sticky(room_id, content=content))
+    wait_until_taken_in(c, room_id, sent)
+    assert sent == set(entered(c, room_id))
+    assert not c.log_has("per_sender: deferred")
+
+
+@pytest.mark.slow
 @pytest.mark.requirement("L2", "L3", "L4", "L6")
 def test_past_the_most_that_may_wait_a_server_is_refused(servers: Servers) -> None:
     most = 20

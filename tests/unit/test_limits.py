@@ -112,6 +112,7 @@ class Here(Settable):
 
     def __init__(self) -> None:
         self.server_name = "here"
+        self.is_postgres = False
         self.now = NOW_MS
         self.database = sqlite3.connect(":memory:", isolation_level=None)
         self.entered: list[str] = []
@@ -297,12 +298,12 @@ def test_failing_database_loses_nothing_and_charges_once(
         assert table(here) == {"$2", "$3", "$4", "$5"}
     assert "Could not release sticky events, trying again in" in caplog.text
     here.release()
-    assert here.entered == ["$2", "$3"], "paid for when they were taken"
+    assert here.entered == ["$5", "$4"], "paid for when they were taken"
     here.release()
-    assert here.entered == ["$2", "$3"]
+    assert here.entered == ["$5", "$4"]
     here.now += 2_000
     here.release()
-    assert here.entered == ["$2", "$3", "$4", "$5"]
+    assert here.entered == ["$5", "$4", "$3", "$2"]
     assert table(here) == set()
 
 
@@ -482,13 +483,13 @@ def test_report_is_sampled(caplog: pytest.LogCaptureFixture) -> None:
     assert "refused 5000 sticky events of there" in caplog.records[2].getMessage()
     # What is only observed is told apart.
     observing = LimitReport(lambda: now_ms, observes=True)
-    observing.deferred("per_sender", "there", "!room", 7, 3_500)
+    observing.deferred("per_sender", "there", "!room", 7, 3_500, "@a:there")
     observing.refused("max_deferred_per_server", "there", "in !room", None, 2)
     observing.refused("per_user", "@alice:here", "", 500, 1)
     observing.expired(["$1", "$2"])
     assert [record.getMessage() for record in caplog.records[3:]] == [
-        "per_sender: 1 sticky events of there would be deferred in !room; 7 of its events would be"
-        " deferred, the last for about 3500 ms",
+        "per_sender: 1 sticky events of there would be deferred in !room, this one by '@a:there'; 7"
+        " of its events would be deferred, the last for about 3500 ms",
         "max_deferred_per_server: 2 sticky events of there would be refused in !room",
         "per_user: 1 sticky events of @alice:here would be refused; would be asked to retry in"
         " 500 ms",

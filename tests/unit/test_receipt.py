@@ -11,7 +11,7 @@ from synapse.app.homeserver import SynapseHomeServer
 from synapse.events import make_event_from_dict
 from twisted.internet.defer import Deferred
 
-from synapse_sticky.config import FederationConfig
+from synapse_sticky.config import FederationConfig, LimitConfig, Mode
 from synapse_sticky.handlers.deferral.tables import DeferredTable
 from synapse_sticky.handlers.receipt import staged
 from synapse_sticky.handlers.receipt.handler import ReceiptHandler
@@ -239,6 +239,34 @@ def test_another_process_and_a_restart(store: CountingStore, checked: Checked) -
     store.sql(f"DELETE FROM {STAGING} WHERE event_id IN ('$sticky7', '$sticky900')")
     assert checked.retry_after_ms() is None
     assert anew.retry_after_ms() is None
+
+
+@pytest.mark.requirement("L2", "L7")
+def test_exempt_user_is_not_refused_for_the_limit_on_a_sender(
+    homeserver: Homeserver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    receiving, receipt = Receiving(homeserver, monkeypatch), SynapseReceipt(homeserver)
+    config = FederationConfig(
+        Mode.REJECT,
+        per_server_in_room=LimitConfig(0.001, 7),
+        per_sender=LimitConfig(0.001, 1),
+        exempt_users=("@gateway-*:there",),
+    )
+    report = LimitReport(homeserver.now_ms)
+    ReceiptHandler(homeserver, receipt, DeferredTable(homeserver), config, report).install()
+
+    def is_refused(number: int, sender: str) -> bool:
+        pdu = {**STICKY, "origin_server_ts": homeserver.now_ms(), "room_id": ROOM, "sender": sender}
+        if results := receiving.send(f"{number} {sender}", pdu):
+            assert results[0].value.code == 429
+            return True
+        receiving.answers[-1].callback("200")
+        return False
+
+    assert [is_refused(n, "@other:there") for n in range(3)] == [False, True, True]
+    # Still counted for the server in the room.
+    answers = [is_refused(n, "@gateway-1:there") for n in range(8)]
+    assert answers == [False] * 6 + [True] * 2
 
 
 @pytest.mark.requirement("H3")

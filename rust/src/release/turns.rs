@@ -1,11 +1,11 @@
 //! The release itself: whose turn it is, and whether the limits admit it.
 
-use std::collections::BTreeSet;
 use std::hash::BuildHasher;
 
 use super::schedule::Name;
-use super::{ReleaseQueue, Share};
-use crate::limiter::{Key, Limiter, Refusal, Scope};
+use super::sender::OfSender;
+use super::{charges, ReleaseQueue, Share};
+use crate::limiter::{Limiter, Refusal, Scope};
 
 /// One moment, by the clock and by the steady time that the schedules use.
 #[derive(Clone, Copy)]
@@ -47,7 +47,7 @@ impl ReleaseQueue {
                 Turn::Released(event_id) => {
                     self.counter += 1;
                     self.schedule.ready(&room_id, self.counter);
-                    self.remove(&event_id);
+                    self.take_out(&event_id, Some(self.counter));
                     released.push(event_id.to_string());
                 }
                 Turn::Sleeps(until_ms) => self.schedule.sleep(&room_id, until_ms),
@@ -114,21 +114,29 @@ impl Share {
     ) -> Result<Name, (i64, Option<Scope>)> {
         self.held_by = None;
         for sender in self.schedule.wake(moment.steady_ms) {
-            if let Some((most_urgent, _)) = self.senders.get(&sender).and_then(BTreeSet::first) {
-                self.schedule.ready(&sender, *most_urgent);
+            if let Some(most_urgent) = self.senders.get(&sender).and_then(OfSender::urgency) {
+                self.schedule.ready(&sender, most_urgent);
             }
         }
         loop {
             let Some(sender) = self.schedule.first().cloned() else {
                 return Err((self.schedule.next_wake_ms().unwrap_or(i64::MAX), None));
             };
-            let Some((_, event_id)) = self.senders.get(&sender).and_then(BTreeSet::first) else {
+            let at_least_ms = pace_ms(limiter, self.senders.len());
+            let Some(of_sender) = self.senders.get_mut(&sender) else {
                 self.schedule.remove(&sender);
                 continue;
             };
-            let charges = Key::of_event(server, room_id, &sender).map(|key| (key, 1));
+            let Some((event_id, is_rescue)) = of_sender.next(moment.now_ms, at_least_ms) else {
+                self.schedule.remove(&sender);
+                continue;
+            };
+            let charges = charges(server, room_id, &sender, of_sender.is_exempt);
             match limiter.admit(&charges, moment.now_ms) {
-                Ok(()) => return Ok(event_id.clone()),
+                Ok(()) => {
+                    of_sender.chosen(is_rescue);
+                    return Ok(event_id);
+                }
                 Err(Refusal {
                     scope,
                     retry_after_ms,
@@ -142,4 +150,20 @@ impl Share {
             }
         }
     }
+}
+
+/// How long each of this many senders of a server in a room waits for its next turn at least, once bursts are used up.
+fn pace_ms<S: BuildHasher>(limiter: &Limiter<S>, senders: usize) -> i64 {
+    let senders = i64::try_from(senders).unwrap_or(i64::MAX);
+    let of = |scope: Scope| {
+        let shared_by = if scope == Scope::Sender { 1 } else { senders };
+        limiter.interval_ms(scope).saturating_mul(shared_by)
+    };
+    let scopes = [
+        Scope::Sender,
+        Scope::ServerInRoom,
+        Scope::Server,
+        Scope::Room,
+    ];
+    scopes.into_iter().map(of).max().unwrap_or(0)
 }

@@ -43,6 +43,9 @@ class NewStickyEvent:
     """An event that is about to enter the sticky events stream.
 
     event_stream_ordering: its position in the stream of all events.
+    key: what the event is the state of, hashed; None if that cannot be read.
+    newness_ms: the end that its sender claims, in ms since the epoch. Of a key the event with the
+        latest is the newest (MSC4354). None if it is not known.
     """
 
     event_id: str
@@ -50,6 +53,8 @@ class NewStickyEvent:
     sender: str
     expires_at_ms: int
     event_stream_ordering: int
+    key: int | None = None
+    newness_ms: int | None = None
 
 
 DeferTxn = Callable[[Cursor, Sequence[NewStickyEvent]], Collection[str]]

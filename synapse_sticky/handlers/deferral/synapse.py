@@ -10,6 +10,7 @@ from synapse.types import StreamKeyType
 
 from synapse_sticky._core import sticky_until_ms
 from synapse_sticky.handlers.deferral.handler import DeferTxn, NewStickyEvent
+from synapse_sticky.handlers.deferral.key import key_of
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.causes import Cause, is_locked, is_outage
 from synapse_sticky.homeserver.database import portions
@@ -53,6 +54,7 @@ SEAMS = (
 _FIELD: str = StickyEvent.EVENT_FIELD_NAME
 _STREAM: Final = StreamKeyType.STICKY_EVENTS
 _SAVEPOINT = "synapse_sticky_deferred"
+_NEVER_MS = 2**63 - 1
 _COLUMNS = "event_id, room_id, sender, expires_at, event_stream_ordering"
 
 
@@ -136,7 +138,8 @@ class SynapseWriter:
             return []
 
     def _entered_txn(self, txn: Cursor, event_ids: AbstractSet[str]) -> list[NewStickyEvent]:
-        """The unexpired events of these in the stream, in its order."""
+        """The unexpired events of these in the stream, in its order; as keys of their own, since
+        they are few and their content is not at hand."""
         found: list[tuple[Any, ...]] = []
         for portion in portions(stream_ids_txn(self._homeserver, txn, event_ids).values()):
             clause, args = self._homeserver.in_list("stream_id", portion)
@@ -233,5 +236,11 @@ def _deliverable(event: EventBase, now_ms: int) -> NewStickyEvent | None:
     ):
         return None
     return NewStickyEvent(
-        event.event_id, event.room_id, event.sender, expires_at_ms, metadata.stream_ordering
+        event.event_id,
+        event.room_id,
+        event.sender,
+        expires_at_ms,
+        metadata.stream_ordering,
+        key_of(event.type, event.content),
+        sticky_until_ms(event.get(_FIELD), event.origin_server_ts, _NEVER_MS),
     )

@@ -9,7 +9,7 @@ from synapse_sticky.homeserver.layout import Migrations
 
 _PAGE = 500
 
-_COLUMNS = "event_id, room_id, sender, expires_at_ms, event_stream_ordering"
+_COLUMNS = "event_id, room_id, sender, expires_at_ms, event_stream_ordering, sticky_key, newness_ms"
 
 
 class DeferredTable:
@@ -33,6 +33,12 @@ class DeferredTable:
                 ON synapse_sticky_deferred (server)
             """,
         ),
+        # Rows of before have neither, and are keys of their own. An index is not needed: the order
+        # of release is made in memory.
+        (
+            "ALTER TABLE synapse_sticky_deferred ADD COLUMN IF NOT EXISTS sticky_key BIGINT",
+            "ALTER TABLE synapse_sticky_deferred ADD COLUMN IF NOT EXISTS newness_ms BIGINT",
+        ),
     )
 
     def __init__(self, homeserver: Homeserver) -> None:
@@ -43,7 +49,7 @@ class DeferredTable:
         again."""
         txn.execute_batch(
             f"INSERT INTO synapse_sticky_deferred ({_COLUMNS}, server)"
-            " VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (event_id) DO NOTHING",
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (event_id) DO NOTHING",
             [
                 (
                     event.event_id,
@@ -51,6 +57,8 @@ class DeferredTable:
                     event.sender,
                     event.expires_at_ms,
                     event.event_stream_ordering,
+                    event.key,
+                    event.newness_ms,
                     server,
                 )
                 for event, server in events

@@ -128,6 +128,7 @@ class ReceiptHandler:
         self._config = config
         self._report = report
         self._is_exempt = config.exempts()
+        self._is_exempt_user = config.exempts_user()
         self._limiter = Renewed(homeserver, "receipt", partial(federation_limiter, config))
         self._has_table: bool | None = None
         self._looking = Retrying(
@@ -233,7 +234,11 @@ class ReceiptHandler:
         receipt = (transaction.transaction_id, transaction.fingerprint())
         if self._charged.get(origin) == receipt:
             return None
-        refused = self._limiter.it.admit_transaction(origin, claims, self._homeserver.now_ms())
+        charged = [
+            (room_id, None if sender and self._is_exempt_user(sender) else sender)
+            for room_id, sender in claims
+        ]
+        refused = self._limiter.it.admit_transaction(origin, charged, self._homeserver.now_ms())
         if refused is not None:
             return Refusal(*refused)
         self._charged[origin] = receipt

@@ -153,7 +153,7 @@ class SynapseSending:
             logger.exception("Could not check a sticky event of %s, sending it", request.user_id)
             return
         if refusal is not None:
-            raise refusal.error()
+            raise refusal.error("local")
 
     async def _is_exempt(self, requester: Requester) -> bool:
         user_id = requester.user.to_string()

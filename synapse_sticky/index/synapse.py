@@ -13,7 +13,7 @@ from synapse_sticky.homeserver.database import portions
 from synapse_sticky.homeserver.fitting import misfits
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, method, table
 from synapse_sticky.homeserver.sticky_rows import stream_ids_txn
-from synapse_sticky.index.follower import StickyRow
+from synapse_sticky.index.stream import StickyRow
 from synapse_sticky.logs import bounded
 
 logger = bounded(__name__)

@@ -15,6 +15,7 @@ from twisted.internet.defer import Deferred
 
 from synapse_sticky.handlers.joins.detection.synapse import SynapseStateChanges
 from synapse_sticky.homeserver import Homeserver
+from synapse_sticky.homeserver.clock import SetClock
 from tests.unit.configuration import configuration
 from tests.unit.test_limits_in_synapse import Reactor, begin, run_synchronously
 
@@ -67,7 +68,17 @@ class ThisProcess(Homeserver):
     """
 
     def __init__(self, hs: SynapseHomeServer) -> None:
-        super().__init__(hs.get_module_api())
+        api = hs.get_module_api()
+        reactor: Any = hs.get_reactor()
+        super().__init__(api)
+        self._clock.close()
+        # Time passes when a test says so.
+        self._clock = SetClock(
+            api.get_current_time_msec,
+            api.delayed_background_call,
+            reactor.callFromThread,
+            reactor.seconds,
+        )
         self.transactions: list[str] = []
         self.sleeps = 0
         self.held: str | None = None

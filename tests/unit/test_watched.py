@@ -67,6 +67,9 @@ class Crowd(Here):
     def now_ms(self) -> int:
         return self.clock.clock_ms if hasattr(self, "clock") else NOW_MS
 
+    def steady_ms(self) -> int:
+        return self.now_ms()
+
     def call_later(self, delay_ms: int, what: str, function: Any, *args: Any) -> Timer:  # type: ignore[override]
         return self.clock.call_later(delay_ms, what, function, *args)
 

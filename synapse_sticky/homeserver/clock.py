@@ -4,12 +4,15 @@ Twisted's timers go by the wall clock. Set forward, all of them fire at once; se
 none fires for an hour. So this looks at a clock that is never set, too.
 """
 
+import logging
 import threading
 import time
 import weakref
 from collections.abc import Awaitable, Callable, Iterable
 from itertools import islice
 from typing import Any, Protocol
+
+logger = logging.getLogger(__name__)
 
 _SET_MS = 500
 """The wall clock was set if it is that far from where it should be."""
@@ -97,6 +100,8 @@ class SetClock:
         # So both are the same until somebody sets the clock.
         self._began_ms = wall_ms() - int(monotonic_s() * 1_000)
         self._ahead_ms = 0
+        # By how much it was set, for those who listen and have not heard yet.
+        self._untold: list[int] = []
         self._lock = threading.Lock()
         self._listeners: list[OnSet] = []
         self.pending: set[Delayed] = set()
@@ -111,7 +116,9 @@ class SetClock:
         now_ms = self._wall_ms()
         by_ms = now_ms - self.steady_ms() - self._ahead_ms
         if abs(by_ms) > _SET_MS:
-            self._was_set(by_ms)
+            self._was_set()
+        if self._untold and threading.current_thread() is threading.main_thread():
+            self._tell()
         return now_ms
 
     def on_set(self, listener: OnSet) -> None:
@@ -125,22 +132,29 @@ class SetClock:
         self.pending.add(delayed)
         return delayed
 
-    def _was_set(self, by_ms: int) -> None:
+    def _was_set(self) -> None:
         with self._lock:
-            if abs(self._wall_ms() - self.steady_ms() - self._ahead_ms) <= _SET_MS:
+            by_ms = self._wall_ms() - self.steady_ms() - self._ahead_ms
+            if abs(by_ms) <= _SET_MS:
                 return  # another thread has said so
+            # In this order: who takes the new time for the right one finds that it has to be told.
+            self._untold.append(by_ms)
             self._ahead_ms += by_ms
-        if threading.current_thread() is threading.main_thread():
-            self._tell(by_ms)
-        else:
-            self._in_reactor(self._tell, by_ms)
         # Those that are late are set anew; those that are early find out when they fire.
         if by_ms < 0:
             self._in_reactor(self._arm_all)
+        if threading.current_thread() is not threading.main_thread():
+            self._in_reactor(self._tell)
 
-    def _tell(self, by_ms: int) -> None:
-        for listener in self._listeners:
-            listener(by_ms)
+    def _tell(self) -> None:
+        while self._untold:
+            by_ms = self._untold.pop(0)
+            for listener in self._listeners:
+                try:
+                    listener(by_ms)
+                except Exception:
+                    # Whoever asked for the time goes on, and so do the other listeners.
+                    logger.exception("Could not note that the clock was set by %d ms", by_ms)
 
     def _arm_all(self) -> None:
         self._arm(iter(list(self.pending)))

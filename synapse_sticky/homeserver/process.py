@@ -147,15 +147,15 @@ class Homeserver:
 
     def new_signal(self) -> Signal:
         """A signal that nobody waits for yet."""
-        return Signal(self.hs.get_clock())
+        return Signal(self.call_later)
 
     async def sleep_ms(self, delay_ms: int) -> None:
         """Waits. Nobody may be kept waiting by that: no lock is held, no room's queue stands."""
-        await self.api.sleep(delay_ms / 1000)
+        await self.new_signal().wait(delay_ms)
 
     async def give_way(self) -> None:
         """Between two steps of something long: whatever else is due has its turn (H3)."""
-        await self.api.sleep(0)
+        await self.sleep_ms(0)
 
     async def transact(self, what: str, function: Callable[..., T], *args: Any) -> T:
         """Runs ``function(cursor, *args)`` in one transaction; retried if the database asks."""

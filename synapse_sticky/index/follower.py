@@ -8,6 +8,7 @@ the database.
 import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
+from typing import TypeVar
 
 from synapse_sticky._core import StickyIndex
 from synapse_sticky.backoff import Alarm, Backoff
@@ -24,6 +25,10 @@ _PAGE = 500
 _EXPIRE_EVERY_MS = 10_000
 _BACKOFF = Backoff(1_000, 60_000)
 _CATCH_UP_MS = 1_000
+_MOST_TRIES = 5
+"""How often somebody who waits is woken, as many may wait."""
+
+T = TypeVar("T")
 
 RoomsListener = Callable[[Collection[str]], None]
 
@@ -116,14 +121,22 @@ class IndexFollower:
         others = {writer: at for writer, at in up_to.writers.items() if writer not in writers}
         return self._is_true_up_to(positions) and (not others or self.has_taken_in(others))
 
-    async def catch_up(self) -> None:
-        """Waits for what is being read, a moment at most; not while the database fails."""
+    async def catch_up(self, find: Callable[[], T | None]) -> T | None:
+        """Waits for what is being read until ``find`` finds something: a moment at most, and not
+        while the database fails."""
         if not self._is_started:
-            return
+            return find()
         self._poke()
-        following = self._following
-        if following.is_running and not following.is_failing and self.index.positions():
-            await self._progress.wait(_CATCH_UP_MS)
+        following, until_ms = self._following, self._hs.steady_ms() + _CATCH_UP_MS
+        found = find()
+        for _ in range(_MOST_TRIES):
+            left_ms = until_ms - self._hs.steady_ms()
+            is_reading = following.is_running and not following.is_failing
+            if found is not None or not is_reading or left_ms <= 0 or not self.index.positions():
+                break
+            await self._progress.wait(left_ms)
+            found = find()
+        return found
 
     def _is_true_up_to(self, positions: Mapping[str, int]) -> bool:
         return self.is_whole and self.index.in_step(positions)
@@ -204,6 +217,13 @@ class IndexFollower:
             self._changed.add(event_id)
 
     async def _follow(self) -> None:
+        # New rows are taken in between: events may change faster than they are looked up.
+        await self._follow_once()
+        while self._changed:
+            await self._follow_once()
+
+    async def _follow_once(self) -> None:
+        before = self.index.positions()
         try:
             await self._take_in()
             for room_id in self._purged:
@@ -211,7 +231,8 @@ class IndexFollower:
             self._purged.clear()
             await self._recheck()
         finally:
-            self._progress.fire()
+            if not self._changed or self.index.positions() != before:
+                self._progress.fire()
 
     async def _take_in(self) -> None:
         positions = self.stream.positions()
@@ -260,20 +281,20 @@ class IndexFollower:
                 logger.exception("Could not tell of new sticky events in %d rooms", len(rooms))
 
     async def _recheck(self) -> None:
-        while self._changed:
-            # What changes while it is read has to be read once more.
-            self._rechecking = set(itertools.islice(self._changed, _PAGE))
-            self._changed -= self._rechecking
-            # No page is being read now: the next one will have what is not here as it is by then.
-            known = {e: row[0] for e in self._rechecking if (row := self.index.get(e))}
-            try:
-                rows = await self.stream.rows_at(known) if known else []
-            except Exception:
-                self._changed |= self._rechecking
-                raise
-            for event_id in known.keys() - {row.event_id for row in rows if row.deliverable}:
-                self.index.remove(event_id)
-            self._rechecking = set()
+        """Looks up some of what has changed."""
+        # What changes while it is read has to be read once more.
+        self._rechecking = set(itertools.islice(self._changed, _PAGE))
+        self._changed -= self._rechecking
+        # No page is being read now: the next one will have what is not here as it is by then.
+        known = {e: row[0] for e in self._rechecking if (row := self.index.get(e))}
+        try:
+            rows = await self.stream.rows_at(known) if known else []
+        except Exception:
+            self._changed |= self._rechecking
+            raise
+        for event_id in known.keys() - {row.event_id for row in rows if row.deliverable}:
+            self.index.remove(event_id)
+        self._rechecking = set()
 
     async def _expire(self) -> None:
         # Whatever happens now.

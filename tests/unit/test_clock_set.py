@@ -1,18 +1,21 @@
 """Somebody sets the clock by an hour: delays go on, and nothing fires in a storm (H2)."""
 
 import asyncio
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import attr
 import pytest
+from twisted.internet.defer import ensureDeferred
 
 from synapse_sticky.apart import Stragglers
 from synapse_sticky.backoff import Alarm, Backoff, Retrying
 from synapse_sticky.handlers.joins.earlier import APART, EarlierPushes
 from synapse_sticky.handlers.joins.push import Push
 from synapse_sticky.handlers.staging.parking.tables import ParkedTable
+from synapse_sticky.homeserver import Signal
 from synapse_sticky.homeserver.clock import SetClock
 from synapse_sticky.homeserver.layout import migrate
 from tests.unit.test_limits import done
@@ -245,3 +248,43 @@ def test_parked_pdus_are_due_after_the_clock_was_set_back() -> None:
     (pdu,) = asyncio.run(table.of_room("a.test", ROOM))
     assert pdu.is_due(homeserver.now_ms())
     assert not pdu.is_due(homeserver.now)
+
+
+@BOTH
+@pytest.mark.requirement("H2")
+def test_nobody_waits_longer(by_ms: int) -> None:
+    """Also who gives way to others while the clock is set, as a loop over a large room does."""
+    here = Here()
+    signal = Signal(here.call_later)
+    waited = [ensureDeferred(signal.wait(ms)) for ms in (0, 1_000)]
+    here.wall_ms += by_ms
+    here.pass_ms(500)
+    assert [one.called for one in waited] == [True, False]
+    here.pass_ms(1_000)
+    assert waited[1].called
+    again = ensureDeferred(signal.wait(1_000))
+    signal.fire()
+    assert again.called
+    assert here.clock.pending == set()
+
+
+@BOTH
+@pytest.mark.requirement("H2")
+def test_who_listens_hears_before_anybody_uses_the_new_time(by_ms: int) -> None:
+    """Also if a database thread is the first to see it; and one that fails costs no other."""
+    here, heard = Here(), list[int]()
+
+    def fails(ms: int) -> None:
+        raise ValueError
+
+    here.clock.on_set(fails)
+    here.clock.on_set(heard.append)
+    here.wall_ms += by_ms
+    thread = threading.Thread(target=here.now_ms)
+    thread.start()
+    thread.join()
+    assert heard == [], "it is told in the thread of the reactor"
+    here.now_ms()
+    assert heard == [by_ms]
+    here.pass_ms(SECOND_MS)
+    assert heard == [by_ms]

@@ -102,8 +102,11 @@ class PatientSignal(Signal):
     """The real one, which mostly takes too long."""
 
     def __init__(self, world: "World") -> None:
-        super().__init__(world.hs.get_clock())
+        super().__init__(self._call_later)
         self._world = world
+
+    def _call_later(self, delay_ms: int, what: str, function: Any, /, *args: object) -> Cancellable:
+        return self._world.reactor.callLater(delay_ms / 1000, lambda: done(function(*args)))
 
     async def wait(self, at_most_ms: int) -> None:
         if self._world.patient:
@@ -116,6 +119,9 @@ class ThisProcess(Homeserver):
     def __init__(self, world: "World") -> None:
         super().__init__(world.hs.get_module_api())
         self._world = world
+
+    def steady_ms(self) -> int:
+        return int(self._world.reactor.seconds() * 1_000)
 
     def in_background(
         self, what: str, function: Callable[..., Awaitable[None]], *args: Any
@@ -1069,6 +1075,27 @@ def test_many_redactions_send_no_sync_to_the_database(
         last = {event_id for event_ids in answers[-1][1].values() for event_id in event_ids}
         assert len(world.redacted) > 5
         assert last == {event.event_id for event in world.events} - world.redacted
+
+
+@pytest.mark.requirement("H3", "D1")
+def test_new_events_are_taken_in_however_fast_others_change(world: World) -> None:
+    """Each look-up takes until the next event has changed."""
+    with world.example():
+        begin(world, [])
+        for number in range(EVENTS - 1):
+            world.commit(number, world.reserve(WRITERS[0]), 1_000, False)
+        world.follower.start()
+        world.announce_all()
+        world.stream.slow = True
+        world.redact(0, 0)
+        world.commit(EVENTS - 1, world.reserve(WRITERS[0]), 1_000, False)
+        world.announce_all()
+        assert not world.follower.in_step()
+        for number in range(1, 6):
+            world.redact(number, number % 2)
+            world.go_on()
+        assert world.follower.in_step()
+        world.settle()
 
 
 @pytest.mark.requirement("H3", "D1")

@@ -445,8 +445,8 @@ def test_what_waits_of_a_purged_room_gives_up_its_places() -> None:
     assert len(table(here)) == 1_199
     here.tell_of_purge("!room")
     here.transactions = 0
-    here.release()
-    here.release()
+    for _ in range(5):
+        here.release()
     assert here.failed == 1
     assert table(here) == {"$7"}, "what is left of the room is deferred as before"
     assert here.transactions < 10
@@ -464,7 +464,8 @@ def test_what_was_purged_while_nobody_heard_of_it_is_dropped_at_the_start() -> N
     here.due.clear()
     handler = deferral(here, 1, 1)
     assert len(handler._waiting) == 2
-    here.release()
+    for _ in range(4):
+        here.release()
     assert table(here) <= {"$50", "$60"}
 
 

@@ -137,8 +137,10 @@ class DeferralHandler:
         self._expired: list[str] = []
         # Deferred events that may not be sticky any more.
         self._dirty: set[str] = set()
-        # Rooms whose deferred events may be gone.
-        self._purged: set[str] = set()
+        # Rooms whose deferred events may be gone: up to which event ID that was found out.
+        self._purged: dict[str, str] = {}
+        # Those of them that were purged once more meanwhile.
+        self._purged_again: set[str] = set()
         self._refusals = 0
         self._no_insert_before_ms = 0
 
@@ -254,8 +256,10 @@ class DeferralHandler:
     async def _release(self) -> None:
         if not self._waiting.is_whole:
             return
-        while await self._drop_some():
-            pass
+        # A step of each: whoever makes events expire, change or go keeps no other from its release.
+        await self._drop_expired()
+        await self._drop_redacted()
+        await self._drop_purged()
         await self._release_some()
         self._ring()
 
@@ -278,23 +282,16 @@ class DeferralHandler:
     async def _release_one(self, event_id: str) -> None:
         await self._release_these([event_id])
 
-    async def _drop_some(self) -> bool:
-        """Drops some of the events that are not to be released. Gives whether there may be more."""
-        return (
-            await self._drop_expired() or await self._drop_purged() or await self._drop_redacted()
-        )
-
-    async def _drop_expired(self) -> bool:
+    async def _drop_expired(self) -> None:
         if not self._expired:
             self._expired = self._waiting.expire(EXPIRE_BATCH)
             if not self._expired:
-                return False
+                return
             self._report.expired(self._expired)
         stuck = await apart(self._expired, self._table.drop)
         self._expired = []
         # Releasing one that has expired drops it, too.
         self._stragglers.add(stuck)
-        return True
 
     def _event_changed(self, event_id: str) -> None:
         if event_id in self._waiting:
@@ -304,32 +301,32 @@ class DeferralHandler:
     def _room_purged(self, room_id: str) -> None:
         # Dead events would take the room's turns before those that live.
         if len(self._waiting) and self._writer.handles(room_id):
-            self._purged.add(room_id)
+            # If it is being looked at, the rest of it is, and what was looked at is once more.
+            self._purged_again |= {room_id} & self._purged.keys()
+            self._purged.setdefault(room_id, "")
             self._schedule()
 
-    async def _drop_purged(self) -> bool:
+    async def _drop_purged(self) -> None:
         if not self._purged:
-            return False
-        # Out before it is looked at, as it may be purged again meanwhile.
-        room_id = self._purged.pop()
-        after = ""
-        try:
-            while page := await self._table.of_room(room_id, after):
-                await apart(page, self._drop_gone)
-                after = page[-1]
-        except Exception:
-            self._purged.add(room_id)
-            raise
-        return True
+            return
+        room_id, after = next(iter(self._purged.items()))
+        page = await self._table.of_room(room_id, after, EXPIRE_BATCH)
+        await apart(page, self._drop_gone)
+        # The other rooms have their turn first.
+        del self._purged[room_id]
+        if page:
+            self._purged[room_id] = page[-1]
+        elif room_id in self._purged_again:
+            self._purged_again.remove(room_id)
+            self._purged[room_id] = ""
 
-    async def _drop_redacted(self) -> bool:
+    async def _drop_redacted(self) -> None:
         dirty = list(self._dirty)[:RELEASE_BATCH]
         if not dirty:
-            return False
+            return
         # One that cannot be looked at is looked at when it is its turn.
         await apart(dirty, self._drop_gone)
         self._dirty.difference_update(dirty)
-        return True
 
     async def _drop_gone(self, event_ids: Sequence[str]) -> None:
         still_sticky = await self._writer.still_sticky(event_ids)

@@ -87,15 +87,15 @@ class DeferredTable:
 
         return await self._homeserver.transact("deferred", read_txn)
 
-    async def of_room(self, room_id: str, after_event_id: str) -> list[str]:
-        """A page of the IDs of the room's events, by event ID; empty at the end. It reads over the
+    async def of_room(self, room_id: str, after_event_id: str, limit: int) -> list[str]:
+        """The next IDs of the room's events, by event ID; empty at the end. It reads over the
         events of other rooms, which is for rare use."""
 
         def read_txn(txn: Cursor) -> list[str]:
             txn.execute(
                 "SELECT event_id FROM synapse_sticky_deferred"
                 " WHERE room_id = ? AND event_id > ? ORDER BY event_id LIMIT ?",
-                (room_id, after_event_id, _PAGE),
+                (room_id, after_event_id, limit),
             )
             return [event_id for (event_id,) in txn.fetchall()]
 

@@ -4,6 +4,7 @@ Fails open: what the index cannot answer, the database does.
 """
 
 from collections.abc import Awaitable, Callable, Collection
+from functools import partial
 from typing import Protocol
 
 import attr
@@ -62,8 +63,7 @@ class DeliveryHandler:
         if answer is None:
             # Many are often woken by the same event: one of them reads it for all. So it is with
             # one that may have been redacted.
-            await self._follower.catch_up()
-            answer = self._by_index(question)
+            answer = await self._follower.catch_up(partial(self._by_index, question))
         return answer
 
     def _by_index(self, question: Question) -> Answer | None:

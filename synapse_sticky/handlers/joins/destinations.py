@@ -21,6 +21,9 @@ logger = bounded(__name__)
 T = TypeVar("T")
 
 _CHECK_MAX_MS = 60_000
+_LONGEST_MS = 600_000
+"""A back-off may have been read while the clock was behind: it is looked at again by then."""
+
 _LOOK = Backoff(CHECK_MIN_MS, _CHECK_MAX_MS, spread=0)
 
 
@@ -192,8 +195,8 @@ class Destinations:
         state, now_ms = self._destinations.get(destination), self._homeserver.now_ms()
         if state is None or not state.failures:
             return False
-        pushes = (push for push in state.pushes.values() if not push.is_idle(now_ms))
-        return all(self.is_failing(push) for push in pushes)
+        pushes = [push for push in state.pushes.values() if not push.is_idle(now_ms)]
+        return bool(pushes) and all(self.is_failing(push) for push in pushes)
 
     # Whose turn it is. Work follows what is due, not the number of rooms (H3)
 
@@ -296,7 +299,8 @@ class Destinations:
         delay_ms = state.check_interval_ms
         try:
             retry_at_ms = await self._check(destination)
-            delay_ms = max(delay_ms, retry_at_ms - self._homeserver.now_ms())
+            retry_ms = retry_at_ms - self._homeserver.now_ms()
+            delay_ms = max(delay_ms, min(retry_ms, _LONGEST_MS))
         finally:
             if self._destinations.get(destination) is state:
                 state.check_interval_ms = min(state.check_interval_ms * 2, _CHECK_MAX_MS)

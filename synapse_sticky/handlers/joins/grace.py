@@ -74,7 +74,6 @@ class Grace:
                 looked += self._look(push)
             except Exception:
                 logger.exception("Could not look at what %s lacks of %s", push.destination, room_id)
-                break
             if not self._rooms.is_whole:
                 break
             # One that needs nothing costs a hundredth.

@@ -18,7 +18,7 @@ newcomer. After a restart the ordinary queue goes on from there. So the push nee
 events that were under way when the newcomer joined."""
 
 _MOST_REMEMBERED = 1_000
-_NO_END = 2**63
+NO_END = 2**63
 
 OwnEvent = tuple[int, str, str]
 """``(stream_id, event_id, sender)``"""
@@ -142,7 +142,7 @@ class Push(Answered):
         *,
         seen_ms: Callable[[int], int] | None = None,
         is_cut: bool = False,
-        whole_up_to: int = _NO_END,
+        whole_up_to: int = NO_END,
     ) -> None:
         """Takes in the own unexpired events of the room, ascending, from ``position`` on. What is
         no longer among them has expired or is gone.
@@ -151,7 +151,8 @@ class Push(Answered):
             own: may leave out what is finished.
             seen_ms: when this process first saw the event of a stream ID; by default, now.
             is_cut: whether there are later events, none of them sent.
-            whole_up_to: no event up to this stream ID will come later.
+            whole_up_to: ``own`` leaves out nothing else up to this stream ID, and no event up to
+                there will come later.
         """
         self.window = window
         before, self._unsent = self._unsent, {}
@@ -169,15 +170,15 @@ class Push(Answered):
             else:
                 since_ms = now_ms if seen_ms is None else seen_ms(stream_id)
                 self._expect(stream_id, event_id, now_ms, since_ms + GRACE_MS)
-        self._last_own = _NO_END if is_cut else max(self._last_seen, last_id)
+        self._last_own = NO_END if is_cut else max(self._last_seen, last_id)
         self._last_seen = max(self._last_seen, last_id)
         self._sent = {e: s for e, s in self._sent.items() if e in present}
-        self._finished.join(open_ids, min(whole_up_to, last_id if is_cut else _NO_END))
+        self._finished.join(open_ids, whole_up_to)
         if self.is_open:
             self.is_settled = False
             self.position = min(s.stream_id for s in (*self._sent.values(), *self._unsent.values()))
         elif self._finished and not is_cut:
-            self.position = max(self.position, self._finished.last + 1)
+            self.position = max(self.position, min(self._finished.last, whole_up_to) + 1)
         self._finished = self._finished.after(self.position)
 
     def _expect(self, stream_id: int, event_id: str, now_ms: int, left_until_ms: int) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Collection
 
 import attr
 
-from synapse_sticky.handlers.joins.push import OwnEvent, Push
+from synapse_sticky.handlers.joins.push import NO_END, OwnEvent, Push
 from synapse_sticky.handlers.joins.sent import GRACE_MS
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.index import IndexFollower
@@ -126,7 +126,7 @@ class PushedRooms:
         if not self._follower.is_whole:
             return  # what is missing in it is not gone
         now_ms = self._homeserver.now_ms()
-        rows, is_cut = self.open_events(push)
+        rows, read_up_to = self.open_events(push)
         pushing = self._follower.index.server_count(push.room_id, now_ms)
         room = self._rooms.get(push.room_id)
 
@@ -140,16 +140,17 @@ class PushedRooms:
             now_ms,
             max(1, self._window // max(1, pushing)),
             seen_ms=seen_ms,
-            is_cut=is_cut,
-            whole_up_to=self._whole_up_to(),
+            is_cut=read_up_to is not None,
+            whole_up_to=min(self._whole_up_to(), read_up_to or NO_END),
         )
 
-    def open_events(self, push: Push) -> tuple[list[OwnEvent], bool]:
+    def open_events(self, push: Push) -> tuple[list[OwnEvent], int | None]:
         """The room's own events that the push is not done with, ascending: all that were sent, and
-        a page of the others. Are there more?"""
+        a page of the others. If there are more, up to which stream ID it has all."""
         rows: list[OwnEvent] = []
         known = {sent.event_id for sent in push.sent}
-        at, unknown, is_cut = push.position, 0, False
+        at, unknown = push.position, 0
+        read_up_to: int | None = None
         while page := self._own(push.room_id, at, _PAGE):
             for row in page:
                 if row[0] not in push.finished:
@@ -158,13 +159,13 @@ class PushedRooms:
             if len(page) < _PAGE:
                 break
             if unknown >= _PAGE:
-                is_cut = True
+                read_up_to = page[-1][0]
                 break
             last = page[-1][0]
             at = (push.finished.end_of(last) or last) + 1
-        if is_cut:
-            rows += self._sent_after(push, rows[-1][0])
-        return rows, is_cut
+        if read_up_to is not None:
+            rows += self._sent_after(push, read_up_to)
+        return rows, read_up_to
 
     def _sent_after(self, push: Push, position: int) -> list[OwnEvent]:
         now_ms = self._homeserver.now_ms()

@@ -7,7 +7,7 @@ import attr
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.layout import Migrations
 
-_FORGET_INSTANCE_AFTER_MS = 2 * 3600 * 1000
+FORGET_INSTANCE_AFTER_MS = 2 * 3600 * 1000
 """Joins of an hour ago are of no interest any more."""
 
 
@@ -66,7 +66,7 @@ class NewcomerTable:
             txn.execute(
                 "DELETE FROM synapse_sticky_state_positions"
                 " WHERE updated_ts_ms < ? AND instance_name != ?",
-                (now_ms - _FORGET_INSTANCE_AFTER_MS, instance_name),
+                (now_ms - FORGET_INSTANCE_AFTER_MS, instance_name),
             )
             txn.execute("SELECT instance_name, position FROM synapse_sticky_state_positions")
             known: dict[str, int] = dict(txn.fetchall())

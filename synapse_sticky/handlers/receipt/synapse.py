@@ -122,10 +122,14 @@ class SynapseReceipt:
                 origin: str, event: EventBase, *args: Any, **options: Any
             ) -> Any:
                 result = await original(origin, event, *args, **options)
-                field = event.get_dict().get(_FIELD)
-                now_ms = self._homeserver.now_ms()
-                until_ms = sticky_until_ms(field, event.origin_server_ts, now_ms)
-                staged(origin, StickyPdu(event.event_id, event.room_id, until_ms or 0))
+                # It is staged, whatever fails here.
+                try:
+                    field = event.get_dict().get(_FIELD)
+                    now_ms = self._homeserver.now_ms()
+                    until_ms = sticky_until_ms(field, event.origin_server_ts, now_ms)
+                    staged(origin, StickyPdu(event.event_id, event.room_id, until_ms or 0))
+                except Exception:
+                    logger.exception("Could not count the staged PDU %s", event.event_id)
                 return result
 
             return insert_received_event_to_staging

@@ -22,6 +22,9 @@ OVERDUE_MS = 30_000
 
 _AFTER_ERROR_MS = 60_000
 
+_LONGEST_MS = 600_000
+"""A back-off may have been read while the clock was behind: it is looked at again by then."""
+
 _UNREACHABLE = Backoff(1_000, 60_000)
 
 
@@ -95,7 +98,7 @@ class Questions:
         if (rooms := self._destinations.get(destination)) is not None:
             rooms.failures += 1
             delay_ms = _UNREACHABLE.after(rooms.failures)
-            delay_ms = max(delay_ms, until_ms - self._homeserver.now_ms())
+            delay_ms = max(delay_ms, min(until_ms - self._homeserver.now_ms(), _LONGEST_MS))
             rooms.not_before_ms = self._homeserver.steady_ms() + delay_ms
 
     def reached(self, destination: str) -> None:

@@ -13,7 +13,7 @@ import attr
 from synapse_sticky._core import MAX_STICKY_DURATION_MS
 from synapse_sticky.apart import Stragglers, apart
 from synapse_sticky.backoff import Backoff, Retrying
-from synapse_sticky.handlers.joins.tables import NewcomerTable
+from synapse_sticky.handlers.joins.tables import FORGET_INSTANCE_AFTER_MS, NewcomerTable
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.causes import is_outage
 from synapse_sticky.homeserver.database import portions
@@ -23,6 +23,9 @@ logger = bounded(__name__)
 
 _BACKOFF = Backoff(5_000, 60_000)
 _STORE_EVERY_MS = 60_000
+_STORE_AT_LEAST_EVERY_MS = FORGET_INSTANCE_AFTER_MS // 4
+"""Another process that starts takes one with an old position for one that is not there any more."""
+
 _STORE_EVERY = 1_000
 """So many positions without a change of state are read again after a restart. That costs a query,
 while a write for each minute in which anybody says anything would cost more."""
@@ -157,6 +160,7 @@ class JoinReader:
     def start(self, position: int) -> None:
         """Reads from the position on. Until this is called, a wake-up does nothing."""
         self._position = self._stored = position
+        self._stored_ms = self._homeserver.steady_ms()
         self.wake()
 
     def wake(self) -> None:
@@ -175,7 +179,8 @@ class JoinReader:
 
     def _is_to_be_stored(self, position: int) -> bool:
         is_far = position - self._stored >= _STORE_EVERY
-        return is_far and self._homeserver.steady_ms() - self._stored_ms > _STORE_EVERY_MS
+        since_ms = self._homeserver.steady_ms() - self._stored_ms
+        return since_ms > (_STORE_EVERY_MS if is_far else _STORE_AT_LEAST_EVERY_MS)
 
     async def _read(self) -> None:
         while self._position is not None and (
@@ -207,6 +212,8 @@ class JoinReader:
         """Has the large ones of the rooms read apart, one at a time; gives the others."""
         others = []
         for room in rooms:
+            if (after, room.room_id) in {(left.after, left.what.room_id) for left in self._large}:
+                continue  # the page is read once more, as the rest of it failed
             if room.count > _LARGE and len(self._large) < _MOST_LARGE:
                 self._large[_Left(after, room)] = None
                 self._reading_large.wake()

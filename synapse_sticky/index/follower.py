@@ -61,6 +61,7 @@ class IndexFollower:
         self._purged: set[str] = set()
         self._rechecking: set[str] = set()
         self._progress = homeserver.new_signal()
+        self._has_failed = False
         self._noted: NotedRows[StickyRow] = NotedRows()
         self._is_started = False
 
@@ -131,7 +132,7 @@ class IndexFollower:
         found = find()
         for _ in range(_MOST_TRIES):
             left_ms = until_ms - self._hs.steady_ms()
-            is_reading = following.is_running and not following.is_failing
+            is_reading = following.is_running and not following.is_failing and not self._has_failed
             if found is not None or not is_reading or left_ms <= 0 or not self.index.positions():
                 break
             await self._progress.wait(left_ms)
@@ -224,14 +225,18 @@ class IndexFollower:
 
     async def _follow_once(self) -> None:
         before = self.index.positions()
+        self._has_failed = False
         try:
             await self._take_in()
             for room_id in self._purged:
                 self._look_up_anew(room_id)
             self._purged.clear()
             await self._recheck()
+        except BaseException:
+            self._has_failed = True
+            raise
         finally:
-            if not self._changed or self.index.positions() != before:
+            if self._has_failed or not self._changed or self.index.positions() != before:
                 self._progress.fire()
 
     async def _take_in(self) -> None:

@@ -161,8 +161,8 @@ def test_restart_in_the_middle(servers: Servers, end: str) -> None:
     [
         limits(per_server=limit(1000, 1000)),
         limits("off"),
-        limits("observe", per_server=limit(HOURLY, 1)),
-        NO_LIMITS,
+        pytest.param(limits("observe", per_server=limit(HOURLY, 1)), marks=pytest.mark.slow),
+        pytest.param(NO_LIMITS, marks=pytest.mark.slow),
     ],
 )
 def test_changed_limits_apply_to_what_waits(servers: Servers, config: dict[str, object]) -> None:

@@ -18,11 +18,16 @@ _TRANSACTIONS = re.compile(
     r'^synapse_storage_transaction_time_count_total\{desc="([^"]+)".*\} (\S+)$', re.MULTILINE
 )
 _OURS = "synapse_sticky_"
-_BY_THE_CLOCK = {"expire", "check_destination", "try_parked_pdus", "merge_extremities"}
+_BY_THE_CLOCK = {
+    *("expire", "check_destination", "try_parked_pdus", "merge_extremities"),
+    *("look_at_newcomers", "ask", "wait"),
+}
 """What a timer starts, however few events there are, and what these ask for."""
 
-_OF_TIMERS = {"last_rows", "backlog", "settle", "due_parked", "next_parked_ms"}
+_OF_TIMERS = {"referenced", "last_rows", "backlog", "settle", "due_parked", "next_parked_ms"}
 EVENTS = 20
+IN_ITS_PLACE = Counter({"synapse_sticky_next_staged": 2 * EVENTS})
+"""Synapse asks at most twice for each PDU which one is next. This is done in its place."""
 
 
 def started(server: Homeserver) -> tuple[Counter[str], Counter[str]]:
@@ -91,9 +96,9 @@ def test_nothing_is_started_for_a_plain_event_that_is_sent(scene: Scene[Homeserv
 @pytest.mark.requirement("H1")
 @pytest.mark.one_process
 def test_nothing_is_started_for_a_plain_pdu_that_is_received(scene: Scene[Homeserver]) -> None:
-    # Synapse asks twice which PDU is next. This is done in its place.
-    in_its_place = Counter({"synapse_sticky_next_staged": 2 * EVENTS})
-    assert during(scene.server, lambda: receive(scene)) == (Counter(), in_its_place)
+    processes, transactions = during(scene.server, lambda: receive(scene))
+    assert processes == Counter()
+    assert transactions <= IN_ITS_PLACE
 
 
 @pytest.mark.slow
@@ -111,9 +116,10 @@ def test_a_sticky_event_is_taken_in_as_it_is_persisted(scene: Scene[Homeserver])
             scene.peer.advance(scene.room, sent[-1])
             scene.wait_until_there(sent[-1])
 
-    in_its_place = Counter({"synapse_sticky_next_staged": 2 * EVENTS})
     assert during(scene.server, send_sticky) == (Counter(), Counter())
-    assert during(scene.server, receive_sticky) == (Counter(), in_its_place)
+    processes, transactions = during(scene.server, receive_sticky)
+    assert processes == Counter()
+    assert transactions <= IN_ITS_PLACE
     assert all(map(scene.server.index_knows, sent))
 
 

@@ -126,7 +126,8 @@ CHECK = "cli.synapse"
 _PLACES = "homeserver.sticky_rows"
 _ROWS = (_PLACES, "index.synapse:rows")
 _PERSISTED = "index.synapse:persisted"
-_CHANGES = ("homeserver.stream", "index.synapse:changes")
+_PURGES = "index.synapse:purges"
+_CHANGES = ("homeserver.stream", "index.synapse:changes", _PURGES)
 _INDEX = (*_ROWS, *_CHANGES, "index.synapse:stream")
 _MEMBERS = "homeserver.rooms:members"
 _SERVERS = (_MEMBERS, "homeserver.rooms:servers", "homeserver.rooms:erased")
@@ -203,7 +204,7 @@ DUTIES: Mapping[str, Duty] = {
             "parking",
             (
                 *(_MEMBERS, "handlers.staging.parking.synapse", "handlers.staging.batches.synapse"),
-                "homeserver.staged",
+                *("homeserver.staged", _PURGES),
             ),
             "acknowledged sticky events are dropped if they cannot be persisted at once",
             _everywhere,

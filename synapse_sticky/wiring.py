@@ -256,7 +256,8 @@ class Wiring:
 
         homeserver, held = self._homeserver, self._held
         staging, table = SynapseStaging(homeserver, held), ParkedTable(homeserver)
-        parking = ParkingHandler(homeserver, Rooms(homeserver), staging, table, held)
+        stream = self._follower.stream
+        parking = ParkingHandler(homeserver, Rooms(homeserver), staging, table, held, stream)
         parking.install()
         Batches(homeserver, staging.verdict_of).install()
         self._loading.duties["parking"] = parking.load

@@ -34,6 +34,8 @@ SEAMS = {
         method(STORE, "_invalidate_local_get_event_cache(event_id)", is_replaced=True),
         method(STORE, "_invalidate_caches_for_event(stream_ordering, event_id)", is_replaced=True),
         method(STORE, "process_replication_rows(stream_name)", is_replaced=True),
+    ),
+    "purges": (
         method(STORE, "_invalidate_local_get_event_cache_room_id(room_id)", is_replaced=True),
     ),
     "stream": (
@@ -53,7 +55,7 @@ SEAMS = {
         table("sticky_events", "room_id text, event_stream_ordering integer"),
     ),
 }
-"""By what is used: the rows, changes of single events and of rooms, the stream itself; and what
+"""By what is used: the rows, changes of single events, purges, the stream itself; and what
 this process persists, without which each row is read after it is persisted."""
 
 _COLUMNS = """

@@ -2,7 +2,7 @@
 
 import asyncio
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 import pytest
@@ -56,6 +56,9 @@ class _Staging:
 
     def verdict_of(self, e: Exception) -> None: ...
 
+    def known_txn(self, txn: object, room_ids: Collection[str]) -> set[str]:
+        return {*room_ids}
+
     def stage_txn(self, txn: object, room_id: str, pdus: list[ParkedPdu]) -> None:
         assert room_id == ROOM
         self.staged += [pdu.event_id for pdu in pdus]
@@ -84,6 +87,8 @@ class _Homeserver(Settable):
 
     def call_later(self, *args: Any) -> Any: ...
 
+    def on_room_purged(self, callback: Any) -> None: ...
+
     async def transact(self, what: str, function: Callable[..., T], *args: Any) -> T:
         with self._connection:
             return function(self._connection.cursor(_Cursor), *args)
@@ -107,7 +112,9 @@ def table(homeserver: Any) -> ParkedTable:
 
 
 def handler_of(homeserver: Any, table: ParkedTable) -> ParkingHandler:
-    return ParkingHandler(homeserver, homeserver, homeserver.staging, table, homeserver.held)
+    return ParkingHandler(
+        homeserver, homeserver, homeserver.staging, table, homeserver.held, homeserver
+    )
 
 
 def park(table: ParkedTable, origin: str, *event_ids: str, due_ms: int = 0) -> list[bool]:

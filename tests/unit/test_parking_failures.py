@@ -22,7 +22,7 @@ from synapse_sticky.handlers.staging.pdu import StagedPdu
 from synapse_sticky.homeserver.causes import Verdict
 from synapse_sticky.homeserver.layout import migrate
 from tests.unit.test_causes import ErrorOfPostgres, of_postgres, staging_of
-from tests.unit.test_parking import ROOM, _Homeserver, parked
+from tests.unit.test_parking import ROOM, _Homeserver, handler_of, parked
 
 PASSES, REFUSED, UNKNOWN = Verdict.PASSES, Verdict.REFUSED, Verdict.UNKNOWN
 ORIGIN = "a.test"
@@ -188,7 +188,7 @@ def handler(homeserver: Any, table: ParkedTable) -> ParkingHandler:
 
 
 def loaded(homeserver: Any, table: ParkedTable) -> ParkingHandler:
-    made = ParkingHandler(homeserver, homeserver, homeserver.staging, table, homeserver.held)
+    made = handler_of(homeserver, table)
     asyncio.run(made.load())
     return made
 

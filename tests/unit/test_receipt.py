@@ -300,3 +300,29 @@ def test_what_is_remembered_of_staged_pdus_is_bounded(
         assert len(counts) <= 10
         excess = done(store.transact("test", counts.excess_txn, "server7", ROOM, 3))
         assert excess.number == 1
+
+
+@pytest.mark.requirement("H3")
+def test_what_this_process_stages_is_remembered_only_as_far_as_it_counts(
+    store: CountingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two checks, too: what is staged is mostly processed before the next one."""
+    monkeypatch.setattr(staged, "_MOST_KNOWN", 10)
+    counts = staged.StagedCounts(SynapseReceipt(store), store.now_ms)
+    for origin in ("first", "second"):
+        store.stage(origin, ROOM, ids(origin, 4))
+        assert done(store.transact("test", counts.look_txn, origin, 3))
+    assert len(counts) == 8
+    for event_id in ids("plain", 100):
+        counts.staged("first", staged.StickyPdu(event_id, ROOM, 0))
+        counts.staged("first", staged.StickyPdu(f"{event_id}-expired", ROOM, store.now))
+    assert len(counts) == 8
+    for number in range(8):
+        counts.staged("first", staged.StickyPdu(f"$sticky{number}", ROOM, store.now + HOUR_MS))
+        assert len(counts) <= 10
+    assert not counts.is_known("second")
+    # What counts is the last to go.
+    assert len(counts) == 8
+    for event_id in [f"$sticky{number}" for number in range(8)]:
+        counts.staged("first", staged.StickyPdu(event_id, ROOM, store.now + HOUR_MS))
+    assert len(counts) == 8

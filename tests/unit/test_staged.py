@@ -1,7 +1,9 @@
 """What it costs to process one PDU while many are staged for its room (D7, L3, H3)."""
 
+import json
 from collections.abc import Iterator
 from contextlib import closing
+from typing import Any
 
 import pytest
 from synapse.api.room_versions import RoomVersions
@@ -46,7 +48,7 @@ class Processing:
         PruningHandler(store, pruning).install()
         if has_turns:
             held = Held()
-            turns = TurnsHandler(store, SynapseTurns(store, held), held)
+            self.turns = turns = TurnsHandler(store, SynapseTurns(store, held), held)
             turns.install()
             pruning.prune_by(turns.take_prunable)
             # It learns of them as they come.
@@ -137,19 +139,86 @@ def test_what_can_be_pruned_is_not_looked_for(store: CountingStore) -> None:
 
 
 @pytest.mark.requirement("L3", "H3", "H5")
-def test_without_turns_all_is_looked_at_the_more_seldom(store: CountingStore) -> None:
-    """Also when more are staged than a statement can have parameters."""
-    stage_chains(store, "short", 40_000, 60_000)
+def test_without_turns_it_is_looked_at_in_pages(store: CountingStore) -> None:
+    """So a look costs the same however many are staged, and nothing is remembered of them."""
+    for count in (4_000, 20_000):
+        stage_chains(store, f"{count}", count, 60_000)
+        processing = Processing(store, WITHOUT)
+        assert not processing.prune()
+        store.reset()
+        assert not any(processing.prune() for _ in range(100))
+        assert store.rows == 0
+        assert not processing.prune()
+        assert store.rows == 1_000 + 1
+        assert has_no_scan(store.plans(), store.is_postgres)
+        # Once they have expired nothing of them stays but what others do not refer to.
+        store.now += 60_000
+        pruned = sum(processing.prune() for _ in range(250))
+        assert pruned == count // 1_000
+        assert store.sql(f"SELECT COUNT(*) FROM {STAGING}") == [(pruned,)]
+        store.sql(f"DELETE FROM {STAGING}")
+
+
+@pytest.mark.requirement("L3", "H3")
+def test_without_turns_all_have_their_turn_to_be_looked_at(store: CountingStore) -> None:
+    """Also those that were received in the same millisecond, behind others that stay."""
+    ids = [f"$sticky{number:04}" for number in range(2_500)]
+    store.stage("a", ROOM, ids, HOUR_MS)
+    store.stage_chain("b", ROOM, ["$w", "$x", "$y", "$z"])
     processing = Processing(store, WITHOUT)
-    assert not processing.prune()
-    store.reset()
-    assert not any(processing.prune() for _ in range(4_000))
-    assert store.rows == 0
-    assert not processing.prune()
-    assert store.rows == 40_000
+    assert any(processing.prune() for _ in range(2 * 101 + 1))
+    left = {event_id for (event_id,) in store.sql(f"SELECT event_id FROM {STAGING}")}
+    assert left == {*ids, "$z"}
+
+
+@pytest.mark.requirement("L3", "H3")
+def test_staged_pdus_are_parsed_in_the_thread_of_the_transaction(
+    store: CountingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage_chains(store, "short", 200, 60_000)
+    transact, loads, depth, parsed = store.transact, json.loads, 0, list[int]()
+
+    async def transact_counting(what: str, function: Any, *args: Any) -> Any:
+        def run_txn(txn: Any) -> Any:
+            nonlocal depth
+            depth += 1
+            try:
+                return function(txn, *args)
+            finally:
+                depth -= 1
+
+        return await transact(what, run_txn)
+
+    def loads_noting(text: str) -> Any:
+        parsed.append(depth)
+        return loads(text)
+
+    monkeypatch.setattr(store, "transact", transact_counting)
+    monkeypatch.setattr(json, "loads", loads_noting)
+    Processing(store, WITHOUT).prune()
+    assert parsed == [1] * 200
+
+
+@pytest.mark.requirement("L3", "H1", "H3")
+def test_a_room_that_turns_have_forgotten_is_not_read_for_pruning(
+    store: CountingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage_chains(store, "short", 2_000, 60_000)
+    processing = Processing(store, WITH_TURNS)
     store.now += 60_000
-    assert any(processing.prune() for _ in range(4_001))
-    assert store.sql(f"SELECT COUNT(*) FROM {STAGING}") == [(len(ORIGINS),)]
+
+    def fails(*args: object) -> None:
+        raise LookupError("once")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(processing.turns, "_choose_txn", fails)
+        assert processing.next() is not None, "the first"
+    store.reset()
+    assert not processing.prune()
+    assert store.statements == []
+    # The next choice makes it known again.
+    assert processing.next() is not None
+    assert processing.prune()
 
 
 @pytest.mark.requirement("D7", "H3")

@@ -4,7 +4,8 @@ A check reads a bounded number of rows, however many are staged:
 
 1. Are there more than can matter? If not, nothing of the server is remembered.
 2. The next page of the server's PDUs. All have their turns: other processes stage some, and some
-   were staged before a restart. What this process stages itself, it knows without reading.
+   were staged before a restart. Sticky ones that this process stages itself, it knows without
+   reading.
 3. Where too many seem to be staged: are those that are known longest still there?
 
 Each PDU is read once, as long as it is remembered. Nothing that has expired counts.
@@ -86,6 +87,7 @@ class _OfOrigin:
 
     def __init__(self) -> None:
         self.after_event_id = ""
+        self.counted = 0
         self._not_sticky: set[str] = set()
         self._sticky: dict[str, StickyPdu] = {}
         # By room: the event IDs, those known longest in front; and when they expire, in order.
@@ -172,11 +174,12 @@ class StagedCounts:
         self._now_ms = now_ms
         # The most recently used last. Only those with more staged than could be ignored.
         self._origins: OrderedDict[str, _OfOrigin] = OrderedDict()
+        self._known = 0
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         """How many PDUs are remembered."""
-        return sum(map(len, self._origins.values()))
+        return self._known
 
     def is_known(self, origin: str) -> bool:
         """Is anything remembered of the origin's PDUs?"""
@@ -184,16 +187,21 @@ class StagedCounts:
 
     def staged(self, origin: str, pdu: StickyPdu) -> None:
         """This process has staged a PDU."""
+        if pdu.until_ms <= self._now_ms():
+            # It may be processed and gone before any check looks.
+            return
         with self._lock:
             if (of := self._origins.get(origin)) is not None:
                 of.add(pdu, self._now_ms())
+                self._forget(origin, of)
 
     def look_txn(self, txn: Cursor, origin: str, at_most: int) -> bool:
         """Are more than ``at_most`` PDUs of the origin staged, sticky or not? Then this learns of
         some that other processes have staged."""
         if not self._area.has_more_txn(txn, origin, at_most):
             with self._lock:
-                self._origins.pop(origin, None)
+                if (gone := self._origins.pop(origin, None)) is not None:
+                    self._known -= gone.counted
             return False
         with self._lock:
             of = self._origins.setdefault(origin, _OfOrigin())
@@ -210,14 +218,24 @@ class StagedCounts:
         with self._lock:
             of.after_event_id = page[-1] if page else ""
             of.expire(self._now_ms())
-            self._forget(of)
+            self._forget(origin, of)
         return True
 
-    def _forget(self, but: _OfOrigin) -> None:
-        while len(self) > _MOST_KNOWN and len(self._origins) > 1:
-            self._origins.popitem(last=False)
-        if len(self) > _MOST_KNOWN:
-            but.forget_others()
+    def _forget(self, origin: str, of: _OfOrigin) -> None:
+        """Forgets others if too many are known; if that is not enough, some of this one."""
+        if self._origins.get(origin) is not of:
+            return  # another thread has forgotten it
+        self._origins.move_to_end(origin)
+        self._count(of)
+        while self._known > _MOST_KNOWN and len(self._origins) > 1:
+            self._known -= self._origins.popitem(last=False)[1].counted
+        if self._known > _MOST_KNOWN:
+            of.forget_others()
+            self._count(of)
+
+    def _count(self, of: _OfOrigin) -> None:
+        self._known += len(of) - of.counted
+        of.counted = len(of)
 
     def excess_txn(
         self, txn: Cursor, origin: str, room_id: str | None, fewer_than: int
@@ -239,5 +257,6 @@ class StagedCounts:
             left -= len(staged)
             with self._lock:
                 of.verified(event_ids, staged, self._now_ms())
+                self._forget(origin, of)
         number = of.number(room_id) - fewer_than + 1
         return of.excess(room_id, number, self._now_ms()) if number > 0 else None

@@ -17,6 +17,7 @@ from synapse_sticky.handlers.staging.parking.tables import ParkedPdu
 from synapse_sticky.handlers.staging.pdu import StagedPdu
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.causes import Cause, Verdict
+from synapse_sticky.homeserver.database import portions
 from synapse_sticky.homeserver.process import replace_shared
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, method, table
 from synapse_sticky.homeserver.staged import begin_on_staged_pdus
@@ -111,8 +112,7 @@ class SynapseStaging:
 
     def stage_txn(self, txn: Cursor, room_id: str, pdus: Sequence[ParkedPdu]) -> None:
         # Synapse gets stuck on what is staged for a room that it does not know.
-        txn.execute("SELECT 1 FROM rooms WHERE room_id = ?", (room_id,))
-        if txn.fetchone() is None:
+        if not self.known_txn(txn, [room_id]):
             return
         now_ms = self._homeserver.now_ms()
         txn.execute_batch(
@@ -121,13 +121,18 @@ class SynapseStaging:
             " VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (origin, event_id) DO NOTHING",
             # Synapse processes them in the order of the time.
             [
-                (
-                    *(pdu.origin, pdu.event_id, room_id, now_ms + number),
-                    *(pdu.event_json, pdu.internal_metadata),
-                )
-                for number, pdu in enumerate(pdus)
+                (p.origin, p.event_id, room_id, now_ms + n, p.event_json, p.internal_metadata)
+                for n, p in enumerate(pdus)
             ],
         )
+
+    def known_txn(self, txn: Cursor, room_ids: Collection[str]) -> set[str]:
+        known = set()
+        for portion in portions(room_ids):
+            clause, args = self._homeserver.in_list("room_id", portion)
+            txn.execute(f"SELECT room_id FROM rooms WHERE {clause}", args)
+            known |= {room_id for (room_id,) in txn.fetchall()}
+        return known
 
     async def unstage(self, origin: str, event_id: str) -> None:
         def delete_txn(txn: Cursor) -> None:

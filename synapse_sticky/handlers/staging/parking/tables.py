@@ -70,6 +70,9 @@ class Outcome(enum.Enum):
 StageTxn = Callable[[Cursor, str, Sequence[ParkedPdu]], None]
 """``(cursor, room_id, pdus)``: puts PDUs of the room into Synapse's staging area."""
 
+KnownTxn = Callable[[Cursor, Collection[str]], set[str]]
+"""``(cursor, room_ids)``: those of the rooms that this server knows. A deleted one it does not."""
+
 
 class ParkedTable:
     """Parked PDUs (L3). Every method is one transaction.
@@ -230,6 +233,24 @@ class ParkedTable:
             )
 
         await self._homeserver.transact("postpone_parked", write_txn)
+
+    async def forget_gone(self, room_ids: Collection[str], known_txn: KnownTxn) -> set[str]:
+        """Deletes the parked PDUs of those of the rooms that are gone, and gives these rooms."""
+
+        def write_txn(txn: Cursor) -> set[str]:
+            gone = {*room_ids} - known_txn(txn, room_ids)
+            if not gone:
+                return gone
+            # There is an index by both.
+            txn.execute("SELECT DISTINCT origin, room_id FROM synapse_sticky_incomplete")
+            pairs = sorted((origin, room_id) for origin, room_id in txn.fetchall())
+            txn.execute_batch(
+                "DELETE FROM synapse_sticky_incomplete WHERE origin = ? AND room_id = ?",
+                [pair for pair in pairs if pair[1] in gone],
+            )
+            return gone
+
+        return await self._homeserver.transact("forget_parked", write_txn)
 
     async def next_due_ms(self) -> int | None:
         """When the next parked PDU is to be tried; None if none is parked."""

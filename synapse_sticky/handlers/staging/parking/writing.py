@@ -8,7 +8,7 @@ done in the background, and waits by itself (H1).
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 import attr
@@ -128,6 +128,16 @@ class ParkedWriter:
         except Exception:
             # If it is parked it is tried once more, and dropped then.
             logger.info("Could not delete the parked PDU %s", pdu.event_id, exc_info=True)
+
+    def forget(self, room_ids: Collection[str]) -> None:
+        """Nothing waits that is of these rooms: they are gone, with all that was staged."""
+        if not room_ids:
+            return
+        for key, to_park in [*self._waiting.items()]:
+            if to_park.pdu.room_id in room_ids:
+                del self._waiting[key]
+        held = self._held.rooms().items()
+        self._held.release(*(key for key, room_id in held if room_id in room_ids))
 
     async def _write_waiting(self) -> None:
         while self._waiting:

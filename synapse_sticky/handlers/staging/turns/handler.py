@@ -136,16 +136,15 @@ class TurnsHandler:
         self._area.choose_by(self.choose_txn)
         self._held.is_heeded = True
 
-    def take_prunable(self, room_id: str) -> list[Key] | None:
-        """Some PDUs of the room that plain Synapse would prune and that are not sticky (L3); None
-        if nothing is known of the room. Waits for nothing.
+    def take_prunable(self, room_id: str) -> list[Key]:
+        """Some PDUs of the room that plain Synapse would prune and that are not sticky (L3). Waits
+        for nothing.
 
-        They take no turns any more. If they stay staged, the next comparison finds them.
+        They take no turns any more. If they stay staged, the next comparison finds them. None if
+        nothing is known of the room: the next choice learns of it.
         """
         known = self._rooms.get(room_id)
-        if known is None:
-            return None
-        if not known.lock.acquire(blocking=False):
+        if known is None or not known.lock.acquire(blocking=False):
             return []
         try:
             taken = known.room.prunable(self._homeserver.now_ms(), _MOST_PRUNED)

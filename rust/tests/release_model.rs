@@ -1090,6 +1090,24 @@ proptest! {
     }
 }
 
+/// Half of a sender's turns are for what is current. Once only superseded events are left, all turns go to the one that
+/// expires first.
+#[test]
+fn superseded_events_take_no_turn_from_what_would_expire() {
+    let mut limiter = limiter(&newest_first_limits());
+    let mut queue = ReleaseQueue::new();
+    for id in 0..6 {
+        let newness_ms = id as i64;
+        let new = event(id, 0, 0, 0, START_MS + 2_900 + newness_ms).of_key(1, newness_ms);
+        queue.add(new.deferred());
+    }
+    let order: Vec<String> = drain(&mut queue, &mut limiter)
+        .into_iter()
+        .map(|(_, id)| id)
+        .collect();
+    assert_eq!(order, ["$0", "$5", "$1", "$2", "$3", "$4"]);
+}
+
 /// An exempt sender is held up by its server's limit and not by its own.
 #[test]
 fn exempt_sender() {

@@ -1,9 +1,9 @@
 //! Deferred events, and the order of their release (L4, D7).
 //!
-//! Rooms take turns. The servers of a room take turns. A server's turn in a room goes to the sender who has the earliest
-//! deadline, and of that sender's events to the newest state (see [`sender`]). A server that has reached its own limit
-//! is skipped. The same goes for a sender and for a room. Whatever is skipped sleeps until its limit would admit the
-//! next event, and delays no others.
+//! Rooms take turns. The servers of a room take turns. A server's turn in a room goes to the sender who has the
+//! earliest deadline, and of that sender's events to the newest state (see [`sender`]). A server that has reached its
+//! own limit is skipped. The same goes for a sender and for a room. Whatever is skipped sleeps until its limit would
+//! admit the next event, and delays no others.
 
 mod schedule;
 mod sender;
@@ -16,6 +16,7 @@ use crate::limiter::{Key, Limiter, Scope};
 use crate::steady::SteadyTime;
 use schedule::{Name, Schedule};
 use sender::OfSender;
+use turns::charges;
 
 /// A deferred event.
 #[derive(Clone, Copy, Debug)]
@@ -54,7 +55,10 @@ struct Entry {
 #[derive(Default)]
 struct Share {
     senders: HashMap<Name, OfSender>,
+    events: usize,
     schedule: Schedule<Urgency>,
+    /// Of the senders that are ready, those with an event that is owed a turn, by when it must have it.
+    owed: Schedule<Urgency>,
     /// The limit that the whole share has reached, if any.
     held_by: Option<Scope>,
 }
@@ -68,14 +72,20 @@ struct Room {
     held_by: Option<Scope>,
 }
 
+/// What is deferred of a server.
+#[derive(Default)]
+struct OfServer {
+    events: usize,
+    rooms: usize,
+}
+
 /// The deferred events, in the order of their release.
 pub struct ReleaseQueue {
     entries: HashMap<Name, Entry>,
     expiry: BTreeSet<(i64, Name)>,
     rooms: HashMap<Name, Room>,
     schedule: Schedule<u64>,
-    /// How many events of each server are deferred.
-    waiting: HashMap<Name, usize>,
+    waiting: HashMap<Name, OfServer>,
     /// The servers that have reached their limit over all rooms.
     held_servers: HashSet<Name>,
     counter: u64,
@@ -125,7 +135,7 @@ impl ReleaseQueue {
     /// How many events of this server are deferred.
     #[must_use]
     pub fn waiting(&self, server: &str) -> usize {
-        self.waiting.get(server).copied().unwrap_or(0)
+        self.waiting.get(server).map_or(0, |of| of.events)
     }
 
     /// Charges a new event and admits it, if it may be delivered now.
@@ -217,6 +227,10 @@ impl ReleaseQueue {
 
         let room = self.rooms.entry(room_id.clone()).or_default();
         let share = room.shares.entry(server.clone()).or_default();
+        let of_server = self.waiting.entry(server.clone()).or_default();
+        of_server.events += 1;
+        of_server.rooms += usize::from(share.events == 0);
+        share.events += 1;
         let sender = known(&share.senders, event.sender);
         let entry = Entry {
             room_id: room_id.clone(),
@@ -230,8 +244,10 @@ impl ReleaseQueue {
         let is_first = of_sender.is_empty();
         of_sender.is_exempt = event.is_exempt;
         of_sender.add(&event_id, &entry);
+        if is_first || share.schedule.is_ready(&sender) {
+            share.rank(&sender);
+        }
         if is_first {
-            share.schedule.ready(&sender, urgency);
             // The other senders of the server may have reached their own limits. The new sender has not.
             if share.held_by.is_none() && !room.schedule.is_ready(&server) {
                 room.schedule.ready(&server, turn);
@@ -239,13 +255,8 @@ impl ReleaseQueue {
             if room.held_by.is_none() && !self.schedule.is_ready(&room_id) {
                 self.schedule.ready(&room_id, turn);
             }
-        } else if share.schedule.is_ready(&sender) {
-            if let Some(most_urgent) = of_sender.urgency() {
-                share.schedule.ready(&sender, most_urgent);
-            }
         }
 
-        *self.waiting.entry(server).or_default() += 1;
         self.expiry.insert((event.expires_at_ms, event_id.clone()));
         self.entries.insert(event_id, entry);
         true
@@ -262,9 +273,9 @@ impl ReleaseQueue {
             return false;
         };
         self.expiry.remove(&(entry.urgency.0, event_id.clone()));
-        if let Some(waiting) = self.waiting.get_mut(&entry.server) {
-            *waiting -= 1;
-            if *waiting == 0 {
+        if let Some(of_server) = self.waiting.get_mut(&entry.server) {
+            of_server.events -= 1;
+            if of_server.events == 0 {
                 self.waiting.remove(&entry.server);
                 self.held_servers.remove(&entry.server);
             }
@@ -275,20 +286,19 @@ impl ReleaseQueue {
         let Some(share) = room.shares.get_mut(&entry.server) else {
             return true;
         };
+        share.events -= 1;
         if let Some(of_sender) = share.senders.get_mut(&entry.sender) {
             of_sender.remove(&event_id, &entry, released_in);
-            match of_sender.urgency() {
-                None => {
-                    share.senders.remove(&entry.sender);
-                    share.schedule.remove(&entry.sender);
-                }
-                Some(most_urgent) if share.schedule.is_ready(&entry.sender) => {
-                    share.schedule.ready(&entry.sender, most_urgent);
-                }
-                Some(_) => {}
+            if of_sender.is_empty() {
+                share.forget(&entry.sender);
+            } else if share.schedule.is_ready(&entry.sender) {
+                share.rank(&entry.sender);
             }
         }
         if share.senders.is_empty() {
+            if let Some(of_server) = self.waiting.get_mut(&entry.server) {
+                of_server.rooms -= 1;
+            }
             room.shares.remove(&entry.server);
             room.schedule.remove(&entry.server);
         }
@@ -330,20 +340,6 @@ impl ReleaseQueue {
         let due_ms = wakes_ms.into_iter().chain(expires_at_ms).min();
         due_ms.map(|due_ms| due_ms.max(now_ms))
     }
-}
-
-/// What an event is charged to.
-fn charges<'a>(
-    server: &'a str,
-    room_id: &'a str,
-    sender: &'a str,
-    is_exempt: bool,
-) -> Vec<(Key<'a>, u32)> {
-    Key::of_event(server, room_id, sender)
-        .into_iter()
-        .filter(|key| !is_exempt || key.scope() != Scope::Sender)
-        .map(|key| (key, 1))
-        .collect()
 }
 
 /// The stored copy of the name if there is one, so that each name is stored once.

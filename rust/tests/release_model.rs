@@ -487,13 +487,11 @@ impl Buckets {
     }
 }
 
-/// How long a sender of these waits for its next turn at least.
-fn pace_ms(limits: &[(Scope, f64, u32)], senders: usize) -> i64 {
-    let pace_ms = |(scope, rate, _): &(Scope, f64, u32)| {
-        let shared_by = if *scope == Scope::Sender { 1 } else { senders };
-        ((1e9 / rate).ceil() / 1e6).ceil() as i64 * shared_by as i64
-    };
-    limits.iter().map(pace_ms).max().unwrap_or(0)
+/// In how long that many events are through, of those that one bucket of this scope delays.
+fn through_ms(limits: &[(Scope, f64, u32)], scope: Scope, events: usize) -> i64 {
+    let of_scope = limits.iter().find(|(limited, _, _)| *limited == scope);
+    let interval_ms = |rate: f64| ((1e9 / rate).ceil() / 1e6).ceil() as i64;
+    of_scope.map_or(0, |(_, rate, _)| interval_ms(*rate) * events as i64)
 }
 
 type OfKey = (String, Option<i64>);
@@ -515,8 +513,25 @@ impl Naive {
         format!("{} {}", event.room, event.sender)
     }
 
-    fn deadline(&self, event: &Event) -> Option<&(i64, usize)> {
-        self.deadlines[&Self::of(event)].first()
+    fn of_sender(&self, event: &Event) -> Vec<&Event> {
+        let of = Self::of(event);
+        let events = self.waiting.iter();
+        events.filter(|other| Self::of(other) == of).collect()
+    }
+
+    /// What the next turn of the event's sender goes by: the earliest deadline that no release has used up; or, if an
+    /// event ends before that and is at risk, when this event must have its turn. `own_ms`: how long the limit on a
+    /// sender has an event take.
+    fn deadline(&self, event: &Event, safe_after_ms: i64, own_ms: i64) -> (i64, usize) {
+        let of_sender = self.of_sender(event);
+        let turn_by_ms = |end_ms: i64| end_ms - own_ms * of_sender.len() as i64;
+        let expiring = of_sender.iter().map(|event| Self::urgency(event)).min();
+        let (end_ms, id) = expiring.expect("waits");
+        let deadline = *self.deadlines[&Self::of(event)].first().expect("waits");
+        if (end_ms, id) < deadline && turn_by_ms(end_ms) <= safe_after_ms {
+            return (turn_by_ms(end_ms), id);
+        }
+        deadline
     }
 
     fn urgency(event: &Event) -> (i64, usize) {
@@ -531,9 +546,9 @@ impl Naive {
 
     fn expired(&mut self, event: &Event) {
         let deadlines = self.deadlines.get_mut(&Self::of(event)).expect("waits");
-        if !deadlines.remove(&Self::urgency(event)) {
-            deadlines.pop_last();
-        }
+        let own = deadlines.iter().find(|d| **d >= Self::urgency(event));
+        let own = *own.expect("each event has a deadline that is not before its own");
+        deadlines.remove(&own);
         self.take_out(event);
     }
 
@@ -570,14 +585,18 @@ impl Naive {
     }
 
     /// The event of the sender whose turn it is, and notes if it is the one that expires first.
-    fn next(&mut self, of: &Event, now_ms: i64, pace_ms: i64) -> String {
-        let of = Self::of(of);
-        let of_sender = || self.waiting.iter().filter(|event| Self::of(event) == of);
-        let expiring = of_sender().min_by_key(|e| Self::urgency(e)).expect("waits");
-        let through_ms = now_ms + of_sender().count() as i64 * pace_ms;
-        if expiring.expires_at_ms <= through_ms && !self.rescued.contains(&of) {
+    fn next(&mut self, event: &Event, safe_after_ms: i64, limits: &[(Scope, f64, u32)]) -> String {
+        let of_sender = self.of_sender(event);
+        let of = Self::of(event);
+        let expiring = of_sender.iter().min_by_key(|e| Self::urgency(e));
+        let expiring = expiring.expect("waits");
+        let own_ms = through_ms(limits, Scope::Sender, of_sender.len());
+        let has_had_its_turn =
+            self.rescued.contains(&of) && of_sender.iter().any(|event| !self.is_superseded(event));
+        if expiring.expires_at_ms <= safe_after_ms + own_ms && !has_had_its_turn {
+            let id = expiring.id.clone();
             self.rescued.insert(of);
-            return expiring.id.clone();
+            return id;
         }
         let turn = |event: &Event| self.served.get(&(of.clone(), event.key)).map_or(0, |s| s.0);
         let place = |event: &Event| {
@@ -589,8 +608,8 @@ impl Naive {
                 newest_first,
             )
         };
-        let next = of_sender().min_by_key(|event| place(event)).expect("waits");
-        let next = next.id.clone();
+        let next = of_sender.iter().min_by_key(|event| place(event));
+        let next = next.expect("waits").id.clone();
         self.rescued.remove(&of);
         next
     }
@@ -646,6 +665,23 @@ impl Releaser {
             .map(|id| &self.events[*id])
             .filter(same)
             .collect()
+    }
+
+    /// When all that waits of the event's server in its room is through.
+    fn safe_after_ms(&self, event: &Event) -> i64 {
+        let waiting = || self.waiting.iter().map(|id| &self.events[*id]);
+        let of_server = waiting().filter(|other| other.server == event.server);
+        let rooms: BTreeSet<&String> = of_server.map(|other| &other.room).collect();
+        let in_room = waiting().filter(|other| other.room == event.room);
+        let servers: BTreeSet<&String> = in_room.map(|other| &other.server).collect();
+        let events = self.beside(event).len();
+        let scopes = [
+            (Scope::ServerInRoom, 1),
+            (Scope::Server, rooms.len()),
+            (Scope::Room, servers.len()),
+        ];
+        let through = |(scope, by): &(Scope, usize)| through_ms(&self.limits, *scope, events * by);
+        self.now_ms + scopes.iter().map(through).max().unwrap_or(0)
     }
 
     fn arrive(&mut self, room: usize, server: usize, sender: usize, for_ms: i64, key: i64) {
@@ -761,18 +797,18 @@ impl Releaser {
 
     fn released(&mut self, event: &Event) {
         assert!(self.buckets.passes(event, self.now_ms), "{event:?}");
-        let beside = self.beside(event);
-        for other in &beside {
-            if self.naive.deadline(other) < self.naive.deadline(event) {
+        let safe_after_ms = self.safe_after_ms(event);
+        let own_ms = through_ms(&self.limits, Scope::Sender, 1);
+        let deadline = |event: &Event| self.naive.deadline(event, safe_after_ms, own_ms);
+        for other in self.beside(event) {
+            if deadline(other) < deadline(event) {
                 // The queue may skip the sender only because of its own limit.
                 let waits = self.buckets.waits(other, self.now_ms);
                 let own = waits.iter().find(|((scope, _), _)| *scope == Scope::Sender);
                 assert!(own.is_some_and(|(_, wait_ns)| *wait_ns > 0), "{other:?}");
             }
         }
-        let senders: BTreeSet<&String> = beside.iter().map(|other| &other.sender).collect();
-        let pace_ms = pace_ms(&self.limits, senders.len());
-        let next = self.naive.next(event, self.now_ms, pace_ms);
+        let next = self.naive.next(event, safe_after_ms, &self.limits);
         assert_eq!(next, event.id);
         self.naive.released(event);
         self.buckets.charge(event, self.now_ms);
@@ -972,6 +1008,104 @@ fn what_would_expire_is_not_left_behind() {
         assert_eq!(queue.expire(now_ms, 10).len(), 0);
     }
     assert!(old.iter().all(|event| released.contains(&event.id)));
+}
+
+/// L4, L7: a newer event costs no event of its sender its time, however busy the sender's server, its other rooms, and
+/// the room's other servers are.
+#[test]
+fn what_gave_up_its_deadline_is_owed_a_turn() {
+    const OWED: usize = 40;
+    for (scope, rooms, servers, senders) in [
+        (Scope::ServerInRoom, 1, 1, OWED),
+        (Scope::Server, 5, 1, OWED),
+        (Scope::Room, 1, 5, OWED),
+        (Scope::ServerInRoom, 1, 1, 1),
+    ] {
+        let mut limiter = limiter(&[(scope, 20.0, 1), (Scope::Sender, 2.0, 1)]);
+        let mut queue = ReleaseQueue::new();
+        let shares = rooms * servers;
+        // Ten other senders use up what their server may send, and each event of theirs lasts half an hour.
+        let other = |id: usize, now_ms: i64| {
+            let (room, server) = (id % rooms, id % servers);
+            event(1_000 + id, room, server, 100 + id % 10, now_ms + 1_800_000)
+        };
+        for id in 0..20 * shares {
+            queue.add(other(id, START_MS).deferred());
+        }
+        for id in 0..OWED {
+            let sender = id % senders;
+            queue.add(event(2 * id, 0, 0, sender, START_MS + 60_000).deferred());
+            queue.add(event(2 * id + 1, 0, 0, sender, START_MS + 3_600_000).deferred());
+        }
+        let mut order = Vec::new();
+        for turn in 0..1_400 {
+            let now_ms = START_MS + 50 * turn as i64;
+            let expired = queue.expire(now_ms, 10);
+            let after_ms = 50 * turn;
+            assert_eq!(expired, [""; 0], "{scope:?}, {senders}, {after_ms} ms");
+            order.extend(queue.take(&mut limiter, now_ms, 1));
+            queue.add(other(20 * shares + turn, now_ms).deferred());
+        }
+        let number = |id: &String| id[1..].parse::<usize>().expect("ours");
+        let of_owed: Vec<usize> = order.iter().map(number).filter(|id| *id < 1_000).collect();
+        assert_eq!(of_owed.len(), 2 * OWED, "{scope:?}");
+        assert!(
+            of_owed[..OWED].iter().all(|id| id % 2 == 1),
+            "the newest go first"
+        );
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig {
+        failure_persistence: Some(Box::new(FileFailurePersistence::Direct(REGRESSIONS))),
+        ..ProptestConfig::default()
+    })]
+
+    /// If half of a share suffices to deliver all in time, the one that expires first always first, then the share
+    /// suffices to deliver all in time with newest first. The other half is what newest first may take.
+    #[test]
+    fn newest_first_takes_at_most_half(
+        events in vec((0..6usize, 0..9_000i64, 0..4i64, 0..9i64), 1..60),
+    ) {
+        let mut limiter = limiter(&[(Scope::ServerInRoom, 10.0, 1)]);
+        let mut queue = ReleaseQueue::new();
+        let mut by_expiry = events;
+        by_expiry.sort_unstable_by_key(|(_, for_ms, _, _)| *for_ms);
+        for (id, (sender, for_ms, key, newness)) in by_expiry.iter().enumerate() {
+            // Half of the share has its turn for this one after 200 ms for each that expires before.
+            let expires_at_ms = START_MS + (*for_ms).max(200 * id as i64 + 1);
+            queue.add(
+                event(id, 0, 0, *sender, expires_at_ms)
+                    .of_key(*key, START_MS + newness)
+                    .deferred(),
+            );
+        }
+        let mut now_ms = START_MS;
+        while !queue.is_empty() {
+            prop_assert_eq!(queue.expire(now_ms, 10), [""; 0], "after {} ms", now_ms - START_MS);
+            queue.take(&mut limiter, now_ms, 1);
+            now_ms += 100;
+        }
+    }
+}
+
+/// Half of a sender's turns are for what is current. Once only superseded events are left, all turns go to the one that
+/// expires first.
+#[test]
+fn superseded_events_take_no_turn_from_what_would_expire() {
+    let mut limiter = limiter(&newest_first_limits());
+    let mut queue = ReleaseQueue::new();
+    for id in 0..6 {
+        let newness_ms = id as i64;
+        let new = event(id, 0, 0, 0, START_MS + 2_900 + newness_ms).of_key(1, newness_ms);
+        queue.add(new.deferred());
+    }
+    let order: Vec<String> = drain(&mut queue, &mut limiter)
+        .into_iter()
+        .map(|(_, id)| id)
+        .collect();
+    assert_eq!(order, ["$0", "$5", "$1", "$2", "$3", "$4"]);
 }
 
 /// An exempt sender is held up by its server's limit and not by its own.

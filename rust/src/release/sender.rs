@@ -2,8 +2,9 @@
 //!
 //! An event's key says what it is the state of. Of the events of a key the newest is *current*, the others are
 //! superseded. An event without a key is a key of its own. Keys take turns with their current events, then the
-//! superseded ones follow. A key's events cost the others of its sender nothing, and other senders nothing at all: each
-//! release uses up the earliest deadline that waits, as if that event had been released.
+//! superseded ones follow. A sender's many keys cost other senders nothing: each release uses up the earliest deadline,
+//! as if that event had been released. The event that gave up its deadline is *owed* a turn. If it might expire before
+//! the turn of a later deadline comes, its sender goes by its expiry again.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeSet, HashMap};
@@ -49,6 +50,8 @@ pub(super) struct OfSender {
     rescued: bool,
     /// The limit on a sender does not apply.
     pub(super) is_exempt: bool,
+    /// How long that limit has each turn take. Known from the first turn on.
+    pub(super) pace_ms: i64,
 }
 
 impl OfSender {
@@ -59,6 +62,19 @@ impl OfSender {
     /// The deadline that the sender's next turn goes by.
     pub(super) fn urgency(&self) -> Option<Urgency> {
         self.deadlines.first().copied()
+    }
+
+    /// When the event that expires first must have its turn, if a newer one was released on its deadline.
+    pub(super) fn owed(&self) -> Option<Urgency> {
+        let (expiring, _) = self.by_expiry.first()?;
+        let is_owed = Some(*expiring) < self.urgency();
+        is_owed.then(|| (self.turn_by_ms(*expiring), expiring.1))
+    }
+
+    /// The event's end, less the time that the limit on a sender has all of the sender's events take.
+    fn turn_by_ms(&self, (expires_at_ms, _): Urgency) -> i64 {
+        let count = i64::try_from(self.by_expiry.len()).unwrap_or(i64::MAX);
+        expires_at_ms.saturating_sub(count.saturating_mul(self.pace_ms))
     }
 
     pub(super) fn add(&mut self, event_id: &Name, entry: &Entry) {
@@ -97,15 +113,14 @@ impl OfSender {
 
     /// The next event, and whether it goes only because it is the one that expires first.
     ///
-    /// Newest first must not have an event expire that its share would have allowed. So while one would expire before
-    /// all that waits of the sender is through, it has every other turn.
+    /// Newest first must not have an event expire that its share would have allowed. So while one might expire before
+    /// all that waits is through, it has every other turn, and all turns once only superseded ones are left.
     ///
-    /// `pace_ms`: how long a turn of the sender takes at least.
-    pub(super) fn next(&self, now_ms: i64, pace_ms: i64) -> Option<(Name, bool)> {
-        let ((expires_at_ms, _), expiring) = self.by_expiry.first().map(|(u, id)| (*u, id))?;
-        let count = i64::try_from(self.by_expiry.len()).unwrap_or(i64::MAX);
-        let is_at_risk = expires_at_ms.saturating_sub(now_ms) <= count.saturating_mul(pace_ms);
-        if is_at_risk && !self.rescued {
+    /// `safe_after_ms`: when all that waits of the server in the room is through, but for the limit on a sender.
+    pub(super) fn next(&self, safe_after_ms: i64) -> Option<(Name, bool)> {
+        let (urgency, expiring) = self.by_expiry.first()?;
+        let is_at_risk = self.turn_by_ms(*urgency) <= safe_after_ms;
+        if is_at_risk && (!self.rescued || self.current.is_empty()) {
             return Some((expiring.clone(), true));
         }
         let current = self.current.first().map(|(_, Reverse((_, id)))| id);
@@ -123,9 +138,9 @@ impl OfSender {
         self.by_expiry.remove(&(entry.urgency, event_id.clone()));
         if released_in.is_some() {
             self.deadlines.pop_first();
-        } else if !self.deadlines.remove(&entry.urgency) {
-            // A newer event was released in its stead, and left a later deadline.
-            self.deadlines.pop_last();
+        } else if let Some(own) = self.deadlines.range(entry.urgency..).next().copied() {
+            // If a newer event was released in its stead, the next later deadline is the one that was left to it.
+            self.deadlines.remove(&own);
         }
         let newness = (entry.newness_ms, event_id.clone());
         match entry.key {

@@ -3,9 +3,8 @@
 use std::hash::BuildHasher;
 
 use super::schedule::Name;
-use super::sender::OfSender;
-use super::{charges, ReleaseQueue, Share};
-use crate::limiter::{Limiter, Refusal, Scope};
+use super::{ReleaseQueue, Share};
+use crate::limiter::{Key, Limiter, Refusal, Scope};
 
 /// One moment, by the clock and by the steady time that the schedules use.
 #[derive(Clone, Copy)]
@@ -75,11 +74,14 @@ impl ReleaseQueue {
             let Some(server) = room.schedule.first().cloned() else {
                 return Turn::Sleeps(room.schedule.next_wake_ms().unwrap_or(i64::MAX));
             };
+            let servers = room.shares.len();
             let Some(share) = room.shares.get_mut(&server) else {
                 room.schedule.remove(&server);
                 continue;
             };
-            match share.turn(room_id, &server, limiter, moment) {
+            let rooms = self.waiting.get(&server).map_or(1, |of| of.rooms);
+            let through_ms = through_ms(limiter, share.events, rooms, servers);
+            match share.turn(room_id, &server, limiter, moment, through_ms) {
                 Ok(event_id) => {
                     self.held_servers.remove(&server);
                     self.counter += 1;
@@ -103,32 +105,67 @@ impl ReleaseQueue {
 }
 
 impl Share {
+    /// Gives the sender its places among those that are ready.
+    pub(super) fn rank(&mut self, sender: &Name) {
+        let Some(of_sender) = self.senders.get(sender) else {
+            return;
+        };
+        if let Some(most_urgent) = of_sender.urgency() {
+            self.schedule.ready(sender, most_urgent);
+        }
+        match of_sender.owed() {
+            Some(expiring) => self.owed.ready(sender, expiring),
+            None => self.owed.remove(sender),
+        }
+    }
+
+    /// Takes the sender out.
+    pub(super) fn forget(&mut self, sender: &Name) {
+        self.senders.remove(sender);
+        self.schedule.remove(sender);
+        self.owed.remove(sender);
+    }
+
+    /// The sender with the earliest deadline. What is owed a turn counts if it might come too late otherwise.
+    fn first(&self, safe_after_ms: i64) -> Option<Name> {
+        let owed = self.owed.first_place();
+        let at_risk = owed.filter(|((turn_by_ms, _), _)| *turn_by_ms <= safe_after_ms);
+        let first = at_risk.into_iter().chain(self.schedule.first_place()).min();
+        first.map(|(_, sender)| sender.clone())
+    }
+
     /// The next event that the limits admit. Else the time until which no event is admitted, and the limit that the
     /// whole share has reached; `None` if each sender has reached its own.
+    ///
+    /// `through_ms`: in how long all that waits of the share is through.
     fn turn<S: BuildHasher>(
         &mut self,
         room_id: &str,
         server: &str,
         limiter: &mut Limiter<S>,
         moment: Moment,
+        through_ms: i64,
     ) -> Result<Name, (i64, Option<Scope>)> {
         self.held_by = None;
         for sender in self.schedule.wake(moment.steady_ms) {
-            if let Some(most_urgent) = self.senders.get(&sender).and_then(OfSender::urgency) {
-                self.schedule.ready(&sender, most_urgent);
-            }
+            self.rank(&sender);
         }
+        let safe_after_ms = moment.now_ms.saturating_add(through_ms);
         loop {
-            let Some(sender) = self.schedule.first().cloned() else {
+            let Some(sender) = self.first(safe_after_ms) else {
                 return Err((self.schedule.next_wake_ms().unwrap_or(i64::MAX), None));
             };
-            let at_least_ms = pace_ms(limiter, self.senders.len());
             let Some(of_sender) = self.senders.get_mut(&sender) else {
-                self.schedule.remove(&sender);
+                self.forget(&sender);
                 continue;
             };
-            let Some((event_id, is_rescue)) = of_sender.next(moment.now_ms, at_least_ms) else {
-                self.schedule.remove(&sender);
+            of_sender.pace_ms = if of_sender.is_exempt {
+                0
+            } else {
+                limiter.interval_ms(Scope::Sender)
+            };
+            let Some((event_id, is_rescue)) = of_sender.next(safe_after_ms) else {
+                self.forget(&sender);
                 continue;
             };
             let charges = charges(server, room_id, &sender, of_sender.is_exempt);
@@ -146,24 +183,43 @@ impl Share {
                         return Err((until_ms, Some(scope)));
                     }
                     self.schedule.sleep(&sender, until_ms);
+                    self.owed.remove(&sender);
                 }
             }
         }
     }
 }
 
-/// How long each of this many senders of a server in a room waits for its next turn at least, once bursts are used up.
-fn pace_ms<S: BuildHasher>(limiter: &Limiter<S>, senders: usize) -> i64 {
-    let senders = i64::try_from(senders).unwrap_or(i64::MAX);
-    let of = |scope: Scope| {
-        let shared_by = if scope == Scope::Sender { 1 } else { senders };
-        limiter.interval_ms(scope).saturating_mul(shared_by)
+/// What an event is charged to.
+pub(super) fn charges<'a>(
+    server: &'a str,
+    room_id: &'a str,
+    sender: &'a str,
+    is_exempt: bool,
+) -> Vec<(Key<'a>, u32)> {
+    Key::of_event(server, room_id, sender)
+        .into_iter()
+        .filter(|key| !is_exempt || key.scope() != Scope::Sender)
+        .map(|key| (key, 1))
+        .collect()
+}
+
+/// In how long this many events of a server in a room are through, once bursts are used up. `rooms`: those that share
+/// the server's own limit. `servers`: those that share the room's.
+fn through_ms<S: BuildHasher>(
+    limiter: &Limiter<S>,
+    events: usize,
+    rooms: usize,
+    servers: usize,
+) -> i64 {
+    let of = |(scope, shared_by): (Scope, usize)| {
+        let turns = i64::try_from(events.saturating_mul(shared_by)).unwrap_or(i64::MAX);
+        limiter.interval_ms(scope).saturating_mul(turns)
     };
     let scopes = [
-        Scope::Sender,
-        Scope::ServerInRoom,
-        Scope::Server,
-        Scope::Room,
+        (Scope::ServerInRoom, 1),
+        (Scope::Server, rooms),
+        (Scope::Room, servers),
     ];
     scopes.into_iter().map(of).max().unwrap_or(0)
 }

@@ -227,9 +227,9 @@ class ReleaseQueue:
     Rooms take turns. The servers of a room take turns. A server's turn in a room goes to the sender
     who has the earliest deadline, and of that sender's events to the newest of a key. Its keys take
     turns, an event without one is a key of its own. Superseded events follow. While an event would
-    expire before all of its sender is through, the one that expires first has every other turn. A
-    server that has reached its own limit is skipped. If a call that is given a limiter panics,
-    neither of the two is of use any more.
+    expire before all that waits of its server in the room is through, the one that expires first
+    has every other turn. A server that has reached its own limit is skipped. If a call that is
+    given a limiter panics, neither of the two is of use any more.
     """
 
     def __new__(cls, *, on_panic: Callable[[str], object] | None = None) -> ReleaseQueue: ...

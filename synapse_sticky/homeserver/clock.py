@@ -4,7 +4,6 @@ Twisted's timers go by the wall clock. Set forward, all of them fire at once; se
 none fires for an hour. So this looks at a clock that is never set, too.
 """
 
-import logging
 import threading
 import time
 import weakref
@@ -12,7 +11,9 @@ from collections.abc import Awaitable, Callable, Iterable
 from itertools import islice
 from typing import Any, Protocol
 
-logger = logging.getLogger(__name__)
+from synapse_sticky.logs import bounded
+
+logger = bounded(__name__)
 
 _SET_MS = 500
 """The wall clock was set if it is that far from where it should be."""

@@ -218,6 +218,7 @@ def test_expiry_while_waiting(servers: Servers) -> None:
     assert c.log_has("deferred: expired")
 
 
+@pytest.mark.slow
 @pytest.mark.requirement("S5", "L4")
 def test_redacted_while_waiting(servers: Servers) -> None:
     a, c = servers(PLAIN, {"config": limits(per_server=limit(HOURLY, 1))})

@@ -13,7 +13,7 @@ from synapse_sticky.handlers.deferral.handler import DeferTxn, NewStickyEvent
 from synapse_sticky.handlers.deferral.key import key_of
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.causes import Cause, is_locked, is_outage
-from synapse_sticky.homeserver.database import portions
+from synapse_sticky.homeserver.database import found_txn, portions
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, attributes, method, table
 from synapse_sticky.homeserver.sticky_rows import stream_ids_txn
 from synapse_sticky.logs import bounded
@@ -182,12 +182,14 @@ class SynapseWriter:
     def _missing_txn(self, txn: Cursor, events: Sequence[NewStickyEvent]) -> list[NewStickyEvent]:
         """The events that are in the database and not in the stream."""
         there = self._existing_txn(txn, [event.event_id for event in events])
-        entered = set()
         # The table has no index by event ID.
-        for portion in portions(event.event_stream_ordering for event in events):
-            clause, args = self._homeserver.in_list("event_stream_ordering", portion)
-            txn.execute(f"SELECT event_stream_ordering FROM sticky_events WHERE {clause}", args)
-            entered |= {ordering for (ordering,) in txn.fetchall()}
+        entered = found_txn(
+            self._homeserver,
+            txn,
+            "SELECT event_stream_ordering FROM sticky_events WHERE",
+            "event_stream_ordering",
+            (event.event_stream_ordering for event in events),
+        )
         return [
             event
             for event in events
@@ -195,12 +197,8 @@ class SynapseWriter:
         ]
 
     def _existing_txn(self, txn: Cursor, event_ids: Collection[str]) -> set[str]:
-        there = set()
-        for portion in portions(event_ids):
-            clause, args = self._homeserver.in_list("event_id", portion)
-            txn.execute(f"SELECT event_id FROM event_json WHERE {clause}", args)
-            there |= {event_id for (event_id,) in txn.fetchall()}
-        return there
+        select = "SELECT event_id FROM event_json WHERE"
+        return found_txn(self._homeserver, txn, select, "event_id", event_ids)
 
     async def existing(self, event_ids: Collection[str]) -> set[str]:
         return await self._homeserver.transact("existing", self._existing_txn, event_ids)

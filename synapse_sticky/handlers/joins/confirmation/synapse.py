@@ -13,7 +13,7 @@ from twisted.internet import defer
 
 from synapse_sticky.handlers.joins.confirmation.asking import Answer, Kind
 from synapse_sticky.homeserver import Cursor, Homeserver
-from synapse_sticky.homeserver.database import portions
+from synapse_sticky.homeserver.database import found_txn
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, attributes, method, table
 
 _TIMEOUT_MS = 10_000
@@ -80,12 +80,8 @@ class SynapseAsking:
 
     async def referenced(self, event_ids: Collection[str]) -> set[str]:
         def read_txn(txn: Cursor) -> set[str]:
-            found = set()
-            for portion in portions(event_ids):
-                clause, args = self._homeserver.in_list("prev_event_id", portion)
-                txn.execute(f"SELECT DISTINCT prev_event_id FROM event_edges WHERE {clause}", args)
-                found |= {event_id for (event_id,) in txn.fetchall()}
-            return found
+            select = "SELECT DISTINCT prev_event_id FROM event_edges WHERE"
+            return found_txn(self._homeserver, txn, select, "prev_event_id", event_ids)
 
         return await self._homeserver.transact("referenced", read_txn)
 

@@ -17,7 +17,7 @@ from synapse_sticky.handlers.staging.parking.tables import ParkedPdu
 from synapse_sticky.handlers.staging.pdu import StagedPdu
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.causes import Cause, Verdict
-from synapse_sticky.homeserver.database import portions
+from synapse_sticky.homeserver.database import found_txn
 from synapse_sticky.homeserver.process import replace_shared
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, method, table
 from synapse_sticky.homeserver.staged import begin_on_staged_pdus
@@ -127,12 +127,8 @@ class SynapseStaging:
         )
 
     def known_txn(self, txn: Cursor, room_ids: Collection[str]) -> set[str]:
-        known = set()
-        for portion in portions(room_ids):
-            clause, args = self._homeserver.in_list("room_id", portion)
-            txn.execute(f"SELECT room_id FROM rooms WHERE {clause}", args)
-            known |= {room_id for (room_id,) in txn.fetchall()}
-        return known
+        select = "SELECT room_id FROM rooms WHERE"
+        return found_txn(self._homeserver, txn, select, "room_id", room_ids)
 
     async def unstage(self, origin: str, event_id: str) -> None:
         def delete_txn(txn: Cursor) -> None:

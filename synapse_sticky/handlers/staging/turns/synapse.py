@@ -14,7 +14,7 @@ from synapse_sticky.handlers.staging.turns.handler import PAGE
 from synapse_sticky.handlers.staging.turns.room import Key, WaitingPdu
 from synapse_sticky.handlers.staging.turns.waiting import Persisted
 from synapse_sticky.homeserver import Cursor, Homeserver
-from synapse_sticky.homeserver.database import portions
+from synapse_sticky.homeserver.database import found_txn
 from synapse_sticky.homeserver.seams import STORE, method, table
 from synapse_sticky.logs import bounded
 
@@ -164,12 +164,8 @@ class SynapseTurns:
     def persisted_txn(self, txn: Cursor, event_ids: Collection[str]) -> set[str]:
         # Postgres can be asked for no text with NUL in it.
         possible = [event_id for event_id in event_ids if "\0" not in event_id]
-        found = set()
-        for portion in portions(possible):
-            clause, args = self._homeserver.in_list("event_id", portion)
-            txn.execute(f"SELECT event_id FROM events WHERE {clause} AND NOT outlier", args)
-            found |= {event_id for (event_id,) in txn.fetchall()}
-        return found
+        select = "SELECT event_id FROM events WHERE NOT outlier AND"
+        return found_txn(self._homeserver, txn, select, "event_id", possible)
 
     def last_persisted_txn(
         self, txn: Cursor, room_id: str, after: int, most: int

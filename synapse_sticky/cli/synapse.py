@@ -1,7 +1,7 @@
 """Synapse's configuration and database, as a process of Synapse would find them."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,15 @@ from synapse_sticky.handlers.deferral.tables import DeferredTable
 from synapse_sticky.handlers.joins.tables import NewcomerTable
 from synapse_sticky.handlers.sliding.tables import PageTable
 from synapse_sticky.handlers.staging.parking.tables import ParkedTable
-from synapse_sticky.homeserver.database import columns_in, connect, is_postgres, main_database
+from synapse_sticky.homeserver.database import (
+    columns_in,
+    connect,
+    is_postgres,
+    main_database,
+    transaction,
+)
 from synapse_sticky.homeserver.fitting import Columns, misfits
-from synapse_sticky.homeserver.layout import LAYOUTS_TABLE, Migrations, tables_of
+from synapse_sticky.homeserver.layout import LAYOUTS_TABLE, HasLayout, Migrations, tables_of
 from synapse_sticky.homeserver.place import Place
 from synapse_sticky.homeserver.process import require_enabled, too_old
 from synapse_sticky.homeserver.schema import SEAMS as SCHEMA
@@ -32,7 +38,9 @@ SEAMS = (
     Attribute("synapse.config.modules.ModulesConfig", "loaded_modules"),
 )
 
-_LAYOUTS = (DeferredTable, NewcomerTable, PageTable, ParkedTable)
+LAYOUTS: Sequence[type[HasLayout]] = (DeferredTable, NewcomerTable, PageTable, ParkedTable)
+"""All tables of the module."""
+
 _FORBIDDEN = """
     SELECT relname FROM pg_class WHERE relname = ANY(?) AND pg_table_is_visible(oid) AND NOT (
         has_table_privilege(oid, 'SELECT') AND has_table_privilege(oid, 'INSERT')
@@ -102,6 +110,27 @@ class Configuration:
         has_workers = any(map(_is_with_workers, self._options))
         return "all workers" if has_workers and given == {"master"} else None
 
+    @property
+    def server_name(self) -> str:
+        """The homeserver's."""
+        name: str = self._config.server.server_name
+        return name
+
+    @property
+    def has_postgres(self) -> bool:
+        """Is its database a Postgres? Else it is SQLite."""
+        return bool(main_database(self._config).config["name"] != "sqlite3")
+
+    def transaction(self) -> AbstractContextManager[Any]:
+        """A cursor in the database; what it does is committed unless that raises.
+
+        Raises:
+            FileNotFoundError: there is no database yet.
+        """
+        if not self._is_there():
+            raise FileNotFoundError("there is no database yet")
+        return transaction(self._config)
+
     def read_database(self) -> str | None:
         """Reads the columns, the layouts of the module's tables, and the privileges on them.
 
@@ -144,14 +173,13 @@ class Configuration:
 
     def _is_there(self) -> bool:
         """Is there a database? To connect to SQLite would make one."""
-        database = main_database(self._config)
-        if database.config["name"] != "sqlite3":
+        if self.has_postgres:
             return True
-        return Path(database.config["args"]["database"]).exists()
+        return Path(main_database(self._config).config["args"]["database"]).exists()
 
     def problems_of_tables(self, running: Collection[str]) -> Iterator[str]:
         """What these duties could not do with the module's own tables, one line each."""
-        for table in _LAYOUTS:
+        for table in LAYOUTS:
             if not (problem := self._problem_of_tables(table.duty, table.migrations)):
                 continue
             if table.duty in running:

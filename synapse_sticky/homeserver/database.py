@@ -3,7 +3,7 @@
 import logging
 import sqlite3
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from itertools import islice
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -38,7 +38,7 @@ SEAMS = (
     Attribute("synapse.config.database.DatabaseConfig", "databases"),
     Attribute(_CONNECTION, "config"),
     Attribute(_CONNECTION, "databases"),
-    *attributes("synapse.storage.database.LoggingDatabaseConnection", "cursor", "close"),
+    *attributes("synapse.storage.database.LoggingDatabaseConnection", "cursor", "commit", "close"),
     Attribute("synapse.storage.engines._base.BaseDatabaseEngine", "module"),
 )
 
@@ -85,6 +85,18 @@ def connect(config: "HomeServerConfig") -> Any:
         Exception: whatever the database's driver raises if it cannot be reached.
     """
     return _connect(main_database(config), config.server.server_name)
+
+
+@contextmanager
+def transaction(config: "HomeServerConfig") -> Iterator[Any]:
+    """A cursor of ``connect``. What it does is committed at the end, or not at all if that raises.
+
+    Raises:
+        Exception: whatever the database's driver raises.
+    """
+    with closing(connect(config)) as connection:
+        yield connection.cursor()
+        connection.commit()
 
 
 def new_columns() -> Columns:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from synapse_sticky.homeserver.process import Cursor, Homeserver
+from synapse_sticky.homeserver.remaining import of_others_txn
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,9 @@ _TABLE = r"CREATE TABLE IF NOT EXISTS (\w+)\s*\(\s*(\w+)"
 
 _ADDED_COLUMN = re.compile(r"ALTER TABLE (\w+) ADD COLUMN IF NOT EXISTS (\w+)")
 
+Waiting = tuple[str, str] | None
+"""What rows are called that wait, and the SQL for their number now (``?``, in ms); or None."""
+
 LAYOUTS_TABLE = "synapse_sticky_layouts"
 
 
@@ -36,10 +40,16 @@ class NewerLayoutError(Exception):
 
 
 class HasLayout(Protocol):
-    """A duty's tables."""
+    """A duty's tables.
+
+    contents: what is in them; for the log, should that have been left behind somewhere.
+    waiting: what of it only the module ever does, and the SQL that counts that.
+    """
 
     duty: str
     migrations: Migrations
+    contents: str
+    waiting: Waiting
 
 
 def tables_of(migrations: Migrations) -> dict[str, str]:
@@ -55,6 +65,22 @@ def tables_of(migrations: Migrations) -> dict[str, str]:
 async def migrate(homeserver: Homeserver, tables: HasLayout) -> None:
     """Brings a duty's tables to this version's layout; any number of processes may try at once.
 
+    Says what may be missing if it had to make them beside sticky events of before (E4).
+
+    Raises:
+        NewerLayoutError: a later version of the module has been here. Nothing was changed.
+    """
+
+    def run_txn(txn: Cursor) -> bool:
+        return migrate_txn(txn, tables, is_postgres=homeserver.is_postgres)
+
+    if await homeserver.transact_alone(f"migrate_{tables.duty}", run_txn):
+        await _say_what_may_be_missing(homeserver, tables)
+
+
+def migrate_txn(txn: Cursor, tables: HasLayout | type[HasLayout], *, is_postgres: bool) -> bool:
+    """The same, in a transaction that no other process has at the same time. Were tables made?
+
     Fails if the tables cannot be read and written: a duty that finds that out in one of Synapse's
     own transactions would fail that.
 
@@ -62,42 +88,71 @@ async def migrate(homeserver: Homeserver, tables: HasLayout) -> None:
         NewerLayoutError: a later version of the module has been here. Nothing was changed.
     """
     duty, migrations = tables.duty, tables.migrations
-
-    def migrate_txn(txn: Cursor) -> None:
-        txn.execute(
-            "CREATE TABLE IF NOT EXISTS synapse_sticky_layouts"
-            " (duty TEXT NOT NULL PRIMARY KEY, version BIGINT NOT NULL)"
+    txn.execute(
+        "CREATE TABLE IF NOT EXISTS synapse_sticky_layouts"
+        " (duty TEXT NOT NULL PRIMARY KEY, version BIGINT NOT NULL)"
+    )
+    txn.execute("SELECT version FROM synapse_sticky_layouts WHERE duty = ?", (duty,))
+    row = txn.fetchone()
+    version: int = row[0] if row else 0
+    if version > len(migrations):
+        raise NewerLayoutError(
+            f"The tables of {duty} have layout {version}, this version of synapse-sticky knows"
+            f" {len(migrations)}. Install the later version again."
         )
-        txn.execute("SELECT version FROM synapse_sticky_layouts WHERE duty = ?", (duty,))
-        row = txn.fetchone()
-        version: int = row[0] if row else 0
-        if version > len(migrations):
-            raise NewerLayoutError(
-                f"The tables of {duty} have layout {version}, this version of synapse-sticky knows"
-                f" {len(migrations)}. Install the later version again."
-            )
-        for number, statements in enumerate(migrations[version:], start=version + 1):
-            logger.info("Migrating the tables of %s to layout %d", duty, number)
-            for statement in statements:
-                _run_txn(txn, statement, homeserver)
-        if version < len(migrations):
-            txn.execute(
-                "INSERT INTO synapse_sticky_layouts (duty, version) VALUES (?, ?)"
-                " ON CONFLICT (duty) DO UPDATE SET version = EXCLUDED.version",
-                (duty, len(migrations)),
-            )
-        for table, column in tables_of(migrations).items():
-            # No row is touched, but the database checks what this role may do.
-            txn.execute(f"INSERT INTO {table} SELECT * FROM {table} WHERE 1 = 0")
-            txn.execute(f"UPDATE {table} SET {column} = {column} WHERE 1 = 0")
-            txn.execute(f"DELETE FROM {table} WHERE 1 = 0")
-
-    await homeserver.transact_alone(f"migrate_{duty}", migrate_txn)
+    are_there = all(_is_there_txn(txn, table, is_postgres) for table in tables_of(migrations))
+    if not are_there:
+        version = 0  # whatever is said of them: a copy of the database may lack some
+    for number, statements in enumerate(migrations[version:], start=version + 1):
+        logger.info("Migrating the tables of %s to layout %d", duty, number)
+        for statement in statements:
+            _run_txn(txn, statement, is_postgres)
+    if version < len(migrations):
+        txn.execute(
+            "INSERT INTO synapse_sticky_layouts (duty, version) VALUES (?, ?)"
+            " ON CONFLICT (duty) DO UPDATE SET version = EXCLUDED.version",
+            (duty, len(migrations)),
+        )
+    for table, column in tables_of(migrations).items():
+        # No row is touched, but the database checks what this role may do.
+        txn.execute(f"INSERT INTO {table} SELECT * FROM {table} WHERE 1 = 0")
+        txn.execute(f"UPDATE {table} SET {column} = {column} WHERE 1 = 0")
+        txn.execute(f"DELETE FROM {table} WHERE 1 = 0")
+    return not are_there
 
 
-def _run_txn(txn: Cursor, statement: str, homeserver: Homeserver) -> None:
+def _is_there_txn(txn: Cursor, table: str, is_postgres: bool) -> bool:
+    txn.execute(
+        "SELECT 1 WHERE to_regclass(?) IS NOT NULL"
+        if is_postgres
+        else "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?",
+        (table,),
+    )
+    return txn.fetchone() is not None
+
+
+async def _say_what_may_be_missing(homeserver: Homeserver, tables: HasLayout) -> None:
+    """Where the database was copied without the module's tables, nobody else would notice."""
+    try:
+        count = await homeserver.transact(
+            "of_others", of_others_txn, homeserver.server_name, homeserver.now_ms()
+        )
+    except Exception:
+        # It is no more than a hint.
+        logger.debug("Could not count the sticky events of other servers", exc_info=True)
+        return
+    if count:
+        logger.warning(
+            "The tables of %s are new, beside %d unexpired sticky events of other servers. At the"
+            " first start with this module that is as it should be. Else the database was copied"
+            " without these tables, and what was in them is missing: %s",
+            *(tables.duty, count, tables.contents),
+        )
+
+
+def _run_txn(txn: Cursor, statement: str, is_postgres: bool) -> None:
     added = _ADDED_COLUMN.match(statement)
-    if added and not homeserver.is_postgres:
+    if added and not is_postgres:
         # SQLite does not know IF NOT EXISTS here.
         txn.execute("SELECT 1 FROM pragma_table_info(?) WHERE name = ?", (added[1], added[2]))
         if txn.fetchone() is not None:

@@ -170,11 +170,7 @@ class Homeserver:
         def run_txn(txn: Cursor) -> T:
             # SQLite has one writer at a time anyway.
             if self.is_postgres:
-                # By default a transaction sees what was there before it waited for the lock.
-                txn.execute("SET TRANSACTION ISOLATION LEVEL READ COMMITTED")
-                txn.execute(f"SET LOCAL lock_timeout = {_TURN_TIMEOUT_MS}")
-                txn.execute("SELECT pg_advisory_xact_lock(?)", (MIGRATION_LOCK,))
-                txn.execute(f"SET LOCAL lock_timeout = {_LOCK_TIMEOUT_MS}")
+                take_turn_txn(txn)
             return function(txn)
 
         return await self.transact(what, run_txn)
@@ -260,6 +256,16 @@ class Homeserver:
         """Takes out whatever was put in. Synapse goes on without the module."""
         self._clock.close()
         self.undo_to(0)
+
+
+def take_turn_txn(txn: Cursor) -> None:
+    """Waits until no other process is where this one is about to be, on Postgres. The transaction
+    begins with this. It fails if others take too long, now or for what it needs later."""
+    # By default a transaction sees what was there before it waited for the lock.
+    txn.execute("SET TRANSACTION ISOLATION LEVEL READ COMMITTED")
+    txn.execute(f"SET LOCAL lock_timeout = {_TURN_TIMEOUT_MS}")
+    txn.execute("SELECT pg_advisory_xact_lock(?)", (MIGRATION_LOCK,))
+    txn.execute(f"SET LOCAL lock_timeout = {_LOCK_TIMEOUT_MS}")
 
 
 def _close(homeserver: "weakref.ref[Homeserver]") -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Sequence
 from synapse_sticky.handlers.deferral.handler import NewStickyEvent
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.database import portions
-from synapse_sticky.homeserver.layout import Migrations
+from synapse_sticky.homeserver.layout import Migrations, Waiting
 
 _PAGE = 500
 
@@ -16,6 +16,11 @@ class DeferredTable:
     """The deferred events of all processes, each with its sender's server."""
 
     duty = "deferral"
+    contents = "deferred events. They are in the timeline, and never become sticky"
+    waiting: Waiting = (
+        "deferred events",
+        "SELECT COUNT(*) FROM synapse_sticky_deferred WHERE ? < expires_at_ms",
+    )
     migrations: Migrations = (
         (
             """

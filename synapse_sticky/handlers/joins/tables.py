@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import attr
 
 from synapse_sticky.homeserver import Cursor, Homeserver
-from synapse_sticky.homeserver.layout import Migrations
+from synapse_sticky.homeserver.layout import Migrations, Waiting
 
 FORGET_INSTANCE_AFTER_MS = 2 * 3600 * 1000
 """Joins of an hour ago are of no interest any more."""
@@ -29,6 +29,8 @@ class NewcomerTable:
     """Newcomers (P3), and positions in the state changes. Every method is one transaction."""
 
     duty = "joins"
+    contents = "newcomers. They are sent what Synapse's own backlog says that they lack"
+    waiting: Waiting = None  # Synapse has a part in it: ``homeserver.remaining``
     migrations: Migrations = (
         (
             """

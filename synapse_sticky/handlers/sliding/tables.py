@@ -1,7 +1,7 @@
 """What a response of sliding sync had no room for, by the token that went out with it."""
 
 from synapse_sticky.homeserver import Cursor, Homeserver
-from synapse_sticky.homeserver.layout import Migrations
+from synapse_sticky.homeserver.layout import Migrations, Waiting
 
 _FORGET_AFTER_MS = 3600 * 1000
 """What was older than a page has expired by then."""
@@ -14,6 +14,8 @@ class PageTable:
     """The pages that are not the last ones, and what is left after each."""
 
     duty = "sliding"
+    contents = "pages of sliding sync. Who just reads a room's older events gets no more of them"
+    waiting: Waiting = None
     migrations: Migrations = (
         (
             """

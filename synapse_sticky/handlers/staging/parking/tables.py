@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import attr
 
 from synapse_sticky.homeserver import Cursor, Homeserver
-from synapse_sticky.homeserver.layout import Migrations
+from synapse_sticky.homeserver.layout import Migrations, Waiting
 
 _COLUMNS = "origin, event_id, room_id, event_json, internal_metadata, prev_event_ids"
 
@@ -82,6 +82,11 @@ class ParkedTable:
     """
 
     duty = "parking"
+    contents = "parked PDUs. They were acknowledged, and never arrive"
+    waiting: Waiting = (
+        "parked PDUs",
+        "SELECT COUNT(*) FROM synapse_sticky_incomplete WHERE ? < until_ms",
+    )
     migrations: Migrations = (
         (
             """

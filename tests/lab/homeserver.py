@@ -183,6 +183,17 @@ class Homeserver:
         self._config = config
         self.write_config()
 
+    @property
+    def settings(self) -> Settings:
+        """The ``database:`` section, of one with Postgres."""
+        assert self._postgres is not None, f"{self.name} has SQLite"
+        return self._postgres
+
+    def use_database(self, settings: Settings) -> None:
+        """A Postgres in place of the database, from the next start on."""
+        self._postgres = self._extra["database"] = settings
+        self.write_config()
+
     def use_module(self, module_name: str) -> None:
         """Another class to load as the module, from the next start on."""
         self._module_name = module_name

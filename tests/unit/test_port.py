@@ -39,10 +39,10 @@ LAST_ROW, POSITION = 40, 55
 
 
 def recipe() -> str:
-    """The SQL of docs/database.md."""
+    """The first SQL of docs/database.md."""
     page = (ROOT / "docs/database.md").read_text()
-    (found,) = re.findall(r"```sql\n(.*?)```", page, re.DOTALL)
-    return found
+    first, _ = re.findall(r"```sql\n(.*?)```", page, re.DOTALL)
+    return str(first)
 
 
 @attr.s(auto_attribs=True)
@@ -58,8 +58,10 @@ class Moved:
 
     def port(self) -> None:
         script = Path(sys.executable).with_name("synapse_port_db")
-        command = [script, "--sqlite-database", self.files.database, "--postgres-config", self.path]
-        run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+        databases = ("--sqlite-database", self.files.database, "--postgres-config", self.path)
+        run = subprocess.run(
+            [script, *databases], capture_output=True, text=True, check=False, cwd=ROOT
+        )
         assert run.returncode == 0, run.stderr[-4000:]
 
     def query(self, sql: str) -> list[tuple[Any, ...]]:

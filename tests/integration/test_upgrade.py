@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 
+from synapse_sticky.cli import main
 from tests.conftest import Servers
 from tests.integration.rooms import backlogged_rooms, deferred, entered, limits
 from tests.lab import Homeserver, Lab, Peer, wait_until
@@ -39,9 +40,12 @@ def test_taken_out_as_documented_while_events_wait(servers: Servers, peer: Peer)
     (server,) = servers(DEFERRING)
     scene, flood = some_wait(server, peer)
     since = scene.alice.sync()["next_batch"]
+    drain = ["drain", "-c", str(server.folder / "homeserver.yaml")]
+    assert main([*drain, "--once"]) == 1
     server.configure_module({"federation": {"mode": "off"}})
     server.restart()
-    wait_until(lambda: not deferred(server), "all to be released")
+    assert main(drain) == 0
+    assert not deferred(server)
     take_the_module_out(server)
     scene.wait_for_sections(*flood)
     late = scene.alice.collect_sticky(

@@ -42,7 +42,8 @@ class NewerLayoutError(Exception):
 class HasLayout(Protocol):
     """A duty's tables.
 
-    contents: what is in them; for the log, should that have been left behind somewhere.
+    contents: what is in them; for the log, should that have been left behind somewhere. Empty for
+        tables that are so new that nobody can have left them.
     waiting: what of it only the module ever does, and the SQL that counts that.
     """
 
@@ -74,7 +75,7 @@ async def migrate(homeserver: Homeserver, tables: HasLayout) -> None:
     def run_txn(txn: Cursor) -> bool:
         return migrate_txn(txn, tables, is_postgres=homeserver.is_postgres)
 
-    if await homeserver.transact_alone(f"migrate_{tables.duty}", run_txn):
+    if await homeserver.transact_alone(f"migrate_{tables.duty}", run_txn) and tables.contents:
         await _say_what_may_be_missing(homeserver, tables)
 
 
@@ -100,8 +101,10 @@ def migrate_txn(txn: Cursor, tables: HasLayout | type[HasLayout], *, is_postgres
             f"The tables of {duty} have layout {version}, this version of synapse-sticky knows"
             f" {len(migrations)}. Install the later version again."
         )
-    are_there = all(_is_there_txn(txn, table, is_postgres) for table in tables_of(migrations))
-    if not are_there:
+    # Version 0.1.0 left the first tables, and no row here.
+    before = tables_of(migrations[: version or 1])
+    were_there = all(_is_there_txn(txn, table, is_postgres) for table in before)
+    if not were_there:
         version = 0  # whatever is said of them: a copy of the database may lack some
     for number, statements in enumerate(migrations[version:], start=version + 1):
         logger.info("Migrating the tables of %s to layout %d", duty, number)
@@ -118,7 +121,7 @@ def migrate_txn(txn: Cursor, tables: HasLayout | type[HasLayout], *, is_postgres
         txn.execute(f"INSERT INTO {table} SELECT * FROM {table} WHERE 1 = 0")
         txn.execute(f"UPDATE {table} SET {column} = {column} WHERE 1 = 0")
         txn.execute(f"DELETE FROM {table} WHERE 1 = 0")
-    return not are_there
+    return not were_there
 
 
 def _is_there_txn(txn: Cursor, table: str, is_postgres: bool) -> bool:

@@ -118,3 +118,30 @@ def test_tables_of_version_0_1_0_are_not_new(
     put_sticky(empty, 2, "@a:there", empty.now_ms() + HOUR_MS)
     empty.drive(migrate(process, table))
     assert warnings_of(caplog) == []
+
+
+class Extended(NewcomerTable):
+    """A later version of the module has one more table."""
+
+    migrations = (
+        *NewcomerTable.migrations,
+        ("CREATE TABLE IF NOT EXISTS synapse_sticky_later (room_id TEXT NOT NULL)",),
+    )
+
+
+def test_a_later_version_with_one_more_table(
+    empty: World, process: ThisProcess, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody can have left that behind."""
+    empty.drive(migrate(process, NewcomerTable(process)))
+    put_sticky(empty, 2, "@a:there", empty.now_ms() + HOUR_MS)
+    table = Extended(process)
+    empty.drive(migrate(process, table))
+    assert warnings_of(caplog) == []
+    assert empty.execute("SELECT * FROM synapse_sticky_later") == []
+    empty.execute("DROP TABLE synapse_sticky_later")
+    empty.drive(migrate(process, table))
+    (line,) = warnings_of(caplog)
+    assert line.startswith("The tables of joins are new")
+    assert empty.execute("SELECT * FROM synapse_sticky_later") == []
+    empty.execute("DROP TABLE synapse_sticky_later")

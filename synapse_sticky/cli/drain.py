@@ -85,7 +85,7 @@ def _remarks(configuration: "Configuration") -> Iterator[str]:
     if sticky is None:
         yield "synapse_sticky.StickyEventsModule is not listed under `modules:`. Nobody does this."
         return
-    if sticky.federation.mode is not Mode.OFF:
+    if sticky.federation.applied().mode is not Mode.OFF:
         yield (
             f"`federation: {{mode: {sticky.federation.mode.value}}}` may defer events anew. With"
             " `off`, a restart releases all."

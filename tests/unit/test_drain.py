@@ -175,6 +175,12 @@ def test_why_something_may_wait_for_longer(
     assert remarks[0].startswith(f"Remark: {remark}")
 
 
+def test_observing_defers_nothing(ready: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    path = ready.with_module(federation={"mode": "observe"})
+    assert main(["drain", "--once", "-c", path]) == 0
+    assert "Remark: " not in capsys.readouterr().out
+
+
 def test_the_module_is_not_listed(ready: Files, capsys: pytest.CaptureFixture[str]) -> None:
     change(ready.database, PARKED.format("$1", LATER))
     assert main(["drain", "--once", "-c", ready.write(modules=[])]) == 1

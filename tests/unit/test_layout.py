@@ -8,7 +8,13 @@ import pytest
 from synapse_sticky.cli.synapse import LAYOUTS
 from synapse_sticky.handlers.deferral.tables import DeferredTable
 from synapse_sticky.handlers.joins.tables import NewcomerTable
-from synapse_sticky.homeserver.layout import LAYOUTS_TABLE, HasLayout, migrate, tables_of
+from synapse_sticky.homeserver.layout import (
+    LAYOUTS_TABLE,
+    HasLayout,
+    Migrations,
+    migrate,
+    tables_of,
+)
 from tests.unit.members import ThisProcess, World
 
 pytestmark = pytest.mark.requirement("E4")
@@ -123,7 +129,7 @@ def test_tables_of_version_0_1_0_are_not_new(
 class Extended(NewcomerTable):
     """A later version of the module has one more table."""
 
-    migrations = (
+    migrations: Migrations = (
         *NewcomerTable.migrations,
         ("CREATE TABLE IF NOT EXISTS synapse_sticky_later (room_id TEXT NOT NULL)",),
     )

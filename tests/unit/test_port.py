@@ -111,6 +111,7 @@ def position_after_start(moved: Moved) -> int:
     return int(token.stream)
 
 
+@pytest.mark.slow
 def test_by_the_recipe(moved: Moved, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["migrate-tables", "-c", moved.path]) == 0
     said = capsys.readouterr().out.splitlines()
@@ -126,6 +127,7 @@ def test_by_the_recipe(moved: Moved, capsys: pytest.CaptureFixture[str]) -> None
     assert position_after_start(moved) == POSITION
 
 
+@pytest.mark.slow
 def test_without_the_recipe(moved: Moved) -> None:
     """What is done about in the page is so. Should Synapse mend it, the recipe does no harm."""
     moved.port()
@@ -134,6 +136,7 @@ def test_without_the_recipe(moved: Moved) -> None:
         position_after_start(moved)
 
 
+@pytest.mark.slow
 def test_the_order_was_wrong(moved: Moved, capsys: pytest.CaptureFixture[str]) -> None:
     """It is said, and what to do about it is true."""
     moved.port()

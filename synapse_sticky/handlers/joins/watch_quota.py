@@ -16,7 +16,7 @@ class _Hour:
     count: int = 0
 
 
-class Watches:
+class WatchQuota:
     """Counts the newcomers of each room, an hour at a time. In memory only."""
 
     def __init__(self, most: int) -> None:

@@ -310,13 +310,29 @@ def test_newcomers_are_counted_by_room_and_hour(caplog: pytest.LogCaptureFixture
     caplog.set_level("INFO")
     quota = WatchQuota(2)
     admit = functools.partial(quota.admit, "!room")
-    assert [admit(NOW_MS + n) for n in range(4)] == [True, True, False, False]
-    assert quota.admit("!other", NOW_MS)
+    for _ in range(10):
+        assert admit("0", NOW_MS), "one that joins again and again is one"
+    joining = [admit(f"{n}", NOW_MS + n) for n in range(1, 4)]
+    assert joining == [True, False, False]
+    assert quota.admit("!other", "0", NOW_MS)
     assert len(caplog.records) == 1, "it is said once an hour"
-    assert not admit(NOW_MS + HOUR_MS - 1)
-    assert admit(NOW_MS + HOUR_MS)
-    assert admit(NOW_MS - HOUR_MS), "the clock was set back"
-    assert not WatchQuota(0).admit("!room", NOW_MS)
+    assert not admit("4", NOW_MS + HOUR_MS - 1)
+    assert admit("1", NOW_MS + HOUR_MS - 1), "it is watched already"
+    assert admit("4", NOW_MS + HOUR_MS)
+    assert admit("5", NOW_MS - HOUR_MS), "the clock was set back"
+    assert not WatchQuota(0).admit("!room", "0", NOW_MS)
+
+
+@pytest.mark.requirement("H1", "H3")
+def test_what_is_remembered_of_newcomers_is_bounded() -> None:
+    quota = WatchQuota(30_000)
+    for room in range(5):
+        for n in range(30_000):
+            assert quota.admit(f"!{room}", f"{n}", NOW_MS)
+    assert sum(len(hour.admitted) for hour in quota._hours.values()) == 90_000
+    for room in range(20_000):
+        quota.admit(f"!more{room}", "0", NOW_MS)
+    assert len(quota._hours) == 10_000
 
 
 @pytest.mark.requirement("H3")

@@ -100,7 +100,8 @@ class Newcomers:
         now_ms = self._homeserver.now_ms()
         before = self._destinations.find(destination, room_id)
         is_watched = before is not None and now_ms < before.watch_until_ms
-        if not is_watched and now_ms < watch_until_ms and not self._quota.admit(room_id, now_ms):
+        is_to_be_watched = not is_watched and now_ms < watch_until_ms
+        if is_to_be_watched and not self._quota.admit(room_id, destination, now_ms):
             push.watch_until_ms, push.is_believed = now_ms, True
         self._destinations.add(push)
         return push

@@ -238,7 +238,7 @@ class JoinsHandler:
         self._newcomers.note(push)
         try:
             await self._end(push, still_watched=watched)
-        except BaseException:
+        except Exception:
             push.is_settled = False  # its row does not say so
             raise
 

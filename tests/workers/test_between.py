@@ -297,9 +297,10 @@ def test_all_make_the_tables_at_once(
         waiting = "SELECT COUNT(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
         wait_until(lambda: deployment.query(waiting) == [(len(WORKERS) + 1,)], "all to wait", 180)
     deployment.wait_until_ready()
-    wait_until(lambda: deployment.query(all_tables), "the tables to be made")
-    layouts = deployment.query("SELECT duty, version FROM synapse_sticky_layouts ORDER BY duty")
-    assert layouts == [("deferral", 2), ("joins", 1), ("parking", 2), ("sliding", 1)]
+    wait_until(lambda: len(deployment.query(all_tables)) == len(tables), "the tables to be made")
+    layouts = [("deferral", 2), ("joins", 1), ("parking", 2), ("sliding", 1)]
+    made = "SELECT duty, version FROM synapse_sticky_layouts ORDER BY duty"
+    wait_until(lambda: deployment.query(made) == layouts, "all layouts to be there")
     tell(deployment, peer, newcomer, pace=range(2))
     steps = sum(version for _, version in layouts)
     for what, times in (("to layout", steps), ("Could not load", 0)):

@@ -38,7 +38,7 @@ _PARKING = {
 }
 _SLIDING = {"store_page", "read_page", "newly_joined"}
 _EVERYWHERE = {
-    *("read_rows", "load", "fill_index", "expire"),
+    *("read_rows", "load", "fill_index", "expire", "wait"),
     *("load_sliding", "migrate_sliding", "load_parking", "migrate_parking"),
 }
 _OF_ITS_KIND = {
@@ -47,7 +47,7 @@ _OF_ITS_KIND = {
     "sender": {
         *("state_position", "newcomers", "left_behind", "memberships", "earliest_members"),
         *("state_changes", "own_depths"),
-        *("record_joins", "last_rows", "backlog", "settle", "is_joined"),
+        *("record_joins", "last_rows", "backlog", "settle", "is_joined", "is_known"),
         *("load_joins", "migrate_joins", "read_joins", "check_destination", "ask", "referenced"),
     },
     "receiver": {

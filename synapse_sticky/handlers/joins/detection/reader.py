@@ -6,7 +6,7 @@ the stored position stays before it: the next run reads from there.
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import attr
 
@@ -39,8 +39,7 @@ _RECORDED_AT_ONCE = 50
 """A transaction stores this many newcomers at most, so that no other waits for long (H1)."""
 
 
-@attr.s(auto_attribs=True, frozen=True, slots=True)
-class ServerJoin:
+class ServerJoin(NamedTuple):
     """A server has newly joined a room (P3)."""
 
     destination: str

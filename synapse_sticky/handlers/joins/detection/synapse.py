@@ -169,7 +169,9 @@ class SynapseStateChanges:
         # Synapse fetched an outlier as part of the state. If it is older than this server's own
         # join, /send_join named its server, and Synapse has sent that server everything since.
         depths = await self._own_depths({join.room_id for join in firsts if join.outlier})
-        for join in firsts:
+        for number, join in enumerate(firsts, 1):
+            if number % _AT_ONCE == 0:
+                await self._homeserver.give_way()
             own_depth = depths.get(join.room_id)
             if not join.outlier or own_depth is None or join.depth > own_depth:
                 found[ServerJoin(join.server, join.room_id)] = None

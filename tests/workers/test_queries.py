@@ -48,7 +48,15 @@ _OF_ITS_KIND = {
         *("state_position", "newcomers", "left_behind", "memberships", "earliest_members"),
         *("state_changes", "own_depths"),
         *("record_joins", "last_rows", "backlog", "settle", "is_joined", "is_known"),
-        *("load_joins", "migrate_joins", "read_joins", "check_destination", "ask", "referenced"),
+        *(
+            "load_joins",
+            "migrate_joins",
+            "read_joins",
+            "check_destination",
+            "look_at_newcomers",
+            "ask",
+            "referenced",
+        ),
     },
     "receiver": {
         *("load_deferral", "migrate_deferral", "look_for_deferred", "count_deferred"),

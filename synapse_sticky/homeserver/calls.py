@@ -29,9 +29,10 @@ def in_place_of(
         return _with_signature(functools.wraps(original)(replacement), signature)
     own = inspect.signature(replacement).parameters
     is_async = inspect.iscoroutinefunction(original)
-    if _takes_the_same(list(own.values()), list(parameters)) and (
+    is_plain = inspect.isfunction(replacement) and (
         is_async == inspect.iscoroutinefunction(replacement)
-    ):
+    )
+    if is_plain and _takes_the_same(list(own.values()), list(parameters)):
         # Every sync and every event comes by some of these: nothing is between.
         return _with_signature(functools.wraps(original)(replacement), signature)
     own_names = dict(

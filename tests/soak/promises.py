@@ -57,8 +57,9 @@ class Promises:
             self._wait_until_complete(member, room)
         for newcomer in soak.strangers.newcomers:
             self._wait_until_told(newcomer)
+        names = [server.name for server in soak.servers]
         for server in soak.servers:
-            wait_until(lambda s=server: at_rest(s), f"{server.name} to be at rest", _REST_S)  # type: ignore[misc]
+            wait_until(lambda s=server: at_rest(s, names), f"{server.name} to be at rest", _REST_S)  # type: ignore[misc]
 
     def _check_listener(self, listener: Listener) -> None:
         member = listener.member
@@ -161,17 +162,18 @@ class Promises:
             say(f"{server.name} logged {tracebacks} tracebacks (killed servers are among them)")
 
 
-def at_rest(server: Homeserver) -> bool:
-    """Is nothing left to be released, processed or pushed?"""
+def at_rest(server: Homeserver, destinations: list[str]) -> bool:
+    """Is nothing left to be released, processed, or pushed to these destinations?"""
     tables = ["synapse_sticky_deferred", "federation_inbound_events_staging"]
     # What is of a room that the server has left waits for its coming back.
     left = (
         "SELECT 1 FROM destination_rooms_sticky_events_backlog AS b WHERE EXISTS (SELECT 1 FROM"
         " current_state_events AS c WHERE c.room_id = b.room_id AND c.type = 'm.room.create')"
+        f" AND b.destination IN ({', '.join('?' * len(destinations))})"
     )
-    return not any(
-        server.query(sql) for sql in (left, *(f"SELECT 1 FROM {t} LIMIT 1" for t in tables))
-    )
+    if server.query(left, *destinations):
+        return False
+    return not any(server.query(f"SELECT 1 FROM {table} LIMIT 1") for table in tables)
 
 
 def all_of_sync(client: Client, room_id: str) -> list[str]:

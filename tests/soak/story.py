@@ -114,7 +114,6 @@ class Soak:
         self.refused: set[str] = set()
         self.failed_deletions: list[str] = []
         self._numbers = itertools.count()
-        self._transactions = itertools.count()
         self._run = secrets.token_hex(4)
         self.rooms: list[str] = []
         self.done: Counter[str] = Counter()
@@ -194,16 +193,13 @@ class Soak:
         duration_ms = HOUR_MS if lasts else self._random.randint(1_000, 20_000)
         body = f"soak-{self._run}-{next(self._numbers)}"
         path = f"rooms/{quote(self.rooms[room])}/send/org.example.call/{body}"
-        try:
-            answer = self.patiently(
-                member.server,
-                lambda: member.client.request(
-                    "PUT", path, {"body": body}, **{STICKY_PARAMETER: duration_ms}
-                ),
-            )
-        except ApiError as e:
-            if e.status != 429:
-                raise
+        answer = self._unless_limited(
+            member.server,
+            lambda: member.client.request(
+                "PUT", path, {"body": body}, **{STICKY_PARAMETER: duration_ms}
+            ),
+        )
+        if answer is None:
             self.refused.add(body)
         else:
             self.sent.append(Sent(answer["event_id"], body, room, member, lasts))
@@ -254,13 +250,8 @@ class Soak:
     def _redact(self, sent: Sent) -> None:
         room_id, event_id = quote(self.rooms[sent.room]), quote(sent.event_id)
         path = f"rooms/{room_id}/redact/{event_id}/{sent.event_id[1:]}"
-        try:
-            self.patiently(sent.member.server, lambda: sent.member.client.request("PUT", path))
-        except ApiError as e:
-            if e.status != requests.codes.too_many:
-                raise
-        else:
-            sent.redacted = True
+        redact = lambda: sent.member.client.request("PUT", path)  # noqa: E731
+        sent.redacted = self._unless_limited(sent.member.server, redact) is not None
 
     def delete_room(self) -> None:
         """An administrator deletes a room of its own while its sticky events are sent."""
@@ -285,11 +276,7 @@ class Soak:
             self.failed_deletions.append(room_id)
 
     def _send_in(self, member: Member, room_id: str) -> None:
-        try:
-            self.patiently(member.server, lambda: member.client.send_sticky(room_id))
-        except ApiError as e:
-            if e.status != requests.codes.too_many:
-                raise
+        self._unless_limited(member.server, lambda: member.client.send_sticky(room_id))
 
     def clock_step(self) -> None:
         """The clock of a server jumps back, others go on, and somebody sets it right again."""
@@ -324,6 +311,15 @@ class Soak:
                 self.send(*self._random.choice(others))
         finally:
             server.resume()
+
+    def _unless_limited(self, number: int, do: Callable[[], T]) -> T | None:
+        """The same as ``patiently``; None if a rate limit refuses it."""
+        try:
+            return self.patiently(number, do)
+        except ApiError as e:
+            if e.status != requests.codes.too_many:
+                raise
+            return None
 
     def patiently(self, number: int, do: Callable[[], T]) -> T:
         """As a client does: tries again if its server is down."""

@@ -42,7 +42,7 @@ class Newcomer:
 
 
 class Strangers:
-    """Everything that the peers do; ``peers`` federate with all servers of the soak.
+    """The lab's peers in the soak, and everything that they do.
 
     Args:
         rooms: their room IDs.

@@ -23,7 +23,9 @@ DEFERRED = (
     "INSERT INTO synapse_sticky_deferred VALUES ('{}', '!a', '@a:there', 'there', {}, 1, 1, 1)"
 )
 PARKED = (
-    "INSERT INTO synapse_sticky_incomplete VALUES ('there', '{}', '!a', '', '', '', 0, {}, 0, 0)"
+    "INSERT INTO synapse_sticky_incomplete (origin, event_id, room_id, event_json,"
+    " internal_metadata, prev_event_ids, received_ts_ms, until_ms, due_ms)"
+    " VALUES ('there', '{}', '!a', '', '', '[]', 0, {}, 0)"
 )
 STAGED = (
     "INSERT INTO federation_inbound_events_staging"

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from importlib import import_module
 
 import pytest
 
@@ -16,6 +17,7 @@ from synapse_sticky.homeserver.layout import (
     tables_of,
 )
 from tests.unit.members import ThisProcess, World
+from tests.unit.test_boundaries import ROOT
 
 pytestmark = pytest.mark.requirement("E4")
 
@@ -55,6 +57,19 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
     """The module's own."""
     own = [r for r in caplog.records if r.name.startswith("synapse_sticky")]
     return [r.getMessage() for r in own if r.levelno >= logging.WARNING]
+
+
+def test_no_table_is_left_out() -> None:
+    """What the commands and the start say is of all tables, as is the page."""
+    files = [path.relative_to(ROOT) for path in ROOT.glob("synapse_sticky/**/tables.py")]
+    modules = [import_module(".".join(path.with_suffix("").parts)) for path in files]
+    found = {c for m in modules for c in vars(m).values() if hasattr(c, "migrations")}
+    assert found == {*LAYOUTS}
+    page = (ROOT / "docs/database.md").read_text()
+    _, _, dropped = page.partition("`DROP TABLE ")
+    for name in [*(name for t in LAYOUTS for name in tables_of(t.migrations)), LAYOUTS_TABLE]:
+        assert f"| `{name}` |" in page
+        assert name in dropped.partition("`")[0]
 
 
 def test_made_beside_sticky_events_of_other_servers(

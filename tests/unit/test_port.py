@@ -26,12 +26,47 @@ pytestmark = pytest.mark.requirement("E2", "E4")
 
 HOUR_MS = 3_600_000
 OWN_TABLES = [name for table in LAYOUTS for name in tables_of(table.migrations)]
-ROWS = {
-    "synapse_sticky_deferred": ("$1", "!a", "@a:there", "there", 2_000_000_000_000, 7, -5, None),
-    "synapse_sticky_newcomers": ("there", "!a", 3, 2_000_000_000_000),
-    "synapse_sticky_state_positions": ("master", 9, 1),
-    "synapse_sticky_pages": ("@a:here", "D", "", "s1", "[]", 1),
-    "synapse_sticky_incomplete": ("there", "$2", "!a", "{}", "{}", "[]", 1, 2, 3, 2),
+ROWS: dict[str, dict[str, object]] = {
+    "synapse_sticky_deferred": {
+        "event_id": "$1",
+        "room_id": "!a",
+        "sender": "@a:there",
+        "server": "there",
+        "expires_at_ms": 2_000_000_000_000,
+        "event_stream_ordering": 7,
+        "sticky_key": -5,
+    },
+    "synapse_sticky_newcomers": {
+        "destination": "there",
+        "room_id": "!a",
+        "position": 3,
+        "watch_until_ms": 2_000_000_000_000,
+    },
+    "synapse_sticky_state_positions": {
+        "instance_name": "master",
+        "position": 9,
+        "updated_ts_ms": 1,
+    },
+    "synapse_sticky_pages": {
+        "user_id": "@a:here",
+        "device_id": "D",
+        "connection": "",
+        "token": "s1",
+        "older": "[]",
+        "noted_ts_ms": 1,
+    },
+    "synapse_sticky_incomplete": {
+        "origin": "there",
+        "event_id": "$2",
+        "room_id": "!a",
+        "event_json": "{}",
+        "internal_metadata": "{}",
+        "prev_event_ids": "[]",
+        "received_ts_ms": 1,
+        "until_ms": 2,
+        "due_ms": 3,
+        "tries": 2,
+    },
 }
 """Something in each."""
 LAST_ROW, POSITION = 40, 55
@@ -78,7 +113,8 @@ def sqlite(tmp_path_factory: pytest.TempPathFactory) -> Files:
             kind: type = table
             world.drive(migrate(process, kind(process)))
     for name, row in ROWS.items():
-        world.execute(f"INSERT INTO {name} VALUES ({', '.join('?' * len(row))})", *row)
+        values = ", ".join("?" * len(row))
+        world.execute(f"INSERT INTO {name} ({', '.join(row)}) VALUES ({values})", *row.values())
     now_ms = int(time.time() * 1000)
     for number in range(2, LAST_ROW + 1):
         world.execute(
@@ -111,6 +147,15 @@ def position_after_start(moved: Moved) -> int:
     return int(token.stream)
 
 
+def rows_of(moved: Moved) -> dict[str, dict[str, object]]:
+    """What is there now of ``ROWS``."""
+    found = {}
+    for name, row in ROWS.items():
+        (values,) = moved.query(f"SELECT {', '.join(row)} FROM {name}")
+        found[name] = dict(zip(row, values, strict=True))
+    return found
+
+
 @pytest.mark.slow
 def test_by_the_recipe(moved: Moved, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["migrate-tables", "-c", moved.path]) == 0
@@ -120,11 +165,14 @@ def test_by_the_recipe(moved: Moved, capsys: pytest.CaptureFixture[str]) -> None
     said = capsys.readouterr().out.splitlines()
     assert said == [f"{table.duty}: its tables were there." for table in LAYOUTS]
     moved.port()
-    for name, row in ROWS.items():
-        assert moved.query(f"SELECT * FROM {name}") == [row]
+    assert rows_of(moved) == ROWS
     assert len(moved.query(f"SELECT * FROM {LAYOUTS_TABLE}")) == len(LAYOUTS)
     change_in(moved.postgres, recipe())
     assert position_after_start(moved) == POSITION
+    # What came along waits here, too.
+    assert main(["drain", "--once", "-c", moved.path]) == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("deferred events: 1, parked PDUs: 0, staged sticky PDUs: 0, ")
 
 
 @pytest.mark.slow
@@ -145,8 +193,7 @@ def test_the_order_was_wrong(moved: Moved, capsys: pytest.CaptureFixture[str]) -
     assert last.startswith(f"{LAST_ROW - 1} unexpired sticky events of other servers were there")
     assert "run synapse_port_db once more" in last
     moved.port()
-    for name, row in ROWS.items():
-        assert moved.query(f"SELECT * FROM {name}") == [row]
+    assert rows_of(moved) == ROWS
     change_in(moved.postgres, recipe())
     assert position_after_start(moved) == POSITION
 

@@ -158,10 +158,19 @@ DUTIES: Mapping[str, Duty] = {
     duty.name: duty
     for duty in (
         _whole("index", _INDEX, "each /sync asks the database for sticky events", _everywhere),
-        _whole(
+        Duty(
             "delivery",
-            ("homeserver.tokens", "handlers.delivery.synapse"),
-            "each /sync asks the database for sticky events",
+            (
+                Part(
+                    ("homeserver.tokens", "handlers.delivery.synapse"),
+                    "each /sync asks the database for sticky events",
+                ),
+                Part(
+                    (*_ROWS, "handlers.delivery.ttl.synapse"),
+                    "clients are told that an event which is dated ahead stays sticky for longer",
+                    "ttl",
+                ),
+            ),
             _everywhere,
         ),
         _whole(

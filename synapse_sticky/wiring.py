@@ -14,6 +14,7 @@ from synapse_sticky.handlers.deferral.handler import DeferralHandler
 from synapse_sticky.handlers.deferral.observer import Observer
 from synapse_sticky.handlers.deferral.tables import DeferredTable
 from synapse_sticky.handlers.delivery.handler import DeliveryHandler
+from synapse_sticky.handlers.delivery.ttl.handler import TtlHandler
 from synapse_sticky.handlers.extremities.handler import ExtremitiesHandler
 from synapse_sticky.handlers.joins.handler import JoinsHandler
 from synapse_sticky.handlers.joins.tables import NewcomerTable
@@ -195,6 +196,11 @@ class Wiring:
 
         delivery = SynapseDelivery(self._homeserver)
         DeliveryHandler(self._follower, delivery).install()
+
+    def _install_delivery_ttl(self) -> None:
+        from synapse_sticky.handlers.delivery.ttl.synapse import SynapseTelling
+
+        TtlHandler(self._follower, SynapseTelling(self._homeserver)).install()
 
     def _install_sliding(self) -> None:
         from synapse_sticky.handlers.sliding.synapse import SynapseSliding

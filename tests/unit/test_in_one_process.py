@@ -61,7 +61,7 @@ def replaced_on(hs: Any) -> dict[tuple[str, str], Any]:
     """What of this homeserver's own objects was replaced, by class and name."""
     owners = (
         *(hs.get_datastores().main, hs.get_federation_server(), hs.get_event_creation_handler()),
-        hs.get_notifier(),
+        *(hs.get_notifier(), hs.get_event_client_serializer()),
         *(
             hs.get_federation_event_handler(),
             hs.get_sync_handler(),

@@ -18,6 +18,8 @@ MINUTE_MS = 60_000
 @pytest.fixture(scope="module")
 def hs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SynapseHomeServer]:
     hs = make_homeserver(tmp_path_factory.mktemp("homeserver"))
+    reactor: Any = hs.get_reactor()
+    reactor.rightNow = 1_000_000.0
     yield hs
     for connection in hs.get_datastores().main.db_pool._db_pool.connections.values():
         connection.close()

@@ -62,10 +62,10 @@ async def _shorten(
 ) -> None:
     """Changes what is shown, which Synapse makes anew each time."""
     try:
-        told = {
+        told: dict[str, dict[str, Any]] = {
             event.event.event_id: unsigned
             for event, one in zip(events, shown, strict=True)
-            if _TTL in (unsigned := one.get("unsigned") or ())
+            if _TTL in (unsigned := one.get("unsigned") or {})
         }
         if not told:
             return

@@ -34,6 +34,7 @@ def wait_until_entered(server: Homeserver, room_id: str, event_ids: Collection[s
     )
 
 
+@pytest.mark.slow
 @pytest.mark.requirement("L3", "H7")
 def test_auth_events_cannot_be_fetched_for_now(servers: Servers, peer: Peer) -> None:
     """The answer to the join left out who else is in the room. So what they send first makes this

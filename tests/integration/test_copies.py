@@ -17,8 +17,8 @@ from tests.integration.test_tables import ALL_TABLES, CONFIG, TABLES, Story, beg
 from tests.integration.test_tables import comes_to_its_end as comes_to_its_end_of
 from tests.lab import Homeserver, Lab, Peer, wait_until
 from tests.lab.client import WITHOUT_TIMELINE
-from tests.lab.homeserver import PROJECT
 from tests.lab.postgres import Postgres, Replica, change_in, query_in
+from tests.lab.starter import PROJECT
 
 pytestmark = [
     pytest.mark.one_process,

@@ -80,6 +80,9 @@ class Postgres:
         options = ("--write-recovery-conf", "--checkpoint=fast", f"--pgdata={folder}")
         socket = self._server.get_postmaster_info().socket_dir
         self.run("pg_basebackup", *options, f"--host={socket}", "--username=postgres")
+        # The socket may be in the folder of the data. Its lock names this server, which runs.
+        for lock in folder.glob(".s.PGSQL.*.lock"):
+            lock.unlink()
 
     def new_database(self) -> Settings:
         """Makes an empty database as Synapse wants it. Gives Synapse's ``database:`` section."""

@@ -98,17 +98,24 @@ class Server:
         """
         began_s = time.monotonic()
         while time.monotonic() - began_s < _PATIENCE_S:
-            if self.process.poll() is not None:
+            if self._has_ended():
                 if "Address already in use" in self.log.read_text(errors="replace"):
                     raise TakenError
                 fail(self, f"Synapse ended with {self.process.returncode}")
             try:
                 self.request("GET", "/_matrix/client/versions")
-            except OSError:
-                time.sleep(0.1)
-            else:
                 return
+            except OSError:
+                pass  # it does not listen yet
         fail(self, f"Synapse did not answer within {_PATIENCE_S} s")
+
+    def _has_ended(self) -> bool:
+        """Whether the process ends within a moment."""
+        try:
+            self.process.wait(0.1)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
 
     def register(self) -> str:
         """A user's access token."""

@@ -7,9 +7,6 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from elftools.elf.dynamic import DynamicSection
-from elftools.elf.elffile import ELFFile
-
 from tests.wheels import PROJECT, Platform, StepError, run
 
 _CORE = "synapse_sticky/_core.abi3.so"
@@ -107,6 +104,10 @@ def no_panics(wheel: Path) -> None:
 
 def needed_libraries(file: Path) -> list[str]:
     """The shared libraries that an ELF file names."""
+    # Only here, as the tests' own environment does not have it.
+    from elftools.elf.dynamic import DynamicSection
+    from elftools.elf.elffile import ELFFile
+
     with file.open("rb") as stream:
         dynamic = ELFFile(stream).get_section_by_name(".dynamic")
         if not isinstance(dynamic, DynamicSection):

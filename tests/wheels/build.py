@@ -20,8 +20,15 @@ _NOT_HANDED_ON = {"CARGO_ENCODED_RUSTFLAGS", "CARGO_BUILD_TARGET", "MATURIN_PEP5
 
 
 def environment(project: Path) -> dict[str, str]:
-    """What the build runs in. It names no folder of this machine to the compiler's output."""
+    """What the build runs in: the core does not say in which folders it was built.
+
+    Raises:
+        StepError: a folder has a name that RUSTFLAGS cannot have.
+    """
     home = Path(os.environ.get("CARGO_HOME") or Path.home() / ".cargo").resolve()
+    for folder in (project, home):
+        if " " in str(folder):
+            raise StepError(f"{folder}: build where no folder has a blank in its name")
     flags = (
         f"--remap-path-prefix={project}={_PROJECT_IN_WHEEL}",
         f"--remap-path-prefix={home}=/cargo",

@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.wheels import PROJECT, Platform, StepError, needed, run
 
 # Two users: another folder, other rights for new files, another time zone.
-_USERS = ((0o022, "a", "UTC"), (0o077, "b/with a longer path", "Pacific/Auckland"))
+_USERS = ((0o022, "a", "UTC"), (0o077, "b/with/a/longer/path", "Pacific/Auckland"))
 
 
 def compare(platform: Platform) -> str:

@@ -78,7 +78,7 @@ soak: $(VENV)/.built ## Four servers, floods, joins, redactions, crashes: ten mi
 
 wheels: $(WHEELS)/.built ## Wheels for manylinux and musllinux, x86_64 and aarch64, and an sdist, audited; or PLATFORMS="manylinux-x86_64 sdist"; dist
 	$(WHEELS)/bin/python -m tests.wheels build $(PLATFORMS)
-	$(WHEELS)/bin/python -m tests.wheels audit $(filter-out sdist,$(PLATFORMS))
+	$(if $(filter-out sdist,$(or $(PLATFORMS),all)),$(WHEELS)/bin/python -m tests.wheels audit $(filter-out sdist,$(PLATFORMS)))
 
 wheels-check: $(WHEELS)/.built ## What is in dist, on each CPython found, or PYTHONS="python3.12": this machine's wheel and the sdist; CI has the other machines
 	$(WHEELS)/bin/python -m tests.wheels prove $(PYTHONS:%=--python %)

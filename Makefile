@@ -48,12 +48,14 @@ lint: $(VENV)/.built ## ruff, mypy, stubtest, rustfmt, clippy; whether docs/conf
 		then $(BIN)/actionlint; else echo "actionlint is not to be had (go installs it), so it is left out"; fi
 	@! git grep -nE '(pypi[.]org|pythonhosted[.]org|crates[.]io)' -- ':!Makefile' | grep -v '^Cargo.lock:[0-9]*:source = "registry+' || { echo "A registry's host is named"; exit 1; }
 
-bench: $(VENV)/.built ## Benchmarks: the Rust core; delivery beside SQL; /sync; refusing beside accepting; what it costs others when much goes wrong; newcomers, also plain ones and with busy cores; workers
+bench: $(VENV)/.built ## Benchmarks: the Rust core; delivery beside SQL; /sync; refusing beside accepting; what each event costs; what it costs others when much goes wrong; newcomers, also plain ones and with busy cores; workers
 	cargo bench --quiet
 	$(BIN)/python -m benchmarks.delivery
 	$(BIN)/python -m benchmarks.sync
 	$(BIN)/python -m benchmarks.receipt
 	$(BIN)/python -m benchmarks.flood
+	$(BIN)/python -m benchmarks.events
+	$(BIN)/python -m benchmarks.events --workers
 	$(BIN)/python -m benchmarks.harm
 	$(BIN)/python -m benchmarks.newcomers --runs 5
 	$(BIN)/python -m benchmarks.newcomers --runs 5 --plain --busy
@@ -73,7 +75,7 @@ conformance-plain: $(VENV)/.built ## The same, asked of plain Synapse, which fai
 fuzz: $(VENV)/.built ## Everything that comes from outside, in every shape, for ten minutes; prints its seeds
 	$(BIN)/python -m tests.fuzz --minutes 10
 
-soak: $(VENV)/.built ## Four servers, floods, joins, redactions, crashes: ten minutes, then what was promised is checked; prints its seed
+soak: $(VENV)/.built ## Four servers, floods, joins, redactions, crashes, strangers: ten minutes, then what was promised is checked; prints its seed
 	$(BIN)/python -m tests.soak --minutes 10
 
 wheels: $(WHEELS)/.built ## Wheels for manylinux and musllinux, x86_64 and aarch64, and an sdist, audited; or PLATFORMS="manylinux-x86_64 sdist"; dist

@@ -224,17 +224,30 @@ class Limiter:
 class ReleaseQueue:
     """The deferred events, in the order of their release (L4, D7).
 
-    Rooms take turns. The servers of a room take turns. Of a server's events in a room, the one that
-    expires first is released first. A server that has reached its own limit is skipped. If a call
-    that is given a limiter panics, neither of the two is of use any more.
+    Rooms take turns. The servers of a room take turns. A server's turn in a room goes to the sender
+    who has the earliest deadline, and of that sender's events to the newest of a key. Its keys take
+    turns, an event without one is a key of its own. Superseded events follow. While an event would
+    expire before all that waits of its server in the room is through, the one that expires first
+    has every other turn. A server that has reached its own limit is skipped. If a call that is
+    given a limiter panics, neither of the two is of use any more.
     """
 
     def __new__(cls, *, on_panic: Callable[[str], object] | None = None) -> ReleaseQueue: ...
     def admit(
-        self, limiter: Limiter, room_id: str, server: str, sender: str, now_ms: int
+        self,
+        limiter: Limiter,
+        room_id: str,
+        server: str,
+        sender: str,
+        now_ms: int,
+        *,
+        is_exempt: bool = ...,
     ) -> str | None:
         """Charges a new event if it may be delivered now. It may not overtake a deferred event that
         needs the same allowance.
+
+        Args:
+            is_exempt: the limit on a sender does not apply.
 
         Returns:
             ``None`` if the event was charged, else the name of the limit that refused it. The queue
@@ -242,9 +255,25 @@ class ReleaseQueue:
         """
 
     def add(
-        self, event_id: str, room_id: str, server: str, sender: str, expires_at_ms: int
+        self,
+        event_id: str,
+        room_id: str,
+        server: str,
+        sender: str,
+        expires_at_ms: int,
+        *,
+        key: int | None = None,
+        newness_ms: int | None = None,
+        is_exempt: bool = ...,
     ) -> bool:
-        """Defers the event. Returns ``False`` if it is deferred already."""
+        """Defers the event. Returns ``False`` if it is deferred already.
+
+        Args:
+            key: what the event is the state of, hashed; ``None`` if that cannot be read.
+            newness_ms: the end that the sender claims. Of a key the event with the latest is the
+                newest. ``expires_at_ms`` if it is not known.
+            is_exempt: the limit on a sender does not apply.
+        """
 
     def remove(self, event_id: str) -> bool:
         """Takes the event out. Returns ``False`` if it is not deferred."""

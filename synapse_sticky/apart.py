@@ -4,14 +4,14 @@
 others go on.
 """
 
-import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Generic, TypeVar
 
 from synapse_sticky.backoff import Backoff, Clock, Retrying
 from synapse_sticky.homeserver.causes import is_outage
+from synapse_sticky.logs import bounded
 
-logger = logging.getLogger(__name__)
+logger = bounded(__name__)
 
 T = TypeVar("T")
 
@@ -97,7 +97,7 @@ class Stragglers(Generic[T]):
 
     def add(self, failed: Iterable[tuple[T, Exception]]) -> None:
         """Takes items, each with the error of its last attempt."""
-        now_ms = self._clock.now_ms()
+        now_ms = self._clock.steady_ms()
         for item, error in failed:
             self._since_ms.setdefault(item, now_ms)
             logger.debug("%s %s", self._problem, item, exc_info=error)
@@ -131,5 +131,5 @@ class Stragglers(Generic[T]):
         since_ms = self._since_ms.pop(item, None)
         if since_ms is not None:
             self._since_ms[item] = since_ms
-            if self._clock.now_ms() - since_ms >= _HOUR_MS:
+            if self._clock.steady_ms() - since_ms >= _HOUR_MS:
                 self._give_up(item, "it has failed for an hour")

@@ -13,7 +13,7 @@ import attr
 
 logger = logging.getLogger(__name__)
 
-_FORGIVEN_AFTER_MS = 600_000
+FORGIVEN_AFTER_MS = 600_000
 """A setback that long ago does not count any more."""
 
 
@@ -45,6 +45,7 @@ class Clock(Protocol):
     """What waiting needs of the homeserver."""
 
     def now_ms(self) -> int: ...
+    def steady_ms(self) -> int: ...
     def in_background(
         self, what: str, function: Callable[..., Awaitable[None]], *args: Any
     ) -> None: ...
@@ -70,18 +71,18 @@ class Alarm:
 
     def ring_at(self, due_ms: int) -> None:
         """Calls at this time, in ms since the epoch, if not earlier."""
+        self.ring_in(due_ms - self._clock.now_ms())
+
+    def ring_in(self, delay_ms: int) -> None:
+        """Calls after this delay, if not earlier."""
+        due_ms = self._clock.steady_ms() + delay_ms
         if self._timer is not None and self._timer.active():
             # Never postponed: a flood faster than the pause would postpone it for ever.
             if self._due_ms <= due_ms:
                 return
             self._timer.cancel()
         self._due_ms = due_ms
-        delay_ms = due_ms - self._clock.now_ms()
         self._timer = self._clock.call_later(delay_ms, self._what, self._function)
-
-    def ring_in(self, delay_ms: int) -> None:
-        """Calls after this delay, if not earlier."""
-        self.ring_at(self._clock.now_ms() + delay_ms)
 
 
 class Retrying:
@@ -153,8 +154,8 @@ class Retrying:
         self._woken = True
         if self.is_running or self._is_waiting:
             return
-        now_ms = self._clock.now_ms()
-        is_again = 0 <= now_ms - self._set_back_ms < _FORGIVEN_AFTER_MS
+        now_ms = self._clock.steady_ms()
+        is_again = 0 <= now_ms - self._set_back_ms < FORGIVEN_AFTER_MS
         self._setbacks = self._setbacks + 1 if is_again else 1
         self._set_back_ms = now_ms
         self._failures = self._setbacks

@@ -25,6 +25,8 @@ from synapse_sticky.options import (
     parse_section,
     section,
     server_globs,
+    user_globs,
+    user_matcher,
 )
 
 DUTIES = (
@@ -84,6 +86,8 @@ class JoinsConfig:
     retry_min_ms: the delay before an event is first sent again, 10 ms to an hour. It doubles.
     retry_max_ms: the longest such delay, at least retry_min_ms, at most an hour.
     confirm: whether to ask the newcomer if it has what it acknowledged.
+    watched: of how many newcomers of a room within an hour more is known than acknowledgements, 0
+        to 100,000. Each of them is watched for an hour (H1).
     """
 
     enabled: bool = option(True, boolean)
@@ -91,6 +95,7 @@ class JoinsConfig:
     retry_min_ms: int = option(500, duration(10, HOUR_MS))
     retry_max_ms: int = option(300_000, duration(10, HOUR_MS))
     confirm: bool = option(True, boolean)
+    watched: int = option(1_000, integer(0, 100_000))
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
@@ -174,6 +179,8 @@ class FederationConfig:
         unprocessed in one room, at least as many as fit into a transaction (50); past it,
         transactions of it with sticky events for that room are refused until there is room.
     exempt_servers: servers that nothing of this applies to, as globs.
+    exempt_users: users whom per_sender does not apply to, as globs with a literal server. They
+        still count for their server and for the room.
     """
 
     mode: Mode = option(Mode.DEFER, _mode_of(Mode))
@@ -184,6 +191,7 @@ class FederationConfig:
     max_deferred_per_server: int = option(5_000, integer(1, 1_000_000))
     max_staged_per_server_in_room: int = option(1_000, integer(50, 1_000_000))
     exempt_servers: tuple[str, ...] = option((), server_globs)
+    exempt_users: tuple[str, ...] = option((), user_globs)
 
     def applied(self) -> "FederationConfig":
         """What of this holds events up: in mode ``observe`` as little as in ``off``."""
@@ -194,6 +202,10 @@ class FederationConfig:
         patterns = [glob_to_regex(glob) for glob in self.exempt_servers]
         return lambda server: any(pattern.match(server) for pattern in patterns)
 
+    def exempts_user(self) -> Callable[[str], bool]:
+        """A function that tells whether per_sender does not apply to a user."""
+        return user_matcher(self.exempt_users)
+
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
 class LocalConfig:
@@ -201,10 +213,16 @@ class LocalConfig:
 
     mode: what becomes of events past a limit.
     per_user: one user, all rooms; None for no limit.
+    exempt_users: users whom per_user does not apply to, as globs with a literal server.
     """
 
     mode: LocalMode = option(LocalMode.REJECT, _mode_of(LocalMode))
     per_user: LimitConfig | None = section(LimitConfig(2.0, 60), nullable=True)
+    exempt_users: tuple[str, ...] = option((), user_globs)
+
+    def exempts_user(self) -> Callable[[str], bool]:
+        """A function that tells whether per_user does not apply to a user."""
+        return user_matcher(self.exempt_users)
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import attr
 
-from synapse_sticky.homeserver import access, database, schema
+from synapse_sticky.homeserver import access, changed, database, schema
 from synapse_sticky.homeserver.fitting import Columns, misfits
 from synapse_sticky.homeserver.place import Place
 from synapse_sticky.homeserver.seams import Seam, Table, imports_of
@@ -123,9 +123,12 @@ ALL = ("homeserver.process", "homeserver.place", "homeserver.signal")
 CHECK = "cli.synapse"
 """What ``synapse-sticky check`` needs to read a configuration."""
 
-_ROWS = "index.synapse:rows"
-_CHANGES = ("homeserver.stream", "index.synapse:changes")
-_INDEX = (_ROWS, *_CHANGES, "index.synapse:stream")
+_PLACES = "homeserver.sticky_rows"
+_ROWS = (_PLACES, "index.synapse:rows")
+_PERSISTED = "index.synapse:persisted"
+_PURGES = "index.synapse:purges"
+_CHANGES = ("homeserver.stream", "index.synapse:changes", _PURGES)
+_INDEX = (*_ROWS, *_CHANGES, "index.synapse:stream")
 _MEMBERS = "homeserver.rooms:members"
 _SERVERS = (_MEMBERS, "homeserver.rooms:servers", "homeserver.rooms:erased")
 _SENDING = "handlers.sending.synapse"
@@ -168,7 +171,7 @@ DUTIES: Mapping[str, Duty] = {
         ),
         _whole(
             "visibility",
-            (_ROWS, *_SERVERS, "homeserver.rooms:users", "handlers.visibility.synapse"),
+            (*_ROWS, *_SERVERS, "homeserver.rooms:users", "handlers.visibility.synapse"),
             "history visibility hides sticky events from joined users and servers",
             _everywhere,
         ),
@@ -201,7 +204,7 @@ DUTIES: Mapping[str, Duty] = {
             "parking",
             (
                 *(_MEMBERS, "handlers.staging.parking.synapse", "handlers.staging.batches.synapse"),
-                "homeserver.staged",
+                *("homeserver.staged", _PURGES),
             ),
             "acknowledged sticky events are dropped if they cannot be persisted at once",
             _everywhere,
@@ -214,7 +217,7 @@ DUTIES: Mapping[str, Duty] = {
         ),
         _whole(
             "deferral",
-            (*_CHANGES, "handlers.deferral.synapse"),
+            (*_CHANGES, _PLACES, "handlers.deferral.synapse"),
             "a flood of another server delays the sticky events of all others",
             lambda place: place.writes,
         ),
@@ -266,6 +269,8 @@ def _every_seam() -> Iterator[Seam]:
         yield from seams_of(file)
     yield from database.SEAMS
     yield from schema.SEAMS
+    yield from changed.SEAMS
+    yield from seams_of(_PERSISTED)
     yield from seams_of(CHECK)
     for layer in access.SEAMS.values():
         yield from layer

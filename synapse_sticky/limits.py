@@ -1,7 +1,6 @@
 """What the duties with limits share: limiters made from the configuration, refusals, and the
 report of what the limits did."""
 
-import logging
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -12,8 +11,9 @@ from synapse.module_api.errors import Codes, SynapseError
 from synapse_sticky import metrics
 from synapse_sticky._core import Limiter
 from synapse_sticky.config import FederationConfig, LimitConfig, LocalConfig, Mode
+from synapse_sticky.logs import bounded
 
-logger = logging.getLogger(__name__)
+logger = bounded(__name__)
 
 _CAPACITY = 65_536
 """How many buckets that are not full a limiter keeps apart; about 15 MB at worst."""
@@ -72,16 +72,22 @@ class Refusal:
     limit: str
     retry_after_ms: int
 
-    def error(self) -> SynapseError:
-        """The answer to the request: 429 ``M_LIMIT_EXCEEDED``."""
-        return _LimitExceededError(self)
+    def error(self, section: str | None = None) -> SynapseError:
+        """The answer to the request: 429 ``M_LIMIT_EXCEEDED``.
+
+        Args:
+            section: of the limit's option, to have the answer name it; None for other servers,
+                which need not know.
+        """
+        return _LimitExceededError(self, section)
 
 
 class _LimitExceededError(SynapseError):
-    def __init__(self, refusal: Refusal) -> None:
+    def __init__(self, refusal: Refusal, section: str | None) -> None:
+        named = f": too many sticky events ({section}.{refusal.limit})" if section else ""
         super().__init__(
             429,
-            "Too Many Requests",
+            f"Too Many Requests{named}",
             Codes.LIMIT_EXCEEDED,
             additional_fields={"retry_after_ms": refusal.retry_after_ms},
             headers={"Retry-After": str(math.ceil(refusal.retry_after_ms / 1000))},
@@ -107,7 +113,7 @@ class LimitReport:
     gives the number of events since the last one.
 
     Args:
-        now_ms: gives the time in ms since the epoch.
+        now_ms: gives the time in ms.
         observes: whether the limits are not applied, and the lines say what would be done (H6).
     """
 
@@ -135,18 +141,27 @@ class LimitReport:
         self._report("refused", limit, who, where, answer, count)
 
     def deferred(
-        self, limit: str, server: str, room_id: str, server_count: int, delay_ms: int
+        self,
+        limit: str,
+        server: str,
+        room_id: str,
+        server_count: int,
+        delay_ms: int,
+        sender: str,
     ) -> None:
         """An event of another server was deferred.
 
         Args:
             server_count: how many events of this server are deferred now.
             delay_ms: how long the last of them will be, at the limit's rate.
+            sender: is named if the limit is the sender's. The line is still one for all senders of
+                the server, which may make up any number of them.
         """
         metrics.DEFERRED.labels(limit).inc()
         are = "would be" if self._observes else "are"
         outlook = f"{server_count} of its events {are} deferred, the last for about {delay_ms} ms"
-        self._report("deferred", limit, server, f"in {room_id}", outlook, 1)
+        whose = f", this one by {sender!r}" if limit == "per_sender" else ""
+        self._report("deferred", limit, server, f"in {room_id}{whose}", outlook, 1)
 
     def expired(self, event_ids: Sequence[str]) -> None:
         """Deferred events expired before their turn."""

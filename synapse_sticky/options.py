@@ -3,10 +3,12 @@
 import difflib
 import re
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from re import Pattern
 from typing import Any
 
 import attr
+from matrix_common.regex import glob_to_regex
 from synapse.module_api.errors import ConfigError
 
 _UNITS_MS = {
@@ -17,6 +19,7 @@ _UNITS_MS = {
     "d": 86_400_000,
 }
 _DURATION = re.compile(r"([0-9]{1,15})([smhd]?)", re.ASCII)
+_USER_GLOB = re.compile(r"@[^:]+:[^*?\s]+")
 HOUR_MS = 3_600_000
 
 Check = Callable[[object], Any]
@@ -77,6 +80,34 @@ def server_globs(value: object) -> tuple[str, ...]:
         if not isinstance(glob, str) or not glob:
             raise ValueError(allowed)
     return tuple(value)
+
+
+def user_globs(value: object) -> tuple[str, ...]:
+    """User IDs with wildcards in the part before the server."""
+    allowed = (
+        "a list of user IDs such as '@gateway-*:example.org', in which * and ? before the server's "
+        "name stand for any characters or one"
+    )
+    if not isinstance(value, list | tuple):
+        raise ValueError(allowed)
+    for glob in value:
+        if not isinstance(glob, str) or not _USER_GLOB.fullmatch(glob):
+            raise ValueError(allowed)
+    return tuple(value)
+
+
+def user_matcher(globs: Iterable[str]) -> Callable[[str], bool]:
+    """A function that tells whether a user ID matches one of the globs of ``user_globs``."""
+    by_server: dict[str, list[Pattern[str]]] = {}
+    for glob in globs:
+        local, _, server = glob.partition(":")
+        by_server.setdefault(server, []).append(glob_to_regex(local))
+
+    def matches(user_id: str) -> bool:
+        local, _, server = user_id.partition(":")
+        return any(pattern.match(local) for pattern in by_server.get(server, ()))
+
+    return matches
 
 
 def duration(at_least_ms: int, at_most_ms: int) -> Check:

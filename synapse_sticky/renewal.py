@@ -5,7 +5,6 @@ does at an error. The object in its place is empty. Until it has what it should 
 unfit, and does as it does when it is off.
 """
 
-import logging
 import weakref
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -15,8 +14,9 @@ from synapse_sticky import metrics
 from synapse_sticky._core import PanickedError
 from synapse_sticky.backoff import Backoff, Retrying
 from synapse_sticky.homeserver import Homeserver
+from synapse_sticky.logs import bounded
 
-logger = logging.getLogger(__name__)
+logger = bounded(__name__)
 
 T = TypeVar("T")
 OnPanic = Callable[[str], object]

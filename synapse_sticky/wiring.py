@@ -76,7 +76,7 @@ class Wiring:
             self._all_unfit(problems)
             return
         self._homeserver = Homeserver(api)
-        self._report = LimitReport(self._homeserver.now_ms)
+        self._report = LimitReport(self._homeserver.steady_ms)
         if hasattr(self._homeserver.store, _LOADED):
             raise ConfigError(LISTED_TWICE)
         self._homeserver.enter(self._homeserver.store, _LOADED, True)
@@ -247,7 +247,7 @@ class Wiring:
         turns = TurnsHandler(homeserver, SynapseTurns(homeserver, held), held)
         turns.install()
         if self._pruning is not None:
-            self._pruning.prune_only_if(turns.may_prune)
+            self._pruning.prune_by(turns.take_prunable)
 
     def _install_parking(self) -> None:
         from synapse_sticky.handlers.staging.batches.synapse import Batches
@@ -256,7 +256,8 @@ class Wiring:
 
         homeserver, held = self._homeserver, self._held
         staging, table = SynapseStaging(homeserver, held), ParkedTable(homeserver)
-        parking = ParkingHandler(homeserver, Rooms(homeserver), staging, table, held)
+        stream = self._follower.stream
+        parking = ParkingHandler(homeserver, Rooms(homeserver), staging, table, held, stream)
         parking.install()
         Batches(homeserver, staging.verdict_of).install()
         self._loading.duties["parking"] = parking.load
@@ -281,14 +282,14 @@ class Wiring:
         deferral.install()
         self._loading.duties["deferral"] = deferral.load
         if config.mode is Mode.OBSERVE:
-            report = LimitReport(homeserver.now_ms, observes=True)
+            report = LimitReport(homeserver.steady_ms, observes=True)
             Observer(homeserver, writer, stream, config, report).install()
 
     def _install_sending_limit(self) -> None:
         from synapse_sticky.handlers.sending.synapse import SynapseSending
 
         homeserver, local = self._homeserver, self._config.local
-        report = LimitReport(homeserver.now_ms, observes=local.mode is LocalMode.OBSERVE)
+        report = LimitReport(homeserver.steady_ms, observes=local.mode is LocalMode.OBSERVE)
         SendingHandler(homeserver, SynapseSending(homeserver), local, report).install()
 
     def _install_sending_parameter(self) -> None:

@@ -107,6 +107,9 @@ fn releases(c: &mut Criterion) {
                 server,
                 sender,
                 expires_at_ms: START_MS + 3_600_000,
+                key: Some(0),
+                newness_ms: START_MS,
+                is_exempt: false,
             });
         }
         (queue, limiter(100.0, 1_000))

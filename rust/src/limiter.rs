@@ -179,6 +179,13 @@ impl<S: BuildHasher> Limiter<S> {
         self.time.at(now_ms);
     }
 
+    /// In how many ms a bucket of this scope refills by one event, rounded up; 0 without such a limit.
+    #[must_use]
+    pub fn interval_ms(&self, scope: Scope) -> i64 {
+        let limit = self.limits[scope as usize];
+        limit.map_or(0, |limit| (limit.interval_ns + NS_PER_MS - 1) / NS_PER_MS)
+    }
+
     /// How many keys have their own bucket now.
     #[must_use]
     pub fn len(&self) -> usize {

@@ -1,10 +1,12 @@
 //! Deferred events, and the order of their release (L4, D7).
 //!
-//! Rooms take turns. The servers of a room take turns. Of a server's events in a room, the one that expires first is
-//! released first. A server that has reached its own limit is skipped. The same goes for a sender and for a room.
-//! Whatever is skipped sleeps until its limit would admit the next event, and delays no others.
+//! Rooms take turns. The servers of a room take turns. A server's turn in a room goes to the sender who has the
+//! earliest deadline, and of that sender's events to the newest state (see [`sender`]). A server that has reached its
+//! own limit is skipped. The same goes for a sender and for a room. Whatever is skipped sleeps until its limit would
+//! admit the next event, and delays no others.
 
 mod schedule;
+mod sender;
 mod turns;
 
 use std::collections::{BTreeSet, HashMap, HashSet};
@@ -13,6 +15,8 @@ use std::hash::BuildHasher;
 use crate::limiter::{Key, Limiter, Scope};
 use crate::steady::SteadyTime;
 use schedule::{Name, Schedule};
+use sender::OfSender;
+use turns::charges;
 
 /// A deferred event.
 #[derive(Clone, Copy, Debug)]
@@ -27,6 +31,12 @@ pub struct Deferred<'a> {
     pub sender: &'a str,
     /// When the event stops being sticky, in ms since the Unix epoch (S2).
     pub expires_at_ms: i64,
+    /// What the event is the state of, hashed; `None` if that cannot be read. It counts per sender and room.
+    pub key: Option<i64>,
+    /// The end that the sender claims, in ms since the Unix epoch. Of a key, the event with the latest is the newest.
+    pub newness_ms: i64,
+    /// The limit on a sender does not apply.
+    pub is_exempt: bool,
 }
 
 /// The order of a sender's events: by expiry, and by arrival if they expire together.
@@ -37,13 +47,18 @@ struct Entry {
     server: Name,
     sender: Name,
     urgency: Urgency,
+    key: Option<i64>,
+    newness_ms: i64,
 }
 
 /// One server's deferred events in one room.
 #[derive(Default)]
 struct Share {
-    senders: HashMap<Name, BTreeSet<(Urgency, Name)>>,
+    senders: HashMap<Name, OfSender>,
+    events: usize,
     schedule: Schedule<Urgency>,
+    /// Of the senders that are ready, those with an event that is owed a turn, by when it must have it.
+    owed: Schedule<Urgency>,
     /// The limit that the whole share has reached, if any.
     held_by: Option<Scope>,
 }
@@ -57,14 +72,20 @@ struct Room {
     held_by: Option<Scope>,
 }
 
+/// What is deferred of a server.
+#[derive(Default)]
+struct OfServer {
+    events: usize,
+    rooms: usize,
+}
+
 /// The deferred events, in the order of their release.
 pub struct ReleaseQueue {
     entries: HashMap<Name, Entry>,
     expiry: BTreeSet<(i64, Name)>,
     rooms: HashMap<Name, Room>,
     schedule: Schedule<u64>,
-    /// How many events of each server are deferred.
-    waiting: HashMap<Name, usize>,
+    waiting: HashMap<Name, OfServer>,
     /// The servers that have reached their limit over all rooms.
     held_servers: HashSet<Name>,
     counter: u64,
@@ -114,7 +135,7 @@ impl ReleaseQueue {
     /// How many events of this server are deferred.
     #[must_use]
     pub fn waiting(&self, server: &str) -> usize {
-        self.waiting.get(server).copied().unwrap_or(0)
+        self.waiting.get(server).map_or(0, |of| of.events)
     }
 
     /// Charges a new event and admits it, if it may be delivered now.
@@ -122,6 +143,8 @@ impl ReleaseQueue {
     /// A new event may not overtake a deferred event that needs the same allowance. Else new events could use up the
     /// whole allowance, and deferred events would stay deferred until they expire. A sender or server whose turn has
     /// come may not have tried its limits yet. New events leave the allowance of one event to each of these.
+    ///
+    /// `is_exempt`: the limit on a sender does not apply. So the sender's own deferred events hold up no new ones.
     ///
     /// # Errors
     /// The limit that refused the event. The caller must defer it.
@@ -131,9 +154,10 @@ impl ReleaseQueue {
         room_id: &str,
         server: &str,
         sender: &str,
+        is_exempt: bool,
         now_ms: i64,
     ) -> Result<(), Scope> {
-        if let Some(scope) = self.waits_behind(room_id, server, sender) {
+        if let Some(scope) = self.waits_behind(room_id, server, sender, is_exempt) {
             return Err(scope);
         }
         for (key, kept) in self.kept_for_others(room_id, server) {
@@ -142,15 +166,18 @@ impl ReleaseQueue {
             }
         }
         limiter
-            .admit(
-                &Key::of_event(server, room_id, sender).map(|k| (k, 1)),
-                now_ms,
-            )
+            .admit(&charges(server, room_id, sender, is_exempt), now_ms)
             .map_err(|refusal| refusal.scope)
     }
 
     /// The limit for which a deferred event would come before this new one, if any.
-    fn waits_behind(&self, room_id: &str, server: &str, sender: &str) -> Option<Scope> {
+    fn waits_behind(
+        &self,
+        room_id: &str,
+        server: &str,
+        sender: &str,
+        is_exempt: bool,
+    ) -> Option<Scope> {
         if self.held_servers.contains(server) {
             return Some(Scope::Server);
         }
@@ -162,7 +189,7 @@ impl ReleaseQueue {
             if let Some(scope) = share.held_by {
                 return Some(scope);
             }
-            if share.senders.contains_key(sender) {
+            if !is_exempt && share.senders.contains_key(sender) {
                 return Some(Scope::Sender);
             }
         }
@@ -200,11 +227,27 @@ impl ReleaseQueue {
 
         let room = self.rooms.entry(room_id.clone()).or_default();
         let share = room.shares.entry(server.clone()).or_default();
+        let of_server = self.waiting.entry(server.clone()).or_default();
+        of_server.events += 1;
+        of_server.rooms += usize::from(share.events == 0);
+        share.events += 1;
         let sender = known(&share.senders, event.sender);
-        let waiting = share.senders.entry(sender.clone()).or_default();
-        waiting.insert((urgency, event_id.clone()));
-        if waiting.len() == 1 {
-            share.schedule.ready(&sender, urgency);
+        let entry = Entry {
+            room_id: room_id.clone(),
+            server: server.clone(),
+            sender: sender.clone(),
+            urgency,
+            key: event.key,
+            newness_ms: event.newness_ms,
+        };
+        let of_sender = share.senders.entry(sender.clone()).or_default();
+        let is_first = of_sender.is_empty();
+        of_sender.is_exempt = event.is_exempt;
+        of_sender.add(&event_id, &entry);
+        if is_first || share.schedule.is_ready(&sender) {
+            share.rank(&sender);
+        }
+        if is_first {
             // The other senders of the server may have reached their own limits. The new sender has not.
             if share.held_by.is_none() && !room.schedule.is_ready(&server) {
                 room.schedule.ready(&server, turn);
@@ -212,35 +255,27 @@ impl ReleaseQueue {
             if room.held_by.is_none() && !self.schedule.is_ready(&room_id) {
                 self.schedule.ready(&room_id, turn);
             }
-        } else if share.schedule.is_ready(&sender) {
-            if let Some((most_urgent, _)) = waiting.first() {
-                share.schedule.ready(&sender, *most_urgent);
-            }
         }
 
-        *self.waiting.entry(server.clone()).or_default() += 1;
         self.expiry.insert((event.expires_at_ms, event_id.clone()));
-        self.entries.insert(
-            event_id,
-            Entry {
-                room_id,
-                server,
-                sender,
-                urgency,
-            },
-        );
+        self.entries.insert(event_id, entry);
         true
     }
 
     /// Takes the event out. Returns false if it is not deferred.
     pub fn remove(&mut self, event_id: &str) -> bool {
+        self.take_out(event_id, None)
+    }
+
+    /// Takes the event out. `released_in`: the turn in which it was released; `None` if it is just gone.
+    fn take_out(&mut self, event_id: &str, released_in: Option<u64>) -> bool {
         let Some((event_id, entry)) = self.entries.remove_entry(event_id) else {
             return false;
         };
         self.expiry.remove(&(entry.urgency.0, event_id.clone()));
-        if let Some(waiting) = self.waiting.get_mut(&entry.server) {
-            *waiting -= 1;
-            if *waiting == 0 {
+        if let Some(of_server) = self.waiting.get_mut(&entry.server) {
+            of_server.events -= 1;
+            if of_server.events == 0 {
                 self.waiting.remove(&entry.server);
                 self.held_servers.remove(&entry.server);
             }
@@ -251,20 +286,19 @@ impl ReleaseQueue {
         let Some(share) = room.shares.get_mut(&entry.server) else {
             return true;
         };
+        share.events -= 1;
         if let Some(of_sender) = share.senders.get_mut(&entry.sender) {
-            of_sender.remove(&(entry.urgency, event_id));
-            match of_sender.first() {
-                None => {
-                    share.senders.remove(&entry.sender);
-                    share.schedule.remove(&entry.sender);
-                }
-                Some((most_urgent, _)) if share.schedule.is_ready(&entry.sender) => {
-                    share.schedule.ready(&entry.sender, *most_urgent);
-                }
-                Some(_) => {}
+            of_sender.remove(&event_id, &entry, released_in);
+            if of_sender.is_empty() {
+                share.forget(&entry.sender);
+            } else if share.schedule.is_ready(&entry.sender) {
+                share.rank(&entry.sender);
             }
         }
         if share.senders.is_empty() {
+            if let Some(of_server) = self.waiting.get_mut(&entry.server) {
+                of_server.rooms -= 1;
+            }
             room.shares.remove(&entry.server);
             room.schedule.remove(&entry.server);
         }

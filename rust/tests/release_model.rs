@@ -1,5 +1,6 @@
 //! The release queue against a list, and its promises for deferred events.
 
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use _core::limiter::{Limit, Limiter, Scope};
@@ -19,6 +20,8 @@ struct Event {
     server: String,
     sender: String,
     expires_at_ms: i64,
+    key: Option<i64>,
+    newness_ms: i64,
 }
 
 impl Event {
@@ -29,7 +32,23 @@ impl Event {
             server: &self.server,
             sender: &self.sender,
             expires_at_ms: self.expires_at_ms,
+            key: self.key,
+            newness_ms: self.newness_ms,
+            is_exempt: false,
         }
+    }
+
+    /// Key 0 stands for none.
+    fn of_key(self, key: i64, newness_ms: i64) -> Self {
+        Self {
+            key: (key > 0).then_some(key),
+            newness_ms,
+            ..self
+        }
+    }
+
+    fn newness(&self) -> (i64, &str) {
+        (self.newness_ms, &self.id)
     }
 }
 
@@ -40,6 +59,8 @@ fn event(id: usize, room: usize, server: usize, sender: usize, expires_at_ms: i6
         server: format!("s{server}"),
         sender: format!("@{sender}:s{server}"),
         expires_at_ms,
+        key: None,
+        newness_ms: expires_at_ms,
     }
 }
 
@@ -52,7 +73,7 @@ fn limiter(limits: &[(Scope, f64, u32)]) -> Limiter {
 
 #[derive(Clone, Debug)]
 enum Action {
-    Arrive(usize, usize, usize, i64),
+    Arrive(usize, usize, usize, i64, i64),
     Remove(usize),
     Take(usize),
     Expire,
@@ -61,8 +82,9 @@ enum Action {
 
 fn actions() -> impl Strategy<Value = Vec<Action>> {
     let action = prop_oneof![
-        6 => (0..3usize, 0..3usize, 0..4usize, 1..60_000i64)
-            .prop_map(|(room, server, sender, for_ms)| Action::Arrive(room, server, sender, for_ms)),
+        6 => (0..3usize, 0..3usize, 0..4usize, 1..60_000i64, 0..4i64).prop_map(
+            |(room, server, sender, for_ms, key)| Action::Arrive(room, server, sender, for_ms, key)
+        ),
         1 => (0..200usize).prop_map(Action::Remove),
         2 => (0..20usize).prop_map(Action::Take),
         1 => Just(Action::Expire),
@@ -132,9 +154,10 @@ proptest! {
         let number = |id: &str| id[1..].parse::<usize>().expect("ours");
         for action in actions {
             match action {
-                Action::Arrive(room, server, sender, for_ms) => {
-                    let new = event(events.len(), room, server, sender, now_ms + for_ms);
-                    match queue.admit(&mut limiter, &new.room, &new.server, &new.sender, now_ms) {
+                Action::Arrive(room, server, sender, for_ms, key) => {
+                    let new = event(events.len(), room, server, sender, now_ms + for_ms)
+                        .of_key(key, now_ms + for_ms % 7_000);
+                    match queue.admit(&mut limiter, &new.room, &new.server, &new.sender, false, now_ms) {
                         Ok(()) => delivered.push((now_ms, new.clone())),
                         Err(scope) => {
                             prop_assert!(limits.iter().any(|(limited, _, _)| *limited == scope)
@@ -274,9 +297,9 @@ fn servers_take_turns() {
     assert!(order[45..].iter().all(|server| *server == 0));
 }
 
-/// Of a server's events in a room, the one that expires first is released first.
+/// A server's turn in a room goes to the sender who has the earliest deadline. What the sender releases is its newest.
 #[test]
-fn earliest_deadline_first() {
+fn senders_go_by_deadline_and_their_events_by_newness() {
     let mut limiter = limiter(&[(Scope::ServerInRoom, 10.0, 1)]);
     let mut queue = ReleaseQueue::new();
     let deadlines = [50, 20, 90, 20, 70, 10];
@@ -287,7 +310,7 @@ fn earliest_deadline_first() {
         .into_iter()
         .map(|(_, id)| id)
         .collect();
-    assert_eq!(order, ["$5", "$1", "$3", "$0", "$4", "$2"]);
+    assert_eq!(order, ["$2", "$4", "$0", "$3", "$1", "$5"]);
 }
 
 /// A server or sender that has reached its limit delays nobody else.
@@ -306,7 +329,7 @@ fn held_up_alone() {
         };
         queue.add(beside.deferred());
         let taken = queue.take(&mut limiter, START_MS, 100);
-        assert_eq!(taken, ["$0", "$50"], "{scope:?}");
+        assert_eq!(taken, ["$9", "$50"], "{scope:?}");
     }
 }
 
@@ -341,11 +364,18 @@ fn no_overtaking() {
         for id in 0..3 {
             queue.add(event(id, 0, 0, 0, FAR_MS).deferred());
         }
-        assert_eq!(queue.take(&mut limiter, START_MS, 10), ["$0"]);
+        assert_eq!(queue.take(&mut limiter, START_MS, 10), ["$2"]);
         // The bucket has an allowance again, but that is for the deferred events.
         let now_ms = START_MS + 1_000;
         assert_eq!(
-            queue.admit(&mut limiter, &same.room, &same.server, &same.sender, now_ms),
+            queue.admit(
+                &mut limiter,
+                &same.room,
+                &same.server,
+                &same.sender,
+                false,
+                now_ms
+            ),
             Err(scope)
         );
         assert_eq!(
@@ -354,6 +384,7 @@ fn no_overtaking() {
                 &other.room,
                 &other.server,
                 &other.sender,
+                false,
                 now_ms
             ),
             Ok(())
@@ -370,7 +401,14 @@ fn what_was_just_added_is_kept_its_turn_and_holds_up_nobody_else() {
         let mut queue = ReleaseQueue::new();
         queue.add(event(0, 0, 0, 0, FAR_MS).deferred());
         queue.add(event(1, 0, 1, 0, FAR_MS).deferred());
-        queue.admit(&mut limiter, &new.room, &new.server, &new.sender, START_MS)
+        queue.admit(
+            &mut limiter,
+            &new.room,
+            &new.server,
+            &new.sender,
+            false,
+            START_MS,
+        )
     };
     let other_server = event(9, 0, 2, 0, FAR_MS);
     assert_eq!(admit(&[], &other_server), Ok(()));
@@ -396,7 +434,7 @@ fn without_limits_all_pass() {
     }
     assert_eq!(queue.take(&mut limiter, START_MS, 1_000).len(), 100);
     assert_eq!(
-        queue.admit(&mut limiter, "!0", "s0", "@0:s0", START_MS),
+        queue.admit(&mut limiter, "!0", "s0", "@0:s0", false, START_MS),
         Ok(())
     );
     assert_eq!(queue.next_due_ms(START_MS), None);
@@ -449,6 +487,134 @@ impl Buckets {
     }
 }
 
+/// In how long that many events are through, of those that one bucket of this scope delays.
+fn through_ms(limits: &[(Scope, f64, u32)], scope: Scope, events: usize) -> i64 {
+    let of_scope = limits.iter().find(|(limited, _, _)| *limited == scope);
+    let interval_ms = |rate: f64| ((1e9 / rate).ceil() / 1e6).ceil() as i64;
+    of_scope.map_or(0, |(_, rate, _)| interval_ms(*rate) * events as i64)
+}
+
+type OfKey = (String, Option<i64>);
+
+/// The order of each sender's events, by going through all of them.
+#[derive(Default)]
+struct Naive {
+    waiting: Vec<Event>,
+    /// By room and sender: the deadlines that its turns go by, and the keys that it was released of, with the turn and
+    /// the newest of them.
+    deadlines: HashMap<String, BTreeSet<(i64, usize)>>,
+    served: HashMap<OfKey, (usize, (i64, String))>,
+    rescued: BTreeSet<String>,
+    turns: usize,
+}
+
+impl Naive {
+    fn of(event: &Event) -> String {
+        format!("{} {}", event.room, event.sender)
+    }
+
+    fn of_sender(&self, event: &Event) -> Vec<&Event> {
+        let of = Self::of(event);
+        let events = self.waiting.iter();
+        events.filter(|other| Self::of(other) == of).collect()
+    }
+
+    /// What the next turn of the event's sender goes by: the earliest deadline that no release has used up; or, if an
+    /// event ends before that and is at risk, when this event must have its turn. `own_ms`: how long the limit on a
+    /// sender has an event take.
+    fn deadline(&self, event: &Event, safe_after_ms: i64, own_ms: i64) -> (i64, usize) {
+        let of_sender = self.of_sender(event);
+        let turn_by_ms = |end_ms: i64| end_ms - own_ms * of_sender.len() as i64;
+        let expiring = of_sender.iter().map(|event| Self::urgency(event)).min();
+        let (end_ms, id) = expiring.expect("waits");
+        let deadline = *self.deadlines[&Self::of(event)].first().expect("waits");
+        if (end_ms, id) < deadline && turn_by_ms(end_ms) <= safe_after_ms {
+            return (turn_by_ms(end_ms), id);
+        }
+        deadline
+    }
+
+    fn urgency(event: &Event) -> (i64, usize) {
+        (event.expires_at_ms, event.id[1..].parse().expect("ours"))
+    }
+
+    fn add(&mut self, event: &Event) {
+        let deadlines = self.deadlines.entry(Self::of(event)).or_default();
+        deadlines.insert(Self::urgency(event));
+        self.waiting.push(event.clone());
+    }
+
+    fn expired(&mut self, event: &Event) {
+        let deadlines = self.deadlines.get_mut(&Self::of(event)).expect("waits");
+        let own = deadlines.iter().find(|d| **d >= Self::urgency(event));
+        let own = *own.expect("each event has a deadline that is not before its own");
+        deadlines.remove(&own);
+        self.take_out(event);
+    }
+
+    fn take_out(&mut self, event: &Event) {
+        self.waiting.retain(|other| other.id != event.id);
+        let of = Self::of(event);
+        let mut of_sender = self.waiting.iter().filter(|other| Self::of(other) == of);
+        if of_sender.clone().next().is_none() {
+            self.rescued.remove(&of);
+        }
+        if !of_sender.any(|other| other.key == event.key) {
+            self.served.remove(&(of, event.key));
+        }
+    }
+
+    fn released(&mut self, event: &Event) {
+        let of = Self::of(event);
+        self.deadlines.get_mut(&of).expect("waits").pop_first();
+        self.turns += 1;
+        if event.key.is_some() {
+            let newness = (event.newness_ms, event.id.clone());
+            let served = self.served.entry((of, event.key)).or_default();
+            *served = (self.turns, newness.max(served.1.clone()));
+        }
+        self.take_out(event);
+    }
+
+    fn is_superseded(&self, event: &Event) -> bool {
+        let of = (Self::of(event), event.key);
+        let newer =
+            |other: &Event| (Self::of(other), other.key) == of && other.newness() > event.newness();
+        let released = self.served.get(&of).map(|(_, (ms, id))| (*ms, id.as_str()));
+        event.key.is_some() && (self.waiting.iter().any(newer) || released > Some(event.newness()))
+    }
+
+    /// The event of the sender whose turn it is, and notes if it is the one that expires first.
+    fn next(&mut self, event: &Event, safe_after_ms: i64, limits: &[(Scope, f64, u32)]) -> String {
+        let of_sender = self.of_sender(event);
+        let of = Self::of(event);
+        let expiring = of_sender.iter().min_by_key(|e| Self::urgency(e));
+        let expiring = expiring.expect("waits");
+        let own_ms = through_ms(limits, Scope::Sender, of_sender.len());
+        let has_had_its_turn =
+            self.rescued.contains(&of) && of_sender.iter().any(|event| !self.is_superseded(event));
+        if expiring.expires_at_ms <= safe_after_ms + own_ms && !has_had_its_turn {
+            let id = expiring.id.clone();
+            self.rescued.insert(of);
+            return id;
+        }
+        let turn = |event: &Event| self.served.get(&(of.clone(), event.key)).map_or(0, |s| s.0);
+        let place = |event: &Event| {
+            let newest_first = Reverse((event.newness_ms, event.id.clone()));
+            let is_superseded = self.is_superseded(event);
+            (
+                is_superseded,
+                if is_superseded { 0 } else { turn(event) },
+                newest_first,
+            )
+        };
+        let next = of_sender.iter().min_by_key(|event| place(event));
+        let next = next.expect("waits").id.clone();
+        self.rescued.remove(&of);
+        next
+    }
+}
+
 /// A caller that follows `next_due_ms`. It checks each promise of the queue at each step.
 struct Releaser {
     limits: Vec<(Scope, f64, u32)>,
@@ -463,6 +629,8 @@ struct Releaser {
     held_by: HashMap<usize, Bucket>,
     /// (room, server, other server): the first server has had a turn since the other one's last turn.
     ahead: BTreeSet<(String, String, String)>,
+    /// What the senders' own order goes by.
+    naive: Naive,
     /// How many steps released nothing and expired nothing.
     idle: usize,
 }
@@ -480,6 +648,7 @@ impl Releaser {
             waiting: BTreeSet::new(),
             held_by: HashMap::new(),
             ahead: BTreeSet::new(),
+            naive: Naive::default(),
             idle: 0,
         }
     }
@@ -498,20 +667,39 @@ impl Releaser {
             .collect()
     }
 
-    fn arrive(&mut self, room: usize, server: usize, sender: usize, for_ms: i64) {
+    /// When all that waits of the event's server in its room is through.
+    fn safe_after_ms(&self, event: &Event) -> i64 {
+        let waiting = || self.waiting.iter().map(|id| &self.events[*id]);
+        let of_server = waiting().filter(|other| other.server == event.server);
+        let rooms: BTreeSet<&String> = of_server.map(|other| &other.room).collect();
+        let in_room = waiting().filter(|other| other.room == event.room);
+        let servers: BTreeSet<&String> = in_room.map(|other| &other.server).collect();
+        let events = self.beside(event).len();
+        let scopes = [
+            (Scope::ServerInRoom, 1),
+            (Scope::Server, rooms.len()),
+            (Scope::Room, servers.len()),
+        ];
+        let through = |(scope, by): &(Scope, usize)| through_ms(&self.limits, *scope, events * by);
+        self.now_ms + scopes.iter().map(through).max().unwrap_or(0)
+    }
+
+    fn arrive(&mut self, room: usize, server: usize, sender: usize, for_ms: i64, key: i64) {
         let new = event(
             self.events.len(),
             room,
             server,
             sender,
             self.now_ms + for_ms,
-        );
+        )
+        .of_key(key, self.now_ms + for_ms % 1_300);
         let passes = self.buckets.passes(&new, self.now_ms);
         let admitted = self.queue.admit(
             &mut self.limiter,
             &new.room,
             &new.server,
             &new.sender,
+            false,
             self.now_ms,
         );
         if admitted.is_ok() {
@@ -536,6 +724,7 @@ impl Releaser {
         }
         assert!(self.queue.add(new.deferred()));
         self.waiting.insert(self.events.len());
+        self.naive.add(&new);
         self.events.push(new);
         self.settle();
     }
@@ -546,13 +735,15 @@ impl Releaser {
         loop {
             for id in self.queue.expire(self.now_ms, 1_000) {
                 idle = false;
-                self.gone(&id);
+                let event = self.gone(&id);
+                self.naive.expired(&event);
             }
             let taken = self.queue.take(&mut self.limiter, self.now_ms, self.most);
             for id in &taken {
                 idle = false;
-                let event = self.gone(id);
+                let event = self.events[id[1..].parse::<usize>().expect("ours")].clone();
                 self.released(&event);
+                self.gone(id);
             }
             if taken.len() < self.most {
                 break;
@@ -606,16 +797,20 @@ impl Releaser {
 
     fn released(&mut self, event: &Event) {
         assert!(self.buckets.passes(event, self.now_ms), "{event:?}");
-        let urgency = |event: &Event| (event.expires_at_ms, event.id[1..].parse::<u32>().ok());
+        let safe_after_ms = self.safe_after_ms(event);
+        let own_ms = through_ms(&self.limits, Scope::Sender, 1);
+        let deadline = |event: &Event| self.naive.deadline(event, safe_after_ms, own_ms);
         for other in self.beside(event) {
-            if urgency(other) < urgency(event) {
-                // The queue may skip it only because of its sender's limit.
-                assert!(other.sender != event.sender, "{other:?} before {event:?}");
+            if deadline(other) < deadline(event) {
+                // The queue may skip the sender only because of its own limit.
                 let waits = self.buckets.waits(other, self.now_ms);
                 let own = waits.iter().find(|((scope, _), _)| *scope == Scope::Sender);
                 assert!(own.is_some_and(|(_, wait_ns)| *wait_ns > 0), "{other:?}");
             }
         }
+        let next = self.naive.next(event, safe_after_ms, &self.limits);
+        assert_eq!(next, event.id);
+        self.naive.released(event);
         self.buckets.charge(event, self.now_ms);
         if self.limits.len() == 1 && self.limited(Scope::Room) {
             self.turn(event);
@@ -664,18 +859,21 @@ impl Releaser {
     }
 }
 
-type Arrival = (usize, usize, usize, i64, Option<i64>);
+type Arrival = (usize, usize, usize, i64, i64, Option<i64>);
 
 /// Each arrival is after some time, or (`None`) at the time of the next release, just before it.
 fn arrivals(rooms: usize) -> impl Strategy<Value = Vec<Arrival>> {
     let after = prop_oneof![4 => Just(Some(0)), 2 => (0..700i64).prop_map(Some), 2 => Just(None)];
     let for_ms = prop_oneof![1 => 1..3_000i64, 3 => 60_000..60_010i64];
-    vec((0..rooms, 0..3usize, 0..4usize, for_ms, after), 1..80)
+    vec(
+        (0..rooms, 0..3usize, 0..4usize, for_ms, 0..4i64, after),
+        1..80,
+    )
 }
 
 fn release_all(arrivals: Vec<Arrival>, limits: Vec<(Scope, f64, u32)>, most: usize) {
     let mut releaser = Releaser::new(limits, most);
-    for (room, server, sender, for_ms, after_ms) in arrivals {
+    for (room, server, sender, for_ms, key, after_ms) in arrivals {
         let at_ms = match after_ms {
             Some(after_ms) => releaser.now_ms + after_ms,
             None => releaser
@@ -684,7 +882,7 @@ fn release_all(arrivals: Vec<Arrival>, limits: Vec<(Scope, f64, u32)>, most: usi
                 .unwrap_or(releaser.now_ms),
         };
         releaser.run_until(at_ms);
-        releaser.arrive(room, server, sender, for_ms);
+        releaser.arrive(room, server, sender, for_ms, key);
     }
     releaser.finish();
 }
@@ -716,11 +914,226 @@ fn clock_set_back() {
     for id in 0..3 {
         queue.add(event(id, 0, 0, 0, FAR_MS).deferred());
     }
-    assert_eq!(queue.take(&mut limiter, START_MS, 10), ["$0"]);
+    assert_eq!(queue.take(&mut limiter, START_MS, 10), ["$2"]);
     let back_ms = START_MS - 3_600_000;
     assert_eq!(queue.next_due_ms(back_ms), Some(back_ms + 1_000));
     assert!(queue.take(&mut limiter, back_ms + 999, 10).len() <= 1);
     assert_eq!(queue.next_due_ms(back_ms + 999), Some(back_ms + 1_999));
     assert_eq!(queue.take(&mut limiter, back_ms + 1_999, 10), ["$1"]);
-    assert_eq!(queue.take(&mut limiter, back_ms + 2_999, 10), ["$2"]);
+    assert_eq!(queue.take(&mut limiter, back_ms + 2_999, 10), ["$0"]);
+}
+
+fn newest_first_limits() -> [(Scope, f64, u32); 1] {
+    [(Scope::Sender, 2.0, 1)]
+}
+
+/// A client that flaps: however many of its older states wait, its last goes after at most two others.
+#[test]
+fn the_newest_of_a_key_is_next() {
+    for for_ms in [60_000, 3_600_000] {
+        let mut limiter = limiter(&newest_first_limits());
+        let mut queue = ReleaseQueue::new();
+        for id in 0..200 {
+            let now_ms = START_MS + 200 * id as i64;
+            queue.take(&mut limiter, now_ms, 1);
+            queue.add(
+                event(id, 0, 0, 0, now_ms + for_ms)
+                    .of_key(1, now_ms)
+                    .deferred(),
+            );
+        }
+        let now_ms = START_MS + 40_000;
+        let left = event(999, 0, 0, 0, now_ms + for_ms).of_key(1, now_ms);
+        queue.add(left.deferred());
+        let next = |turn: i64| queue.take(&mut limiter, now_ms + 500 * turn, 1);
+        let before = (0..5).flat_map(next).position(|id| id == left.id);
+        assert!(
+            before.is_some_and(|before| before <= 2),
+            "{before:?} before"
+        );
+    }
+}
+
+/// Keys take turns: one that changes all the time does not come before another that waits, and 5,000 keys of a sender
+/// cost another sender of its server no turn.
+#[test]
+fn many_keys_cost_nobody_else() {
+    let mut limiter = limiter(&[(Scope::ServerInRoom, 2.0, 1)]);
+    let mut queue = ReleaseQueue::new();
+    for id in 0..5_000 {
+        queue.add(
+            event(id, 0, 0, 0, FAR_MS)
+                .of_key(id as i64, START_MS)
+                .deferred(),
+        );
+    }
+    let other = event(5_000, 0, 0, 1, FAR_MS - 1).of_key(1, START_MS);
+    queue.add(other.deferred());
+    assert_eq!(queue.take(&mut limiter, START_MS, 1), [other.id]);
+
+    let mut queue = ReleaseQueue::new();
+    queue.add(event(0, 0, 0, 0, FAR_MS).of_key(1, 0).deferred());
+    queue.add(event(1, 0, 0, 0, FAR_MS).of_key(2, 1).deferred());
+    queue.add(event(2, 0, 0, 0, FAR_MS).of_key(2, 2).deferred());
+    let mut order = Vec::new();
+    for id in 3..7 {
+        let now_ms = START_MS + 500 * id as i64;
+        order.extend(queue.take(&mut limiter, now_ms, 1));
+        queue.add(event(id, 0, 0, 0, FAR_MS).of_key(2, id as i64).deferred());
+    }
+    assert_eq!(order, ["$2", "$0", "$4", "$5"]);
+}
+
+/// Newest first lets none expire that the share allows: of one sender, with newer ones all the time.
+#[test]
+fn what_would_expire_is_not_left_behind() {
+    let mut limiter = limiter(&newest_first_limits());
+    let mut queue = ReleaseQueue::new();
+    let old: Vec<Event> = (0..100)
+        .map(|id| event(id, 0, 0, 0, START_MS + 300_000))
+        .collect();
+    for event in &old {
+        queue.add(event.deferred());
+    }
+    let mut released = BTreeSet::new();
+    for second in 0..300 {
+        let now_ms = START_MS + second * 1_000;
+        for n in 0..3 {
+            let id = usize::try_from(1_000 + 3 * second + n).expect("small");
+            queue.add(event(id, 0, 0, 0, now_ms + 3_600_000).deferred());
+        }
+        for half_ms in [0, 500] {
+            released.extend(queue.take(&mut limiter, now_ms + half_ms, 10));
+        }
+        assert_eq!(queue.expire(now_ms, 10).len(), 0);
+    }
+    assert!(old.iter().all(|event| released.contains(&event.id)));
+}
+
+/// L4, L7: a newer event costs no event of its sender its time, however busy the sender's server, its other rooms, and
+/// the room's other servers are.
+#[test]
+fn what_gave_up_its_deadline_is_owed_a_turn() {
+    const OWED: usize = 40;
+    for (scope, rooms, servers, senders) in [
+        (Scope::ServerInRoom, 1, 1, OWED),
+        (Scope::Server, 5, 1, OWED),
+        (Scope::Room, 1, 5, OWED),
+        (Scope::ServerInRoom, 1, 1, 1),
+    ] {
+        let mut limiter = limiter(&[(scope, 20.0, 1), (Scope::Sender, 2.0, 1)]);
+        let mut queue = ReleaseQueue::new();
+        let shares = rooms * servers;
+        // Ten other senders use up what their server may send, and each event of theirs lasts half an hour.
+        let other = |id: usize, now_ms: i64| {
+            let (room, server) = (id % rooms, id % servers);
+            event(1_000 + id, room, server, 100 + id % 10, now_ms + 1_800_000)
+        };
+        for id in 0..20 * shares {
+            queue.add(other(id, START_MS).deferred());
+        }
+        for id in 0..OWED {
+            let sender = id % senders;
+            queue.add(event(2 * id, 0, 0, sender, START_MS + 60_000).deferred());
+            queue.add(event(2 * id + 1, 0, 0, sender, START_MS + 3_600_000).deferred());
+        }
+        let mut order = Vec::new();
+        for turn in 0..1_400 {
+            let now_ms = START_MS + 50 * turn as i64;
+            let expired = queue.expire(now_ms, 10);
+            let after_ms = 50 * turn;
+            assert_eq!(expired, [""; 0], "{scope:?}, {senders}, {after_ms} ms");
+            order.extend(queue.take(&mut limiter, now_ms, 1));
+            queue.add(other(20 * shares + turn, now_ms).deferred());
+        }
+        let number = |id: &String| id[1..].parse::<usize>().expect("ours");
+        let of_owed: Vec<usize> = order.iter().map(number).filter(|id| *id < 1_000).collect();
+        assert_eq!(of_owed.len(), 2 * OWED, "{scope:?}");
+        assert!(
+            of_owed[..OWED].iter().all(|id| id % 2 == 1),
+            "the newest go first"
+        );
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig {
+        failure_persistence: Some(Box::new(FileFailurePersistence::Direct(REGRESSIONS))),
+        ..ProptestConfig::default()
+    })]
+
+    /// If half of a share suffices to deliver all in time, the one that expires first always first, then the share
+    /// suffices to deliver all in time with newest first. The other half is what newest first may take.
+    #[test]
+    fn newest_first_takes_at_most_half(
+        events in vec((0..6usize, 0..9_000i64, 0..4i64, 0..9i64), 1..60),
+    ) {
+        let mut limiter = limiter(&[(Scope::ServerInRoom, 10.0, 1)]);
+        let mut queue = ReleaseQueue::new();
+        let mut by_expiry = events;
+        by_expiry.sort_unstable_by_key(|(_, for_ms, _, _)| *for_ms);
+        for (id, (sender, for_ms, key, newness)) in by_expiry.iter().enumerate() {
+            // Half of the share has its turn for this one after 200 ms for each that expires before.
+            let expires_at_ms = START_MS + (*for_ms).max(200 * id as i64 + 1);
+            queue.add(
+                event(id, 0, 0, *sender, expires_at_ms)
+                    .of_key(*key, START_MS + newness)
+                    .deferred(),
+            );
+        }
+        let mut now_ms = START_MS;
+        while !queue.is_empty() {
+            prop_assert_eq!(queue.expire(now_ms, 10), [""; 0], "after {} ms", now_ms - START_MS);
+            queue.take(&mut limiter, now_ms, 1);
+            now_ms += 100;
+        }
+    }
+}
+
+/// Half of a sender's turns are for what is current. Once only superseded events are left, all turns go to the one that
+/// expires first.
+#[test]
+fn superseded_events_take_no_turn_from_what_would_expire() {
+    let mut limiter = limiter(&newest_first_limits());
+    let mut queue = ReleaseQueue::new();
+    for id in 0..6 {
+        let newness_ms = id as i64;
+        let new = event(id, 0, 0, 0, START_MS + 2_900 + newness_ms).of_key(1, newness_ms);
+        queue.add(new.deferred());
+    }
+    let order: Vec<String> = drain(&mut queue, &mut limiter)
+        .into_iter()
+        .map(|(_, id)| id)
+        .collect();
+    assert_eq!(order, ["$0", "$5", "$1", "$2", "$3", "$4"]);
+}
+
+/// An exempt sender is held up by its server's limit and not by its own.
+#[test]
+fn exempt_sender() {
+    let mut limiter = limiter(&[(Scope::Sender, 1.0, 1), (Scope::Server, 1.0, 5)]);
+    let mut queue = ReleaseQueue::new();
+    let mut exempt = |id: usize, queue: &mut ReleaseQueue| {
+        let new = event(id, 0, 0, 0, FAR_MS);
+        let admitted = queue.admit(
+            &mut limiter,
+            &new.room,
+            &new.server,
+            &new.sender,
+            true,
+            START_MS,
+        );
+        queue.add(Deferred {
+            is_exempt: true,
+            ..new.deferred()
+        });
+        queue.remove(if admitted.is_ok() { &new.id } else { "" });
+        admitted
+    };
+    for id in 0..5 {
+        assert_eq!(exempt(id, &mut queue), Ok(()));
+    }
+    assert_eq!(exempt(5, &mut queue), Err(Scope::Server));
+    assert_eq!(exempt(6, &mut queue), Err(Scope::Server));
+    assert_eq!(queue.take(&mut limiter, START_MS + 2_000, 9).len(), 2);
 }

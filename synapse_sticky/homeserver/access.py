@@ -5,7 +5,6 @@ suffices, so that a Synapse that has changed on one of them is guarded all the s
 section that cannot be checked fails the request, and the client asks again.
 """
 
-import logging
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Any
 
@@ -14,8 +13,9 @@ import attr
 from synapse_sticky.homeserver.fitting import misfits
 from synapse_sticky.homeserver.process import Homeserver
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, Seam, attributes, method
+from synapse_sticky.logs import bounded
 
-logger = logging.getLogger(__name__)
+logger = bounded(__name__)
 
 _SYNC = "synapse.handlers.sync"
 _SLIDING = "synapse.handlers.sliding_sync"

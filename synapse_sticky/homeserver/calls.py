@@ -28,6 +28,13 @@ def in_place_of(
         # Somebody else's replacement, which passes on what comes.
         return _with_signature(functools.wraps(original)(replacement), signature)
     own = inspect.signature(replacement).parameters
+    is_async = inspect.iscoroutinefunction(original)
+    is_plain = inspect.isfunction(replacement) and (
+        is_async == inspect.iscoroutinefunction(replacement)
+    )
+    if is_plain and _takes_the_same(list(own.values()), list(parameters)):
+        # Every sync and every event comes by some of these: nothing is between.
+        return _with_signature(functools.wraps(original)(replacement), signature)
     own_names = dict(
         zip(
             (parameter.name for parameter in parameters if parameter.kind in _BY_POSITION),
@@ -43,14 +50,28 @@ def in_place_of(
         and (name := own_names.get(parameter.name, parameter.name)) in own
     }
     rest = next((p.name for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD), "")
+    known = {p.name: own_names.get(p.name, p.name) for p in parameters if p.name != rest}
+    in_order = [known[p.name] for p in parameters if p.kind in _BY_POSITION]
+    required = frozenset(known[p.name] for p in parameters if p.name in known and not _is_left(p))
 
     def by_name(*args: Any, **options: Any) -> dict[str, Any]:
+        # Several of these stand in the way of each event, and ``bind`` takes microseconds. It is
+        # for what is not plain here, as for a call that the original does not take.
+        if len(args) <= len(in_order):
+            given = dict(zip(in_order, args, strict=False))
+            for name, value in options.items():
+                if (own_name := known.get(name)) is None or own_name in given:
+                    break
+                given[own_name] = value
+            else:
+                if given.keys() >= required:
+                    return {**defaults, **given}
         arguments = signature.bind(*args, **options).arguments
         unnamed = arguments.pop(rest, {})
         named = {own_names.get(name, name): value for name, value in arguments.items()}
         return {**defaults, **named, **unnamed}
 
-    if inspect.iscoroutinefunction(original):
+    if is_async:
 
         @functools.wraps(original)
         async def call_later(*args: Any, **options: Any) -> Any:
@@ -63,6 +84,21 @@ def in_place_of(
         return replacement(**by_name(*args, **options))
 
     return _with_signature(call, signature)
+
+
+def _takes_the_same(own: list[inspect.Parameter], others: list[inspect.Parameter]) -> bool:
+    """May the first be called in each way that the others may, to the same effect? It may take more
+    by name."""
+    if own and own[-1].kind is inspect.Parameter.VAR_KEYWORD:
+        own = own[:-1]
+    return [(p.name, p.kind, p.default) for p in own] == [
+        (p.name, p.kind, p.default) for p in others
+    ]
+
+
+def _is_left(parameter: inspect.Parameter) -> bool:
+    """May it be left out?"""
+    return parameter.default is not inspect.Parameter.empty
 
 
 def _with_signature(

@@ -2,9 +2,11 @@
 
 import logging
 import sqlite3
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import closing
+from itertools import islice
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from synapse_sticky.homeserver.fitting import Columns, kind_of_column, misfits, resolve
 from synapse_sticky.homeserver.seams import Attribute, attributes, method
@@ -13,6 +15,11 @@ if TYPE_CHECKING:
     from synapse.config.homeserver import HomeServerConfig
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+AT_ONCE = 500
+"""So many values a statement names. SQLite takes 32,766 arguments and fails with one more."""
 
 _DATABASE = "synapse.storage.database"
 _ENGINES = "synapse.storage.engines"
@@ -117,3 +124,34 @@ def columns_in(cursor: Any) -> Columns:
 def is_postgres(engine: Any) -> bool:
     """Is it Synapse's engine for Postgres? There is only one other."""
     return engine.module is not sqlite3
+
+
+def portions(values: Iterable[T], most: int = AT_ONCE) -> Iterator[list[T]]:
+    """The values, so many at a time: for statements about any number of them (H3)."""
+    left = iter(values)
+    while portion := list(islice(left, most)):
+        yield portion
+
+
+class NamesValues(Protocol):
+    """Says "the column is one of these" in SQL."""
+
+    def in_list(self, column: str, values: Collection[object]) -> tuple[str, list[Any]]: ...
+
+
+def found_txn(
+    names: NamesValues, txn: Any, select: str, column: str, values: Iterable[object]
+) -> set[Any]:
+    """What a query for one column finds, for any number of values (H3).
+
+    Args:
+        names: the homeserver.
+        select: the query, up to its last WHERE or AND.
+        column: which is to be one of the values.
+    """
+    found = set()
+    for portion in portions(values):
+        clause, args = names.in_list(column, portion)
+        txn.execute(f"{select} {clause}", args)
+        found |= {one for (one,) in txn.fetchall()}
+    return found

@@ -8,7 +8,6 @@ as well; whoever imports it later gets the replacement from ``synapse.x``.
 import functools
 import gc
 import importlib
-import logging
 import sys
 from collections.abc import Callable, Collection, Mapping
 from types import CellType, FrameType, FunctionType, ModuleType
@@ -16,8 +15,9 @@ from typing import Any
 
 from synapse_sticky.homeserver.calls import in_place_of
 from synapse_sticky.homeserver.seams import SeamMismatchError
+from synapse_sticky.logs import bounded
 
-logger = logging.getLogger(__name__)
+logger = bounded(__name__)
 
 Function = Callable[..., Any]
 Modules = Mapping[int, tuple[str, dict[str, Any]]]

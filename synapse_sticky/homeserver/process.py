@@ -12,6 +12,7 @@ from synapse.module_api import ModuleApi
 from synapse.module_api.errors import ConfigError
 
 from synapse_sticky.homeserver.calls import in_place_of
+from synapse_sticky.homeserver.clock import OnSet, SetClock
 from synapse_sticky.homeserver.database import is_postgres
 from synapse_sticky.homeserver.place import Place
 from synapse_sticky.homeserver.seams import HOMESERVER, Attribute, attributes, method
@@ -60,6 +61,7 @@ class Cursor(Protocol):
     def execute(self, sql: str, parameters: Any = ..., /) -> None: ...
     def execute_batch(self, sql: str, args: Any, /) -> None: ...
     def fetchone(self) -> tuple[Any, ...] | None: ...
+    def fetchmany(self, size: int, /) -> list[tuple[Any, ...]]: ...
     def fetchall(self) -> list[tuple[Any, ...]]: ...
 
     def call_after(self, callback: Callable[..., object], /, *args: Any) -> None:
@@ -93,6 +95,14 @@ class Homeserver:
         self.place = Place(self.hs.config)
         self.instance_name = self.place.name
         self.is_postgres = is_postgres(self.store.database_engine)
+        # Whoever imports it earlier decides on which one it is.
+        from twisted.internet import reactor
+
+        self._clock = SetClock(
+            api.get_current_time_msec, api.delayed_background_call, reactor.callFromThread
+        )
+        running: Any = reactor
+        self._clock.look_when_running(running)
         self._undo: list[Callable[[], None]] = []
         # The reactor knows this function, and lets it go at the homeserver's `shutdown()` only.
         # When the process ends, Synapse processes events until its own handlers of the phase
@@ -104,8 +114,17 @@ class Homeserver:
         )
 
     def now_ms(self) -> int:
-        """The time in ms since the epoch."""
-        return self.api.get_current_time_msec()
+        """The time in ms since the epoch: for what expires, or is stored. Somebody may set it."""
+        return self._clock.now_ms()
+
+    def steady_ms(self) -> int:
+        """The time for delays within this process, in ms: it goes on evenly, whoever sets the
+        clock. Where nobody has, it is the same as ``now_ms``."""
+        return self._clock.steady_ms()
+
+    def on_clock_set(self, listener: OnSet) -> None:
+        """Calls back with the ms by which the clock was set: forward, or back if negative."""
+        self._clock.on_set(listener)
 
     def in_background(
         self, what: str, function: Callable[..., Awaitable[None]], *args: Any
@@ -117,24 +136,26 @@ class Homeserver:
         self, delay_ms: int, what: str, function: Callable[..., Awaitable[None]], *args: Any
     ) -> Cancellable:
         """The same, after a delay."""
-        return self.api.delayed_background_call(
-            delay_ms, function, *args, desc=f"synapse_sticky_{what}"
-        )
+        call = functools.partial(function, *args)
+        return self._clock.call_later(delay_ms, f"synapse_sticky_{what}", call)
 
     def in_reactor(self, function: Callable[..., object], *args: Any) -> None:
         """Calls the function in the reactor's thread soon; from whatever thread."""
-        # Whoever imports it earlier decides on which one it is.
         from twisted.internet import reactor
 
         reactor.callFromThread(function, *args)
 
     def new_signal(self) -> Signal:
         """A signal that nobody waits for yet."""
-        return Signal(self.hs.get_clock())
+        return Signal(self.call_later)
 
     async def sleep_ms(self, delay_ms: int) -> None:
         """Waits. Nobody may be kept waiting by that: no lock is held, no room's queue stands."""
-        await self.api.sleep(delay_ms / 1000)
+        await self.new_signal().wait(delay_ms)
+
+    async def give_way(self) -> None:
+        """Between two steps of something long: whatever else is due has its turn (H3)."""
+        await self.sleep_ms(0)
 
     async def transact(self, what: str, function: Callable[..., T], *args: Any) -> T:
         """Runs ``function(cursor, *args)`` in one transaction; retried if the database asks."""
@@ -185,7 +206,11 @@ class Homeserver:
         txn.execute("SELECT set_config('lock_timeout', ?, TRUE)", before)
 
     def in_list(self, column: str, values: Collection[object]) -> tuple[str, list[Any]]:
-        """The SQL for "the column is one of these", and its arguments."""
+        """The SQL for "the column is one of these", and its arguments.
+
+        SQLite takes 32,766 arguments: whoever cannot say how many values there are takes
+        ``database.portions`` of them.
+        """
         if self.is_postgres:
             return f"{column} = ANY(?)", [list(values)]
         return f"{column} IN ({', '.join('?' * len(values))})", list(values)
@@ -233,6 +258,7 @@ class Homeserver:
 
     def close(self) -> None:
         """Takes out whatever was put in. Synapse goes on without the module."""
+        self._clock.close()
         self.undo_to(0)
 
 

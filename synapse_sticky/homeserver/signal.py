@@ -1,25 +1,33 @@
 """Waiting for something without asking for it again and again."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Awaitable, Callable
+from typing import Protocol
 
 from synapse.logging.context import PreserveLoggingContext
-from synapse.util.async_helpers import timeout_deferred
-from twisted.internet import defer
+from twisted.internet.defer import Deferred
 
-from synapse_sticky.homeserver.seams import method
 
-if TYPE_CHECKING:
-    from synapse.util.clock import Clock
+class Timer(Protocol):
+    """A call that is due later."""
 
-SEAMS = (method("synapse.util.async_helpers", "timeout_deferred(*, deferred, timeout, clock)"),)
+    def cancel(self) -> None: ...
+    def active(self) -> bool: ...
+
+
+class CallLater(Protocol):
+    """Calls after a delay in ms, wherever the clock is set to meanwhile (H2)."""
+
+    def __call__(
+        self, delay_ms: int, what: str, function: Callable[..., Awaitable[None]], /, *args: object
+    ) -> Timer: ...
 
 
 class Signal:
     """Something that any number may wait for, again and again."""
 
-    def __init__(self, clock: "Clock") -> None:
-        self._clock = clock
-        self._waiting: set[defer.Deferred[None]] = set()
+    def __init__(self, call_later: CallLater) -> None:
+        self._call_later = call_later
+        self._waiting: set[Deferred[None]] = set()
 
     def fire(self) -> None:
         """Wakes all who wait."""
@@ -30,12 +38,18 @@ class Signal:
 
     async def wait(self, at_most_ms: int) -> None:
         """Waits until it fires next, or until that long has passed."""
-        deferred: defer.Deferred[None] = defer.Deferred(self._waiting.discard)
+        deferred: Deferred[None] = Deferred(self._waiting.discard)
         self._waiting.add(deferred)
-        with PreserveLoggingContext():
-            try:
-                await timeout_deferred(
-                    deferred=deferred, timeout=at_most_ms / 1000, clock=self._clock
-                )
-            except defer.TimeoutError:
-                pass  # as was said
+        timer = self._call_later(at_most_ms, "wait", self._give_up, deferred)
+        try:
+            with PreserveLoggingContext():
+                await deferred
+        finally:
+            if timer.active():
+                timer.cancel()
+
+    async def _give_up(self, deferred: Deferred[None]) -> None:
+        if deferred in self._waiting:
+            self._waiting.remove(deferred)
+            with PreserveLoggingContext():
+                deferred.callback(None)

@@ -6,73 +6,31 @@ the database.
 """
 
 import itertools
-import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
-from typing import Protocol
-
-import attr
+from typing import TypeVar
 
 from synapse_sticky._core import StickyIndex
 from synapse_sticky.backoff import Alarm, Backoff
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.homeserver.position import Position
+from synapse_sticky.index.noted import NotedRows
+from synapse_sticky.index.stream import StickyRow, Stream
+from synapse_sticky.logs import bounded
 from synapse_sticky.renewal import OnPanic, Renewed
 
-logger = logging.getLogger(__name__)
+logger = bounded(__name__)
 
 _PAGE = 500
 _EXPIRE_EVERY_MS = 10_000
 _BACKOFF = Backoff(1_000, 60_000)
 _CATCH_UP_MS = 1_000
+_MOST_TRIES = 5
+"""How often somebody who waits is woken, as many may wait."""
+
+T = TypeVar("T")
 
 RoomsListener = Callable[[Collection[str]], None]
-
-
-@attr.s(auto_attribs=True, frozen=True, slots=True)
-class StickyRow:
-    """One row of the sticky events stream.
-
-    deliverable: False while the event is soft-failed, and for good once it is redacted or gone.
-    """
-
-    stream_id: int
-    instance_name: str
-    room_id: str
-    event_id: str
-    sender: str
-    expires_at_ms: int
-    deliverable: bool
-
-
-class Stream(Protocol):
-    """Synapse's sticky events stream, as this process sees it."""
-
-    @property
-    def writers(self) -> Sequence[str]:
-        """The instances that write to it."""
-
-    def positions(self) -> dict[str, int]:
-        """Up to where each writer's rows are visible here, by instance name."""
-
-    async def rows(self, *, after: int, up_to: int, limit: int) -> list[StickyRow]:
-        """Unexpired rows with ``after < stream_id <= up_to``, ascending, at most ``limit``."""
-
-    async def rows_of(self, event_ids: Collection[str]) -> list[StickyRow]:
-        """The present rows of these events; an event without a row is left out."""
-
-    async def last_rows(self, room_id: str) -> dict[str, int]:
-        """The last stream ID that each writer has given to an unexpired row of the room's own
-        events, by instance name: as the database has it, which this process may see later."""
-
-    def on_advance(self, callback: Callable[[], None]) -> None:
-        """Calls back whenever any of Synapse's streams may have advanced."""
-
-    def on_event_changed(self, callback: Callable[[str], None]) -> None:
-        """Calls back with an event ID: redacted, purged or changed in its metadata."""
-
-    def on_room_purged(self, callback: Callable[[str], None]) -> None:
-        """Calls back with a room ID whose events may be gone."""
 
 
 class IndexFollower:
@@ -103,6 +61,8 @@ class IndexFollower:
         self._purged: set[str] = set()
         self._rechecking: set[str] = set()
         self._progress = homeserver.new_signal()
+        self._has_failed = False
+        self._noted: NotedRows[StickyRow] = NotedRows()
         self._is_started = False
 
     @property
@@ -117,10 +77,13 @@ class IndexFollower:
 
     def start(self) -> None:
         """Begins to fill the index and to follow the stream. Until then the database answers."""
+        self.stream.on_persisted(self._noted.note)
         self.stream.on_advance(self._poke)
         self.stream.on_event_changed(self._event_changed)
         self.stream.on_room_purged(self._room_purged)
         self._expiry.ring_in(_EXPIRE_EVERY_MS)
+        # What expires by that is over, also if the clock is set back later.
+        self._hs.on_clock_set(lambda _: self._expiry.ring_in(0))
         self._is_started = True
         self._poke()
 
@@ -129,8 +92,18 @@ class IndexFollower:
         self._listeners.append(listener)
 
     def in_step(self) -> bool:
-        """Does the index hold all that is visible to this process right now?"""
+        """Does the index hold all that is visible to this process right now? ``doubts`` says of
+        single events whether they may have changed since."""
         return self._is_started and self._is_true_up_to(self.stream.positions())
+
+    def doubts(self, event_ids: Iterable[str]) -> bool:
+        """May any of these events have changed since the index took it in?
+
+        It may be redacted or gone. It is looked up; ``catch_up`` waits for that.
+        """
+        if not self._changed and not self._rechecking:
+            return False
+        return any(e in self._changed or e in self._rechecking for e in event_ids)
 
     def has_taken_in(self, last_rows: Mapping[str, int]) -> bool:
         """Has the index taken in the rows of each writer up to this stream ID?"""
@@ -140,37 +113,53 @@ class IndexFollower:
         return all(at <= positions.get(writer, highest) for writer, at in last_rows.items())
 
     def holds(self, up_to: Position) -> bool:
-        """Does the index hold all there is up to this position, and nothing that changed since?"""
+        """Does the index hold all there is up to this position? ``doubts`` says of single events
+        whether they may have changed since."""
         if not self._is_started:
             return False
         writers = self.stream.writers
+        if not up_to.writers:
+            return self._is_true_up_to(dict.fromkeys(writers, up_to.stream_id))
         positions = {writer: up_to.of(writer) for writer in writers}
         others = {writer: at for writer, at in up_to.writers.items() if writer not in writers}
         return self._is_true_up_to(positions) and (not others or self.has_taken_in(others))
 
-    async def catch_up(self) -> None:
-        """Waits for what is being read, a moment at most; not while the database fails."""
+    async def catch_up(self, find: Callable[[], T | None]) -> T | None:
+        """Waits for what is being read until ``find`` finds something: a moment at most, and not
+        while the database fails."""
         if not self._is_started:
-            return
+            return find()
         self._poke()
-        following = self._following
-        if following.is_running and not following.is_failing and self.index.positions():
-            await self._progress.wait(_CATCH_UP_MS)
+        following, until_ms = self._following, self._hs.steady_ms() + _CATCH_UP_MS
+        found = find()
+        for _ in range(_MOST_TRIES):
+            left_ms = until_ms - self._hs.steady_ms()
+            is_reading = following.is_running and not following.is_failing and not self._has_failed
+            if found is not None or not is_reading or left_ms <= 0 or not self.index.positions():
+                break
+            await self._progress.wait(left_ms)
+            found = find()
+        return found
 
     def _is_true_up_to(self, positions: Mapping[str, int]) -> bool:
-        is_clean = self._is_started and not self._changed and not self._rechecking
-        return is_clean and self.is_whole and self.index.in_step(positions)
+        return self.is_whole and self.index.in_step(positions)
 
     async def rows_of(self, event_ids: Collection[str]) -> dict[str, StickyRow]:
         """The deliverable rows of these events by event ID, from the database if need be."""
-        if self.in_step():
-            positions = {e: self.index.get(e) for e in event_ids}
-            return {
-                e: StickyRow(row[0], "", row[1], row[2], row[3], row[4], True)
-                for e, row in positions.items()
-                if row is not None
-            }
-        return {r.event_id: r for r in await self.stream.rows_of(event_ids) if r.deliverable}
+        if not self.in_step():
+            return {r.event_id: r for r in await self.stream.rows_of(event_ids) if r.deliverable}
+        found, doubtful = {}, {}
+        for event_id in event_ids:
+            if (row := self.index.get(event_id)) is None:
+                continue
+            if self.doubts([event_id]):
+                doubtful[event_id] = row[0]
+            else:
+                found[event_id] = StickyRow(row[0], "", row[1], row[2], row[3], row[4], True)
+        if doubtful:
+            rows = await self.stream.rows_at(doubtful)
+            found.update({r.event_id: r for r in rows if r.deliverable})
+        return found
 
     def _poke(self) -> None:
         # A tick of any stream comes here: one that brings nothing new starts nothing.
@@ -178,10 +167,39 @@ class IndexFollower:
             self._following.is_running
             or self._changed
             or not self.index.in_step(self.stream.positions())
-        ):
+        ) and not self._take_in_noted():
             self._following.wake()
 
+    def _take_in_noted(self) -> bool:
+        """Takes in what is new if this process has persisted all of it: nothing is started, and
+        nothing is asked. Gives whether nothing is left to do."""
+        following, index = self._following, self.index
+        is_busy = following.is_running or following.is_failing or self._changed
+        if is_busy or not self.is_whole or not index.positions():
+            return False
+        positions = self.stream.positions()
+        after, up_to = _span(index, positions)
+        if (rows := self._noted.all_between(after, up_to)) is None:
+            return False
+        try:
+            self._take_in_rows(index, rows, positions)
+        except Exception:
+            # It is read from the table instead; what fails there as well is tried again.
+            logger.debug("Could not take in %d rows", len(rows), exc_info=True)
+            return False
+        return True
+
+    def _take_in_rows(
+        self, index: StickyIndex, rows: Collection[StickyRow], positions: Mapping[str, int]
+    ) -> None:
+        """Takes in the last rows up to these positions."""
+        self._insert(index, rows)
+        for writer, position in positions.items():
+            index.advance(writer, position)
+        self._noted.drop(max(positions.values(), default=0))
+
     def _event_changed(self, event_id: str) -> None:
+        self._noted.forget_if_noted(event_id)
         # While a page is being read, any event may be in it in its state of before.
         if self._following.is_running or event_id in self.index:
             self._changed.add(event_id)
@@ -190,6 +208,7 @@ class IndexFollower:
     def _room_purged(self, room_id: str) -> None:
         # Rare: whatever of the room is known gets looked up anew; once more after a page that is
         # being read, as that may have been read before.
+        self._noted.clear()
         self._look_up_anew(room_id)
         if self._following.is_running:
             self._purged.add(room_id)
@@ -201,14 +220,26 @@ class IndexFollower:
             self._changed.add(event_id)
 
     async def _follow(self) -> None:
+        # New rows are taken in between: events may change faster than they are looked up.
+        await self._follow_once()
+        while self._changed:
+            await self._follow_once()
+
+    async def _follow_once(self) -> None:
+        before = self.index.positions()
+        self._has_failed = False
         try:
             await self._take_in()
             for room_id in self._purged:
                 self._look_up_anew(room_id)
             self._purged.clear()
             await self._recheck()
+        except BaseException:
+            self._has_failed = True
+            raise
         finally:
-            self._progress.fire()
+            if self._has_failed or not self._changed or self.index.positions() != before:
+                self._progress.fire()
 
     async def _take_in(self) -> None:
         positions = self.stream.positions()
@@ -216,21 +247,17 @@ class IndexFollower:
         index = self.index
         if index.in_step(positions):
             return
-        # From the slowest writer's position: rows of the others that are read again are known.
-        known = index.positions()
-        after = min((known.get(writer, 0) for writer in positions), default=0)
-        up_to = max(positions.values(), default=0)
-        loading = not known
+        after, up_to = _span(index, positions)
+        loading = not index.positions()
         while True:
             rows = await self.stream.rows(after=after, up_to=up_to, limit=_PAGE)
-            self._insert(index, rows)
             if len(rows) < _PAGE:
                 break
+            self._insert(index, rows)
             after = rows[-1].stream_id
             if loading:
                 logger.info("Loading the sticky events index: %d so far", len(index))
-        for writer, position in positions.items():
-            index.advance(writer, position)
+        self._take_in_rows(index, rows, positions)
         if loading:
             logger.info("The sticky events index is filled: %d unexpired events", len(index))
 
@@ -261,19 +288,20 @@ class IndexFollower:
                 logger.exception("Could not tell of new sticky events in %d rooms", len(rooms))
 
     async def _recheck(self) -> None:
-        while self._changed:
-            # What changes while it is read has to be read once more.
-            self._rechecking = set(itertools.islice(self._changed, _PAGE))
-            self._changed -= self._rechecking
-            try:
-                rows = {r.event_id: r for r in await self.stream.rows_of(self._rechecking)}
-            except Exception:
-                self._changed |= self._rechecking
-                raise
-            for event_id in self._rechecking:
-                if (row := rows.get(event_id)) is None or not row.deliverable:
-                    self.index.remove(event_id)
-            self._rechecking = set()
+        """Looks up some of what has changed."""
+        # What changes while it is read has to be read once more.
+        self._rechecking = set(itertools.islice(self._changed, _PAGE))
+        self._changed -= self._rechecking
+        # No page is being read now: the next one will have what is not here as it is by then.
+        known = {e: row[0] for e in self._rechecking if (row := self.index.get(e))}
+        try:
+            rows = await self.stream.rows_at(known) if known else []
+        except Exception:
+            self._changed |= self._rechecking
+            raise
+        for event_id in known.keys() - {row.event_id for row in rows if row.deliverable}:
+            self.index.remove(event_id)
+        self._rechecking = set()
 
     async def _expire(self) -> None:
         # Whatever happens now.
@@ -285,3 +313,13 @@ class IndexFollower:
 
 def _new_index(server_name: str, on_panic: OnPanic) -> StickyIndex:
     return StickyIndex(server_name, on_panic=on_panic)
+
+
+def _span(index: StickyIndex, positions: Mapping[str, int]) -> tuple[int, int]:
+    """After which stream ID, and up to which one, there may be rows that the index does not have.
+
+    From the slowest writer's position: rows of the others that are read again are known.
+    """
+    known = index.positions()
+    after = min((known.get(writer, 0) for writer in positions), default=0)
+    return after, max(positions.values(), default=0)

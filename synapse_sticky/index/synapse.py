@@ -1,16 +1,22 @@
 """The sticky events stream: Synapse's table, its positions and what changes an event later."""
 
 import json
-import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from synapse_sticky.homeserver import Cursor, Homeserver
-from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, method, table
-from synapse_sticky.index.follower import StickyRow
+from synapse.module_api import EventBase, LoggingTransaction
 
-logger = logging.getLogger(__name__)
+from synapse_sticky.homeserver import Cursor, Homeserver
+from synapse_sticky.homeserver.causes import Cause
+from synapse_sticky.homeserver.database import portions
+from synapse_sticky.homeserver.fitting import misfits
+from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, method, table
+from synapse_sticky.homeserver.sticky_rows import stream_ids_txn
+from synapse_sticky.index.stream import StickyRow
+from synapse_sticky.logs import bounded
+
+logger = bounded(__name__)
 
 SEAMS = {
     "rows": (
@@ -29,6 +35,9 @@ SEAMS = {
         method(STORE, "_invalidate_caches_for_event(stream_ordering, event_id)", is_replaced=True),
         method(STORE, "process_replication_rows(stream_name)", is_replaced=True),
     ),
+    "purges": (
+        method(STORE, "_invalidate_local_get_event_cache_room_id(room_id)", is_replaced=True),
+    ),
     "stream": (
         Attribute("synapse.config.workers.WorkerConfig", "writers"),
         Attribute("synapse.config.workers.WriterLocations", "events"),
@@ -39,10 +48,15 @@ SEAMS = {
         ),
         method(HOMESERVER, "get_notifier() -> Notifier"),
         method("synapse.notifier.Notifier", "add_replication_callback(cb, /)"),
-        method(STORE, "_invalidate_local_get_event_cache_room_id(room_id)", is_replaced=True),
+    ),
+    "persisted": (
+        method(STORE, "insert_sticky_events_txn(txn, events)", is_replaced=True),
+        Attribute("synapse.synapse_rust.events.EventInternalMetadata", "stream_ordering"),
+        table("sticky_events", "room_id text, event_stream_ordering integer"),
     ),
 }
-"""By what is used: the rows, changes of single events, the stream itself."""
+"""By what is used: the rows, changes of single events, purges, the stream itself; and what
+this process persists, without which each row is read after it is persisted."""
 
 _COLUMNS = """
     SELECT se.stream_id, se.instance_name, se.room_id, se.event_id, se.sender, se.expires_at,
@@ -85,8 +99,17 @@ class SynapseStickyStream:
         )
 
     async def rows_of(self, event_ids: Collection[str]) -> list[StickyRow]:
-        clause, args = self._homeserver.in_list("se.event_id", event_ids)
-        return await self._rows(f"WHERE {clause}", args)
+        def read_txn(txn: Cursor) -> dict[str, int]:
+            return stream_ids_txn(self._homeserver, txn, event_ids)
+
+        return await self.rows_at(await self._homeserver.transact("find_rows", read_txn))
+
+    async def rows_at(self, stream_ids: Mapping[str, int]) -> list[StickyRow]:
+        rows = []
+        for portion in portions(stream_ids.values()):
+            clause, args = self._homeserver.in_list("se.stream_id", portion)
+            rows += await self._rows(f"WHERE {clause}", args)
+        return [row for row in rows if row.event_id in stream_ids]
 
     async def last_rows(self, room_id: str) -> dict[str, int]:
         def read_txn(txn: Cursor) -> dict[str, int]:
@@ -113,28 +136,51 @@ class SynapseStickyStream:
             still_sticky = {
                 event_id for event_id, event in events.items() if event.sticky_duration()
             }
-        return [
-            StickyRow(
-                stream_id=stream_id,
-                instance_name=instance_name,
-                room_id=room_id,
-                event_id=event_id,
-                sender=sender,
-                expires_at_ms=expires_at_ms,
-                deliverable=not json.loads(metadata).get("soft_failed", False)
-                and (not disputed_row or event_id in still_sticky),
-            )
-            for (
-                stream_id,
-                instance_name,
-                room_id,
-                event_id,
-                sender,
-                expires_at_ms,
-                metadata,
-                disputed_row,
-            ) in found
-        ]
+        return [_row_of(row, is_sticky=not row[7] or row[3] in still_sticky) for row in found]
+
+    def on_persisted(self, callback: Callable[[Collection[StickyRow]], None]) -> None:
+        if misfits(SEAMS["persisted"]):
+            return
+
+        def persisted(rows: list[StickyRow]) -> None:
+            # What is raised here would reach whoever persists the events.
+            try:
+                callback(rows)
+            except Exception:
+                logger.exception("Could not note %d new sticky events", len(rows))
+
+        def make(original: Callable[..., None]) -> Callable[..., None]:
+            def insert_sticky_events_txn(
+                txn: LoggingTransaction, events: list[EventBase], *args: Any, **options: Any
+            ) -> None:
+                if not any(event.sticky_duration() for event in events):
+                    original(txn, events, *args, **options)
+                    return
+                rows: list[StickyRow] = []
+                # The original has the positions become visible, in the same way: after this.
+                txn.call_after(persisted, rows)
+                original(txn, events, *args, **options)
+                rows += self._entered_txn(txn, events)
+
+            return insert_sticky_events_txn
+
+        self._homeserver.replace(self._store, "insert_sticky_events_txn", make)
+
+    def _entered_txn(self, txn: Cursor, events: Sequence[EventBase]) -> list[StickyRow]:
+        """The rows that these events have got, but for those that a redaction may concern."""
+        in_list = self._homeserver.in_list
+        try:
+            # There is an index by both.
+            in_rooms, rooms = in_list("se.room_id", list({event.room_id for event in events}))
+            orderings = [event.internal_metadata.stream_ordering for event in events]
+            at_these, found_at = in_list("se.event_stream_ordering", orderings)
+            txn.execute(f"{_COLUMNS} WHERE {in_rooms} AND {at_these}", (*rooms, *found_at))
+            return [_row_of(row, is_sticky=True) for row in txn.fetchall() if not row[7]]
+        except Exception as e:
+            if Cause.of_database(e) is not None:
+                raise  # the transaction is no good any more, and Synapse may try it again
+            logger.exception("Could not note %d new sticky events", len(events))
+            return []
 
     def on_advance(self, callback: Callable[[], None]) -> None:
         def advanced() -> None:
@@ -213,3 +259,12 @@ def _then(
                 logger.exception("Could not note that %r changed", changed)
 
     return invalidate
+
+
+def _row_of(row: tuple[Any, ...], *, is_sticky: bool) -> StickyRow:
+    stream_id, instance_name, room_id, event_id, sender, expires_at_ms, metadata, _ = row
+    is_soft_failed = json.loads(metadata).get("soft_failed", False)
+    is_deliverable = is_sticky and not is_soft_failed
+    return StickyRow(
+        stream_id, instance_name, room_id, event_id, sender, expires_at_ms, is_deliverable
+    )

@@ -107,8 +107,10 @@ class _Receipt:
     async def is_answered(self, origin: str, transaction_id: str) -> bool:
         return False
 
-    def count_staged_txn(self, txn: None, origin: str, at_most: int) -> int:
-        return 0
+    def tell_staged(self, staged: object) -> None: ...
+
+    def has_more_txn(self, txn: object, origin: str, at_most: int) -> bool:
+        return False
 
 
 class _Deferred:

@@ -161,8 +161,8 @@ def test_restart_in_the_middle(servers: Servers, end: str) -> None:
     [
         limits(per_server=limit(1000, 1000)),
         limits("off"),
-        limits("observe", per_server=limit(HOURLY, 1)),
-        NO_LIMITS,
+        pytest.param(limits("observe", per_server=limit(HOURLY, 1)), marks=pytest.mark.slow),
+        pytest.param(NO_LIMITS, marks=pytest.mark.slow),
     ],
 )
 def test_changed_limits_apply_to_what_waits(servers: Servers, config: dict[str, object]) -> None:
@@ -218,6 +218,7 @@ def test_expiry_while_waiting(servers: Servers) -> None:
     assert c.log_has("deferred: expired")
 
 
+@pytest.mark.slow
 @pytest.mark.requirement("S5", "L4")
 def test_redacted_while_waiting(servers: Servers) -> None:
     a, c = servers(PLAIN, {"config": limits(per_server=limit(HOURLY, 1))})
@@ -273,6 +274,46 @@ def test_exempt_servers(servers: Servers) -> None:
     wait_until_taken_in(c, room_id, by_alice | by_bob)
     assert len(deferred(c)) == 2
     assert deferred(c) < by_bob
+
+
+@pytest.mark.slow
+@pytest.mark.requirement("L4", "L7", "E4")
+def test_last_event_of_one_that_flaps_comes_first(servers: Servers) -> None:
+    """Also after a restart: the key is in the row of what waits."""
+    a, c = servers(PLAIN, {"config": limits(per_sender=limit(HOURLY, 2))})
+    flapper, carol = a.user(), c.user()
+    room_id = room_of(flapper, carol, via=a)
+    content = {"msc4354_sticky_key": "a"}
+    joins = {flapper.send_sticky(room_id, content=content) for _ in range(40)}
+    leave = flapper.send_sticky(room_id, content=content)
+    wait_until_taken_in(c, room_id, joins | {leave})
+    before = entered(c, room_id)
+    assert len(before) == 2
+    c.configure_module(limits(per_sender=limit(20, 1)))
+    c.restart()
+    assert joins | {leave} == carol.collect_sticky(room_id, joins | {leave}).keys()
+    assert entered(c, room_id)[len(before) :].index(leave) <= 2
+
+
+@pytest.mark.slow
+@pytest.mark.requirement("L7")
+@pytest.mark.timeout(900)
+def test_one_account_for_200_participants(servers: Servers) -> None:
+    """With the recipe of docs/limits.md none of their joins and leaves is refused or deferred."""
+    a, c = servers({"config": {}}, {"config": {}})
+    for section, server in (("local", a), ("federation", c)):
+        server.configure_module({section: {"exempt_users": [f"@*:{a.name}"]}})
+        server.restart()
+    gateway, carol = a.user(), c.user()
+    room_id = room_of(gateway, carol, via=a)
+    sent = set()
+    for state in ("join", "leave"):
+        for number in range(200):
+            content = {"msc4354_sticky_key": f"{number}", "state": state}
+            sent.add(gateway.send_sticky(room_id, content=content))
+    wait_until_taken_in(c, room_id, sent)
+    assert sent == set(entered(c, room_id))
+    assert not c.log_has("per_sender: deferred")
 
 
 @pytest.mark.slow

@@ -153,7 +153,14 @@ def local_redaction(a: Homeserver, b: Homeserver, alice: Client, bob: Client, ro
 
 
 @pytest.mark.requirement("S5")
-@pytest.mark.parametrize("redact", [redact_afterwards, redaction_comes_first, local_redaction])
+@pytest.mark.parametrize(
+    "redact",
+    [
+        pytest.param(redact_afterwards, marks=pytest.mark.slow),
+        redaction_comes_first,
+        local_redaction,
+    ],
+)
 def test_redacted_events_leave_both_sections(
     servers: Servers, redact: Callable[[Homeserver, Homeserver, Client, Client, str], str]
 ) -> None:

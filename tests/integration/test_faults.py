@@ -187,6 +187,7 @@ def test_the_disk_is_full(servers: Servers, peer: Peer) -> None:
     assert sorted(entered(server, scene.room_id)) == sorted(staged)
 
 
+@pytest.mark.slow
 @pytest.mark.requirement("P3", "P7", "E4")
 def test_killed_with_the_first_event_after_a_push(
     servers: Servers, peer: Peer, newcomer: Peer

@@ -334,6 +334,7 @@ def test_newcomer_while_the_sender_was_away(three: list[Homeserver]) -> None:
     assert not b.log_has(joined_line(a, room_id))
 
 
+@pytest.mark.slow
 @pytest.mark.requirement("P3", "P7")
 def test_sender_leaves_before_the_newcomer_has_everything(servers: Servers) -> None:
     a, b, c = servers({}, {}, {"forwarded": True})
@@ -374,6 +375,7 @@ def test_server_that_left_gets_nothing(servers: Servers) -> None:
     assert not backlogged_rooms(a)
 
 
+@pytest.mark.slow
 @pytest.mark.requirement("P3")
 def test_server_that_the_acl_denies_gets_nothing(servers: Servers) -> None:
     a, b, c = servers({}, {}, {"forwarded": True, "host": "127.0.0.1"})

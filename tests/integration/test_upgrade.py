@@ -33,6 +33,7 @@ def some_wait(server: Homeserver, peer: Peer) -> tuple[Scene[Homeserver], list[s
     return scene, flood
 
 
+@pytest.mark.slow
 @pytest.mark.requirement("E4", "L4")
 def test_taken_out_as_documented_while_events_wait(servers: Servers, peer: Peer) -> None:
     (server,) = servers(DEFERRING)

@@ -10,7 +10,10 @@ import pytest
 from synapse import visibility
 from synapse.rest.client.room import RoomSendEventRestServlet, RoomStateEventRestServlet
 
+from synapse_sticky.logs import BOUNDED
+from tests.lab.postgres import Postgres
 from tests.unit.configuration import Files
+from tests.unit.members import ThisProcess, World
 
 _SHARED = (
     (visibility, "filter_and_transform_events_for_client"),
@@ -18,6 +21,12 @@ _SHARED = (
     (RoomSendEventRestServlet, "_do"),
     (RoomStateEventRestServlet, "on_PUT"),
 )
+
+
+@pytest.fixture(autouse=True)
+def _no_lines_before() -> None:
+    """No test is short of a log line as another one had many."""
+    BOUNDED.forget()
 
 
 @pytest.fixture
@@ -46,3 +55,34 @@ def restore() -> None:
 def files(tmp_path: Path) -> Files:
     """The configuration of a homeserver that has not been started yet."""
     return Files(tmp_path)
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgres"])
+def databases(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[World]:
+    """A homeserver in this process, on each kind of database."""
+    folder = tmp_path_factory.mktemp("members")
+    if request.param == "sqlite":
+        world = World(folder, None)
+        yield world
+        world.close()
+        return
+    with Postgres() as postgres:
+        world = World(folder, postgres.new_database())
+        yield world
+        world.close()
+
+
+@pytest.fixture
+def world(databases: World) -> Iterator[World]:
+    """The same, without rooms."""
+    yield databases
+    databases.clear()
+
+
+@pytest.fixture
+def process(world: World) -> Iterator[ThisProcess]:
+    """The module's view of it."""
+    with world.process() as process:
+        yield process

@@ -200,6 +200,9 @@ class Changes:
     def state_position(self) -> int:
         return len(self.joins)
 
+    def may_have_changed(self, after: int) -> bool:
+        return len(self.joins) > after
+
     async def page(self, *, after: int, up_to: int) -> tuple[int, list[RoomChanges]]:
         self.reads += 1
         if self.error is AWAY:
@@ -208,7 +211,7 @@ class Changes:
         reached = min(up_to, after + 20)
         for destination, room_id in self.joins[after:reached]:
             by_room.setdefault(room_id, []).append(destination)
-        return reached, [RoomChanges(*room) for room in by_room.items()]
+        return reached, [RoomChanges(*room, len(room[1])) for room in by_room.items()]
 
     async def server_joins(
         self, rooms: Sequence[RoomChanges], *, not_before_ms: int

@@ -9,6 +9,7 @@ import attr
 import pytest
 
 from synapse_sticky.backoff import Alarm, Backoff, Retrying
+from tests.unit.settable import Settable
 
 
 @attr.s(auto_attribs=True, eq=False)
@@ -24,7 +25,7 @@ class Timer:
         self.clock.timers.remove(self)
 
 
-class Clock:
+class Clock(Settable):
     """Runs what is due when it is told."""
 
     def __init__(self) -> None:
@@ -39,6 +40,9 @@ class Clock:
         _run(function(*args))
 
     def now_ms(self) -> int:
+        return self.clock_ms + self.set_by_ms
+
+    def steady_ms(self) -> int:
         return self.clock_ms
 
     def call_later(

@@ -78,6 +78,7 @@ def staging_of(module: Any, **of_handler: Any) -> SynapseStaging:
         place=SimpleNamespace(serves=lambda resource: True),
         server_name="test",
         now_ms=lambda: 0,
+        steady_ms=lambda: 0,
         replace=lambda owner, name, make: setattr(owner, name, make(getattr(owner, name))),
         enter=setattr,
     )

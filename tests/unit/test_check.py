@@ -115,15 +115,15 @@ def test_what_no_part_can_be_loaded_without(tmp_path: Path) -> None:
     changed.write_text(
         "import sys\n"
         "from synapse.app import homeserver\n"
-        "from synapse.util import async_helpers\n"
-        "del async_helpers.timeout_deferred\n"
+        "from synapse.logging import context\n"
+        "del context.PreserveLoggingContext\n"
         "from synapse_sticky.cli import main\n"
         "sys.exit(main())\n"
     )
     command = [sys.executable, str(changed), "check", "--json"]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     (problem,) = json.loads(run.stdout)["problems"]
-    assert "cannot import name 'timeout_deferred'" in problem
+    assert "cannot import name 'PreserveLoggingContext'" in problem
     assert run.returncode == 2
 
 

@@ -112,6 +112,15 @@ def test_wrong_integers(value: object) -> None:
     assert "joins.window must be a whole number from 1 to 99, not" in error.value.msg
 
 
+@pytest.mark.parametrize("value", [-1, 100_001, True, "5", 5.0, None])
+def test_how_many_newcomers_are_watched(value: object) -> None:
+    assert parse({}).joins.watched == 1_000
+    assert parse({"joins": {"watched": 0}}).joins.watched == 0
+    with pytest.raises(ConfigError) as error:
+        parse({"joins": {"watched": value}})
+    assert "joins.watched must be a whole number from 0 to 100000, not" in error.value.msg
+
+
 @pytest.mark.parametrize(
     "option", [("joins", "enabled"), ("joins", "confirm"), ("staging", "keep_sticky")]
 )

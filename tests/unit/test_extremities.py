@@ -18,6 +18,7 @@ from synapse_sticky.handlers.extremities.handler import ExtremitiesHandler
 from synapse_sticky.handlers.extremities.senders import Able
 from synapse_sticky.handlers.extremities.synapse import able_among
 from tests.unit.process import Timer
+from tests.unit.settable import Settable
 from tests.unit.test_limits import done
 
 ROOM = "!room:here"
@@ -29,7 +30,7 @@ AWAY = sqlite3.OperationalError("database is locked")
 BAD = sqlite3.OperationalError("for the test")
 
 
-class Here:
+class Here(Settable):
     """A homeserver's clock and rooms, and all that was done to these.
 
     counts: the forward extremities of rooms, 100 if nothing is said.
@@ -61,6 +62,9 @@ class Here:
     # The homeserver
 
     def now_ms(self) -> int:
+        return self.at_ms + self.set_by_ms
+
+    def steady_ms(self) -> int:
         return self.at_ms
 
     def call_later(self, delay_ms: int, what: str, function: Any) -> Timer:

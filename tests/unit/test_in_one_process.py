@@ -205,7 +205,7 @@ def test_an_index_that_is_half_installed_is_not_asked(
     def fails(stream: Any, callback: Any) -> None:
         raise AttributeError("no such hook")
 
-    monkeypatch.setattr(SynapseStickyStream, "on_room_purged", fails)
+    monkeypatch.setattr(SynapseStickyStream, "on_persisted", fails)
     api = hs.get_module_api()
     module = StickyEventsModule(StickyEventsModule.parse_config({}), api)
     states = {name: state.value for name, state in module._wiring.states.items()}

@@ -17,6 +17,7 @@ from synapse_sticky.handlers.joins.federation import LeftToSynapseError
 from synapse_sticky.handlers.joins.handler import JoinsHandler
 from synapse_sticky.handlers.joins.sent import GRACE_MS
 from synapse_sticky.handlers.joins.tables import Newcomer, NewcomerTable
+from tests.unit.settable import Settable
 from tests.unit.test_limits import done
 
 NOW_MS = 1_800_000_000_000
@@ -36,7 +37,7 @@ class Timer:
         self.delay_ms = -1
 
 
-class Here:
+class Here(Settable):
     """The homeserver, table and follower of a process that sends federation traffic."""
 
     server_name = instance_name = "here"
@@ -54,18 +55,23 @@ class Here:
         self.timers: list[Timer] = []
         self.woken: list[str] = []
         self.settled: list[bool] = []
+        self.failures_to_settle: list[Exception] = []
         self.callbacks: dict[str, Callable[..., Any]] = {}
         self.clock_ms = NOW_MS
         self.meanwhile: Callable[[], None] = lambda: None
         self.before_newcomers: Callable[[], None] = lambda: None
         self.calls: list[str] = []
         self.stream_position = 1
+        self.changed_at = 2
         self.is_allowed = True
         self.backlogged: list[tuple[str, int]] = []
         self.failing: dict[str, Exception] = {}
         self.asked: Counter[str] = Counter()
 
     def now_ms(self) -> int:
+        return self.clock_ms + self.set_by_ms
+
+    def steady_ms(self) -> int:
         return self.clock_ms
 
     def call_later(self, delay_ms: int, what: str, function: Any, *args: Any) -> Timer:
@@ -74,6 +80,11 @@ class Here:
 
     def in_background(self, what: str, function: Any, *args: Any) -> None:
         done(function(*args))
+
+    async def give_way(self) -> None: ...
+
+    def may_have_changed(self, after: int) -> bool:
+        return self.changed_at > after
 
     async def page(self, **page: int) -> tuple[int, list[RoomChanges]]:
         self.calls.append("page")
@@ -88,6 +99,8 @@ class Here:
         return [Newcomer("there", "!room", 10, self.watch_until_ms)]
 
     async def settle(self, newcomer: Newcomer, *, still_watched: bool, **more: Any) -> None:
+        if self.failures_to_settle:
+            raise self.failures_to_settle.pop()
         self.settled.append(still_watched)
 
     async def transact_alone(self, what: str, function: Callable[..., Any]) -> None:
@@ -309,6 +322,7 @@ def test_while_this_server_may_not_send_the_push_waits() -> None:
     assert here.settled == []
     assert here.timers[0].delay_ms <= 60_001, "it looks again"
     here.is_allowed = True
+    here.clock_ms += 1_000
     assert done(next_batch()).event_ids == ["$12"]
 
 
@@ -340,10 +354,12 @@ def test_one_room_that_fails_does_not_spoil_its_destination(
     (line,) = [record for record in caplog.records if record.levelname == "ERROR"]
     assert "!room" in line.message
     here.clock_ms += 1_201
-    done(next_batch())
+    for _ in range(3):
+        done(next_batch())
     assert here.asked["!room"] == 2
     here.clock_ms += 1_201
-    done(next_batch())
+    for _ in range(3):
+        done(next_batch())
     assert here.asked["!room"] == 2, "later each time"
     here.failing.clear()
     here.clock_ms += 1_201
@@ -394,6 +410,22 @@ def test_one_room_that_fails_does_not_keep_the_others_from_their_end() -> None:
     here.callbacks["on_skipped"]("there")
     done(here.timers[0].function("there"))
     assert here.settled == [False, False]
+
+
+@pytest.mark.requirement("H1", "H2", "P7")
+@pytest.mark.parametrize("still_watched", [False, True])
+def test_an_end_that_cannot_be_written_is_written_again(still_watched: bool) -> None:
+    here = Here(NOW_MS + HOUR_MS if still_watched else NOW_MS, [])
+    start(here)
+    here.failures_to_settle = [sqlite3.IntegrityError("for the test")]
+    next_batch = functools.partial(here.callbacks["serve_backlog_from"], "there", 50)
+    with pytest.raises(LeftToSynapseError):
+        done(next_batch())
+    assert here.settled == []
+    assert here.timers[0].delay_ms <= 1_201, "it looks again"
+    here.clock_ms += 1_201
+    assert done(next_batch()) is None
+    assert here.settled == [still_watched]
 
 
 @pytest.mark.requirement("F3")

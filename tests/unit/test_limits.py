@@ -14,6 +14,7 @@ from synapse_sticky.handlers.deferral import tables
 from synapse_sticky.handlers.deferral.handler import DeferralHandler, NewStickyEvent
 from synapse_sticky.handlers.deferral.tables import DeferredTable
 from synapse_sticky.limits import LimitReport, federation_limiter
+from tests.unit.settable import Settable
 
 NOW_MS = 1_800_000_000_000
 HOUR_MS = 3_600_000
@@ -106,11 +107,12 @@ class Transaction:
         self.after.append((callback, args))
 
 
-class Here:
+class Here(Settable):
     """A homeserver with a database in memory and a clock that stands still."""
 
     def __init__(self) -> None:
         self.server_name = "here"
+        self.is_postgres = False
         self.now = NOW_MS
         self.database = sqlite3.connect(":memory:", isolation_level=None)
         self.entered: list[str] = []
@@ -123,8 +125,14 @@ class Here:
         self.hooks = 0
         self.on_commit: Callable[[], None] = lambda: None
         self.attempts = 0
+        self.gone: set[str] = set()
+        self.tell_of_purge: Callable[[str], None] = lambda room_id: None
+        self.transactions = 0
 
     def now_ms(self) -> int:
+        return self.now + self.set_by_ms
+
+    def steady_ms(self) -> int:
         return self.now
 
     def defer_by(self, defer_txn: Any) -> None:
@@ -133,14 +141,20 @@ class Here:
     def on_event_changed(self, callback: Any) -> None: ...
     def wake(self, rooms: Any) -> None: ...
 
+    def on_room_purged(self, callback: Any) -> None:
+        self.tell_of_purge = callback
+
     def handles(self, room_id: str) -> bool:
         return True
 
     def in_list(self, column: str, values: Collection[object]) -> tuple[str, list[object]]:
         return f"{column} IN ({', '.join('?' * len(values))})", list(values)
 
+    async def existing(self, event_ids: Any) -> set[str]:
+        return set(event_ids) - self.gone
+
     async def still_sticky(self, event_ids: Any) -> set[str]:
-        return set(event_ids)
+        return set(event_ids) - self.gone
 
     def attempt_txn(self, txn: Any, change: Callable[[], None]) -> Exception | None:
         self.attempts += 1
@@ -174,6 +188,7 @@ class Here:
                 self.failed += 1
                 raise sqlite3.OperationalError("the disk is full")
             self.spares -= 1
+        self.transactions += 1
         return function(Transaction(self.database.cursor()), *args)
 
     transact_alone = transact
@@ -283,12 +298,12 @@ def test_failing_database_loses_nothing_and_charges_once(
         assert table(here) == {"$2", "$3", "$4", "$5"}
     assert "Could not release sticky events, trying again in" in caplog.text
     here.release()
-    assert here.entered == ["$2", "$3"], "paid for when they were taken"
+    assert here.entered == ["$5", "$4"], "paid for when they were taken"
     here.release()
-    assert here.entered == ["$2", "$3"]
+    assert here.entered == ["$5", "$4"]
     here.now += 2_000
     here.release()
-    assert here.entered == ["$2", "$3", "$4", "$5"]
+    assert here.entered == ["$5", "$4", "$3", "$2"]
     assert table(here) == set()
 
 
@@ -417,6 +432,43 @@ def test_what_expires_is_dropped() -> None:
     assert table(here) == set()
 
 
+@pytest.mark.requirement("H3", "L4", "L7")
+def test_what_waits_of_a_purged_room_gives_up_its_places() -> None:
+    """A new event after a rejoin is not behind dead ones."""
+    here = Here()
+    handler = deferral(here, 1, 1)
+    assert len(here.persist(handler, range(1_200))) == 1_199
+    here.gone = table(here) - {"$7"}
+    here.failures, here.fails = 1, "deferred_of_room"
+    here.tell_of_purge("!other")
+    here.release()
+    assert len(table(here)) == 1_199
+    here.tell_of_purge("!room")
+    here.transactions = 0
+    for _ in range(5):
+        here.release()
+    assert here.failed == 1
+    assert table(here) == {"$7"}, "what is left of the room is deferred as before"
+    assert here.transactions < 10
+    here.persist(handler, range(2_000, 2_001))
+    here.pass_ms(2_000)
+    here.pass_ms(2_000)
+    assert here.entered == ["$7", "$2000"]
+
+
+@pytest.mark.requirement("H3", "E4", "L7")
+def test_what_was_purged_while_nobody_heard_of_it_is_dropped_at_the_start() -> None:
+    here = Here()
+    deferred = here.persist(deferral(here, 1, 1), range(200))
+    here.gone = deferred - {"$50", "$60"}
+    here.due.clear()
+    handler = deferral(here, 1, 1)
+    assert len(handler._waiting) == 2
+    for _ in range(4):
+        here.release()
+    assert table(here) <= {"$50", "$60"}
+
+
 def test_report_is_sampled(caplog: pytest.LogCaptureFixture) -> None:
     now_ms = NOW_MS
     report = LimitReport(lambda: now_ms)
@@ -432,13 +484,13 @@ def test_report_is_sampled(caplog: pytest.LogCaptureFixture) -> None:
     assert "refused 5000 sticky events of there" in caplog.records[2].getMessage()
     # What is only observed is told apart.
     observing = LimitReport(lambda: now_ms, observes=True)
-    observing.deferred("per_sender", "there", "!room", 7, 3_500)
+    observing.deferred("per_sender", "there", "!room", 7, 3_500, "@a:there")
     observing.refused("max_deferred_per_server", "there", "in !room", None, 2)
     observing.refused("per_user", "@alice:here", "", 500, 1)
     observing.expired(["$1", "$2"])
     assert [record.getMessage() for record in caplog.records[3:]] == [
-        "per_sender: 1 sticky events of there would be deferred in !room; 7 of its events would be"
-        " deferred, the last for about 3500 ms",
+        "per_sender: 1 sticky events of there would be deferred in !room, this one by '@a:there'; 7"
+        " of its events would be deferred, the last for about 3500 ms",
         "max_deferred_per_server: 2 sticky events of there would be refused in !room",
         "per_user: 1 sticky events of @alice:here would be refused; would be asked to retry in"
         " 500 ms",

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from synapse_sticky.config import FederationConfig, LimitConfig, LocalConfig, Mo
 from synapse_sticky.handlers.deferral.handler import DeferralHandler
 from synapse_sticky.handlers.deferral.tables import DeferredTable
 from synapse_sticky.handlers.receipt.handler import ReceiptHandler, ReceivedPdu, Transaction
+from synapse_sticky.handlers.receipt.staged import StickyPdu
 from synapse_sticky.handlers.sending.handler import LocalSend, SendingHandler
 from synapse_sticky.index import IndexFollower, StickyRow
 from synapse_sticky.limits import LimitReport
@@ -233,14 +234,16 @@ class Stream:
             raise OSError("the database is away")
         return [row for row in self.all if after < row.stream_id <= up_to][:limit]
 
-    async def rows_of(self, event_ids: Collection[str]) -> list[StickyRow]:
-        return [row for row in self.all if row.event_id in event_ids]
+    async def rows_at(self, stream_ids: Mapping[str, int]) -> list[StickyRow]:
+        return [row for row in self.all if row.event_id in stream_ids]
 
     def on_advance(self, callback: Callable[[], None]) -> None:
         self.advance = callback
 
     def on_event_changed(self, callback: Any) -> None: ...
     def on_room_purged(self, callback: Any) -> None: ...
+
+    def on_persisted(self, callback: Any) -> None: ...
 
 
 def row(number: int, room_id: str = "!room") -> StickyRow:
@@ -384,8 +387,19 @@ class Sink:
     async def is_answered(self, origin: str, transaction_id: str) -> bool:
         return False
 
-    def count_staged_txn(self, txn: object, origin: str, at_most: int) -> dict[str, int]:
-        return {}
+    def tell_staged(self, staged: object) -> None: ...
+
+    def has_more_txn(self, txn: object, origin: str, at_most: int) -> bool:
+        return False
+
+    def page_txn(self, *_: object) -> list[str]:
+        return []
+
+    def pdus_txn(self, *_: object) -> list[StickyPdu]:
+        return []
+
+    def staged_txn(self, *_: object) -> list[str]:
+        return []
 
 
 @pytest.mark.requirement("L2")

@@ -2,7 +2,7 @@
 
 import asyncio
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 import pytest
@@ -21,6 +21,7 @@ from synapse_sticky.handlers.staging.parking.tables import (
 from synapse_sticky.handlers.staging.pdu import StagedPdu
 from synapse_sticky.homeserver.causes import Verdict
 from synapse_sticky.homeserver.layout import migrate
+from tests.unit.settable import Settable
 
 T = TypeVar("T")
 ROOM = "!room:test"
@@ -55,12 +56,15 @@ class _Staging:
 
     def verdict_of(self, e: Exception) -> None: ...
 
+    def known_txn(self, txn: object, room_ids: Collection[str]) -> set[str]:
+        return {*room_ids}
+
     def stage_txn(self, txn: object, room_id: str, pdus: list[ParkedPdu]) -> None:
         assert room_id == ROOM
         self.staged += [pdu.event_id for pdu in pdus]
 
 
-class _Homeserver:
+class _Homeserver(Settable):
     """A database of its own, and a clock that stands still until it is set."""
 
     is_postgres = False
@@ -73,12 +77,17 @@ class _Homeserver:
         self._connection = sqlite3.connect(":memory:")
 
     def now_ms(self) -> int:
+        return self.now + self.set_by_ms
+
+    def steady_ms(self) -> int:
         return self.now
 
     async def is_in_room(self, room_id: str) -> bool:
         return self.in_room
 
     def call_later(self, *args: Any) -> Any: ...
+
+    def on_room_purged(self, callback: Any) -> None: ...
 
     async def transact(self, what: str, function: Callable[..., T], *args: Any) -> T:
         with self._connection:
@@ -103,7 +112,9 @@ def table(homeserver: Any) -> ParkedTable:
 
 
 def handler_of(homeserver: Any, table: ParkedTable) -> ParkingHandler:
-    return ParkingHandler(homeserver, homeserver, homeserver.staging, table, homeserver.held)
+    return ParkingHandler(
+        homeserver, homeserver, homeserver.staging, table, homeserver.held, homeserver
+    )
 
 
 def park(table: ParkedTable, origin: str, *event_ids: str, due_ms: int = 0) -> list[bool]:
@@ -112,7 +123,7 @@ def park(table: ParkedTable, origin: str, *event_ids: str, due_ms: int = 0) -> l
             await table.park(
                 ParkedPdu(origin, event_id, ROOM, "{}", "{}", ("$before",)), 3_600_000, due_ms
             )
-            is Outcome.PARKED
+            in (Outcome.PARKED, Outcome.STILL_PARKED)
             for event_id in event_ids
         ]
 

@@ -22,7 +22,7 @@ from synapse_sticky.handlers.staging.pdu import StagedPdu
 from synapse_sticky.homeserver.causes import Verdict
 from synapse_sticky.homeserver.layout import migrate
 from tests.unit.test_causes import ErrorOfPostgres, of_postgres, staging_of
-from tests.unit.test_parking import ROOM, _Homeserver, parked
+from tests.unit.test_parking import ROOM, _Homeserver, handler_of, parked
 
 PASSES, REFUSED, UNKNOWN = Verdict.PASSES, Verdict.REFUSED, Verdict.UNKNOWN
 ORIGIN = "a.test"
@@ -188,7 +188,7 @@ def handler(homeserver: Any, table: ParkedTable) -> ParkingHandler:
 
 
 def loaded(homeserver: Any, table: ParkedTable) -> ParkingHandler:
-    made = ParkingHandler(homeserver, homeserver, homeserver.staging, table, homeserver.held)
+    made = handler_of(homeserver, table)
     asyncio.run(made.load())
     return made
 
@@ -215,6 +215,18 @@ def test_what_is_refused_is_dropped(
     (warning,) = warnings_of(caplog)
     assert "$1" in warning
     assert "the text (54000)" in warning
+
+
+@pytest.mark.requirement("L3", "H3")
+def test_one_that_cannot_be_completed_is_logged_once(
+    handler: ParkingHandler, table: ParkedTable, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        for _ in range(20):
+            fail(handler, "$1", PASSES, "its prev_events cannot be fetched")
+    assert parked(table, ORIGIN) == ["$1"]
+    (line,) = [r.getMessage() for r in caplog.records]
+    assert line == "Parked the sticky PDU $1: its prev_events cannot be fetched"
 
 
 @pytest.mark.requirement("L3", "H2")

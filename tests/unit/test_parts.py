@@ -100,11 +100,14 @@ def test_without_the_index_delivery_and_visibility_ask_the_database(
     rows = {
         "sticky_events": (1, "master", "!room:here", "$event", "@me:here", now_ms + 60_000, 1),
         "event_json": ("$event", "!room:here", "{}", "{}", 1),
+        "events": ("$event", "!room:here", "m.room.message", "@me:here", 1, 1, 1, True, False),
     }
     columns = {
         "sticky_events": "stream_id, instance_name, room_id, event_id, sender, expires_at,"
         " event_stream_ordering",
         "event_json": "event_id, room_id, json, internal_metadata, format_version",
+        "events": "event_id, room_id, type, sender, stream_ordering, topological_ordering, depth,"
+        " processed, outlier",
     }
 
     def enter(txn: Any) -> None:

@@ -1,19 +1,24 @@
 """What it costs to check transactions of a server that sends many of them at once (L2, H3)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+from synapse.api.room_versions import RoomVersions
+from synapse.app.homeserver import SynapseHomeServer
+from synapse.events import make_event_from_dict
 from twisted.internet.defer import Deferred
 
-from synapse_sticky.config import FederationConfig
+from synapse_sticky.config import FederationConfig, LimitConfig, Mode
 from synapse_sticky.handlers.deferral.tables import DeferredTable
-from synapse_sticky.handlers.receipt import synapse
+from synapse_sticky.handlers.receipt import staged
 from synapse_sticky.handlers.receipt.handler import ReceiptHandler
-from synapse_sticky.handlers.receipt.synapse import SynapseReceipt
+from synapse_sticky.handlers.receipt.synapse import SynapseReceipt, transaction_of
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.limits import LimitReport, Refusal
+from tests.unit.staging import STAGING, CountingStore, has_no_scan, prepared
 from tests.unit.test_limits_in_synapse import (
     FIELD,
     HOUR_MS,
@@ -22,7 +27,6 @@ from tests.unit.test_limits_in_synapse import (
     Receiving,
     done,
     make_homeserver,
-    run_sql,
 )
 
 STICKY = {FIELD: {"duration_ms": HOUR_MS}}
@@ -94,98 +98,231 @@ def test_of_a_server_one_transaction_is_checked_at_a_time(
     assert receiving.taken[-1] == "unchecked"
 
 
-def stage(homeserver: Homeserver, origin: str, event_id: str, event_json: str) -> None:
-    run_sql(
-        homeserver,
-        "INSERT INTO federation_inbound_events_staging"
-        " (origin, room_id, event_id, received_ts, event_json, internal_metadata)"
-        " VALUES (?, ?, ?, 1, ?, '{}')",
-        *(origin, ROOM, event_id, event_json),
-    )
+KINDS = ["sqlite", pytest.param("postgres", marks=pytest.mark.slow)]
+ORIGIN, LIMIT = "there", 1_000
 
 
-def processed(homeserver: Homeserver, event_id: str) -> None:
-    run_sql(
-        homeserver, "DELETE FROM federation_inbound_events_staging WHERE event_id = ?", event_id
-    )
+@pytest.fixture(scope="module", params=KINDS)
+def hs(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[SynapseHomeServer]:
+    with prepared(request.param, tmp_path_factory.mktemp("homeserver")) as hs:
+        yield hs
 
 
-def counting_looks(homeserver: Homeserver) -> Callable[[], int]:
-    """Gives how many texts the database has looked into so far."""
-    looks = 0
-
-    def like(pattern: str, text: str) -> bool:
-        nonlocal looks
-        looks += 1
-        return pattern.strip("%") in text
-
-    # SQLite has this function called for each LIKE.
-    pool: Any = homeserver.store.db_pool
-    for connection in pool._db_pool.connections.values():
-        connection.create_function("like", 2, like)
-    return lambda: looks
+@pytest.fixture
+def store(hs: SynapseHomeServer) -> Iterator[CountingStore]:
+    with closing(CountingStore(hs)) as store:
+        yield store
+        store.sql(f"DELETE FROM {STAGING}")
 
 
-@pytest.mark.requirement("L2", "H3")
-def test_each_staged_pdu_is_looked_into_once(
+class Checked:
+    """Transactions of one sticky PDU, as this process checks them."""
+
+    def __init__(self, store: CountingStore) -> None:
+        self.store, self.sent = store, 0
+        receipt, report = SynapseReceipt(store), LimitReport(store.now_ms)
+        config = FederationConfig(max_staged_per_server_in_room=LIMIT)
+        self.handler = ReceiptHandler(store, receipt, DeferredTable(store), config, report)
+        self.handler.install()
+
+    def retry_after_ms(self, origin: str = ORIGIN, room_id: str = ROOM) -> int | None:
+        """None if it is accepted."""
+        self.sent += 1
+        pdu = {**STICKY, "origin_server_ts": self.store.now, "room_id": room_id}
+        transaction = transaction_of(origin, f"{self.sent}", [pdu])
+        refusal: Refusal | None = done(self.handler.check(transaction))
+        return None if refusal is None else refusal.retry_after_ms
+
+    def takes(self, count: int) -> None:
+        """This process stages so many sticky PDUs."""
+        for _ in range(count):
+            self.sent += 1
+            fields = {"type": f"m.{self.sent}", "sender": f"@a:{ORIGIN}", "room_id": ROOM}
+            lists: dict[str, Any] = {"prev_events": [], "auth_events": [], "depth": 1}
+            parts: dict[str, Any] = {"content": {}, "hashes": {}, "signatures": {}}
+            pdu = {**fields, **lists, **parts, **STICKY, "origin_server_ts": self.store.now}
+            event = make_event_from_dict(pdu, RoomVersions.V11)
+            done(self.store.store.insert_received_event_to_staging(ORIGIN, event))
+
+
+@pytest.fixture
+def checked(store: CountingStore) -> Checked:
+    return Checked(store)
+
+
+def ids(name: str, count: int) -> list[str]:
+    return [f"${name}{number}" for number in range(count)]
+
+
+def read_json(store: CountingStore) -> int:
+    """How many PDUs were read since the last time as they were received."""
+    read = [args for sql, args in store.statements if "event_json" in sql]
+    return sum(len(args[1]) if store.is_postgres else len(args) - 1 for args in read)
+
+
+@pytest.mark.requirement("L2", "L6", "H3")
+def test_what_a_check_reads_does_not_grow_with_what_is_staged(
+    store: CountingStore, checked: Checked
+) -> None:
+    """Each PDU is read once as it was received, and none that this process has staged itself."""
+    store.stage(ORIGIN, ROOM, ids("plain", 40))
+    store.stage("elsewhere", ROOM, ids("elsewhere", LIMIT - 1), HOUR_MS)
+    assert checked.retry_after_ms() is None
+    assert read_json(store) == 0, "there are too few to be too many"
+    read = []
+    for count in (5_000, 15_000):
+        store.stage(ORIGIN, ROOM, ids(f"more{count}-", count))
+        store.analyze()
+        for _ in range(20):
+            checked.retry_after_ms()
+        store.reset()
+        assert [checked.retry_after_ms() for _ in range(20)] == [None] * 20
+        read.append(store.rows)
+        assert len(store.statements) <= 20 * 7
+        assert read_json(store) == 0
+    assert read[1] == read[0] <= 20 * 2_100
+    assert has_no_scan(store.plans(), store.is_postgres)
+    checked.takes(LIMIT - 1)
+    assert checked.retry_after_ms() is None
+    store.reset()
+    checked.takes(1)
+    assert [checked.retry_after_ms() is None for _ in range(20)] == [False] * 20
+    assert read_json(store) == 0
+    assert store.rows <= 20 * 5_000
+    assert has_no_scan(store.plans(), store.is_postgres)
+    # Neither other rooms, nor other servers.
+    assert checked.retry_after_ms(room_id="!other") is None
+    assert checked.retry_after_ms("elsewhere") is None
+
+
+@pytest.mark.requirement("L2", "H1", "H3")
+def test_what_has_expired_does_not_count(store: CountingStore, checked: Checked) -> None:
+    """The room hangs: all of it stays staged."""
+    store.stage(ORIGIN, ROOM, ids("short", 5_000), 5_000)
+    store.now += 1_000
+    told_ms = []
+    for _ in range(3):
+        told_ms.append(checked.retry_after_ms())
+        store.now += 1_000
+    assert told_ms[-1] == 5_000 - 3_000
+    store.now += 2_000
+    for room_id in (ROOM, "!other") * 15:
+        assert checked.retry_after_ms(room_id=room_id) is None
+
+
+@pytest.mark.requirement("L2", "H1")
+def test_the_time_to_retry_says_when_it_can_go_well(store: CountingStore, checked: Checked) -> None:
+    store.stage(ORIGIN, ROOM, ids("long", LIMIT - 10), HOUR_MS)
+    store.stage(ORIGIN, ROOM, ids("short", 20), 30_000)
+    # The room may go on.
+    assert checked.retry_after_ms() == 1_000
+    store.now += 12_000
+    assert checked.retry_after_ms() == 18_000, "nothing was processed since"
+    store.sql(f"DELETE FROM {STAGING} WHERE event_id IN ('$long1', '$long2', '$long3')")
+    assert checked.retry_after_ms() == 1_000, "some were"
+    store.sql(f"DELETE FROM {STAGING} WHERE event_id >= '$short'")
+    assert checked.retry_after_ms() is None
+
+
+@pytest.mark.requirement("L2", "L6", "E2", "E4")
+def test_another_process_and_a_restart(store: CountingStore, checked: Checked) -> None:
+    """What others stage counts, and what they process does not."""
+    store.stage(ORIGIN, ROOM, ids("plain", 1_900))
+    store.stage(ORIGIN, ROOM, ids("sticky", LIMIT - 1), HOUR_MS)
+    assert [checked.retry_after_ms() for _ in range(3)] == [None] * 3
+    store.stage(ORIGIN, ROOM, ["$by-another"], HOUR_MS)
+    assert [checked.retry_after_ms() for _ in range(2)][-1] is not None
+    anew = Checked(store)
+    assert [anew.retry_after_ms() for _ in range(2)][-1] is not None
+    store.sql(f"DELETE FROM {STAGING} WHERE event_id IN ('$sticky7', '$sticky900')")
+    assert checked.retry_after_ms() is None
+    assert anew.retry_after_ms() is None
+
+
+@pytest.mark.requirement("L2", "L7")
+def test_exempt_user_is_not_refused_for_the_limit_on_a_sender(
     homeserver: Homeserver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However many transactions are checked while it is staged, and whatever it is."""
     receiving, receipt = Receiving(homeserver, monkeypatch), SynapseReceipt(homeserver)
-    config = FederationConfig(max_staged_per_server_in_room=50)
+    config = FederationConfig(
+        Mode.REJECT,
+        per_server_in_room=LimitConfig(0.001, 7),
+        per_sender=LimitConfig(0.001, 1),
+        exempt_users=("@gateway-*:there",),
+    )
     report = LimitReport(homeserver.now_ms)
     ReceiptHandler(homeserver, receipt, DeferredTable(homeserver), config, report).install()
-    looks = counting_looks(homeserver)
-    now_ms = homeserver.now_ms()
-    sent = staged = 0
 
-    def more(count: int, event_json: str, origin: str = "there") -> None:
-        nonlocal staged
-        for _ in range(count):
-            staged += 1
-            stage(homeserver, origin, f"${staged}", event_json)
-
-    def is_refused() -> bool:
-        nonlocal sent
-        sent += 1
-        pdu = {**STICKY, "origin_server_ts": now_ms, "room_id": ROOM}
-        if results := receiving.send(f"{sent}", pdu):
+    def is_refused(number: int, sender: str) -> bool:
+        pdu = {**STICKY, "origin_server_ts": homeserver.now_ms(), "room_id": ROOM, "sender": sender}
+        if results := receiving.send(f"{number} {sender}", pdu):
             assert results[0].value.code == 429
             return True
         receiving.answers[-1].callback("200")
         return False
 
-    sticky = f'{{"{FIELD}": {{}}}}'
-    more(40, "{}")
-    more(49, sticky, "elsewhere")
-    assert not is_refused()
-    assert looks() == 0, "there are too few to be too many"
-    more(1_560, "{}")
-    assert [is_refused() for _ in range(20)] == [False] * 20
-    assert looks() == 1_600
-    more(49, sticky)
-    assert [is_refused() for _ in range(20)] == [False] * 20
-    more(1, sticky)
-    assert [is_refused() for _ in range(20)] == [True] * 20
-    assert looks() == 1_650
-    # Some are processed, and are not counted any more.
-    processed(homeserver, f"${staged}")
-    assert not is_refused()
-    assert looks() == 1_650
+    assert [is_refused(n, "@other:there") for n in range(3)] == [False, True, True]
+    # Still counted for the server in the room.
+    answers = [is_refused(n, "@gateway-1:there") for n in range(8)]
+    assert answers == [False] * 6 + [True] * 2
 
 
 @pytest.mark.requirement("H3")
 def test_what_is_remembered_of_staged_pdus_is_bounded(
-    homeserver: Homeserver, monkeypatch: pytest.MonkeyPatch
+    store: CountingStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(synapse, "_MOST_KNOWN", 10)
-    receipt = SynapseReceipt(homeserver)
-    for number in range(30):
-        stage(homeserver, f"server{number // 4}", f"${number}", "{}")
+    monkeypatch.setattr(staged, "_MOST_KNOWN", 10)
+    receipt = SynapseReceipt(store)
+    counts = staged.StagedCounts(receipt, store.now_ms)
+    receipt.tell_staged(counts.staged)
+
+    def look(origin: str) -> bool:
+        found: bool = done(store.transact("test", counts.look_txn, origin, 3))
+        return found
+
+    for number in range(8):
+        store.stage(f"server{number}", ROOM, ids(f"{number}-", 4))
     for number in range(7):
-        done(homeserver.transact("test", receipt.count_staged_txn, f"server{number}", 3))
-        assert sum(map(len, receipt._known.values())) <= 10
-    assert [*receipt._known] == ["server5", "server6"]
-    processed(homeserver, "$27")
-    assert done(homeserver.transact("test", receipt.count_staged_txn, "server6", 3)) == {}
-    assert [*receipt._known] == ["server5"]
+        assert look(f"server{number}")
+        assert len(counts) <= 10
+    known = [f"server{number}" for number in range(8) if counts.is_known(f"server{number}")]
+    assert known == ["server5", "server6"]
+    store.sql(f"DELETE FROM {STAGING} WHERE event_id = '$6-0'")
+    assert not look("server6")
+    assert not counts.is_known("server6")
+    # Of a single one, too.
+    store.stage("server7", ROOM, ids("more", 20))
+    store.stage("server7", ROOM, ids("sticky", 3), HOUR_MS)
+    for _ in range(3):
+        assert look("server7")
+        assert len(counts) <= 10
+        excess = done(store.transact("test", counts.excess_txn, "server7", ROOM, 3))
+        assert excess.number == 1
+
+
+@pytest.mark.requirement("H3")
+def test_what_this_process_stages_is_remembered_only_as_far_as_it_counts(
+    store: CountingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two checks, too: what is staged is mostly processed before the next one."""
+    monkeypatch.setattr(staged, "_MOST_KNOWN", 10)
+    counts = staged.StagedCounts(SynapseReceipt(store), store.now_ms)
+    for origin in ("first", "second"):
+        store.stage(origin, ROOM, ids(origin, 4))
+        assert done(store.transact("test", counts.look_txn, origin, 3))
+    assert len(counts) == 8
+    for event_id in ids("plain", 100):
+        counts.staged("first", staged.StickyPdu(event_id, ROOM, 0))
+        counts.staged("first", staged.StickyPdu(f"{event_id}-expired", ROOM, store.now))
+    assert len(counts) == 8
+    for number in range(8):
+        counts.staged("first", staged.StickyPdu(f"$sticky{number}", ROOM, store.now + HOUR_MS))
+        assert len(counts) <= 10
+    assert not counts.is_known("second")
+    # What counts is the last to go.
+    assert len(counts) == 8
+    for event_id in [f"$sticky{number}" for number in range(8)]:
+        counts.staged("first", staged.StickyPdu(event_id, ROOM, store.now + HOUR_MS))
+    assert len(counts) == 8

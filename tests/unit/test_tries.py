@@ -73,9 +73,9 @@ def test_only_tries_for_a_reason_that_nobody_knows_count() -> None:
         return outcome, asyncio.run(table.next_due_ms())
 
     assert park() == (Outcome.PARKED, 1)
-    assert park(20, 30) == (Outcome.PARKED, 20)
-    assert park() == (Outcome.PARKED, 20)
-    assert park(40, 50) == (Outcome.PARKED, 50)
+    assert park(20, 30) == (Outcome.STILL_PARKED, 20)
+    assert park() == (Outcome.STILL_PARKED, 20)
+    assert park(40, 50) == (Outcome.STILL_PARKED, 50)
     assert park(60, 70) == (Outcome.GIVEN_UP, None)
     assert parked(table, "a.test") == []
     # Sent once more, it is a new one.

@@ -23,6 +23,7 @@ from synapse_sticky.handlers.staging.turns.handler import TurnsHandler
 from synapse_sticky.handlers.staging.turns.room import PRUNE_FROM, Key, StagedRoom, WaitingPdu
 from synapse_sticky.handlers.staging.turns.synapse import SynapseTurns
 from synapse_sticky.homeserver import Cursor, Homeserver
+from tests.unit.settable import Settable
 
 ROOM = "!room:there"
 FLOODERS = ("a", "c", "d")
@@ -42,7 +43,7 @@ CREATE TABLE events (
 """
 
 
-class Database:
+class Database(Settable):
     """What all processes of the homeserver share: the time, staged PDUs, events."""
 
     def __init__(self) -> None:
@@ -55,6 +56,9 @@ class Database:
     # As ``Homeserver`` has it
 
     def now_ms(self) -> int:
+        return self.now + self.set_by_ms
+
+    def steady_ms(self) -> int:
         return self.now
 
     def in_list(self, column: str, values: Collection[object]) -> tuple[str, list[Any]]:
@@ -438,8 +442,8 @@ def test_what_is_wrong_with_one_choice_is_not_with_the_next(
     flood = database.chain("a", 150)
     bob = database.stage("b", "$bob")
     first = process.process()
-    process.handler._rooms[ROOM].room._places["gone"] = []
-    with pytest.raises(IndexError):
+    process.handler._rooms[ROOM].room._places.clear()
+    with pytest.raises(KeyError):
         process.choose()
     before = process.until(bob)
     assert len(before) <= 1
@@ -618,11 +622,11 @@ def test_any_graph(seed: int) -> None:
         choice = room.choose(now_ms, _Never())
         if choice is None:
             continue
-        known = {event_id for _, event_id in room.staged()}
+        known = {event_id for _, event_id in room.received(0, None)}
         gaps += any(prev in known for prev in choice.pdu.prev_event_ids)
         chosen.append(choice.pdu.key)
         room.remove(choice.pdu.key)
-        room.had_turn(choice.turn_of, now_ms)
+        room.waiting.had_turn(choice.turn_of, now_ms)
         del left[choice.pdu.key]
         order = [pdu for pdu in order if pdu.key != choice.pdu.key]
     assert sorted(chosen) == sorted(staged)

@@ -21,6 +21,7 @@ from twisted.internet.defer import CancelledError
 from synapse_sticky.handlers.visibility.handler import HiddenEvent
 from synapse_sticky.handlers.visibility.synapse import SynapseVisibility
 from synapse_sticky.homeserver import Homeserver
+from synapse_sticky.homeserver.clock import SetClock
 from synapse_sticky.homeserver.seams import SeamMismatchError
 from tests.unit.coroutines import result_of
 
@@ -50,11 +51,16 @@ class ThisHomeserver(Homeserver):
         self.store = store
         self.server_name = server_name
         self._undo = []
+        self._clock = SetClock(lambda: 0, no_timer, no_timer)
 
     @property
     def storage(self) -> Any:
         """What the filters are called with."""
         return SimpleNamespace(main=self.store)
+
+
+def no_timer(*args: Any, **options: Any) -> None:
+    """Nothing here waits for a time."""
 
 
 async def nothing(who: str, events: Sequence[HiddenEvent]) -> set[str]:

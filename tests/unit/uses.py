@@ -16,6 +16,7 @@ import importlib
 import logging
 import re
 import sqlite3
+import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from inspect import BoundArguments, Parameter, Signature
@@ -55,6 +56,8 @@ _PYTHONS = (
         Counter,
         sqlite3,
         Path,
+        threading.Event,
+        threading.Thread,
     ),
 )
 _BY_NAME = {"getattr": 2, "setattr": 3, "delattr": 2, "replace": 3, "replace_shared": 3}

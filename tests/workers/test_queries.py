@@ -34,30 +34,41 @@ _PREFIX = "synapse_sticky_"
 # What each process may do: transactions, and what runs in the background.
 _PARKING = {
     *("park", "parked", "due_parked", "next_parked_ms", "stage_again", "postpone_parked"),
-    "try_parked_pdus",
+    *("remove_parked", "unstage", "try_parked_pdus"),
 }
 _SLIDING = {"store_page", "read_page", "newly_joined"}
 _EVERYWHERE = {
-    *("read_rows", "load", "follow_stream", "expire", "migrate_sliding", "migrate_parking"),
+    *("read_rows", "load", "fill_index", "expire", "wait"),
+    *("load_sliding", "migrate_sliding", "load_parking", "migrate_parking"),
 }
 _OF_ITS_KIND = {
     "main": _SLIDING,
-    "persister": {"migrate_deferral", "deferred", "release", "drop_deferred"},
+    "persister": {"load_deferral", "migrate_deferral", "deferred", "release", "drop_deferred"},
     "sender": {
-        *("state_position", "newcomers", "left_behind", "memberships", "is_server_join"),
-        *("record_joins", "last_rows", "backlog", "settle", "is_joined"),
-        *("migrate_joins", "read_joins", "check_destination", "confirm"),
+        *("state_position", "newcomers", "left_behind", "memberships", "earliest_members"),
+        *("state_changes", "own_depths"),
+        *("record_joins", "last_rows", "backlog", "settle", "is_joined", "is_known"),
+        *(
+            "load_joins",
+            "migrate_joins",
+            "read_joins",
+            "check_destination",
+            "look_at_newcomers",
+            "ask",
+            "referenced",
+        ),
     },
     "receiver": {
-        *("migrate_deferral", "count_deferred", "read_staged", "prune_staged", "is_joined"),
+        *("load_deferral", "migrate_deferral", "look_for_deferred", "count_deferred"),
+        *("read_staged", "prune_staged", "next_staged", "is_joined"),
         *_PARKING,
     },
     "sync": _SLIDING,
-    "background": {"merge_extremities"},
+    "background": {"merge_extremities", "to_merge"},
 }
 _HAS_DONE = {
     "persister": {"release"},
-    "sender": {"memberships", "record_joins", "settle", "confirm"},
+    "sender": {"memberships", "record_joins", "settle", "ask"},
     "receiver": {"count_deferred", "try_parked_pdus"},
     "background": {"merge_extremities"},
 }
@@ -175,8 +186,10 @@ def test_one_small_query_a_batch(deployment: WorkerHomeserver, peer: Peer) -> No
     assert deployment.index_knows(last), "all processes have read all of it"
     for name, asked in transactions(deployment).items():
         new = asked - before[name]
-        assert 0 < new[_READ] <= 2 * count + 1, (name, new)
+        # What a persister has persisted itself it need not read.
+        least = 0 if kind_of(name) == "persister" else 1
+        assert least <= new[_READ] <= 2 * count + 1, (name, new)
         of_module = {what: new[what] for what in new if what.startswith(_PREFIX)}
         # Senders look for newcomers as well, and receivers from time to time for what is kept.
         if kind_of(name) not in {"sender", "receiver"}:
-            assert of_module == {_READ: new[_READ]}, (name, new)
+            assert of_module.keys() <= {_READ}, (name, new)

@@ -31,8 +31,10 @@ arguments! {
     integer -> i64 {
         ExpiresAtMs = "expires_at_ms",
         FromStreamId = "from_stream_id",
+        NewnessMs = "newness_ms",
         NowMs = "now_ms",
         ReceivedTsMs = "received_ts_ms",
+        StickyKey = "key",
         StreamId = "stream_id",
         ToStreamId = "to_stream_id",
     }
@@ -42,6 +44,9 @@ arguments! {
         MaxEvents = "max_events",
         MaxFound = "limit",
         MaxRows = "max_rows",
+    }
+    boolean -> bool {
+        IsExempt = "is_exempt",
     }
     number -> f64 {
         PerSecond = "per_second",
@@ -91,6 +96,12 @@ fn integer(object: &Bound<'_, PyAny>, name: &str) -> Result<i64, Error> {
 
 fn count(object: &Bound<'_, PyAny>, name: &str) -> Result<usize, Error> {
     usize::try_from(integer(object, name)?).map_err(|_| Error::bad_value(name, "an int, 0 or more"))
+}
+
+fn boolean(object: &Bound<'_, PyAny>, name: &str) -> Result<bool, Error> {
+    object
+        .extract()
+        .map_err(|_| Error::wrong_type(name, "a bool"))
 }
 
 fn number(object: &Bound<'_, PyAny>, name: &str) -> Result<f64, Error> {

@@ -4,8 +4,8 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
 
 use super::arguments::{
-    BurstCount, Capacity, EventId, ExpiresAtMs, LimitName, MaxEvents, NowMs, Origin, PerSecond,
-    RoomId, Row, Sender, Server, UserId,
+    BurstCount, Capacity, EventId, ExpiresAtMs, IsExempt, LimitName, MaxEvents, NewnessMs, NowMs,
+    Origin, PerSecond, RoomId, Row, Sender, Server, StickyKey, UserId,
 };
 use super::guarded::{caught, Guarded, OnPanic};
 use crate::error::Error;
@@ -133,6 +133,7 @@ impl PyReleaseQueue {
         Guarded::new("ReleaseQueue", on_panic, ReleaseQueue::new).map(Self)
     }
 
+    #[pyo3(signature = (limiter, room_id, server, sender, now_ms, *, is_exempt=IsExempt(false)))]
     fn admit(
         &self,
         limiter: &mut PyLimiter,
@@ -140,15 +141,28 @@ impl PyReleaseQueue {
         server: Server,
         sender: Sender,
         now_ms: NowMs,
+        is_exempt: IsExempt,
     ) -> Result<Option<&'static str>, Error> {
         let charged = limiter.0.lent()?;
-        let refused = self
-            .0
-            .read(|queue| queue.admit(charged, &room_id.0, &server.0, &sender.0, now_ms.0));
+        let refused = self.0.read(|queue| {
+            queue.admit(
+                charged,
+                &room_id.0,
+                &server.0,
+                &sender.0,
+                is_exempt.0,
+                now_ms.0,
+            )
+        });
         limiter.0.spoil(&refused);
         Ok(refused?.err().map(Scope::name))
     }
 
+    #[allow(clippy::too_many_arguments)] // An event has that many properties.
+    #[pyo3(signature = (
+        event_id, room_id, server, sender, expires_at_ms, *, key=None, newness_ms=None,
+        is_exempt=IsExempt(false),
+    ))]
     fn add(
         &mut self,
         event_id: EventId,
@@ -156,6 +170,9 @@ impl PyReleaseQueue {
         server: Server,
         sender: Sender,
         expires_at_ms: ExpiresAtMs,
+        key: Option<StickyKey>,
+        newness_ms: Option<NewnessMs>,
+        is_exempt: IsExempt,
     ) -> Result<bool, Error> {
         let event = Deferred {
             event_id: &event_id.0,
@@ -163,6 +180,9 @@ impl PyReleaseQueue {
             server: &server.0,
             sender: &sender.0,
             expires_at_ms: expires_at_ms.0,
+            key: key.map(|key| key.0),
+            newness_ms: newness_ms.map_or(expires_at_ms.0, |newness_ms| newness_ms.0),
+            is_exempt: is_exempt.0,
         };
         self.0.write(|queue| queue.add(event))
     }

@@ -68,7 +68,12 @@ impl<P: Copy + Ord> Schedule<P> {
 
     /// The next name in the order.
     pub(super) fn first(&self) -> Option<&Name> {
-        self.ready.first().map(|(_, name)| name)
+        self.first_place().map(|(_, name)| name)
+    }
+
+    /// The next name in the order, and its place there.
+    pub(super) fn first_place(&self) -> Option<&(P, Name)> {
+        self.ready.first()
     }
 
     /// How many names are ready.

@@ -1,6 +1,5 @@
 //! The release itself: whose turn it is, and whether the limits admit it.
 
-use std::collections::BTreeSet;
 use std::hash::BuildHasher;
 
 use super::schedule::Name;
@@ -47,7 +46,7 @@ impl ReleaseQueue {
                 Turn::Released(event_id) => {
                     self.counter += 1;
                     self.schedule.ready(&room_id, self.counter);
-                    self.remove(&event_id);
+                    self.take_out(&event_id, Some(self.counter));
                     released.push(event_id.to_string());
                 }
                 Turn::Sleeps(until_ms) => self.schedule.sleep(&room_id, until_ms),
@@ -75,11 +74,14 @@ impl ReleaseQueue {
             let Some(server) = room.schedule.first().cloned() else {
                 return Turn::Sleeps(room.schedule.next_wake_ms().unwrap_or(i64::MAX));
             };
+            let servers = room.shares.len();
             let Some(share) = room.shares.get_mut(&server) else {
                 room.schedule.remove(&server);
                 continue;
             };
-            match share.turn(room_id, &server, limiter, moment) {
+            let rooms = self.waiting.get(&server).map_or(1, |of| of.rooms);
+            let through_ms = through_ms(limiter, share.events, rooms, servers);
+            match share.turn(room_id, &server, limiter, moment, through_ms) {
                 Ok(event_id) => {
                     self.held_servers.remove(&server);
                     self.counter += 1;
@@ -103,32 +105,75 @@ impl ReleaseQueue {
 }
 
 impl Share {
+    /// Gives the sender its places among those that are ready.
+    pub(super) fn rank(&mut self, sender: &Name) {
+        let Some(of_sender) = self.senders.get(sender) else {
+            return;
+        };
+        if let Some(most_urgent) = of_sender.urgency() {
+            self.schedule.ready(sender, most_urgent);
+        }
+        match of_sender.owed() {
+            Some(expiring) => self.owed.ready(sender, expiring),
+            None => self.owed.remove(sender),
+        }
+    }
+
+    /// Takes the sender out.
+    pub(super) fn forget(&mut self, sender: &Name) {
+        self.senders.remove(sender);
+        self.schedule.remove(sender);
+        self.owed.remove(sender);
+    }
+
+    /// The sender with the earliest deadline. What is owed a turn counts if it might come too late otherwise.
+    fn first(&self, safe_after_ms: i64) -> Option<Name> {
+        let owed = self.owed.first_place();
+        let at_risk = owed.filter(|((turn_by_ms, _), _)| *turn_by_ms <= safe_after_ms);
+        let first = at_risk.into_iter().chain(self.schedule.first_place()).min();
+        first.map(|(_, sender)| sender.clone())
+    }
+
     /// The next event that the limits admit. Else the time until which no event is admitted, and the limit that the
     /// whole share has reached; `None` if each sender has reached its own.
+    ///
+    /// `through_ms`: in how long all that waits of the share is through.
     fn turn<S: BuildHasher>(
         &mut self,
         room_id: &str,
         server: &str,
         limiter: &mut Limiter<S>,
         moment: Moment,
+        through_ms: i64,
     ) -> Result<Name, (i64, Option<Scope>)> {
         self.held_by = None;
         for sender in self.schedule.wake(moment.steady_ms) {
-            if let Some((most_urgent, _)) = self.senders.get(&sender).and_then(BTreeSet::first) {
-                self.schedule.ready(&sender, *most_urgent);
-            }
+            self.rank(&sender);
         }
+        let safe_after_ms = moment.now_ms.saturating_add(through_ms);
         loop {
-            let Some(sender) = self.schedule.first().cloned() else {
+            let Some(sender) = self.first(safe_after_ms) else {
                 return Err((self.schedule.next_wake_ms().unwrap_or(i64::MAX), None));
             };
-            let Some((_, event_id)) = self.senders.get(&sender).and_then(BTreeSet::first) else {
-                self.schedule.remove(&sender);
+            let Some(of_sender) = self.senders.get_mut(&sender) else {
+                self.forget(&sender);
                 continue;
             };
-            let charges = Key::of_event(server, room_id, &sender).map(|key| (key, 1));
+            of_sender.pace_ms = if of_sender.is_exempt {
+                0
+            } else {
+                limiter.interval_ms(Scope::Sender)
+            };
+            let Some((event_id, is_rescue)) = of_sender.next(safe_after_ms) else {
+                self.forget(&sender);
+                continue;
+            };
+            let charges = charges(server, room_id, &sender, of_sender.is_exempt);
             match limiter.admit(&charges, moment.now_ms) {
-                Ok(()) => return Ok(event_id.clone()),
+                Ok(()) => {
+                    of_sender.chosen(is_rescue);
+                    return Ok(event_id);
+                }
                 Err(Refusal {
                     scope,
                     retry_after_ms,
@@ -138,8 +183,43 @@ impl Share {
                         return Err((until_ms, Some(scope)));
                     }
                     self.schedule.sleep(&sender, until_ms);
+                    self.owed.remove(&sender);
                 }
             }
         }
     }
+}
+
+/// What an event is charged to.
+pub(super) fn charges<'a>(
+    server: &'a str,
+    room_id: &'a str,
+    sender: &'a str,
+    is_exempt: bool,
+) -> Vec<(Key<'a>, u32)> {
+    Key::of_event(server, room_id, sender)
+        .into_iter()
+        .filter(|key| !is_exempt || key.scope() != Scope::Sender)
+        .map(|key| (key, 1))
+        .collect()
+}
+
+/// In how long this many events of a server in a room are through, once bursts are used up. `rooms`: those that share
+/// the server's own limit. `servers`: those that share the room's.
+fn through_ms<S: BuildHasher>(
+    limiter: &Limiter<S>,
+    events: usize,
+    rooms: usize,
+    servers: usize,
+) -> i64 {
+    let of = |(scope, shared_by): (Scope, usize)| {
+        let turns = i64::try_from(events.saturating_mul(shared_by)).unwrap_or(i64::MAX);
+        limiter.interval_ms(scope).saturating_mul(turns)
+    };
+    let scopes = [
+        (Scope::ServerInRoom, 1),
+        (Scope::Server, rooms),
+        (Scope::Room, servers),
+    ];
+    scopes.into_iter().map(of).max().unwrap_or(0)
 }

@@ -8,7 +8,6 @@ says in which order. The database has the truth; the queue is filled from it at 
 Fails open: an event is delivered now if this duty cannot decide on it.
 """
 
-import logging
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -23,11 +22,12 @@ from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.layout import migrate
 from synapse_sticky.index import Stream
 from synapse_sticky.limits import LimitReport
+from synapse_sticky.logs import bounded
 
 if TYPE_CHECKING:
     from synapse_sticky.handlers.deferral.tables import DeferredTable
 
-logger = logging.getLogger(__name__)
+logger = bounded(__name__)
 
 RELEASE_BATCH = 50
 EXPIRE_BATCH = 500
@@ -43,6 +43,9 @@ class NewStickyEvent:
     """An event that is about to enter the sticky events stream.
 
     event_stream_ordering: its position in the stream of all events.
+    key: what the event is the state of, hashed; None if that cannot be read.
+    newness_ms: the end that its sender claims, in ms since the epoch. Of a key the event with the
+        latest is the newest (MSC4354). None if it is not known.
     """
 
     event_id: str
@@ -50,6 +53,8 @@ class NewStickyEvent:
     sender: str
     expires_at_ms: int
     event_stream_ordering: int
+    key: int | None = None
+    newness_ms: int | None = None
 
 
 DeferTxn = Callable[[Cursor, Sequence[NewStickyEvent]], Collection[str]]
@@ -81,6 +86,9 @@ class Writer(Protocol):
     def enter_txn(self, txn: Cursor, events: Sequence[NewStickyEvent]) -> None:
         """Enters events into the stream as new, in this order. Leaves out those that were purged,
         and those that are in the stream."""
+
+    async def existing(self, event_ids: Collection[str]) -> set[str]:
+        """Those of the events that the database has."""
 
     async def still_sticky(self, event_ids: Collection[str]) -> set[str]:
         """Those of the events that are there and not redacted, rejected or soft-failed (S5)."""
@@ -129,6 +137,10 @@ class DeferralHandler:
         self._expired: list[str] = []
         # Deferred events that may not be sticky any more.
         self._dirty: set[str] = set()
+        # Rooms whose deferred events may be gone: up to which event ID that was found out.
+        self._purged: dict[str, str] = {}
+        # Those of them that were purged once more meanwhile.
+        self._purged_again: set[str] = set()
         self._refusals = 0
         self._no_insert_before_ms = 0
 
@@ -137,6 +149,7 @@ class DeferralHandler:
         if self._config.mode is not Mode.OFF:
             self._writer.defer_by(self.defer_txn)
         self._stream.on_event_changed(self._event_changed)
+        self._stream.on_room_purged(self._room_purged)
 
     async def load(self) -> None:
         """Takes up the deferred events of an earlier run.
@@ -154,10 +167,16 @@ class DeferralHandler:
     async def _read_all(self) -> None:
         after = ""
         while page := await self._table.page(after):
+            # A room may have been deleted while this process did not run.
+            existing = await self._writer.existing([event.event_id for event, _ in page])
             for event, server in page:
                 is_out = event.event_id in self._stragglers or event.event_id in self._taken
-                if not is_out and self._writer.handles(event.room_id):
+                if is_out or not self._writer.handles(event.room_id):
+                    continue
+                if event.event_id in existing:
                     self._waiting.add(event, server)
+                else:
+                    self._dirty.add(event.event_id)
             after = page[-1][0].event_id
 
     async def _fill(self) -> None:
@@ -198,9 +217,8 @@ class DeferralHandler:
 
     def _insert_txn(self, txn: Cursor, deferred: Sequence[PastLimit]) -> bool:
         """Gives whether the database took the rows. Does not ask again for a while if not."""
-        now_ms = self._homeserver.now_ms()
-        # The clock may have been set back since then.
-        if now_ms < min(self._no_insert_before_ms, now_ms + _BACKOFF.max_ms):
+        now_ms = self._homeserver.steady_ms()
+        if now_ms < self._no_insert_before_ms:
             return False
         rows = [(new.event, new.server) for new in deferred]
         problem = self._writer.attempt_txn(txn, lambda: self._table.insert_txn(txn, rows))
@@ -230,7 +248,7 @@ class DeferralHandler:
         if not self._is_loaded or not self._waiting.is_whole:
             return
         now_ms = self._homeserver.now_ms()
-        is_due = self._dirty or self._taken or self._expired
+        is_due = self._dirty or self._purged or self._taken or self._expired
         due_ms = now_ms if is_due else self._waiting.next_due_ms()
         if due_ms is not None:
             self._alarm.ring_at(max(due_ms, now_ms + PAUSE_MS))
@@ -238,8 +256,10 @@ class DeferralHandler:
     async def _release(self) -> None:
         if not self._waiting.is_whole:
             return
-        while await self._drop_some():
-            pass
+        # A step of each: whoever makes events expire, change or go keeps no other from its release.
+        await self._drop_expired()
+        await self._drop_redacted()
+        await self._drop_purged()
         await self._release_some()
         self._ring()
 
@@ -262,35 +282,51 @@ class DeferralHandler:
     async def _release_one(self, event_id: str) -> None:
         await self._release_these([event_id])
 
-    async def _drop_some(self) -> bool:
-        """Drops some of the events that are not to be released. Gives whether there may be more."""
-        return await self._drop_expired() or await self._drop_redacted()
-
-    async def _drop_expired(self) -> bool:
+    async def _drop_expired(self) -> None:
         if not self._expired:
             self._expired = self._waiting.expire(EXPIRE_BATCH)
             if not self._expired:
-                return False
+                return
             self._report.expired(self._expired)
         stuck = await apart(self._expired, self._table.drop)
         self._expired = []
         # Releasing one that has expired drops it, too.
         self._stragglers.add(stuck)
-        return True
 
     def _event_changed(self, event_id: str) -> None:
         if event_id in self._waiting:
             self._dirty.add(event_id)
             self._schedule()
 
-    async def _drop_redacted(self) -> bool:
+    def _room_purged(self, room_id: str) -> None:
+        # Dead events would take the room's turns before those that live.
+        if len(self._waiting) and self._writer.handles(room_id):
+            # If it is being looked at, the rest of it is, and what was looked at is once more.
+            self._purged_again |= {room_id} & self._purged.keys()
+            self._purged.setdefault(room_id, "")
+            self._schedule()
+
+    async def _drop_purged(self) -> None:
+        if not self._purged:
+            return
+        room_id, after = next(iter(self._purged.items()))
+        page = await self._table.of_room(room_id, after, EXPIRE_BATCH)
+        await apart(page, self._drop_gone)
+        # The other rooms have their turn first.
+        del self._purged[room_id]
+        if page:
+            self._purged[room_id] = page[-1]
+        elif room_id in self._purged_again:
+            self._purged_again.remove(room_id)
+            self._purged[room_id] = ""
+
+    async def _drop_redacted(self) -> None:
         dirty = list(self._dirty)[:RELEASE_BATCH]
         if not dirty:
-            return False
+            return
         # One that cannot be looked at is looked at when it is its turn.
         await apart(dirty, self._drop_gone)
         self._dirty.difference_update(dirty)
-        return True
 
     async def _drop_gone(self, event_ids: Sequence[str]) -> None:
         still_sticky = await self._writer.still_sticky(event_ids)

@@ -8,7 +8,6 @@ again until there is room.
 A failure leaves the counts incomplete, and nothing else.
 """
 
-import logging
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -26,8 +25,9 @@ from synapse_sticky.handlers.deferral.waiting import Bounds, PastLimit, Waiting
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.index import Stream
 from synapse_sticky.limits import LimitReport
+from synapse_sticky.logs import bounded
 
-logger = logging.getLogger(__name__)
+logger = bounded(__name__)
 
 MAX_FOLLOWED = 100_000
 """How many events wait in memory at most; about 50 MB."""

@@ -1,6 +1,5 @@
 """Synapse's way into the sticky events stream, in a process that persists events."""
 
-import logging
 from collections.abc import Callable, Collection, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any, Final
@@ -11,11 +10,15 @@ from synapse.types import StreamKeyType
 
 from synapse_sticky._core import sticky_until_ms
 from synapse_sticky.handlers.deferral.handler import DeferTxn, NewStickyEvent
+from synapse_sticky.handlers.deferral.key import key_of
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.causes import Cause, is_locked, is_outage
+from synapse_sticky.homeserver.database import found_txn, portions
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, attributes, method, table
+from synapse_sticky.homeserver.sticky_rows import stream_ids_txn
+from synapse_sticky.logs import bounded
 
-logger = logging.getLogger(__name__)
+logger = bounded(__name__)
 
 _METADATA = "synapse.synapse_rust.events.EventInternalMetadata"
 
@@ -51,6 +54,7 @@ SEAMS = (
 _FIELD: str = StickyEvent.EVENT_FIELD_NAME
 _STREAM: Final = StreamKeyType.STICKY_EVENTS
 _SAVEPOINT = "synapse_sticky_deferred"
+_NEVER_MS = 2**63 - 1
 _COLUMNS = "event_id, room_id, sender, expires_at, event_stream_ordering"
 
 
@@ -89,7 +93,8 @@ class SynapseWriter:
                 original(txn, sticky_event_ids, *args, **options)
                 if sticky_event_ids:
                     entered = self._entered_txn(txn, sticky_event_ids)
-                    self._delete_txn(txn, self._defer_txn(defer_txn, txn, entered))
+                    deferred = self._defer_txn(defer_txn, txn, entered)
+                    self._delete_txn(txn, [e for e in entered if e.event_id in deferred])
 
             return un_soft_fail_sticky_events_txn
 
@@ -133,18 +138,22 @@ class SynapseWriter:
             return []
 
     def _entered_txn(self, txn: Cursor, event_ids: AbstractSet[str]) -> list[NewStickyEvent]:
-        """The unexpired events of these in the stream, in its order."""
-        clause, args = self._homeserver.in_list("event_id", event_ids)
-        txn.execute(
-            f"SELECT {_COLUMNS} FROM sticky_events WHERE ? < expires_at AND {clause}"
-            " ORDER BY stream_id",
-            (self._homeserver.now_ms(), *args),
-        )
-        return [NewStickyEvent(*row) for row in txn.fetchall()]
+        """The unexpired events of these in the stream, in its order; as keys of their own, since
+        they are few and their content is not at hand."""
+        found: list[tuple[Any, ...]] = []
+        for portion in portions(stream_ids_txn(self._homeserver, txn, event_ids).values()):
+            clause, args = self._homeserver.in_list("stream_id", portion)
+            txn.execute(
+                f"SELECT stream_id, {_COLUMNS} FROM sticky_events"
+                f" WHERE ? < expires_at AND {clause}",
+                (self._homeserver.now_ms(), *args),
+            )
+            found += txn.fetchall()
+        return [NewStickyEvent(*row) for _, *row in sorted(found)]
 
-    def _delete_txn(self, txn: Cursor, event_ids: Collection[str]) -> None:
-        if event_ids:
-            clause, args = self._homeserver.in_list("event_id", event_ids)
+    def _delete_txn(self, txn: Cursor, events: Sequence[NewStickyEvent]) -> None:
+        for portion in portions(event.event_stream_ordering for event in events):
+            clause, args = self._homeserver.in_list("event_stream_ordering", portion)
             txn.execute(f"DELETE FROM sticky_events WHERE {clause}", args)
 
     def enter_txn(self, txn: Cursor, events: Sequence[NewStickyEvent]) -> None:
@@ -172,21 +181,27 @@ class SynapseWriter:
 
     def _missing_txn(self, txn: Cursor, events: Sequence[NewStickyEvent]) -> list[NewStickyEvent]:
         """The events that are in the database and not in the stream."""
-        if not events:
-            return []
-        clause, args = self._homeserver.in_list("event_id", [event.event_id for event in events])
-        txn.execute(f"SELECT event_id FROM event_json WHERE {clause}", args)
-        there = {event_id for (event_id,) in txn.fetchall()}
+        there = self._existing_txn(txn, [event.event_id for event in events])
         # The table has no index by event ID.
-        orderings = [event.event_stream_ordering for event in events]
-        clause, args = self._homeserver.in_list("event_stream_ordering", orderings)
-        txn.execute(f"SELECT event_stream_ordering FROM sticky_events WHERE {clause}", args)
-        entered = {ordering for (ordering,) in txn.fetchall()}
+        entered = found_txn(
+            self._homeserver,
+            txn,
+            "SELECT event_stream_ordering FROM sticky_events WHERE",
+            "event_stream_ordering",
+            (event.event_stream_ordering for event in events),
+        )
         return [
             event
             for event in events
             if event.event_id in there and event.event_stream_ordering not in entered
         ]
+
+    def _existing_txn(self, txn: Cursor, event_ids: Collection[str]) -> set[str]:
+        select = "SELECT event_id FROM event_json WHERE"
+        return found_txn(self._homeserver, txn, select, "event_id", event_ids)
+
+    async def existing(self, event_ids: Collection[str]) -> set[str]:
+        return await self._homeserver.transact("existing", self._existing_txn, event_ids)
 
     async def still_sticky(self, event_ids: Collection[str]) -> set[str]:
         events = await self._store.get_events(event_ids)
@@ -219,5 +234,11 @@ def _deliverable(event: EventBase, now_ms: int) -> NewStickyEvent | None:
     ):
         return None
     return NewStickyEvent(
-        event.event_id, event.room_id, event.sender, expires_at_ms, metadata.stream_ordering
+        event.event_id,
+        event.room_id,
+        event.sender,
+        expires_at_ms,
+        metadata.stream_ordering,
+        key_of(event.type, event.content),
+        sticky_until_ms(event.get(_FIELD), event.origin_server_ts, _NEVER_MS),
     )

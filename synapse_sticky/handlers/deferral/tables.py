@@ -4,11 +4,12 @@ from collections.abc import Callable, Collection, Sequence
 
 from synapse_sticky.handlers.deferral.handler import NewStickyEvent
 from synapse_sticky.homeserver import Cursor, Homeserver
+from synapse_sticky.homeserver.database import portions
 from synapse_sticky.homeserver.layout import Migrations
 
 _PAGE = 500
 
-_COLUMNS = "event_id, room_id, sender, expires_at_ms, event_stream_ordering"
+_COLUMNS = "event_id, room_id, sender, expires_at_ms, event_stream_ordering, sticky_key, newness_ms"
 
 
 class DeferredTable:
@@ -32,6 +33,12 @@ class DeferredTable:
                 ON synapse_sticky_deferred (server)
             """,
         ),
+        # Rows of before have neither, and are keys of their own. An index is not needed: the order
+        # of release is made in memory.
+        (
+            "ALTER TABLE synapse_sticky_deferred ADD COLUMN IF NOT EXISTS sticky_key BIGINT",
+            "ALTER TABLE synapse_sticky_deferred ADD COLUMN IF NOT EXISTS newness_ms BIGINT",
+        ),
     )
 
     def __init__(self, homeserver: Homeserver) -> None:
@@ -42,7 +49,7 @@ class DeferredTable:
         again."""
         txn.execute_batch(
             f"INSERT INTO synapse_sticky_deferred ({_COLUMNS}, server)"
-            " VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (event_id) DO NOTHING",
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (event_id) DO NOTHING",
             [
                 (
                     event.event_id,
@@ -50,6 +57,8 @@ class DeferredTable:
                     event.sender,
                     event.expires_at_ms,
                     event.event_stream_ordering,
+                    event.key,
+                    event.newness_ms,
                     server,
                 )
                 for event, server in events
@@ -78,6 +87,20 @@ class DeferredTable:
 
         return await self._homeserver.transact("deferred", read_txn)
 
+    async def of_room(self, room_id: str, after_event_id: str, limit: int) -> list[str]:
+        """The next IDs of the room's events, by event ID; empty at the end. It reads over the
+        events of other rooms, which is for rare use."""
+
+        def read_txn(txn: Cursor) -> list[str]:
+            txn.execute(
+                "SELECT event_id FROM synapse_sticky_deferred"
+                " WHERE room_id = ? AND event_id > ? ORDER BY event_id LIMIT ?",
+                (room_id, after_event_id, limit),
+            )
+            return [event_id for (event_id,) in txn.fetchall()]
+
+        return await self._homeserver.transact("deferred_of_room", read_txn)
+
     async def release(
         self,
         event_ids: Sequence[str],
@@ -96,14 +119,16 @@ class DeferredTable:
         """
 
         def write_txn(txn: Cursor) -> list[str]:
-            clause, args = self._homeserver.in_list("event_id", event_ids)
-            txn.execute(
-                f"SELECT {_COLUMNS} FROM synapse_sticky_deferred"
-                f" WHERE {clause} AND expires_at_ms > ?",
-                (*args, self._homeserver.now_ms()),
-            )
-            deferred = {row[0]: NewStickyEvent(*row) for row in txn.fetchall()}
-            txn.execute(f"DELETE FROM synapse_sticky_deferred WHERE {clause}", args)
+            deferred: dict[str, NewStickyEvent] = {}
+            for portion in portions(event_ids):
+                clause, args = self._homeserver.in_list("event_id", portion)
+                txn.execute(
+                    f"SELECT {_COLUMNS} FROM synapse_sticky_deferred"
+                    f" WHERE {clause} AND expires_at_ms > ?",
+                    (*args, self._homeserver.now_ms()),
+                )
+                deferred |= {row[0]: NewStickyEvent(*row) for row in txn.fetchall()}
+                txn.execute(f"DELETE FROM synapse_sticky_deferred WHERE {clause}", args)
             released = [deferred[e] for e in event_ids if e in deferred and e in still_sticky]
             enter_txn(txn, released)
             return list({event.room_id: None for event in released})
@@ -114,7 +139,8 @@ class DeferredTable:
         """Deletes these events. They are not released."""
 
         def write_txn(txn: Cursor) -> None:
-            clause, args = self._homeserver.in_list("event_id", event_ids)
-            txn.execute(f"DELETE FROM synapse_sticky_deferred WHERE {clause}", args)
+            for portion in portions(event_ids):
+                clause, args = self._homeserver.in_list("event_id", portion)
+                txn.execute(f"DELETE FROM synapse_sticky_deferred WHERE {clause}", args)
 
         await self._homeserver.transact("drop_deferred", write_txn)

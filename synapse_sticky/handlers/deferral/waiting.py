@@ -92,6 +92,7 @@ class Waiting:
         self._bounds = bounds
         self._fill = fill
         self._is_exempt = config.exempts()
+        self._is_exempt_user = config.exempts_user()
         self._core = Renewed(
             homeserver,
             "deferral",
@@ -158,7 +159,10 @@ class Waiting:
         if self._is_full(server):
             return _REFUSED
         core, now_ms = self._core.it, self._homeserver.now_ms()
-        return core.queue.admit(core.limiter, event.room_id, server, event.sender, now_ms)
+        is_exempt = self._is_exempt_user(event.sender)
+        return core.queue.admit(
+            core.limiter, event.room_id, server, event.sender, now_ms, is_exempt=is_exempt
+        )
 
     def _is_full(self, server: str) -> bool:
         return self._bounds is not None and self._queue.waiting(server) >= self._bounds.per_server
@@ -186,13 +190,21 @@ class Waiting:
     def _deferred(self, new: PastLimit) -> None:
         count = self._queue.waiting(new.server)
         delay_ms = round(count * 1000 / per_second(self._config, new.limit))
-        self._report.deferred(new.limit, new.server, new.event.room_id, count, delay_ms)
+        room_id, sender = new.event.room_id, new.event.sender
+        self._report.deferred(new.limit, new.server, room_id, count, delay_ms, sender)
 
     def add(self, event: "NewStickyEvent", server: str) -> bool:
         """Has the event wait. Gives False if it does already."""
         with self._lock:
             added = self._queue.add(
-                event.event_id, event.room_id, server, event.sender, event.expires_at_ms
+                event.event_id,
+                event.room_id,
+                server,
+                event.sender,
+                event.expires_at_ms,
+                key=event.key,
+                newness_ms=event.newness_ms,
+                is_exempt=self._is_exempt_user(event.sender),
             )
             self._show()
         return added

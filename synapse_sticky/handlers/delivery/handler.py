@@ -4,15 +4,14 @@ Fails open: what the index cannot answer, the database does.
 """
 
 from collections.abc import Awaitable, Callable, Collection
-from typing import Protocol
-
-import attr
+from functools import partial
+from itertools import chain
+from typing import NamedTuple, Protocol
 
 from synapse_sticky.index import IndexFollower, Position
 
 
-@attr.s(auto_attribs=True, frozen=True, slots=True)
-class Question:
+class Question(NamedTuple):
     """Which deliverable events of these rooms, unexpired at ``now_ms``, come after one position of
     the sticky events stream (exclusive) and up to another (inclusive)?
 
@@ -60,9 +59,9 @@ class DeliveryHandler:
             return {}, _both(question.after, question.up_to)
         answer = self._by_index(question)
         if answer is None:
-            # Many are often woken by the same event: one of them reads it for all.
-            await self._follower.catch_up()
-            answer = self._by_index(question)
+            # Many are often woken by the same event: one of them reads it for all. So it is with
+            # one that may have been redacted.
+            answer = await self._follower.catch_up(partial(self._by_index, question))
         return answer
 
     def _by_index(self, question: Question) -> Answer | None:
@@ -78,6 +77,9 @@ class DeliveryHandler:
             question.now_ms,
             limit,
         )
+        # One event in doubt is the doubt of those alone who would get it.
+        if self._follower.doubts(chain.from_iterable(by_room.values())):
+            return None
         if last is not None and count == limit:
             return by_room, _end_of_page(after, up_to, last)
         return by_room, _both(after, up_to)

@@ -1,6 +1,5 @@
 """Which sticky events a user's sync is given: Synapse's question to its database."""
 
-import logging
 from collections.abc import Awaitable, Callable, Collection
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +10,12 @@ from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.homeserver.access import still_sticky
 from synapse_sticky.homeserver.seams import STORE, method
 from synapse_sticky.homeserver.tokens import position_of, token_of
+from synapse_sticky.logs import bounded
 
 if TYPE_CHECKING:
     from synapse.types import MultiWriterStreamToken
 
-logger = logging.getLogger(__name__)
+logger = bounded(__name__)
 
 SEAMS = (
     method(

@@ -4,7 +4,6 @@ Synapse itself sends one dummy event to each of five rooms every five minutes. A
 hundreds of extremities. Fails open: Synapse merges what this duty does not.
 """
 
-import logging
 from collections import deque
 from collections.abc import Callable, Collection
 from typing import Protocol
@@ -16,8 +15,9 @@ from synapse_sticky.handlers.extremities.senders import DummyEvents, Senders
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.homeserver.causes import is_outage
 from synapse_sticky.index import IndexFollower
+from synapse_sticky.logs import bounded
 
-logger = logging.getLogger(__name__)
+logger = bounded(__name__)
 
 _ROUND_MS = 5_000
 _MINUTE_MS = 60_000
@@ -60,7 +60,7 @@ class ExtremitiesHandler:
         self._homeserver = homeserver
         self._extremities = extremities
         self._follower = follower
-        self._senders = Senders(homeserver.now_ms, extremities)
+        self._senders = Senders(homeserver.steady_ms, extremities)
         self._per_round = max(1, config.per_minute * _ROUND_MS // _MINUTE_MS)
         # In the order in which the rooms have their turn.
         self._dirty: dict[str, None] = {}

@@ -1,12 +1,13 @@
 """Who sends a room's dummy events, and which rooms are left out as nobody here can (F2, H2)."""
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import attr
 
-logger = logging.getLogger(__name__)
+from synapse_sticky.logs import bounded
+
+logger = bounded(__name__)
 
 _HOUR_MS = 3_600_000
 _MAX_ROOMS = 40_000

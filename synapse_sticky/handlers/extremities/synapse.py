@@ -1,6 +1,5 @@
 """A room's forward extremities, and Synapse's dummy events."""
 
-import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
@@ -15,11 +14,12 @@ from synapse_sticky.handlers.extremities.senders import Able
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.causes import Cause
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, method, table
+from synapse_sticky.logs import bounded
 
 if TYPE_CHECKING:
     from synapse.module_api import EventBase, StateMap
 
-logger = logging.getLogger(__name__)
+logger = bounded(__name__)
 
 _CREATION = "synapse.handlers.message.EventCreationHandler"
 
@@ -139,7 +139,10 @@ class SynapseExtremities:
         return await self._homeserver.transact("to_merge", read_txn)
 
     def left_out_since_ms(self, room_id: str) -> int | None:
-        return self._left_out.get(room_id)
+        since_ms = self._left_out.get(room_id)
+        ago_ms = -1 if since_ms is None else self._homeserver.now_ms() - since_ms
+        # What is ahead was noted before the clock was set back.
+        return self._homeserver.steady_ms() - ago_ms if ago_ms >= 0 else None
 
     def leave_out(self, room_id: str) -> None:
         self._left_out[room_id] = self._homeserver.now_ms()

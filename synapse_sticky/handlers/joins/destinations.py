@@ -1,69 +1,28 @@
 """The pushes of each destination, and the one timer that a destination's pushes share."""
 
-import logging
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Iterator
 from typing import TypeVar
 
-import attr
-
 from synapse_sticky.backoff import Backoff
-from synapse_sticky.handlers.joins.push import Push
-from synapse_sticky.homeserver import Cancellable, Homeserver
+from synapse_sticky.handlers.joins.destination import (
+    CHECK_MIN_MS,
+    Destination,
+    Failures,
+    Looks,
+)
+from synapse_sticky.handlers.joins.federation import LONGEST_BACKOFF_MS
+from synapse_sticky.handlers.joins.push import WATCH_AFTER_RECORD_MS, Push
+from synapse_sticky.handlers.joins.rooms import PushedRooms
+from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.homeserver.causes import is_outage
+from synapse_sticky.logs import bounded
 
-logger = logging.getLogger(__name__)
+logger = bounded(__name__)
 
 T = TypeVar("T")
 
-_CHECK_MIN_MS = 1_000
 _CHECK_MAX_MS = 60_000
-_RETRY = Backoff(_CHECK_MIN_MS, _CHECK_MAX_MS)
-_FORGIVEN_AFTER_MS = 600_000
-"""A failure that long ago does not count any more."""
-
-
-@attr.s(auto_attribs=True, slots=True)
-class Failures:
-    """How often in a row a push has failed, when it did last, and until when it is left alone."""
-
-    count: int = 0
-    last_ms: int = 0
-    retry_ms: int = 0
-
-    def add(self, now_ms: int) -> int:
-        """One more. Gives for how many ms the push is left alone."""
-        is_again = now_ms - self.last_ms < _FORGIVEN_AFTER_MS
-        self.count = self.count + 1 if is_again else 1
-        delay_ms = _RETRY.after(self.count)
-        self.last_ms, self.retry_ms = now_ms, now_ms + delay_ms
-        return delay_ms
-
-
-@attr.s(auto_attribs=True, slots=True)
-class Destination:
-    """What one destination is pushed.
-
-    pushes: by room ID; the rooms take turns in this order.
-    failures: of those that failed, by room ID.
-    check_interval_ms: how long after a check the next one is due. It doubles with each check, and
-        is reset by progress.
-    next_check_ms: when the next check of a push that has nothing to send is due.
-    """
-
-    pushes: dict[str, Push] = attr.Factory(dict)
-    failures: dict[str, Failures] = attr.Factory(dict)
-    timer: Cancellable | None = None
-    check_interval_ms: int = _CHECK_MIN_MS
-    next_check_ms: int = 0
-
-    def progressed(self) -> None:
-        """There may be something to do now: the next check is due soon."""
-        self.check_interval_ms = _CHECK_MIN_MS
-        self.next_check_ms = 0
-
-    def cancel_timer(self) -> None:
-        if self.timer is not None and self.timer.active():
-            self.timer.cancel()
+_LOOK = Backoff(CHECK_MIN_MS, _CHECK_MAX_MS, spread=0)
 
 
 class Destinations:
@@ -72,33 +31,28 @@ class Destinations:
     def __init__(
         self,
         homeserver: Homeserver,
+        rooms: PushedRooms,
         *,
         check: Callable[[str], Awaitable[int]],
         wake: Callable[[str], Awaitable[None]],
     ) -> None:
         """
         Args:
+            rooms: is kept in step with the pushes that there are.
             check: ends what has expired; gives when the destination's back-off ends (ms since the
                 epoch).
             wake: has Synapse ask for a batch of the destination, unless it is backed off.
         """
         self._homeserver = homeserver
+        self._rooms = rooms
         self._check = check
         self._wake = wake
         self._destinations: dict[str, Destination] = {}
+        homeserver.on_clock_set(self._clock_set)
 
     def names(self) -> list[str]:
         """All destinations that something is pushed to, or watched for."""
         return list(self._destinations)
-
-    def pushes_of(self, destination: str) -> list[Push]:
-        """The pushes of the destination, in the order of their turns."""
-        state = self._destinations.get(destination)
-        return list(state.pushes.values()) if state else []
-
-    def of_rooms(self, destination: str, rooms: Collection[str]) -> list[Push]:
-        """The pushes of these rooms to the destination."""
-        return [push for push in self.pushes_of(destination) if push.room_id in rooms]
 
     def find(self, destination: str, room_id: str) -> Push | None:
         """The push of the room to the destination, None if there is none."""
@@ -109,14 +63,19 @@ class Destinations:
         """Adds the push, in the place of another one to the same room."""
         state = self._destinations.setdefault(push.destination, Destination())
         state.pushes[push.room_id] = push
-        state.failures.pop(push.room_id, None)
-        state.progressed()
+        self._rooms.add(push)
+        state.forget(push.room_id)
+        state.check_soon()
+        self.update_times(push)
 
     def remove(self, push: Push) -> None:
         """Removes the push, which must be there."""
         state = self._destinations[push.destination]
         del state.pushes[push.room_id]
-        state.failures.pop(push.room_id, None)
+        self._rooms.remove(push)
+        state.forget(push.room_id)
+        state.sends.set(push.room_id, None)
+        state.checks.set(push.room_id, None)
         if not state.pushes:
             del self._destinations[push.destination]
             state.cancel_timer()
@@ -125,10 +84,55 @@ class Destinations:
         """Is the push still there, and not another one to the same room?"""
         return self.find(push.destination, push.room_id) is push
 
-    def progressed(self, destination: str) -> None:
+    def check_soon(self, destination: str) -> None:
         """There may be something to do for the destination now: its next check is due soon."""
         if (state := self._destinations.get(destination)) is not None:
-            state.progressed()
+            state.check_soon()
+
+    def _clock_set(self, by_ms: int) -> None:
+        for state in self._destinations.values():
+            state.clock_set(by_ms)
+            for push in state.pushes.values():
+                self.update_times(push)
+
+    # Synapse's own side of a destination
+
+    def has_backlog(self, destination: str) -> bool:
+        """May Synapse's backlog of the destination have what no push has taken over?"""
+        state = self._destinations.get(destination)
+        return state is None or state.has_backlog
+
+    def note_backlog(self, destination: str, *, has_backlog: bool) -> None:
+        """Sets what ``has_backlog`` gives; for a destination without pushes that is always True."""
+        if (state := self._destinations.get(destination)) is not None:
+            state.has_backlog = has_backlog
+
+    def acknowledged(self, push: Push) -> None:
+        """What Synapse records next may end the watch of the push."""
+        state = self._destinations.get(push.destination)
+        ends_later = push.watch_until_ms > self._homeserver.now_ms() + WATCH_AFTER_RECORD_MS
+        if state is not None and ends_later and self.is_current(push):
+            state.unrecorded[push.room_id] = None
+
+    def recorded(self, destination: str) -> None:
+        """Synapse has recorded how far its ordinary queue got with the destination."""
+        if (state := self._destinations.get(destination)) is None:
+            return
+        unrecorded, state.unrecorded = state.unrecorded, {}
+        for room_id in unrecorded:
+            state.pushes[room_id].catch_up_recorded(self._homeserver.now_ms())
+            self.update_times(state.pushes[room_id])
+
+    def skipped(self, destination: str) -> None:
+        """The ordinary queue may have left out any event: all pushes are dirty."""
+        if (state := self._destinations.get(destination)) is None:
+            return
+        state.has_backlog = True
+        state.looks.clear()
+        now_ms = self._homeserver.now_ms()
+        for push in state.pushes.values():
+            push.dirty_marks += 1
+            state.checks.set(push.room_id, now_ms)
 
     # One that fails costs only itself (H1)
 
@@ -155,12 +159,12 @@ class Destinations:
     def _failed(self, push: Push, error: Exception) -> None:
         if not self.is_current(push):
             return
-        self.put_last(push)
-        of_rooms = self._destinations[push.destination].failures
-        failures = of_rooms.setdefault(push.room_id, Failures())
+        state = self._destinations[push.destination]
+        failures = state.failures.setdefault(push.room_id, Failures())
         delay_ms = failures.add(self._homeserver.now_ms())
+        self.update_times(push)
         logger.error(
-            "Could not look after what %s is pushed of %s, trying again in %d ms: %s: %s",
+            "Could not push to %s what it lacks of %s, trying again in %d ms: %s: %s",
             push.destination,
             push.room_id,
             delay_ms,
@@ -179,11 +183,85 @@ class Destinations:
         failures = self._destinations[push.destination].failures.get(push.room_id)
         return failures.retry_ms if failures is not None else 0
 
-    def put_last(self, push: Push) -> None:
-        """The other rooms of the destination have their turn first."""
+    def all_fail(self, destination: str) -> bool:
+        """Is there something to do, and all of it failing?"""
+        state, now_ms = self._destinations.get(destination), self._homeserver.now_ms()
+        if state is None or not state.failures:
+            return False
+        pushes = [push for push in state.pushes.values() if not push.is_idle(now_ms)]
+        return bool(pushes) and all(self.is_failing(push) for push in pushes)
+
+    # Whose turn it is. Work follows what is due, not the number of rooms (H3)
+
+    def update_times(self, push: Push) -> None:
+        """What there is to do for the push may have changed: finds out when it is due."""
+        if not self.is_current(push):
+            return
+        state = self._destinations[push.destination]
+        now_ms = self._homeserver.now_ms()
+        earliest_ms = max(self._retry_ms(push), now_ms)
+        send_ms, check_ms = push.next_due_ms(now_ms), self._check_ms(push, state, now_ms)
+        state.sends.set(push.room_id, None if send_ms is None else max(send_ms, earliest_ms))
+        state.checks.set(push.room_id, None if check_ms is None else max(check_ms, earliest_ms))
+
+    def _check_ms(self, push: Push, state: Destination, now_ms: int) -> int | None:
+        if push.is_dirty(now_ms):
+            return now_ms
+        if push.is_idle(now_ms):
+            return push.watch_until_ms
+        if push.is_open and not push.is_blocked:
+            # The questions have timers of their own; this is for what they may have missed.
+            is_sent_later = push.next_due_ms(now_ms) is not None
+            return None if is_sent_later else now_ms + _CHECK_MAX_MS
+        looks = state.looks.get(push.room_id)
+        return looks.next_ms if looks is not None else now_ms
+
+    def look_now(self, push: Push) -> None:
+        """The same as ``update_times``, and looks in vain do not delay the next one any more."""
         if self.is_current(push):
-            pushes = self._destinations[push.destination].pushes
-            pushes[push.room_id] = pushes.pop(push.room_id)
+            self._destinations[push.destination].looks.pop(push.room_id, None)
+            self.update_times(push)
+
+    def looked_in_vain(self, push: Push) -> None:
+        """The push had nothing to send. The next look is later each time."""
+        if not self.is_current(push):
+            return
+        looks = self._destinations[push.destination].looks.setdefault(push.room_id, Looks())
+        looks.count += 1
+        looks.next_ms = self._homeserver.now_ms() + _LOOK.after(looks.count)
+        self.update_times(push)
+
+    def is_behind(self, push: Push) -> bool:
+        """Is something due already, or does something wait for the newcomer's first
+        acknowledgement? Then a new event has its turn after that."""
+        state = self._destinations.get(push.destination)
+        send_ms = state.sends.get(push.room_id) if state else None
+        is_due = send_ms is not None and send_ms <= self._homeserver.now_ms()
+        return is_due or (send_ms is not None and push.awaits_contact)
+
+    def in_turn(self, destination: str) -> Iterator[Push]:
+        """The pushes to look at, one after the other, each once. After each, whoever looked has to
+        say what came of it (``update_times`` or ``looked_in_vain``)."""
+        seen: set[str] = set()
+        while (room_id := self._first_due(destination, seen)) is not None:
+            seen.add(room_id)
+            yield self._destinations[destination].pushes[room_id]
+
+    def _first_due(self, destination: str, seen: set[str]) -> str | None:
+        if (state := self._destinations.get(destination)) is None:
+            return None
+        firsts = [first for times in (state.sends, state.checks) if (first := times.first())]
+        now_ms = self._homeserver.now_ms()
+        due = [first for first in firsts if first[0] <= now_ms and first[1] not in seen]
+        return min(due)[1] if due else None
+
+    def all_due(self, destination: str) -> list[Push]:
+        """All pushes to look at now, in no certain order."""
+        if (state := self._destinations.get(destination)) is None:
+            return []
+        now_ms = self._homeserver.now_ms()
+        rooms = dict.fromkeys((*state.sends.due(now_ms), *state.checks.due(now_ms)))
+        return [state.pushes[room_id] for room_id in rooms]
 
     # Timers
 
@@ -194,14 +272,9 @@ class Destinations:
         if state is None:
             return
         now_ms = self._homeserver.now_ms()
-        times = []
-        for push in state.pushes.values():
-            retry_ms = self._retry_ms(push) if state.failures else 0
-            if (push_ms := push.next_due_ms(now_ms)) is not None:
-                times.append(max(push_ms, retry_ms))
-            if not push.is_open:
-                watch_until_ms = push.watch_until_ms if push.is_settled else 0
-                times.append(max(watch_until_ms, state.next_check_ms, retry_ms))
+        send, check = state.sends.first(), state.checks.first()
+        times = [send[0]] if send else []
+        times += [max(check[0], state.next_check_ms)] if check else []
         due_ms = min(times, default=now_ms + _CHECK_MAX_MS)
         self._set_timer(max(due_ms - now_ms, 0) + 1, destination, state)
 
@@ -219,7 +292,8 @@ class Destinations:
         delay_ms = state.check_interval_ms
         try:
             retry_at_ms = await self._check(destination)
-            delay_ms = max(delay_ms, retry_at_ms - self._homeserver.now_ms())
+            retry_ms = retry_at_ms - self._homeserver.now_ms()
+            delay_ms = max(delay_ms, min(retry_ms, LONGEST_BACKOFF_MS))
         finally:
             if self._destinations.get(destination) is state:
                 state.check_interval_ms = min(state.check_interval_ms * 2, _CHECK_MAX_MS)

@@ -7,35 +7,42 @@ bookkeeping. An event counts as delivered once the newcomer has acknowledged it 
 backlog also has events that a destination missed while it could not be reached. They are pushed in
 the same way.
 
-Fails open: if this cannot say what to send, Synapse's own selection does. A room that fails waits.
+Fails open: if the module cannot say what to send, Synapse's own selection does. If the push of one
+room fails, it is left alone for a while, and the others go on.
 """
 
-import logging
 from collections.abc import Collection, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
 from synapse_sticky._core import MAX_STICKY_DURATION_MS
-from synapse_sticky.backoff import Backoff
 from synapse_sticky.config import JoinsConfig
 from synapse_sticky.handlers.joins.confirmation.asking import Asking
-from synapse_sticky.handlers.joins.confirmation.confirmation import LATER_MS, Confirmation
+from synapse_sticky.handlers.joins.confirmation.confirmation import Confirmation
 from synapse_sticky.handlers.joins.destinations import Destinations
-from synapse_sticky.handlers.joins.detection.reader import JoinReader, ServerJoin, StateChanges
-from synapse_sticky.handlers.joins.earlier import EarlierPushes
+from synapse_sticky.handlers.joins.detection.reader import JoinReader, StateChanges
 from synapse_sticky.handlers.joins.federation import Batch, Federation, LeftToSynapseError
+from synapse_sticky.handlers.joins.grace import Grace
+from synapse_sticky.handlers.joins.newcomers import Newcomers
+from synapse_sticky.handlers.joins.purged import PurgedRooms
 from synapse_sticky.handlers.joins.push import Push
+from synapse_sticky.handlers.joins.rooms import PushedRooms
 from synapse_sticky.handlers.joins.tables import Newcomer, NewcomerTable
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.homeserver.layout import migrate
 from synapse_sticky.index import IndexFollower
+from synapse_sticky.logs import bounded
 
 if TYPE_CHECKING:
     from synapse_sticky.homeserver.rooms import Rooms
 
-logger = logging.getLogger(__name__)
+logger = bounded(__name__)
 
-_ALL = 2**31
+_MOST_NAMED = 200
+"""Of an answer to /send this many event IDs are read at most: a transaction has 50."""
+
+_STEP = 20
+"""After this many pushes, whatever else is due has its turn (H3)."""
 
 
 class JoinsHandler:
@@ -57,10 +64,11 @@ class JoinsHandler:
         self._follower = follower
         self._federation = federation
         self._table = table
-        self._config = config
-        self._backoff = Backoff(config.retry_min_ms, config.retry_max_ms)
-        self._destinations = Destinations(homeserver, check=self._check, wake=self._wake)
-        self._reader = JoinReader(homeserver, changes, federation, table, self._joined)
+        self._pushed = PushedRooms(homeserver, follower, config.window)
+        self._destinations = Destinations(
+            homeserver, self._pushed, check=self._check, wake=self._wake
+        )
+        self._grace = Grace(homeserver, self._pushed, self._look_after_grace)
         self._confirmation = Confirmation(
             homeserver,
             asking,
@@ -68,11 +76,21 @@ class JoinsHandler:
             find=self._destinations.find,
             retry_at_ms=federation.retry_at_ms,
             servers=lambda room_id: follower.index.server_count(room_id, homeserver.now_ms()),
-            update=self._update,
-            on_progress=lambda push: federation.wake(push.destination),
+            update=self._pushed.update,
+            on_progress=self._progressed,
             on_end=self._asking_ended,
         )
-        self._earlier = EarlierPushes()
+        self._newcomers = Newcomers(
+            homeserver,
+            follower,
+            federation,
+            self._pushed,
+            self._destinations,
+            self._confirmation,
+            config,
+        )
+        self._reader = JoinReader(homeserver, changes, federation, table, self._newcomers.joined)
+        self._purged = PurgedRooms(homeserver, rooms, self._pushed, self._destinations, table)
         self._is_loaded = False
 
     def install(self) -> None:
@@ -84,6 +102,7 @@ class JoinsHandler:
         self._federation.on_catch_up_recorded(self._catch_up_recorded)
         self._follower.on_new_events(self._new_events)
         self._follower.stream.on_advance(self._reader.wake)
+        self._follower.stream.on_room_purged(self._purged.note)
 
     async def load(self) -> None:
         """Takes up what an earlier run left, then follows the state changes.
@@ -92,11 +111,12 @@ class JoinsHandler:
             NewerLayoutError: a later version of the module made the tables.
         """
         await migrate(self._homeserver, self._table)
-        # In this order: a join that another process stores in between is found twice, not never.
+        # The position is read first. Another process may store a join before the newcomers are
+        # read: then this process finds it twice. In the other order it would miss the join.
         position = await self._reader.stored_position()
         for newcomer in await self._table.newcomers():
             if self._federation.handles(newcomer.destination):
-                self._add(
+                self._newcomers.add(
                     newcomer.destination,
                     newcomer.room_id,
                     position=newcomer.position,
@@ -104,60 +124,10 @@ class JoinsHandler:
                 )
         self._is_loaded = True
         self._reader.start(position)
-        for destination in self._destinations.names():
-            # The index may have been filled before anybody listened.
-            for push in self._destinations.pushes_of(destination):
-                self._update(push)
+        for number, destination in enumerate(self._destinations.names(), 1):
             self._destinations.schedule(destination)
-
-    # Newcomers
-
-    def _joined(
-        self, mine: Sequence[ServerJoin], own: Sequence[ServerJoin], watch_until_ms: int
-    ) -> None:
-        for join in mine:
-            logger.info("%s has newly joined %s", join.destination, join.room_id)
-            self._add_newcomer(join.destination, join.room_id, watch_until_ms)
-            self._federation.wake(join.destination)
-            self._destinations.schedule(join.destination)
-        for join in own:
-            self._unblock(join.room_id)
-
-    def _unblock(self, room_id: str) -> None:
-        """This server is in the room again: what it could not send meanwhile is due."""
-        for destination in self._destinations.names():
-            for push in self._destinations.of_rooms(destination, [room_id]):
-                if push.is_blocked:
-                    push.is_blocked = False
-                    self._federation.wake(destination)
-
-    def _add_newcomer(self, destination: str, room_id: str, watch_until_ms: int) -> None:
-        now_ms = self._homeserver.now_ms()
-        before = self._destinations.find(destination, room_id)
-        if before is not None:
-            self._update(before)
-            self._earlier.note(destination, room_id, before.position, now_ms)
-        position, not_before_ms = self._earlier.begin(destination, room_id, now_ms)
-        push = self._add(destination, room_id, position=0, watch_until_ms=watch_until_ms)
-        push.follow(position, before, not_before_ms)
-        # While the index is made anew nobody knows what the newcomer should have.
-        own = self._follower.index.own_events(room_id, 0, now_ms, _ALL)
-        has = [event_id for at, event_id, _ in own if at < position]
-        if has and self._follower.is_whole:
-            # It may have lost what it had, and what was under way when it left.
-            push.probe = has[-1]
-            self._confirmation.begin(push, max(not_before_ms - now_ms, LATER_MS))
-
-    def _add(self, destination: str, room_id: str, *, position: int, watch_until_ms: int) -> Push:
-        push = Push(
-            destination,
-            room_id,
-            position=position,
-            watch_until_ms=watch_until_ms,
-            backoff=self._backoff,
-        )
-        self._destinations.add(push)
-        return push
+            if number % _STEP == 0:
+                await self._homeserver.give_way()
 
     # Sending
 
@@ -166,35 +136,46 @@ class JoinsHandler:
         none for now. Synapse calls it whenever it is the backlog's turn.
 
         Raises:
-            LeftToSynapseError: nothing is loaded, or all rooms fail: its own selection has to do.
+            LeftToSynapseError: nothing is loaded, or all rooms fail: Synapse itself has to select.
         """
         if not self._is_loaded or not self._follower.is_whole:
             raise LeftToSynapseError
         await self._adopt(destination)
-        now_ms = self._homeserver.now_ms()
-        pushes = [p for p in self._destinations.pushes_of(destination) if not p.is_idle(now_ms)]
         try:
-            for push in pushes:
+            for number, push in enumerate(self._destinations.in_turn(destination), 1):
                 batch = await self._destinations.apart(push, partial(self._batch_of, limit=limit))
                 if batch is not None:
-                    self._destinations.put_last(push)
-                    self._destinations.progressed(destination)
+                    self._destinations.look_now(push)
+                    self._destinations.check_soon(destination)
                     return batch
+                self._destinations.looked_in_vain(push)
+                if number % _STEP == 0:
+                    await self._homeserver.give_way()
         finally:
             self._destinations.schedule(destination)
-        # Else Synapse would send all that is under way of the others once more.
-        if pushes and all(self._destinations.is_failing(push) for push in pushes):
+        # If only some rooms fail, they wait: Synapse's own selection would also resend what is
+        # under way in the other rooms.
+        if self._destinations.all_fail(destination):
             raise LeftToSynapseError
         return None
 
     async def _adopt(self, destination: str) -> None:
-        """Takes over what Synapse's backlog of the destination has."""
-        for room_id, position in await self._federation.backlog(destination):
+        """Takes over what Synapse's backlog of the destination has, once and after it has grown."""
+        if not self._destinations.has_backlog(destination):
+            return
+        self._destinations.note_backlog(destination, has_backlog=False)
+        try:
+            backlog = await self._federation.backlog(destination)
+        except Exception:
+            self._destinations.note_backlog(destination, has_backlog=True)
+            raise
+        for room_id, position in backlog:
             push = self._destinations.find(destination, room_id)
             if push is None:
-                self._add(destination, room_id, position=position, watch_until_ms=0)
+                self._newcomers.add(destination, room_id, position=position, watch_until_ms=0)
             elif position < push.backlog_position:
                 push.reopen_from(position)
+                self._destinations.look_now(push)
 
     async def _batch_of(self, push: Push, limit: int) -> Batch | None:
         await self._ask_if_dirty(push)
@@ -208,10 +189,10 @@ class JoinsHandler:
                 push.is_blocked = True
             return None
         push.is_blocked = False
-        self._update(push)
-        if not push.is_open and push.start_over():
+        self._pushed.update(push)
+        if not push.is_open and push.restart_if_lost():
             logger.info("%s pruned events of %s, sending all again", push.destination, push.room_id)
-            self._update(push)
+            self._pushed.update(push)
         if not push.is_open:
             await self._settle(push)
             return None
@@ -230,21 +211,9 @@ class JoinsHandler:
             push.take_in_last_rows(last_rows, dirty_marks, now_ms)
 
     async def _skip_erased(self, push: Push) -> None:
-        own = self._own_events(push)
+        own, _ = self._pushed.open_events(push)
         erased = await self._rooms.erased({sender for _, _, sender in own})
         push.skip((position, event_id) for position, event_id, sender in own if sender in erased)
-
-    def _update(self, push: Push) -> None:
-        if not self._follower.is_whole:
-            return  # what is missing in it is not gone; it tells of all rooms once it is whole
-        now_ms = self._homeserver.now_ms()
-        pushing = self._follower.index.server_count(push.room_id, now_ms)
-        window = max(1, self._config.window // max(1, pushing))
-        push.update(self._own_events(push), now_ms, window)
-
-    def _own_events(self, push: Push) -> list[tuple[int, str, str]]:
-        now_ms = self._homeserver.now_ms()
-        return self._follower.index.own_events(push.room_id, push.position, now_ms, _ALL)
 
     async def _settle(self, push: Push) -> None:
         """Nothing is due. The push ends unless there is something to watch for."""
@@ -266,14 +235,17 @@ class JoinsHandler:
                 push.room_id,
             )
         push.settle()
-        self._earlier.note(push.destination, push.room_id, push.position, now_ms)
-        await self._end(push, still_watched=watched)
+        self._newcomers.note(push)
+        try:
+            await self._end(push, still_watched=watched)
+        except Exception:
+            push.is_settled = False  # its row does not say so
+            raise
 
     async def _end(self, push: Push, *, still_watched: bool) -> None:
         if not self._destinations.is_current(push):
             return  # the server has joined anew meanwhile
-        if not still_watched:
-            self._destinations.remove(push)
+        dirty_marks = push.dirty_marks
         newcomer = Newcomer(
             push.destination, push.room_id, push.position, push.stored_watch_until_ms
         )
@@ -282,6 +254,10 @@ class JoinsHandler:
             still_watched=still_watched,
             clear_backlog_txn=self._federation.clear_backlog_txn,
         )
+        # If the write fails, the push is still there, and it is written again.
+        is_as_written = self._destinations.is_current(push) and push.dirty_marks == dirty_marks
+        if is_as_written and not still_watched:
+            self._destinations.remove(push)
 
     # What happens meanwhile
 
@@ -291,60 +267,84 @@ class JoinsHandler:
 
     async def _wake(self, destination: str) -> None:
         self._federation.wake(destination)
-        # While a destination cannot be reached, Synapse asks for no batch. New events are left to
-        # the ordinary queue meanwhile, but not while the push is dirty: then they would all be due.
-        for push in self._destinations.pushes_of(destination):
-            await self._destinations.apart(push, self._ask_if_dirty)
+        # While a destination cannot be reached, Synapse asks for no batch. As long as a push is
+        # dirty, each new event is due at once. So the database is asked here: from then on new
+        # events are left to the ordinary queue.
+        for number, push in enumerate(self._destinations.all_due(destination), 1):
+            if push.is_dirty(self._homeserver.now_ms()):
+                await self._destinations.apart(push, self._ask_if_dirty)
+                self._destinations.update_times(push)
+            if number % _STEP == 0:
+                await self._homeserver.give_way()
 
     async def _end_expired(self, destination: str) -> None:
         """Ends pushes whose events have all expired. No batch would end them, as Synapse asks for
         none while the destination cannot be reached."""
         now_ms = self._homeserver.now_ms()
-        for push in self._destinations.pushes_of(destination):
+        for push in self._destinations.all_due(destination):
             if push.watch_until_ms < now_ms - MAX_STICKY_DURATION_MS:
                 await self._destinations.apart(push, self._end_if_expired)
 
     async def _end_if_expired(self, push: Push) -> None:
         await self._ask_if_dirty(push)
-        self._update(push)
+        self._pushed.update(push)
         if not push.is_open:
             await self._settle(push)
 
     def _skipped(self, destination: str) -> None:
         """Synapse skipped events to the destination, and entered them into its backlog. The
         ordinary queue may have left out any event up to now, so the pushes are dirty."""
-        for push in self._destinations.pushes_of(destination):
-            push.dirty_marks += 1
-            self._update(push)
+        self._destinations.skipped(destination)
 
     def _catch_up_recorded(self, destination: str) -> None:
-        for push in self._destinations.pushes_of(destination):
-            push.catch_up_recorded(self._homeserver.now_ms())
+        self._destinations.recorded(destination)
         self._destinations.schedule(destination)
 
     def _new_events(self, rooms: Collection[str]) -> None:
-        for destination in self._destinations.names():
-            touched = self._destinations.of_rooms(destination, rooms)
-            for push in touched:
-                self._update(push)
-            if touched:
-                self._destinations.schedule(destination)
+        """Synapse's ordinary queue sends new events first. Pushes are looked at after its time."""
+        self._grace.begin(self._pushed.with_new(rooms))
+
+    def _look_after_grace(self, push: Push) -> bool:
+        """Has the push take in new events; gives whether that took some work. A push that has
+        something to send already takes them in when Synapse next asks for a batch."""
+        if self._destinations.is_behind(push) or not self._pushed.may_lack(push):
+            return False
+        self._pushed.update(push)
+        self._destinations.look_now(push)
+        self._destinations.schedule(push.destination)
+        return True
 
     async def _acknowledged(self, destination: str, events: Sequence[tuple[str, str]]) -> None:
         now_ms = self._homeserver.now_ms()
-        for push in self._destinations.of_rooms(destination, {room_id for room_id, _ in events}):
-            self._update(push)
-            acknowledged = [e for room_id, e in events if room_id == push.room_id]
-            if sum(push.acknowledge(event_id, now_ms) for event_id in acknowledged):
+        by_room: dict[str, list[str]] = {}
+        for room_id, event_id in events:
+            by_room.setdefault(room_id, []).append(event_id)
+        for room_id, event_ids in by_room.items():
+            if (push := self._destinations.find(destination, room_id)) is None:
+                continue
+            self._pushed.take_in_named(push, event_ids)
+            if sum(push.acknowledge(event_id, now_ms) for event_id in event_ids):
                 self._confirmation.begin(push)
+            self._destinations.acknowledged(push)
+            self._destinations.look_now(push)
         self._destinations.schedule(destination)
 
     def _refused(self, destination: str, rooms: Collection[str], event_ids: Sequence[str]) -> None:
-        for push in self._destinations.of_rooms(destination, rooms):
+        event_ids = event_ids[:_MOST_NAMED]
+        for room_id in rooms:
+            if (push := self._destinations.find(destination, room_id)) is None:
+                continue
+            self._pushed.take_in_named(push, event_ids)
             if count := push.refuse(event_ids, self._homeserver.now_ms()):
                 logger.info("%s refuses %d events of %s", destination, count, push.room_id)
+            self._destinations.look_now(push)
         self._destinations.schedule(destination)
 
+    def _progressed(self, push: Push) -> None:
+        self._destinations.look_now(push)
+        self._federation.wake(push.destination)
+
     def _asking_ended(self, push: Push) -> None:
-        self._destinations.progressed(push.destination)
+        self._destinations.check_soon(push.destination)
+        self._destinations.look_now(push)
         self._destinations.schedule(push.destination)

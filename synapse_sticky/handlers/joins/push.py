@@ -4,10 +4,12 @@ Pure bookkeeping: nothing here waits or asks, and time is an argument. Not only 
 pushes: any other entry of Synapse's backlog gets a push, too.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from synapse_sticky.backoff import Backoff
+from synapse_sticky.handlers.joins.confirmable import Confirmable
 from synapse_sticky.handlers.joins.confirmation.asking import Asked
+from synapse_sticky.handlers.joins.finished import Finished
 from synapse_sticky.handlers.joins.sent import GRACE_MS, MOST_SENDS, FirstContact, Sent
 
 WATCH_AFTER_RECORD_MS = 10_000
@@ -15,10 +17,14 @@ WATCH_AFTER_RECORD_MS = 10_000
 newcomer. After a restart the ordinary queue goes on from there. So the push need only watch for
 events that were under way when the newcomer joined."""
 
-_MOST_REMEMBERED = 5_000
+_MOST_REMEMBERED = 1_000
+NO_END = 2**63
+
+OwnEvent = tuple[int, str, str]
+"""``(stream_id, event_id, sender)``"""
 
 
-class Push:
+class Push(Confirmable):
     """What a destination lacks of a room.
 
     backlog_position: what Synapse's backlog has for as long as the push lasts. If the module is
@@ -33,6 +39,7 @@ class Push:
     dirty_marks: how often the push became dirty: once by the join, and once more each time that the
         ordinary queue leaves something out.
     is_blocked: whether nothing may be sent for now.
+    is_believed: whether its acknowledgements suffice, as it is one of too many newcomers.
     probe: an event that the newcomer had when it was in the room before. It is asked for once.
     """
 
@@ -45,6 +52,7 @@ class Push:
         watch_until_ms: int,
         backoff: Backoff,
     ) -> None:
+        super().__init__()
         self.destination = destination
         self.room_id = room_id
         self.backlog_position = position
@@ -54,48 +62,47 @@ class Push:
         self.last_rows: Mapping[str, int] = {}
         self.dirty_marks = 1
         self.window = 1
-        self.delivered_count = 0
-        self.is_settled = self.is_blocked = False
+        self.is_settled = self.is_blocked = self.is_believed = False
         self.probe: str | None = None
         self.asked = Asked()
         self._answered_marks = 0
         """What ``dirty_marks`` was when the handler asked the database."""
         self._asked_after_watch = False
         self._contact = FirstContact(backoff)
-        self._floor_ms = 0
-        """Until then nothing is sent."""
         self._due_up_to = 0
         """Own events up to this position are not left to the ordinary queue."""
         self._start = position
         """Where sending everything again begins."""
-        self._last_own = self._again_up_to = 0
-        self._has_lost = False
-        self._highest_delivered = 0
+        self._last_own = self._last_seen = self._again_up_to = 0
         self._backoff = backoff
-        self._sent: dict[str, Sent] = {}
-        self._to_send: list[tuple[int, str]] = []
-        """``(stream_id, event_id)`` of events that are due and not in ``_sent``."""
-        self._finished: dict[str, int] = {}
-        """Stream IDs of events that were delivered, skipped or given up, by event ID."""
-        self._sent_often: dict[str, int] = {}
-        """The same of events that no answer has sent again."""
+        self._unsent: dict[str, Sent] = {}
+        """Open events that were never sent: each is due, or left to the ordinary queue."""
+        self._sent_often: dict[int, None] = {}
+        """The stream IDs of events that are not resent any more, whatever the newcomer answers."""
 
-    def follow(self, position: int, before: "Push | None", not_before_ms: int) -> None:
-        """The newcomer was in the room before. Up to ``position`` it has all own events, and after
-        it what ``before`` knows, if that push still was there. Nothing is sent until
-        ``not_before_ms`` (ms since the epoch)."""
+    def continue_from(self, position: int, before: "Push | None", not_before_ms: int) -> None:
+        """The newcomer was in the room before, and has all own events before ``position``. If the
+        push ``before`` is still there, the newcomer also has what that push is done with. Nothing
+        is sent until ``not_before_ms`` (ms since the epoch)."""
         self.position = self._start = max(self.position, position)
-        self._floor_ms = not_before_ms
-        self._finished = before.finished_after(position) if before is not None else {}
+        self._contact.not_before_ms = not_before_ms
+        if before is not None:
+            self._finished = before.finished.after(position)
 
-    def finished_after(self, position: int) -> dict[str, int]:
-        """Stream IDs of events that are done with, from the position on, by event ID."""
-        return {e: p for e, p in self._finished.items() if p >= position}
+    @property
+    def finished(self) -> Finished:
+        """What it is done with, from ``position`` on."""
+        return self._finished
 
-    def start_anew(self) -> None:
-        """The newcomer lacks what it had when it was in the room before."""
+    @property
+    def sent(self) -> Collection[Sent]:
+        """What was sent, or named in an answer, and is open."""
+        return self._sent.values()
+
+    def restart_in_full(self) -> None:
+        """The newcomer lost what it had from before: all is sent again."""
         self.position = self._start = self.backlog_position
-        self._finished = {}
+        self._finished = Finished()
         self.is_settled = False
 
     def is_dirty(self, now_ms: int) -> bool:
@@ -127,66 +134,97 @@ class Push:
         self.is_settled = True
         self.delivered_count = 0
 
-    def update(self, own: Iterable[tuple[int, str, str]], now_ms: int, window: int) -> None:
-        """Takes in the own unexpired events of the room: ``(stream_id, event_id, sender)``,
-        ascending, from ``position`` on. What is no longer among them has expired or is gone."""
+    def update(
+        self,
+        own: Iterable[OwnEvent],
+        now_ms: int,
+        window: int,
+        *,
+        seen_ms: Callable[[int], int] | None = None,
+        is_cut: bool = False,
+        whole_up_to: int = NO_END,
+    ) -> None:
+        """Takes in the own unexpired events of the room, ascending, from ``position`` on. What is
+        no longer among them has expired or is gone.
+
+        Args:
+            own: may leave out what is finished.
+            seen_ms: when this process first saw the event of a stream ID; by default, now.
+            is_cut: whether there are later events, none of them sent.
+            whole_up_to: ``own`` leaves out nothing else up to this stream ID, and no event up to
+                there will come later.
+        """
         self.window = window
-        self._to_send = []
-        is_dirty = self.is_dirty(now_ms)
-        present = set()
+        before, self._unsent = self._unsent, {}
+        present, open_ids, last_id = set(), [], 0
         for stream_id, event_id, _ in own:
             present.add(event_id)
-            self._last_own = max(self._last_own, stream_id)
-            if stream_id < self.position or event_id in self._finished:
+            last_id = stream_id
+            if stream_id < self.position or stream_id in self._finished:
                 continue
-            sent = self._sent.get(event_id)
-            if sent is not None:
+            open_ids.append(stream_id)
+            if (sent := self._sent.get(event_id)) is not None:
                 sent.stream_id = stream_id
-            elif is_dirty or stream_id <= self._due_up_to:
-                self._to_send.append((stream_id, event_id))
-            elif now_ms < self.watch_until_ms:
-                # After the watch the ordinary queue is relied upon, else a push would never end
-                # in a busy room.
-                self._sent[event_id] = Sent(stream_id, event_id, now_ms + GRACE_MS)
+            elif (left := before.get(event_id)) is not None and left.due_ms:
+                self._expect(stream_id, event_id, now_ms, left.due_ms)
+            else:
+                since_ms = now_ms if seen_ms is None else seen_ms(stream_id)
+                self._expect(stream_id, event_id, now_ms, since_ms + GRACE_MS)
+        self._last_own = NO_END if is_cut else max(self._last_seen, last_id)
+        self._last_seen = max(self._last_seen, last_id)
         self._sent = {e: s for e, s in self._sent.items() if e in present}
-        open_positions = [s.stream_id for s in self._sent.values()]
-        if self._to_send:
-            open_positions.append(self._to_send[0][0])
-        if open_positions:
+        self._finished.join(open_ids, whole_up_to)
+        if self.is_open:
             self.is_settled = False
-            self.position = min(open_positions)
-        elif self._finished:
-            self.position = max(self.position, max(self._finished.values()) + 1)
-        self._finished = {e: p for e, p in self._finished.items() if p >= self.position}
+            self.position = min(s.stream_id for s in (*self._sent.values(), *self._unsent.values()))
+        elif self._finished and not is_cut:
+            self.position = max(self.position, min(self._finished.last, whole_up_to) + 1)
+        self._finished = self._finished.after(self.position)
+
+    def _expect(self, stream_id: int, event_id: str, now_ms: int, left_until_ms: int) -> None:
+        """The event is open if it is due, or if the push watches for it."""
+        if self.is_dirty(now_ms) or stream_id <= self._due_up_to:
+            self._unsent[event_id] = Sent(stream_id, event_id, 0)
+        elif now_ms < self.watch_until_ms:
+            # After the watch the ordinary queue is relied upon, else a push would never end
+            # in a busy room.
+            self._unsent[event_id] = Sent(stream_id, event_id, left_until_ms)
+
+    def take_in_named(self, stream_id: int, event_id: str, now_ms: int) -> None:
+        """Takes in an own event of the room that an answer of the newcomer names. It may be later
+        than all that ``update`` has taken in."""
+        is_known = event_id in self._sent or event_id in self._unsent
+        if not is_known and stream_id >= self.position and stream_id not in self._finished:
+            self._expect(stream_id, event_id, now_ms, now_ms + GRACE_MS)
 
     def choose(self, limit: int, now_ms: int) -> list[str]:
         """The event IDs to send now, oldest first; they count as sent from here on.
 
-        A newcomer that is still joining answers, and acknowledges nothing. Until it does, each
-        attempt is of one event, and of another one each time.
+        A newcomer that is still joining answers /send, but acknowledges nothing. Until its first
+        acknowledgement, each attempt sends one event, and not the same one as the last attempt.
         """
         if not self._may_send(now_ms):
             return []
-        candidates = sorted([(s.stream_id, s.event_id) for s in self._due(now_ms)] + self._to_send)
+        due = [s for s in self._unsent.values() if s.due_ms <= now_ms]
+        candidates = sorted([*self._due(now_ms), *due], key=lambda s: s.stream_id)
         free = max(min(limit, self.window - self._in_flight(now_ms)), 0)
         if not self._contact.is_made:
-            candidates.sort(key=lambda c: (s.attempts if (s := self._sent.get(c[1])) else 0, c[0]))
+            candidates.sort(key=lambda s: (s.attempts, s.stream_id))
             free = min(free, 1)
         chosen = candidates[:free]
         if chosen:
             self._contact.try_again(now_ms)
-        for stream_id, event_id in chosen:
-            before = int(stream_id <= self._again_up_to)
-            new = Sent(stream_id, event_id, 0, attempts=before, answers=before)
-            sent = self._sent.setdefault(event_id, new)
+        for sent in chosen:
+            if self._unsent.pop(sent.event_id, None) is not None:
+                self._sent[sent.event_id] = sent
+                # What is resent after a loss counts as sent and answered once.
+                sent.attempts = sent.answers = int(sent.stream_id <= self._again_up_to)
             sent.send(now_ms, self._backoff)
             if sent.attempts >= MOST_SENDS:
-                self._sent_often[event_id] = stream_id
+                self._sent_often[sent.stream_id] = None
         while len(self._sent_often) > _MOST_REMEMBERED:
             del self._sent_often[next(iter(self._sent_often))]
-        sent_now = set(chosen)
-        self._to_send = [event for event in self._to_send if event not in sent_now]
-        return [event_id for _, event_id in chosen]
+        return [sent.event_id for sent in chosen]
 
     def _due(self, now_ms: int) -> list[Sent]:
         is_awaited = self._contact.is_awaited
@@ -194,7 +232,7 @@ class Push:
         return [s for s in waiting if s.due_ms <= now_ms or (is_awaited and s.may_be_early())]
 
     def _may_send(self, now_ms: int) -> bool:
-        return now_ms >= max(self._floor_ms, self._contact.not_before_ms) and not self.is_blocked
+        return now_ms >= self._contact.may_send_ms and not self.is_blocked
 
     def _in_flight(self, now_ms: int) -> int:
         """Events that may be in the newcomer's staging area, as far as that can be known."""
@@ -208,26 +246,31 @@ class Push:
         sent = self._sent.get(event_id) or self._move_to_sent(event_id, now_ms)
         if sent is None:
             return False
+        self.is_settled = False
         sent.acknowledge(now_ms)
         return True
 
     def refuse(self, event_ids: Collection[str], now_ms: int) -> int:
         """The newcomer answered with an error for these. They are resent once: after the longest
         delay, or as soon as it first acknowledges something. Gives how many are given up."""
-        ids = set(event_ids) & {*self._sent, *(event_id for _, event_id in self._to_send)}
-        found = [self._sent.get(e) or self._move_to_sent(e, now_ms) for e in ids]
+        found = [self._sent.get(e) or self._move_to_sent(e, now_ms) for e in set(event_ids)]
         until_ms = now_ms + self._backoff.max_ms
         given_up = [(s.stream_id, s.event_id) for s in found if s and s.refuse(until_ms)]
         self.skip(given_up)
         return len(given_up)
 
     def _move_to_sent(self, event_id: str, now_ms: int) -> Sent | None:
-        for event in self._to_send:
-            if event[1] == event_id:
-                self._to_send.remove(event)
-                self._sent[event_id] = Sent(*event, now_ms)
-                return self._sent[event_id]
-        return None
+        if (sent := self._unsent.pop(event_id, None)) is not None:
+            sent.due_ms = sent.due_ms or now_ms
+            self._sent[event_id] = sent
+        return sent
+
+    def clock_set(self, by_ms: int) -> None:
+        """The clock was set by so much. All due times move along. The end of the watch stays, as
+        it is stored."""
+        self._contact.clock_set(by_ms)
+        for sent in (*self._sent.values(), *self._unsent.values()):
+            sent.clock_set(by_ms)
 
     def catch_up_recorded(self, now_ms: int) -> None:
         """Synapse recorded how far its ordinary queue got with the destination: the watch ends
@@ -236,68 +279,20 @@ class Push:
         if self._contact.is_made:
             self.watch_until_ms = min(self.watch_until_ms, now_ms + WATCH_AFTER_RECORD_MS)
 
-    def unconfirmed(self) -> list[Sent]:
-        """Acknowledged events that the newcomer is not yet known to have, oldest first."""
-        waiting = [s for s in self._sent.values() if s.acknowledged_ms is not None]
-        return sorted(waiting, key=lambda s: s.stream_id)
-
     def is_last(self, sent: Sent) -> bool:
         """Is it the last own event of the room?"""
         return sent.stream_id >= self._last_own
-
-    def mark_delivered(self, event_id: str) -> None:
-        """The event is delivered: the newcomer has it, or its acknowledgement has to do."""
-        sent = self._sent.pop(event_id, None)
-        if sent is not None:
-            self._finished[event_id] = sent.stream_id
-            self._highest_delivered = max(self._highest_delivered, sent.stream_id)
-            self.delivered_count += 1
 
     def skip(self, events: Iterable[tuple[int, str]]) -> None:
         """These events are not to be sent: ``(stream_id, event_id)``."""
         for stream_id, event_id in events:
             self._sent.pop(event_id, None)
-            self._finished[event_id] = stream_id
-        self._to_send = [e for e in self._to_send if e[1] not in self._finished]
+            self._unsent.pop(event_id, None)
+            self._finished.add(stream_id)
 
-    def has(self, event_ids: Iterable[str], now_ms: int) -> int:
-        """The newcomer says that it has some copy of these events. Gives how many it was not yet
-        known to have. What may have been lost is resent: the copy may be one that it fetched."""
-        found = [sent for e in event_ids if (sent := self._sent.get(e))]
-        taken = [sent.acknowledged_ms for sent in found if sent.acknowledged_ms is not None]
-        for sent in found:
-            if sent.is_suspect:
-                self._resend(sent, now_ms)
-            else:
-                self.mark_delivered(sent.event_id)
-        for sent in self._sent.values():
-            if taken and sent.acknowledged_ms is not None and min(taken) <= sent.acknowledged_ms:
-                sent.patient_from_ms = now_ms
-        return len(found)
-
-    def lacks(self, events: Iterable[Sent], now_ms: int) -> None:
-        """The newcomer acknowledged the events, and has lost them. They are resent, unless they
-        have been sent often enough."""
-        for sent in list(events):
-            if sent.attempts >= MOST_SENDS:
-                self.mark_delivered(sent.event_id)
-            else:
-                self._has_lost = True
-                self._resend(sent, now_ms)
-
-    def suspect_loss(self) -> None:
-        """The newcomer cannot be reached, and may have lost what it acknowledged. If it later says
-        that it has such an event, it may only have fetched the event (see ``start_over``)."""
-        for sent in self._sent.values():
-            sent.is_suspect = sent.acknowledged_ms is not None and sent.attempts < MOST_SENDS
-
-    def _resend(self, sent: Sent, now_ms: int) -> None:
-        sent.is_suspect = False
-        sent.acknowledged_ms = None
-        sent.due_ms = now_ms
-
-    def start_over(self) -> bool:
-        """Must everything be resent that was sent once? It must if the newcomer lost something.
+    def restart_if_lost(self) -> bool:
+        """If the newcomer has lost something, everything that was sent once is due again. Gives
+        whether that is so.
 
         The newcomer may have fetched what it pruned, because another event refers to it. Then it
         answers that it has the event. But it does not take the event for sticky until this server
@@ -309,14 +304,19 @@ class Push:
         self._again_up_to = max(self._again_up_to, self._highest_delivered)
         self._due_up_to = max(self._due_up_to, self._again_up_to)
         self.position = self._start
-        self._finished = dict(self._sent_often)
+        self._finished = Finished((at, at) for at in sorted(self._sent_often))
         self._highest_delivered = 0
         return True
 
     @property
     def is_open(self) -> bool:
         """Is there anything that the newcomer is not yet known to have?"""
-        return bool(self._sent or self._to_send)
+        return bool(self._sent or self._unsent)
+
+    @property
+    def awaits_contact(self) -> bool:
+        """Was something sent in vain, and nothing acknowledged yet?"""
+        return self._contact.is_awaited
 
     def is_idle(self, now_ms: int) -> bool:
         """Is there nothing to do but to watch?"""
@@ -329,7 +329,8 @@ class Push:
 
     def has_waiting(self, now_ms: int) -> bool:
         """Do events wait to be sent?"""
-        return bool(self._to_send or self._due(now_ms))
+        is_due = any(s.due_ms <= now_ms for s in self._unsent.values())
+        return is_due or bool(self._due(now_ms))
 
     def missing_for_half(self, now_ms: int) -> int:
         """How many events the newcomer must take until half of the window is free."""
@@ -341,8 +342,8 @@ class Push:
             return None
         if self.worth_sending(now_ms):
             return now_ms
-        may_ms = max(self._floor_ms, self._contact.not_before_ms)
-        if now_ms < may_ms and self.has_waiting(may_ms):
+        if now_ms < (may_ms := self._contact.may_send_ms) and self.has_waiting(may_ms):
             return may_ms
         waiting = [s.due_ms for s in self._sent.values() if s.acknowledged_ms is None]
+        waiting += [s.due_ms for s in self._unsent.values()]
         return min((due_ms for due_ms in waiting if due_ms > now_ms), default=None)

@@ -1,6 +1,5 @@
 """Sending to other servers: Synapse's per-destination queues and its backlog of sticky events."""
 
-import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +11,14 @@ from synapse.module_api.callbacks.federation import (
 
 from synapse_sticky.handlers.joins.federation import BacklogSource, LeftToSynapseError
 from synapse_sticky.homeserver import Cursor, Homeserver
+from synapse_sticky.homeserver.causes import Cause, Verdict
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, attributes, method, table
+from synapse_sticky.logs import bounded
 
 if TYPE_CHECKING:
     from synapse_sticky.homeserver.rooms import Rooms
 
-logger = logging.getLogger(__name__)
+logger = bounded(__name__)
 
 _CAUGHT_UP_TO = "new_last_successfully_sent_stream_ordering"
 
@@ -64,6 +65,12 @@ SEAMS = (
     ),
     method(
         STORE,
+        "async mark_backlogged_sticky_events_sent(destination, room_id, "
+        "max_sent_sticky_events_stream_position)",
+        is_replaced=True,
+    ),
+    method(
+        STORE,
         "async mark_backlogged_sticky_events_after_catchup_transaction(destination, *, "
         f"{_CAUGHT_UP_TO})",
         is_replaced=True,
@@ -78,6 +85,7 @@ SEAMS = (
         "destination_rooms_sticky_events_backlog",
         "destination text, room_id text, sticky_events_stream_position integer",
     ),
+    table("rooms", "room_id text"),
 )
 
 
@@ -205,6 +213,35 @@ class SynapseFederation:
 
         name = "get_backlogged_sticky_events_for_destination"
         self._homeserver.replace(self._store, name, make)
+        name = "mark_backlogged_sticky_events_sent"
+        self._homeserver.replace(self._store, name, self._leaving_out_deleted_rooms)
+
+    def _leaving_out_deleted_rooms(
+        self, original: Callable[..., Awaitable[None]]
+    ) -> Callable[..., Awaitable[None]]:
+        """Of a room that is deleted while a transaction with its events is under way, Synapse could
+        not write down how far it got, as the row refers to the room. Its sending would stop."""
+
+        async def mark(destination: str, room_id: RoomID, *args: Any, **options: Any) -> None:
+            if not await self._is_known(room_id):
+                return
+            try:
+                await original(destination, room_id, *args, **options)
+            except Exception as e:
+                cause = Cause.of_database(e)
+                if cause is None or cause.verdict() is not Verdict.REFUSED:
+                    raise
+                if await self._is_known(room_id):
+                    raise
+
+        return mark
+
+    async def _is_known(self, room_id: RoomID) -> bool:
+        def read_txn(txn: Cursor) -> bool:
+            txn.execute("SELECT 1 FROM rooms WHERE room_id = ?", (room_id.to_string(),))
+            return txn.fetchone() is not None
+
+        return await self._homeserver.transact("is_known", read_txn)
 
     # Synapse's own backlog
 
@@ -219,12 +256,14 @@ class SynapseFederation:
 
         return await self._homeserver.transact("backlog", read_txn)
 
-    def add_backlog_txn(self, txn: Cursor, destination: str, room_id: str) -> None:
-        txn.execute(
+    def add_backlog_txn(self, txn: Cursor, joins: Sequence[tuple[str, str]]) -> None:
+        txn.execute_batch(
+            # The state changes of a room outlive the room, and the table refers to rooms.
             "INSERT INTO destination_rooms_sticky_events_backlog"
-            " (destination, room_id, sticky_events_stream_position) VALUES (?, ?, 0)"
+            " (destination, room_id, sticky_events_stream_position)"
+            " SELECT ?, room_id, 0 FROM rooms WHERE room_id = ?"
             " ON CONFLICT (destination, room_id) DO UPDATE SET sticky_events_stream_position = 0",
-            (destination, room_id),
+            joins,
         )
 
     def clear_backlog_txn(self, txn: Cursor, destination: str, room_id: str) -> None:

@@ -7,7 +7,7 @@ import attr
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.layout import Migrations
 
-_FORGET_INSTANCE_AFTER_MS = 2 * 3600 * 1000
+FORGET_INSTANCE_AFTER_MS = 2 * 3600 * 1000
 """Joins of an hour ago are of no interest any more."""
 
 
@@ -66,7 +66,7 @@ class NewcomerTable:
             txn.execute(
                 "DELETE FROM synapse_sticky_state_positions"
                 " WHERE updated_ts_ms < ? AND instance_name != ?",
-                (now_ms - _FORGET_INSTANCE_AFTER_MS, instance_name),
+                (now_ms - FORGET_INSTANCE_AFTER_MS, instance_name),
             )
             txn.execute("SELECT instance_name, position FROM synapse_sticky_state_positions")
             known: dict[str, int] = dict(txn.fetchall())
@@ -90,7 +90,7 @@ class NewcomerTable:
         position: int,
         joins: Sequence[tuple[str, str]],
         watch_until_ms: int,
-        add_backlog_txn: Callable[[Cursor, str, str], None],
+        add_backlog_txn: Callable[[Cursor, Sequence[tuple[str, str]]], None],
     ) -> None:
         """Stores newcomers and up to where the state changes have been read, as one.
 
@@ -99,19 +99,18 @@ class NewcomerTable:
 
         Args:
             joins: ``(destination, room_id)`` of each.
-            add_backlog_txn: enters a destination and room into that backlog, from its start.
+            add_backlog_txn: enters destinations and rooms into that backlog, from its start.
         """
 
         def write_txn(txn: Cursor) -> None:
-            for destination, room_id in joins:
-                txn.execute(
-                    "INSERT INTO synapse_sticky_newcomers"
-                    " (destination, room_id, position, watch_until_ms) VALUES (?, ?, 0, ?)"
-                    " ON CONFLICT (destination, room_id)"
-                    " DO UPDATE SET position = 0, watch_until_ms = EXCLUDED.watch_until_ms",
-                    (destination, room_id, watch_until_ms),
-                )
-                add_backlog_txn(txn, destination, room_id)
+            txn.execute_batch(
+                "INSERT INTO synapse_sticky_newcomers"
+                " (destination, room_id, position, watch_until_ms) VALUES (?, ?, 0, ?)"
+                " ON CONFLICT (destination, room_id)"
+                " DO UPDATE SET position = 0, watch_until_ms = EXCLUDED.watch_until_ms",
+                [(*join, watch_until_ms) for join in joins],
+            )
+            add_backlog_txn(txn, joins)
             self._write_position_txn(txn, position)
 
         await self._homeserver.transact("record_joins", write_txn)
@@ -127,6 +126,14 @@ class NewcomerTable:
             return [Newcomer(*row) for row in txn.fetchall()]
 
         return await self._homeserver.transact("newcomers", read_txn)
+
+    async def forget_room(self, room_id: str) -> None:
+        """Deletes the newcomers of a room that is gone. Synapse deletes its own backlog of it."""
+
+        def write_txn(txn: Cursor) -> None:
+            txn.execute("DELETE FROM synapse_sticky_newcomers WHERE room_id = ?", (room_id,))
+
+        await self._homeserver.transact("forget_room", write_txn)
 
     async def settle(
         self,

@@ -12,7 +12,6 @@ Fails open: a transaction that cannot be checked is accepted.
 
 import hashlib
 import json
-import logging
 import secrets
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -24,12 +23,19 @@ import attr
 from synapse_sticky._core import sticky_until_ms
 from synapse_sticky.backoff import Backoff, Retrying
 from synapse_sticky.config import FederationConfig, Mode
+from synapse_sticky.handlers.receipt.staged import (
+    Excess,
+    StagedCounts,
+    StagingArea,
+    StickyPdu,
+)
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.layout import HasLayout, NewerLayoutError, migrate
 from synapse_sticky.limits import LimitReport, Refusal, federation_limiter
+from synapse_sticky.logs import bounded
 from synapse_sticky.renewal import Renewed
 
-logger = logging.getLogger(__name__)
+logger = bounded(__name__)
 
 _MAX_ID_LENGTH = 255
 _MAX_ORIGINS = 10_000
@@ -81,7 +87,7 @@ class Transaction:
 Check = Callable[[Transaction], Awaitable[Refusal | None]]
 
 
-class Receipt(Protocol):
+class Receipt(StagingArea, Protocol):
     """Transactions of other servers, in a process that receives them."""
 
     def check_transactions(self, check: Check) -> None:
@@ -93,11 +99,8 @@ class Receipt(Protocol):
     async def is_answered(self, origin: str, transaction_id: str) -> bool:
         """Has Synapse answered this transaction before? Then it repeats its answer."""
 
-    def count_staged_txn(self, txn: Cursor, origin: str, at_most: int) -> Mapping[str, int]:
-        """How many PDUs of the origin with the sticky field are staged, by room.
-
-        Empty if no more than ``at_most`` of its PDUs are staged, sticky or not.
-        """
+    def tell_staged(self, staged: Callable[[str, StickyPdu], None]) -> None:
+        """From now on tells of each PDU that this process stages, with its origin."""
 
 
 class DeferredEvents(HasLayout, Protocol):
@@ -120,10 +123,12 @@ class ReceiptHandler:
     ) -> None:
         self._homeserver = homeserver
         self._receipt = receipt
+        self._staged = StagedCounts(receipt, homeserver.now_ms)
         self._deferred = deferred
         self._config = config
         self._report = report
         self._is_exempt = config.exempts()
+        self._is_exempt_user = config.exempts_user()
         self._limiter = Renewed(homeserver, "receipt", partial(federation_limiter, config))
         self._has_table: bool | None = None
         self._looking = Retrying(
@@ -139,6 +144,7 @@ class ReceiptHandler:
 
     def install(self) -> None:
         """Takes effect from the next transaction on."""
+        self._receipt.tell_staged(self._staged.staged)
         self._receipt.check_transactions(self.check)
 
     async def check(self, transaction: Transaction) -> Refusal | None:
@@ -162,38 +168,46 @@ class ReceiptHandler:
         return refusal
 
     async def _too_many(self, origin: str, claims: list[_Claim]) -> Refusal | None:
-        most = self._config.max_deferred_per_server
-        count, in_rooms = await self._count(origin, {room_id for room_id, _ in claims if room_id})
-        if count >= most:
-            limits = (self._config.per_server, self._config.per_server_in_room)
-            per_second = min((limit.per_second for limit in limits if limit), default=1.0)
-            wait_ms = round((count - most + 1) * 1000 / per_second)
-            return Refusal("max_deferred_per_server", _retry_after_ms(wait_ms))
-        if in_rooms:
-            too_many = max(in_rooms.values()) - self._config.max_staged_per_server_in_room + 1
-            wait_ms = too_many * _PROCESSING_MS
-            return Refusal("max_staged_per_server_in_room", _retry_after_ms(wait_ms))
-        return None
-
-    async def _count(self, origin: str, room_ids: set[str]) -> tuple[int, Mapping[str, int]]:
-        """How many events of the origin are deferred or staged; exact from the most that there may
-        be. And how many are staged in each room where these are too many."""
+        """Are too many events of the origin deferred or staged already?"""
         counts_deferred = await self._has_deferred_table()
-        most, most_staged = (
-            self._config.max_deferred_per_server,
-            self._config.max_staged_per_server_in_room,
-        )
+        room_ids = {room_id for room_id, _ in claims if room_id}
 
-        def count_txn(txn: Cursor) -> tuple[int, Mapping[str, int]]:
+        def find_txn(txn: Cursor) -> Refusal | None:
+            most = self._config.max_deferred_per_server
+            most_in_room = self._config.max_staged_per_server_in_room
             deferred = self._deferred.count_txn(txn, origin) if counts_deferred else 0
             if deferred >= most:
-                return deferred, {}
-            at_most = min(most - deferred, most_staged) - 1
-            staged = self._receipt.count_staged_txn(txn, origin, at_most)
-            in_rooms = {r: n for r, n in staged.items() if r in room_ids and n >= most_staged}
-            return deferred + sum(staged.values()), in_rooms
+                wait_ms = self._until_released_ms(deferred - most + 1)
+                return Refusal("max_deferred_per_server", _retry_after_ms(wait_ms))
+            at_most = min(most - deferred, most_in_room) - 1
+            if not self._staged.look_txn(txn, origin, at_most):
+                return None
+            # The limits that are passed, and when each is not any more.
+            waits_ms: list[tuple[str, int]] = []
+            if excess := self._staged.excess_txn(txn, origin, None, most - deferred):
+                wait_ms = self._until_processed_or_expired_ms(excess)
+                if deferred >= excess.number:
+                    wait_ms = min(wait_ms, self._until_released_ms(excess.number))
+                waits_ms.append(("max_deferred_per_server", wait_ms))
+            for room_id in room_ids:
+                if excess := self._staged.excess_txn(txn, origin, room_id, most_in_room):
+                    wait_ms = self._until_processed_or_expired_ms(excess)
+                    waits_ms.append(("max_staged_per_server_in_room", wait_ms))
+            if not waits_ms:
+                return None
+            return Refusal(waits_ms[0][0], _retry_after_ms(max(ms for _, ms in waits_ms)))
 
-        return await self._homeserver.transact_briefly("count_deferred", count_txn)
+        return await self._homeserver.transact_briefly("count_deferred", find_txn)
+
+    def _until_released_ms(self, number: int) -> int:
+        """How long it takes until so many of an origin's deferred events are released."""
+        limits = (self._config.per_server, self._config.per_server_in_room)
+        per_second = min((limit.per_second for limit in limits if limit), default=1.0)
+        return round(number * 1000 / per_second)
+
+    def _until_processed_or_expired_ms(self, excess: Excess) -> int:
+        wait_ms = excess.ends_ms - self._homeserver.now_ms()
+        return min(wait_ms, excess.number * _PROCESSING_MS) if excess.is_moving else wait_ms
 
     async def _has_deferred_table(self) -> bool:
         """Is the table of deferred events there, in a layout that this version knows?"""
@@ -220,7 +234,11 @@ class ReceiptHandler:
         receipt = (transaction.transaction_id, transaction.fingerprint())
         if self._charged.get(origin) == receipt:
             return None
-        refused = self._limiter.it.admit_transaction(origin, claims, self._homeserver.now_ms())
+        charged = [
+            (room_id, None if sender and self._is_exempt_user(sender) else sender)
+            for room_id, sender in claims
+        ]
+        refused = self._limiter.it.admit_transaction(origin, charged, self._homeserver.now_ms())
         if refused is not None:
             return Refusal(*refused)
         self._charged[origin] = receipt

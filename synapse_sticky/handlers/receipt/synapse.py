@@ -1,21 +1,24 @@
 """Transactions of other servers, before Synapse accepts them."""
 
-import logging
-import threading
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Collection, Sequence
 from http import HTTPStatus
 from typing import Any
 
 from synapse.api.constants import StickyEvent
+from synapse.module_api import EventBase
 from synapse.module_api.errors import Codes
 
+from synapse_sticky._core import sticky_until_ms
 from synapse_sticky.handlers.receipt.handler import Check, ReceivedPdu, Transaction
+from synapse_sticky.handlers.receipt.staged import StickyPdu
 from synapse_sticky.homeserver import Cursor, Homeserver
+from synapse_sticky.homeserver.database import portions
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, method, table
 from synapse_sticky.homeserver.staged import begin_on_staged_pdus
+from synapse_sticky.logs import bounded
 
-logger = logging.getLogger(__name__)
+logger = bounded(__name__)
 
 SEAMS = (
     method(HOMESERVER, "get_federation_server() -> FederationServer"),
@@ -28,16 +31,14 @@ SEAMS = (
     method(
         STORE, "async get_received_txn_response(transaction_id, origin, /) -> tuple[_, _] | None"
     ),
+    method(STORE, "async insert_received_event_to_staging(origin, event)", is_replaced=True),
     table(
         "federation_inbound_events_staging",
-        "origin text, event_id text, room_id text, event_json text",
+        "origin text, event_id text, room_id text, received_ts integer, event_json text",
     ),
 )
 
 _FIELD: str = StickyEvent.EVENT_FIELD_NAME
-_STICKY = f'%"{_FIELD}"%'
-"""The field's name elsewhere in a PDU counts as well. That costs its origin alone."""
-
 _MAX_PDUS = 50
 """Synapse answers a transaction of more with 400."""
 
@@ -47,13 +48,12 @@ _TOO_MANY = (
 )
 """What Synapse answers to one of a server while it processes another one of that server."""
 
-_READ_AT_ONCE = 500  # a database takes only so many parameters in a statement
-_MOST_KNOWN = 100_000
-"""Of so many staged PDUs, about 20 MB, it is remembered whether they are sticky."""
+_PARSED_AT_ONCE = 50  # each is of 200 kB at most
+_STAGED = "FROM federation_inbound_events_staging WHERE origin = ?"
 
 
 class SynapseReceipt:
-    """Implements ``handler.Receipt``."""
+    """Implements ``handler.Receipt``. There is an index by origin and event ID."""
 
     def __init__(self, homeserver: Homeserver) -> None:
         self._homeserver = homeserver
@@ -61,11 +61,6 @@ class SynapseReceipt:
         # The origins of which a transaction is being checked, and those of which Synapse has one.
         self._checked: set[str] = set()
         self._processed: set[str] = set()
-        # Of each origin with many staged PDUs, by their event IDs: does it have the sticky field?
-        # So each PDU is looked into once. The most recently used origins last. Transactions run in
-        # several threads.
-        self._known: OrderedDict[str, dict[str, bool]] = OrderedDict()
-        self._lock = threading.Lock()
 
     def check_transactions(self, check: Check) -> None:
         def make(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -121,37 +116,67 @@ class SynapseReceipt:
     async def is_answered(self, origin: str, transaction_id: str) -> bool:
         return await self._store.get_received_txn_response(transaction_id, origin) is not None
 
-    def count_staged_txn(self, txn: Cursor, origin: str, at_most: int) -> Mapping[str, int]:
-        # There is an index by origin and event ID. To look into a PDU is what costs.
-        of_origin = "FROM federation_inbound_events_staging WHERE origin = ?"
-        txn.execute(f"SELECT COUNT(*) {of_origin}", (origin,))
-        row = txn.fetchone()
-        if row is None or row[0] <= at_most:
-            with self._lock:
-                self._known.pop(origin, None)
-            return {}
-        txn.execute(f"SELECT event_id, room_id {of_origin}", (origin,))
-        staged: dict[str, str] = dict(txn.fetchall())
-        with self._lock:
-            before = self._known.get(origin, {})
-        is_sticky = {event_id: before[event_id] for event_id in staged if event_id in before}
-        new = [event_id for event_id in staged if event_id not in before]
-        for at in range(0, len(new), _READ_AT_ONCE):
-            clause, args = self._homeserver.in_list("event_id", new[at : at + _READ_AT_ONCE])
-            txn.execute(
-                f"SELECT event_id, event_json LIKE ? {of_origin} AND {clause}",
-                (_STICKY, origin, *args),
-            )
-            is_sticky.update((event_id, bool(found)) for event_id, found in txn.fetchall())
-        self._remember(origin, is_sticky)
-        return Counter(room_id for event_id, room_id in staged.items() if is_sticky.get(event_id))
+    def tell_staged(self, staged: Callable[[str, StickyPdu], None]) -> None:
+        def make(original: Callable[..., Any]) -> Callable[..., Any]:
+            async def insert_received_event_to_staging(
+                origin: str, event: EventBase, *args: Any, **options: Any
+            ) -> Any:
+                result = await original(origin, event, *args, **options)
+                # It is staged, whatever fails here.
+                try:
+                    field = event.get_dict().get(_FIELD)
+                    now_ms = self._homeserver.now_ms()
+                    until_ms = sticky_until_ms(field, event.origin_server_ts, now_ms)
+                    staged(origin, StickyPdu(event.event_id, event.room_id, until_ms or 0))
+                except Exception:
+                    logger.exception("Could not count the staged PDU %s", event.event_id)
+                return result
 
-    def _remember(self, origin: str, is_sticky: dict[str, bool]) -> None:
-        with self._lock:
-            self._known[origin] = is_sticky
-            self._known.move_to_end(origin)
-            while len(self._known) > 1 and sum(map(len, self._known.values())) > _MOST_KNOWN:
-                self._known.popitem(last=False)
+            return insert_received_event_to_staging
+
+        self._homeserver.replace(self._store, "insert_received_event_to_staging", make)
+
+    # Reading
+
+    def has_more_txn(self, txn: Cursor, origin: str, at_most: int) -> bool:
+        # In the order of the index, or Postgres may read the whole table.
+        txn.execute(
+            f"SELECT COUNT(*) FROM (SELECT event_id {_STAGED} ORDER BY event_id LIMIT ?) AS first",
+            (origin, at_most + 1),
+        )
+        row = txn.fetchone()
+        return row is not None and row[0] > at_most
+
+    def page_txn(self, txn: Cursor, origin: str, after_event_id: str, most: int) -> Sequence[str]:
+        txn.execute(
+            f"SELECT event_id {_STAGED} AND event_id > ? ORDER BY event_id LIMIT ?",
+            (origin, after_event_id, most),
+        )
+        return [event_id for (event_id,) in txn.fetchall()]
+
+    def staged_txn(self, txn: Cursor, origin: str, event_ids: Sequence[str]) -> Collection[str]:
+        clause, args = self._homeserver.in_list("event_id", event_ids)
+        txn.execute(f"SELECT event_id {_STAGED} AND {clause}", (origin, *args))
+        return {event_id for (event_id,) in txn.fetchall()}
+
+    def pdus_txn(self, txn: Cursor, origin: str, event_ids: Sequence[str]) -> Sequence[StickyPdu]:
+        found = []
+        for portion in portions(event_ids, _PARSED_AT_ONCE):
+            clause, args = self._homeserver.in_list("event_id", portion)
+            txn.execute(
+                f"SELECT event_id, room_id, received_ts, event_json {_STAGED} AND {clause}",
+                (origin, *args),
+            )
+            found += [_staged_pdu_of(*row) for row in txn.fetchall()]
+        return found
+
+
+def _staged_pdu_of(event_id: str, room_id: str, received_ts_ms: int, event_json: str) -> StickyPdu:
+    until_ms = None
+    if _FIELD in event_json:
+        pdu = json.loads(event_json)
+        until_ms = sticky_until_ms(pdu.get(_FIELD), pdu.get("origin_server_ts"), received_ts_ms)
+    return StickyPdu(event_id, room_id, until_ms or 0)
 
 
 def sticky_pdus(transaction_data: dict[str, Any]) -> list[dict[str, Any]]:

@@ -52,6 +52,7 @@ class SendingHandler:
         self._homeserver = homeserver
         self._sending = sending
         self._observes = config.mode is LocalMode.OBSERVE
+        self._is_exempt_user = config.exempts_user()
         self._limiter = Renewed(homeserver, "sending", partial(local_limiter, config))
         self._report = report
 
@@ -61,7 +62,7 @@ class SendingHandler:
 
     async def check(self, request: LocalSend) -> Refusal | None:
         """The refusal of the request; or None to accept it, which charges the user."""
-        if not self._limiter.is_whole:
+        if not self._limiter.is_whole or self._is_exempt_user(request.user_id):
             return None
         refused = self._limiter.it.admit_user(request.user_id, self._homeserver.now_ms())
         # Asked last, as both may read the database.

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import logging
 import re
 from collections.abc import Callable
 from typing import Any
@@ -15,8 +14,9 @@ from synapse_sticky.handlers.sending.handler import Check, LocalSend
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.homeserver.process import replace_shared
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, attributes, method
+from synapse_sticky.logs import bounded
 
-logger = logging.getLogger(__name__)
+logger = bounded(__name__)
 
 _EVENTS = "synapse.handlers.message.EventCreationHandler"
 _DELAYED = "synapse.handlers.delayed_events.DelayedEventsHandler"
@@ -153,7 +153,7 @@ class SynapseSending:
             logger.exception("Could not check a sticky event of %s, sending it", request.user_id)
             return
         if refusal is not None:
-            raise refusal.error()
+            raise refusal.error("local")
 
     async def _is_exempt(self, requester: Requester) -> bool:
         user_id = requester.user.to_string()

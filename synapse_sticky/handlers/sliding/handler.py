@@ -11,7 +11,6 @@ Fails open: as long as there is nowhere to store anything, a response has all of
 """
 
 import json
-import logging
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Protocol
@@ -22,8 +21,9 @@ from synapse_sticky.handlers.sliding.tables import Connection, PageTable
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.homeserver.layout import migrate
 from synapse_sticky.index import Position
+from synapse_sticky.logs import bounded
 
-logger = logging.getLogger(__name__)
+logger = bounded(__name__)
 
 _START = Position(0)
 

@@ -12,6 +12,7 @@ from synapse.types.rest.client import SlidingSyncStickyEventsToken
 
 from synapse_sticky.handlers.sliding.handler import SlidingPage, SlidingRequest
 from synapse_sticky.homeserver import Cursor, Homeserver
+from synapse_sticky.homeserver.database import portions
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, attributes, method, table
 from synapse_sticky.homeserver.tokens import position_of, token_of
 from synapse_sticky.index import Position
@@ -181,27 +182,30 @@ class SynapseSliding:
         changed = room_ids & changes.keys()
         if not changed:
             return set()
-        clause, args = self._homeserver.in_list("d.room_id", changed)
 
         # Synapse counts some changes of a profile among them. The state changes know better.
         def read_txn(txn: Cursor) -> set[str]:
-            txn.execute(
-                f"""
-                SELECT d.room_id, d.instance_name, d.stream_id
-                FROM current_state_delta_stream AS d
-                INNER JOIN room_memberships AS m ON m.event_id = d.event_id
-                LEFT JOIN room_memberships AS before ON before.event_id = d.prev_event_id
-                WHERE d.type = ? AND d.state_key = ? AND ? < d.stream_id
-                    AND m.membership = ? AND COALESCE(before.membership, ?) != ? AND {clause}
-                """,
-                (
-                    *(_MEMBER, user_id, after.stream),
-                    *(_JOIN, _LEAVE, _JOIN, *args),
-                ),
-            )
+            rows = []
+            for portion in portions(changed):
+                clause, args = self._homeserver.in_list("d.room_id", portion)
+                txn.execute(
+                    f"""
+                    SELECT d.room_id, d.instance_name, d.stream_id
+                    FROM current_state_delta_stream AS d
+                    INNER JOIN room_memberships AS m ON m.event_id = d.event_id
+                    LEFT JOIN room_memberships AS before ON before.event_id = d.prev_event_id
+                    WHERE d.type = ? AND d.state_key = ? AND ? < d.stream_id
+                        AND m.membership = ? AND COALESCE(before.membership, ?) != ? AND {clause}
+                    """,
+                    (
+                        *(_MEMBER, user_id, after.stream),
+                        *(_JOIN, _LEAVE, _JOIN, *args),
+                    ),
+                )
+                rows += txn.fetchall()
             return {
                 room_id
-                for room_id, writer, stream_id in txn.fetchall()
+                for room_id, writer, stream_id in rows
                 if after.get_stream_pos_for_instance(writer)
                 < stream_id
                 <= up_to.get_stream_pos_for_instance(writer)

@@ -5,6 +5,9 @@ persisted nor parked would then be in memory only, and gone with the process. It
 instead: whoever goes on with the room after a crash, or in another process, finds it there.
 """
 
+MOST_HELD = 100_000
+"""About 30 MB."""
+
 
 class Held:
     """Which PDUs of the staging area this process passes over.
@@ -27,10 +30,12 @@ class Held:
         return len(self._rooms)
 
     def hold(self, key: tuple[str, str], room_id: str) -> bool:
-        """From now on the PDU of this origin and ID stays staged. Gives whether it does."""
-        if self.is_heeded:
-            self._rooms[key] = room_id
-        return self.is_heeded
+        """From now on the PDU of this origin and ID stays staged, unless too many do. Gives whether
+        it does."""
+        if not self.is_heeded or (key not in self._rooms and len(self._rooms) >= MOST_HELD):
+            return False
+        self._rooms[key] = room_id
+        return True
 
     def release(self, *keys: tuple[str, str]) -> None:
         """These are PDUs like any others again, if they were held."""

@@ -1,6 +1,5 @@
 """What other servers and local users may see: Synapse's two filters in front of what goes out."""
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +11,13 @@ from synapse_sticky.handlers.visibility.handler import Allowed, HiddenEvent
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.homeserver.everywhere import replace_everywhere
 from synapse_sticky.homeserver.seams import STORE, Attribute, attributes, method
+from synapse_sticky.logs import bounded
 
 if TYPE_CHECKING:
     from synapse.events import EventBase
     from synapse.events.utils import FilteredEvent
 
-logger = logging.getLogger(__name__)
+logger = bounded(__name__)
 
 _METADATA = "synapse.synapse_rust.events.EventInternalMetadata"
 

@@ -4,27 +4,42 @@ What fails for one room or one newcomer waits by itself, while all others go on.
 the stored position stays before it: the next run reads from there.
 """
 
-import logging
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from itertools import chain
+from typing import Any, NamedTuple, Protocol
 
 import attr
 
 from synapse_sticky._core import MAX_STICKY_DURATION_MS
 from synapse_sticky.apart import Stragglers, apart
 from synapse_sticky.backoff import Backoff, Retrying
-from synapse_sticky.handlers.joins.tables import NewcomerTable
+from synapse_sticky.handlers.joins.tables import FORGET_INSTANCE_AFTER_MS, NewcomerTable
 from synapse_sticky.homeserver import Cursor, Homeserver
+from synapse_sticky.homeserver.causes import is_outage
+from synapse_sticky.homeserver.database import portions
+from synapse_sticky.logs import bounded
 
-logger = logging.getLogger(__name__)
+logger = bounded(__name__)
 
 _BACKOFF = Backoff(5_000, 60_000)
 _STORE_EVERY_MS = 60_000
+_STORE_AT_LEAST_EVERY_MS = FORGET_INSTANCE_AFTER_MS // 4
+"""A process that starts forgets every other process that has not stored a position for longer than
+``FORGET_INSTANCE_AFTER_MS``."""
+
+_STORE_EVERY_POSITIONS = 1_000
+"""The position is stored each minute only if it has moved this far. After a restart, what was not
+stored is read again. That costs one query, while a write in each minute would cost more."""
+
 _MAX_STRAGGLERS = 1_000
+_LARGE = 1_000
+"""A room with more changes in a page is read by itself, so that no other waits for it (H1)."""
+_MOST_LARGE = 1_000
+_RECORDED_AT_ONCE = 50
+"""A transaction stores this many newcomers at most, so that no other waits for long (H1)."""
 
 
-@attr.s(auto_attribs=True, frozen=True, slots=True)
-class ServerJoin:
+class ServerJoin(NamedTuple):
     """A server has newly joined a room (P3)."""
 
     destination: str
@@ -36,10 +51,12 @@ class RoomChanges:
     """What one page has of one room.
 
     changes: as ``StateChanges`` made them; nobody else looks into them.
+    count: how many changes of state these are.
     """
 
     room_id: str
     changes: Sequence[Any]
+    count: int
 
 
 class StateChanges(Protocol):
@@ -47,6 +64,10 @@ class StateChanges(Protocol):
 
     def state_position(self) -> int:
         """Up to where state changes are visible here (position of the events stream)."""
+
+    def may_have_changed(self, after: int) -> bool:
+        """Whether there may be a change of state after this position, among those that are visible
+        here. Costs a look into memory."""
 
     async def page(self, *, after: int, up_to: int) -> tuple[int, list[RoomChanges]]:
         """One page of changes by room, and the position that it reaches to."""
@@ -69,13 +90,13 @@ class HandledDestinations(Protocol):
     def handles(self, destination: str) -> bool:
         """Does this very process send to the destination?"""
 
-    def add_backlog_txn(self, txn: Cursor, destination: str, room_id: str) -> None:
-        """Enters the room into Synapse's own backlog of the destination, from its start."""
+    def add_backlog_txn(self, txn: Cursor, joins: Sequence[tuple[str, str]]) -> None:
+        """Enters destinations and rooms into Synapse's own backlog, from its start."""
 
 
 @attr.s(frozen=True, eq=False, slots=True)
-class _Left:
-    """What could not be done of a page: one room's changes, or one newcomer of a room.
+class _Pending:
+    """What is still to be done of a page: one room's changes, or one newcomer of a room.
 
     after: where the page began.
     """
@@ -115,13 +136,21 @@ class JoinReader:
         self._reading = Retrying(
             homeserver, "read_joins", "Could not read who joined", self._read, _BACKOFF
         )
-        self._stragglers: Stragglers[_Left] = Stragglers(
+        self._stragglers: Stragglers[_Pending] = Stragglers(
             homeserver,
             "read_joins_of_one",
             "Could not read who joined:",
             self._try_again,
             _BACKOFF,
             _MAX_STRAGGLERS,
+        )
+        self._large: dict[_Pending, None] = {}
+        self._reading_large = Retrying(
+            homeserver,
+            "read_joins_of_large",
+            "Could not read who joined a large room",
+            self._read_large,
+            _BACKOFF,
         )
 
     async def stored_position(self) -> int:
@@ -131,12 +160,27 @@ class JoinReader:
     def start(self, position: int) -> None:
         """Reads from the position on. Until this is called, a wake-up does nothing."""
         self._position = self._stored = position
+        self._stored_ms = self._homeserver.steady_ms()
         self.wake()
 
     def wake(self) -> None:
         """Reads on if there is something to read; any number may call this at any time."""
-        if self._position is not None and self._changes.state_position() > self._position:
+        if self._position is None or (up_to := self._changes.state_position()) <= self._position:
+            return
+        # Most events change no room's state. For these nothing is started.
+        if (
+            self._reading.is_running
+            or self._changes.may_have_changed(self._position)
+            or self._is_to_be_stored(up_to)
+        ):
             self._reading.wake()
+        else:
+            self._position = up_to
+
+    def _is_to_be_stored(self, position: int) -> bool:
+        is_far = position - self._stored >= _STORE_EVERY_POSITIONS
+        since_ms = self._homeserver.steady_ms() - self._stored_ms
+        return since_ms > (_STORE_EVERY_MS if is_far else _STORE_AT_LEAST_EVERY_MS)
 
     async def _read(self) -> None:
         while self._position is not None and (
@@ -147,27 +191,52 @@ class JoinReader:
     async def _read_page(self, after: int, up_to: int) -> None:
         position, rooms = await self._changes.page(after=after, up_to=up_to)
         # A room that fails is not tried at every page.
-        left = [left.what for left in self._stragglers.items()]
-        failing = {what.room_id for what in left if isinstance(what, RoomChanges)}
+        stragglers = [pending.what for pending in self._stragglers.items()]
+        failing = {what.room_id for what in stragglers if isinstance(what, RoomChanges)}
         waiting = [room for room in rooms if room.room_id in failing]
-        rooms = [room for room in rooms if room.room_id not in failing]
+        rooms = self._put_apart(after, [room for room in rooms if room.room_id not in failing])
 
         async def take_in(some: Sequence[RoomChanges]) -> None:
             is_all = len(some) == len(rooms) and not waiting
             await self._take_in(some, after, position if is_all else None)
 
         stuck = await apart(rooms, take_in)
-        self._leave(after, stuck)
-        self._stragglers.add((_Left(after, room), _StillFailingError()) for room in waiting)
+        self._keep_for_retry(after, stuck)
+        self._stragglers.add((_Pending(after, room), _StillFailingError()) for room in waiting)
         # Without a join, the position of this process is worth a write now and then only.
-        if self._homeserver.now_ms() - self._stored_ms > _STORE_EVERY_MS:
-            await self._record([], self._not_past_what_is_left(position))
+        if self._homeserver.steady_ms() - self._stored_ms > _STORE_EVERY_MS:
+            await self._record([], self._before_pending(position))
         self._position = position
 
-    def _leave(
+    def _put_apart(self, after: int, rooms: Sequence[RoomChanges]) -> list[RoomChanges]:
+        """Has large rooms read by themselves, one at a time; gives the others."""
+        others = []
+        known = {(pending.after, pending.what.room_id) for pending in self._large}
+        for room in rooms:
+            if (after, room.room_id) in known:
+                continue  # the page is read once more, as the rest of it failed
+            if room.count > _LARGE and len(self._large) < _MOST_LARGE:
+                self._large[_Pending(after, room)] = None
+                self._reading_large.wake()
+            else:
+                others.append(room)
+        return others
+
+    async def _read_large(self) -> None:
+        while self._large:
+            pending = next(iter(self._large))
+            try:
+                await self._try_again(pending)
+            except Exception as e:
+                if is_outage(e):
+                    raise
+                self._stragglers.add([(pending, e)])
+            del self._large[pending]
+
+    def _keep_for_retry(
         self, after: int, stuck: Iterable[tuple[RoomChanges | ServerJoin, Exception]]
     ) -> None:
-        self._stragglers.add((_Left(after, what), error) for what, error in stuck)
+        self._stragglers.add((_Pending(after, what), error) for what, error in stuck)
 
     async def _take_in(
         self, rooms: Sequence[RoomChanges], after: int, position: int | None
@@ -179,36 +248,44 @@ class JoinReader:
         mine = [join for join in joins if self._destinations.handles(join.destination)]
         own = [join for join in joins if join.destination == self._homeserver.server_name]
 
+        recorded = 0
+
         async def record(some: Sequence[ServerJoin]) -> None:
-            if position is None or len(some) < len(mine):
+            nonlocal recorded
+            is_all = recorded + len(some) == len(mine)
+            if position is None or not is_all:
                 await self._record(some, self._stored)
             else:
-                await self._record(some, self._not_past_what_is_left(position))
+                await self._record(some, self._before_pending(position))
+            recorded += len(some)
 
-        stuck = await apart(mine, record)
-        self._leave(after, stuck)
+        stuck = []
+        for portion in portions(mine, _RECORDED_AT_ONCE):
+            stuck += await apart(portion, record)
+        self._keep_for_retry(after, stuck)
         self._on_joins([], own, 0)
 
     async def _record(self, joins: Sequence[ServerJoin], position: int) -> None:
-        now_ms = self._homeserver.now_ms()
-        watch_until_ms = now_ms + MAX_STICKY_DURATION_MS
+        watch_until_ms = self._homeserver.now_ms() + MAX_STICKY_DURATION_MS
         await self._table.record_joins(
             position,
             [(join.destination, join.room_id) for join in joins],
             watch_until_ms,
             self._destinations.add_backlog_txn,
         )
-        self._stored, self._stored_ms = position, now_ms
+        self._stored, self._stored_ms = position, self._homeserver.steady_ms()
         self._on_joins(joins, [], watch_until_ms)
 
-    def _not_past_what_is_left(self, position: int) -> int:
-        return min((left.after for left in self._stragglers.items()), default=position)
+    def _before_pending(self, position: int) -> int:
+        """The position, or an earlier one that something is pending from."""
+        all_pending = chain(self._stragglers.items(), self._large)
+        return min((pending.after for pending in all_pending), default=position)
 
-    async def _try_again(self, left: _Left) -> None:
-        if isinstance(left.what, ServerJoin):
-            await self._record([left.what], self._stored)
+    async def _try_again(self, pending: _Pending) -> None:
+        if isinstance(pending.what, ServerJoin):
+            await self._record([pending.what], self._stored)
         else:
-            await self._take_in([left.what], left.after, None)
+            await self._take_in([pending.what], pending.after, None)
 
 
 class _StillFailingError(Exception):

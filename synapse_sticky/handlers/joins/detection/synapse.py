@@ -1,33 +1,26 @@
 """The changes of rooms' state in Synapse's database, and who was in a room before them."""
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Mapping, Sequence
 
 import attr
 from synapse.api.constants import EventTypes, Membership
 
 from synapse_sticky.handlers.joins.detection.reader import RoomChanges, ServerJoin
 from synapse_sticky.homeserver import Cursor, Homeserver
-from synapse_sticky.homeserver.seams import STORE, attributes, method, table
-
-if TYPE_CHECKING:
-    from synapse.storage.databases.main.state_deltas import StateDelta
+from synapse_sticky.homeserver.changed import ChangedRooms
+from synapse_sticky.homeserver.seams import STORE, method, table
 
 _MEMBER, _CREATE = EventTypes.Member, EventTypes.Create
 _JOIN = Membership.JOIN
 _PAGE = 100
+_AT_ONCE = 1_000
+"""So many rows are fetched, and looked at, before others have their turn."""
+_MOST_NAMED = 500
+"""So many servers a query names. If there are more, it reads those of all servers."""
+_BEFORE_ALL = -(2**62)
 
 SEAMS = (
-    method(
-        STORE,
-        "async get_partial_current_state_deltas(prev_stream_id, max_stream_id, /, *, limit) "
-        "-> tuple[_, _]",
-    ),
     method(STORE, "get_room_max_stream_ordering() -> int"),
-    *attributes(
-        "synapse.storage.databases.main.state_deltas.StateDelta",
-        *("stream_id", "room_id", "event_type", "state_key", "event_id", "prev_event_id"),
-    ),
     table(
         "current_state_events",
         "room_id text, type text, state_key text, membership text, event_id text, "
@@ -41,191 +34,282 @@ SEAMS = (
     table("room_memberships", "event_id text, user_id text, membership text"),
     table(
         "events",
-        "event_id text, room_id text, stream_ordering integer, depth integer, outlier "
-        "boolean, received_ts integer",
+        "event_id text, stream_ordering integer, depth integer, outlier boolean, "
+        "received_ts integer",
     ),
 )
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
-class _Membership:
+class _Position:
+    """The changes of a room at one stream position. All changes at a position are of one room.
+
+    is_own_join: whether this server has joined the room there.
+    """
+
+    stream_id: int
+    is_own_join: bool
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class _Join:
+    """The join of another server's user who was not joined before."""
+
+    stream_id: int
     room_id: str
     user_id: str
-    membership: str
+    server: str
     stream_ordering: int
     depth: int
     outlier: bool
-    received_ts_ms: int
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class _Joins:
+    """The joins of some positions, and what is in them.
+
+    with_outlier: the positions with an outlier.
+    """
+
+    joins: list[_Join] = attr.Factory(list)
+    with_outlier: set[int] = attr.Factory(set)
+    room_ids: set[str] = attr.Factory(set)
+    servers: set[str] = attr.Factory(set)
+
+    def add(self, join: _Join) -> None:
+        self.joins.append(join)
+        self.room_ids.add(join.room_id)
+        self.servers.add(join.server)
+        if join.outlier:
+            self.with_outlier.add(join.stream_id)
+
+
+_Earliest = Mapping[tuple[str, str], Sequence[tuple[str, int]]]
+"""By room and server: the two users who joined first of all who are joined now, and the stream
+orderings of their joins."""
 
 
 class SynapseStateChanges:
-    """Implements ``reader.StateChanges``."""
+    """Implements ``reader.StateChanges``.
+
+    A few queries answer for a whole page, however many members it has: they name positions, rooms
+    and servers, of which there is a bounded number, and no events.
+    """
 
     def __init__(self, homeserver: Homeserver) -> None:
         self._homeserver = homeserver
         self._store = homeserver.store
+        find = "strpos" if homeserver.is_postgres else "instr"
+        self._colon_in = f"{find}({{0}}, ':')".format
+        self._server_of = f"substr({{0}}, {find}({{0}}, ':') + 1)".format
+        self.may_have_changed = ChangedRooms(homeserver).may_have_changed
 
     def state_position(self) -> int:
         return self._store.get_room_max_stream_ordering()
 
     async def page(self, *, after: int, up_to: int) -> tuple[int, list[RoomChanges]]:
-        position, deltas = await self._store.get_partial_current_state_deltas(
-            after, up_to, limit=_PAGE
-        )
-        by_room: dict[str, list[StateDelta]] = {}
-        for delta in deltas:
-            by_room.setdefault(delta.room_id, []).append(delta)
-        return position, [RoomChanges(*room) for room in by_room.items()]
+        if not self.may_have_changed(after):
+            return up_to, []
+
+        def read_txn(txn: Cursor) -> list[tuple[int, str, int, int]]:
+            # When this server itself joins, the whole state of the room arrives as changes at one
+            # position. Only then is a new create event among them; other changes may also share a
+            # position.
+            txn.execute(
+                "SELECT stream_id, MIN(room_id), COUNT(*), MAX(CASE WHEN type = ?"
+                " AND event_id IS NOT NULL AND prev_event_id IS NULL THEN 1 ELSE 0 END)"
+                " FROM current_state_delta_stream WHERE ? < stream_id AND stream_id <= ?"
+                " AND type IN (?, ?) GROUP BY stream_id ORDER BY stream_id LIMIT ?",
+                (_CREATE, after, up_to, _MEMBER, _CREATE, _PAGE + 1),
+            )
+            return [(row[0], row[1], row[2], row[3]) for row in txn.fetchall()]
+
+        found = await self._homeserver.transact("state_changes", read_txn)
+        reached, total = up_to, 0
+        rooms: dict[str, list[_Position]] = {}
+        counts: dict[str, int] = {}
+        for number, (stream_id, room_id, count, is_own_join) in enumerate(found):
+            total += count
+            # A position is not split: it may have more than a page.
+            if number == _PAGE or (number and total > _PAGE):
+                reached = found[number - 1][0]
+                break
+            rooms.setdefault(room_id, []).append(_Position(stream_id, bool(is_own_join)))
+            counts[room_id] = counts.get(room_id, 0) + count
+        return reached, [
+            RoomChanges(room_id, positions, counts[room_id]) for room_id, positions in rooms.items()
+        ]
 
     async def server_joins(
         self, rooms: Sequence[RoomChanges], *, not_before_ms: int
     ) -> list[ServerJoin]:
-        deltas: list[StateDelta] = [delta for room in rooms for delta in room.changes]
-        changes = [d for d in deltas if d.event_type == _MEMBER and d.event_id]
-        # When this server itself joins, the whole state of the room arrives as changes at one
-        # position. Only then is a new create event among them; other changes may also share a
-        # position. The members of that state are no newcomers to this server's events, unless this
-        # server was in the room before, and they joined while it was away.
-        own_joins = {
-            (d.stream_id, d.room_id)
-            for d in deltas
-            if d.event_type == _CREATE and d.event_id and d.prev_event_id is None
-        }
-        joins = {
-            ServerJoin(self._homeserver.server_name, room_id): None for _, room_id in own_joins
-        }
-        changes = [
-            d for d in changes if _domain(d.state_key) not in (self._homeserver.server_name, None)
-        ]
-        if not changes:
-            return list(joins)
-        memberships = await self._memberships(
-            e for d in changes for e in (d.event_id, d.prev_event_id) if e
+        here = self._homeserver.server_name
+        room_of = {position.stream_id: room.room_id for room in rooms for position in room.changes}
+        own_joins = {p.stream_id for room in rooms for p in room.changes if p.is_own_join}
+        # The members of the state that this server joins with are no newcomers to its events,
+        # unless it was in the room before, and they joined while it was away.
+        stayed_at = await self._servers_at_leave(room_of, own_joins, not_before_ms)
+        joins = await self._joins(room_of.keys() - (own_joins - stayed_at.keys()), not_before_ms)
+        stayed_at |= await self._servers_at_leave(
+            room_of, joins.with_outlier - own_joins, not_before_ms
         )
-        stayed_at: dict[tuple[int, str], set[str] | None] = {}
-        for change in changes:
-            new = memberships.get(change.event_id or "")
-            if new is None or not _is_join(change, new, memberships, not_before_ms):
-                continue
-            at = (change.stream_id, change.room_id)
-            if (at in own_joins or new.outlier) and at not in stayed_at:
-                stayed_at[at] = await self._servers_at_leave(*at, not_before_ms)
-            stayed = stayed_at.get(at)
-            server = _domain(new.user_id) or ""
-            joined_while_away = stayed is not None and server not in stayed
-            if joined_while_away or (at not in own_joins and await self._is_server_join(new)):
-                joins[ServerJoin(server, new.room_id)] = None
-        return list(joins)
+        earliest = await self._earliest(joins)
 
-    async def _servers_at_leave(
-        self, before: int, room_id: str, not_before_ms: int
-    ) -> set[str] | None:
-        """The servers that stayed when this server last left the room; None if it has not left the
-        room since ``not_before_ms``."""
+        found = {ServerJoin(here, room_of[stream_id]): None for stream_id in sorted(own_joins)}
+        firsts = []
+        for number, join in enumerate(joins.joins, 1):
+            if number % _AT_ONCE == 0:
+                await self._homeserver.give_way()
+            stayed = stayed_at.get(join.stream_id)
+            if stayed is not None and join.server not in stayed:
+                found[ServerJoin(join.server, join.room_id)] = None
+            elif join.stream_id not in own_joins and _is_first(join, earliest):
+                firsts.append(join)
 
-        def read_txn(txn: Cursor) -> set[str] | None:
-            # A server that leaves forgets all of the room's state.
+        # Synapse fetched an outlier as part of the state. If it is older than this server's own
+        # join, /send_join named its server, and Synapse has sent that server everything since.
+        depths = await self._own_depths({join.room_id for join in firsts if join.outlier})
+        for number, join in enumerate(firsts, 1):
+            if number % _AT_ONCE == 0:
+                await self._homeserver.give_way()
+            own_depth = depths.get(join.room_id)
+            if not join.outlier or own_depth is None or join.depth > own_depth:
+                found[ServerJoin(join.server, join.room_id)] = None
+        return list(found)
+
+    async def _joins(self, positions: Collection[int], not_before_ms: int) -> _Joins:
+        """The joins at these positions, changes of profiles left out, that were received in
+        time."""
+        if not positions:
+            return _Joins()
+        here = self._homeserver.server_name
+        clause, args = self._homeserver.in_list("d.stream_id", positions)
+
+        def read_txn(txn: Cursor) -> _Joins:
             txn.execute(
-                "SELECT MAX(stream_id) FROM current_state_delta_stream"
-                " WHERE room_id = ? AND stream_id < ? AND type = ? AND event_id IS NULL",
-                (room_id, before, _CREATE),
+                "SELECT d.stream_id, d.room_id, m.user_id, e.stream_ordering, e.depth, e.outlier"
+                " FROM current_state_delta_stream AS d"
+                " INNER JOIN events AS e ON e.event_id = d.event_id"
+                " INNER JOIN room_memberships AS m ON m.event_id = d.event_id"
+                " LEFT JOIN room_memberships AS old ON old.event_id = d.prev_event_id"
+                f" WHERE {clause} AND d.type = ? AND m.membership = ? AND e.received_ts >= ?"
+                " AND COALESCE(old.membership, '') != ?",
+                (*args, _MEMBER, _JOIN, not_before_ms, _JOIN),
             )
-            row = txn.fetchone()
-            if row is None or row[0] is None:
-                return None
-            left_at = row[0]
-            txn.execute(
-                "SELECT received_ts FROM events WHERE stream_ordering >= ?"
-                " ORDER BY stream_ordering LIMIT 1",
-                (left_at,),
-            )
-            row = txn.fetchone()
-            if row is None or row[0] < not_before_ms:
-                return None
-            txn.execute(
-                "SELECT d.state_key FROM current_state_delta_stream AS d"
-                " INNER JOIN room_memberships AS m ON m.event_id = d.prev_event_id"
-                " WHERE d.room_id = ? AND d.stream_id = ? AND d.type = ? AND d.event_id IS NULL"
-                " AND m.membership = ?",
-                (room_id, left_at, _MEMBER, _JOIN),
-            )
-            return {server for (user_id,) in txn.fetchall() if (server := _domain(user_id))}
-
-        return await self._homeserver.transact("left_behind", read_txn)
-
-    async def _memberships(self, event_ids: Iterable[str]) -> dict[str, _Membership]:
-        clause, args = self._homeserver.in_list("e.event_id", set(event_ids))
-
-        def read_txn(txn: Cursor) -> dict[str, _Membership]:
-            txn.execute(
-                "SELECT e.event_id, e.room_id, m.user_id, m.membership, e.stream_ordering,"
-                " e.depth, e.outlier, e.received_ts"
-                " FROM events AS e INNER JOIN room_memberships AS m ON m.event_id = e.event_id"
-                f" WHERE {clause}",
-                args,
-            )
-            return {
-                row[0]: _Membership(row[1], row[2], row[3], row[4], row[5], bool(row[6]), row[7])
-                for row in txn.fetchall()
-            }
+            joins = _Joins()
+            # The reactor stands still while a database's client makes objects of its rows.
+            while rows := txn.fetchmany(_AT_ONCE):
+                for stream_id, room_id, user_id, ordering, depth, outlier in rows:
+                    server = user_id.partition(":")[2]
+                    if server not in ("", here):
+                        join = _Join(
+                            stream_id, room_id, user_id, server, ordering, depth, bool(outlier)
+                        )
+                        joins.add(join)
+            return joins
 
         return await self._homeserver.transact("memberships", read_txn)
 
-    async def _is_server_join(self, new: _Membership) -> bool:
-        def read_txn(txn: Cursor) -> bool:
-            # Only a member who has been joined since before proves that the server is no
-            # newcomer. Others may have joined along with this one, in changes yet to be read.
+    async def _earliest(self, joins: _Joins) -> _Earliest:
+        """The earliest members of the rooms and servers of these joins, and maybe of others.
+
+        A member who joined before one of these joins proves that the server is no newcomer there. A
+        member who joined after it proves nothing: that join may be in changes yet to be read.
+        """
+        if not joins.joins:
+            return {}
+        clause, args = self._homeserver.in_list("room_id", joins.room_ids)
+        server = self._server_of("state_key")
+        if len(joins.servers) <= _MOST_NAMED:
+            named, more = self._homeserver.in_list(server, joins.servers)
+            clause, args = f"{clause} AND {named}", [*args, *more]
+        joined_at = f"COALESCE(event_stream_ordering, {_BEFORE_ALL})"
+
+        def read_txn(txn: Cursor) -> _Earliest:
             txn.execute(
-                "SELECT state_key FROM current_state_events"
-                " WHERE room_id = ? AND type = ? AND membership = ? AND state_key LIKE ?"
-                " AND state_key != ?"
-                " AND (event_stream_ordering IS NULL OR event_stream_ordering < ?)",
-                (
-                    new.room_id,
-                    _MEMBER,
-                    _JOIN,
-                    f"%:{_domain(new.user_id)}",
-                    new.user_id,
-                    new.stream_ordering,
-                ),
+                "SELECT room_id, server, state_key, joined_at FROM ("
+                f"SELECT room_id, {server} AS server, state_key, {joined_at} AS joined_at,"
+                f" ROW_NUMBER() OVER (PARTITION BY room_id, {server} ORDER BY {joined_at}) AS place"
+                f" FROM current_state_events WHERE {clause} AND type = ? AND membership = ?"
+                f" AND {self._colon_in('state_key')} > 0"
+                ") AS members WHERE place <= 2",
+                (*args, _MEMBER, _JOIN),
             )
-            # LIKE is only a first sieve: it ignores case, and `_` stands for any character.
-            domain = _domain(new.user_id)
-            if any(_domain(user_id) == domain for (user_id,) in txn.fetchall()):
-                return False
-            if not new.outlier:
-                return True
-            # Synapse fetched an outlier as part of the state. If it is older than this server's own
-            # join, /send_join named its server, and Synapse has sent that server everything since.
+            earliest: dict[tuple[str, str], list[tuple[str, int]]] = {}
+            while rows := txn.fetchmany(_AT_ONCE):
+                for room_id, of_server, user_id, ordering in rows:
+                    earliest.setdefault((room_id, of_server), []).append((user_id, ordering))
+            return earliest
+
+        return await self._homeserver.transact("earliest_members", read_txn)
+
+    async def _own_depths(self, room_ids: Collection[str]) -> dict[str, int]:
+        """By room: the depth of the first join of this server's users who are joined now."""
+        if not room_ids:
+            return {}
+        clause, args = self._homeserver.in_list("c.room_id", room_ids)
+
+        def read_txn(txn: Cursor) -> dict[str, int]:
             txn.execute(
-                "SELECT MIN(e.depth) FROM current_state_events AS c"
+                "SELECT c.room_id, MIN(e.depth) FROM current_state_events AS c"
                 " INNER JOIN events AS e ON e.event_id = c.event_id"
-                " WHERE c.room_id = ? AND c.type = ? AND c.membership = ? AND c.state_key LIKE ?",
-                (
-                    new.room_id,
-                    _MEMBER,
-                    _JOIN,
-                    f"%:{self._homeserver.server_name}",
-                ),
+                f" WHERE {clause} AND c.type = ? AND c.membership = ?"
+                f" AND {self._server_of('c.state_key')} = ? GROUP BY c.room_id",
+                (*args, _MEMBER, _JOIN, self._homeserver.server_name),
             )
-            row = txn.fetchone()
-            return row is None or row[0] is None or new.depth > row[0]
+            return dict(txn.fetchall())
 
-        return await self._homeserver.transact("is_server_join", read_txn)
+        return await self._homeserver.transact("own_depths", read_txn)
+
+    async def _servers_at_leave(
+        self, room_of: Mapping[int, str], positions: Collection[int], not_before_ms: int
+    ) -> dict[int, set[str]]:
+        """By position: the servers that stayed when this server last left the room before it. A
+        position is left out if this server has not left its room since ``not_before_ms``."""
+        if not positions:
+            return {}
+
+        def read_txn(txn: Cursor) -> dict[int, set[str]]:
+            stayed = {p: self._stayed_txn(txn, room_of[p], p, not_before_ms) for p in positions}
+            return {p: servers for p, servers in stayed.items() if servers is not None}
+
+        return await self._homeserver.transact("left_behind", read_txn)
+
+    def _stayed_txn(
+        self, txn: Cursor, room_id: str, before: int, not_before_ms: int
+    ) -> set[str] | None:
+        # A server that leaves forgets all of the room's state.
+        txn.execute(
+            "SELECT MAX(stream_id) FROM current_state_delta_stream"
+            " WHERE room_id = ? AND stream_id < ? AND type = ? AND event_id IS NULL",
+            (room_id, before, _CREATE),
+        )
+        row = txn.fetchone()
+        if row is None or row[0] is None:
+            return None
+        left_at = row[0]
+        txn.execute(
+            "SELECT received_ts FROM events WHERE stream_ordering >= ?"
+            " ORDER BY stream_ordering LIMIT 1",
+            (left_at,),
+        )
+        row = txn.fetchone()
+        if row is None or row[0] < not_before_ms:
+            return None
+        txn.execute(
+            f"SELECT DISTINCT {self._server_of('d.state_key')}"
+            " FROM current_state_delta_stream AS d"
+            " INNER JOIN room_memberships AS m ON m.event_id = d.prev_event_id"
+            " WHERE d.room_id = ? AND d.stream_id = ? AND d.type = ? AND d.event_id IS NULL"
+            " AND m.membership = ?",
+            (room_id, left_at, _MEMBER, _JOIN),
+        )
+        return {server for (server,) in txn.fetchall()}
 
 
-def _is_join(
-    change: "StateDelta",
-    new: _Membership,
-    memberships: dict[str, _Membership],
-    not_before_ms: int,
-) -> bool:
-    if new.membership != _JOIN or new.received_ts_ms < not_before_ms:
-        return False
-    old = memberships.get(change.prev_event_id or "")
-    return old is None or old.membership != _JOIN  # else a profile change
-
-
-def _domain(user_id: str) -> str | None:
-    _, colon, domain = user_id.partition(":")
-    return domain if colon else None
+def _is_first(join: _Join, earliest: _Earliest) -> bool:
+    """Had nobody else of the server joined before, of those who are joined now?"""
+    return not any(
+        joined_at < join.stream_ordering and user_id != join.user_id
+        for user_id, joined_at in earliest.get((join.room_id, join.server), ())
+    )

@@ -9,7 +9,6 @@ An event that ends the database's connection each time fails with an error that 
 after a while. It is not tried for long then.
 """
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -21,8 +20,9 @@ from synapse_sticky.handlers.staging.batches.suspects import Suspects
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.homeserver.causes import Cause, Verdict
 from synapse_sticky.homeserver.seams import HOMESERVER, Attribute, attributes, method
+from synapse_sticky.logs import bounded
 
-logger = logging.getLogger(__name__)
+logger = bounded(__name__)
 
 _PERSISTING = "synapse.storage.controllers.persist_events"
 _QUEUE = f"{_PERSISTING}._EventPeristenceQueue"

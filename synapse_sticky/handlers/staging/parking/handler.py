@@ -20,24 +20,31 @@ are three tries (unknown.py).
 Fails open: a PDU that cannot be parked is dropped, as Synapse drops it.
 """
 
-import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from synapse_sticky.backoff import Backoff
 from synapse_sticky.handlers.staging.held import Held
-from synapse_sticky.handlers.staging.parking.tables import ParkedPdu, ParkedTable, ScheduledPdu
+from synapse_sticky.handlers.staging.parking.purged import PurgedRooms
+from synapse_sticky.handlers.staging.parking.tables import (
+    LONGEST_MS,
+    ParkedPdu,
+    ParkedTable,
+    ScheduledPdu,
+)
 from synapse_sticky.handlers.staging.parking.writing import ParkedWriter, ToPark
 from synapse_sticky.handlers.staging.pdu import StagedPdu
 from synapse_sticky.homeserver import Cancellable, Cursor, Homeserver
 from synapse_sticky.homeserver.causes import Verdict
 from synapse_sticky.homeserver.layout import NewerLayoutError, migrate
+from synapse_sticky.index import Stream
+from synapse_sticky.logs import bounded
 
 if TYPE_CHECKING:
     from synapse_sticky.homeserver.rooms import Rooms
 
-logger = logging.getLogger(__name__)
+logger = bounded(__name__)
 
 _BACKOFF = Backoff(1_000, 60_000, spread=0)
 
@@ -77,6 +84,9 @@ class Staging(Protocol):
         """Stages PDUs of the room, in this order, behind those that are there; none if the room is
         gone."""
 
+    def known_txn(self, txn: Cursor, room_ids: Collection[str]) -> set[str]:
+        """Those of the rooms that this server knows. A deleted one it does not."""
+
     async def unstage(self, origin: str, event_id: str) -> None:
         """Takes the PDU of this origin out of the area, if it is there."""
 
@@ -112,12 +122,15 @@ class ParkingHandler:
         staging: Staging,
         table: ParkedTable,
         held: Held,
+        stream: Stream,
     ) -> None:
         self._homeserver = homeserver
         self._rooms = rooms
         self._staging = staging
         self._table = table
         self._writer = ParkedWriter(homeserver, table, staging, held, self._on_parked)
+        self._stream = stream
+        self._purged = PurgedRooms(homeserver, table, self._writer, staging.known_txn)
         self._timer: Cancellable | None = None
         self._timer_due_ms = 0
         self._is_trying = False
@@ -130,6 +143,7 @@ class ParkingHandler:
     def install(self) -> None:
         """Takes effect from the next PDU on."""
         self._staging.park_by(self.fail)
+        self._stream.on_room_purged(self._purged.note)
 
     async def load(self) -> None:
         """Has what was acknowledged before a restart processed without waiting for others.
@@ -142,6 +156,7 @@ class ParkingHandler:
         except NewerLayoutError:
             self._writer.switch_off()
             raise
+        self._purged.load()
         await self._writer.load()
         self._staging.begin_on_staged_pdus()
         if self._staging.receives:
@@ -170,7 +185,7 @@ class ParkingHandler:
 
     def _try_within(self, delay_ms: int) -> None:
         """Tries the parked PDUs that are due, at the latest after this time."""
-        at_ms = self._homeserver.now_ms() + delay_ms
+        at_ms = self._homeserver.steady_ms() + delay_ms
         if self._timer is not None and self._timer.active():
             if self._timer_due_ms <= at_ms:
                 return
@@ -185,20 +200,24 @@ class ParkingHandler:
         self._is_trying = True
         delay_ms = _BACKOFF.after(self._failures_to_try + 1)
         try:
-            now_ms = self._homeserver.now_ms()
+            now_ms = self._homeserver.steady_ms()
             for pair, until_ms in [*self._put_off_ms.items()]:
-                # The clock may have been set back since then.
-                if not now_ms < until_ms <= now_ms + _AFTER_FAILURE_MS:
+                if until_ms <= now_ms:
                     del self._put_off_ms[pair]
+            absent_from = []
             for origin, room_id in await self._table.due(self._put_off_ms):
                 try:
-                    await self._try_room(origin, room_id)
+                    if not await self._try_room(origin, room_id):
+                        absent_from.append(room_id)
                 except Exception:
                     # The PDUs of other origins and rooms do not wait for these.
                     logger.exception("Could not stage PDUs of %s for %s again", origin, room_id)
                     await self._postpone(origin, room_id)
+            self._purged.note(*absent_from)
             next_ms = await self._table.next_due_ms()
             wait_ms = _POLL_MS if next_ms is None else next_ms - self._homeserver.now_ms()
+            if wait_ms > LONGEST_MS:
+                wait_ms = 0  # the clock was set back since
             delay_ms = min(max(wait_ms, _CHECK_AFTER_MS), _POLL_MS)
             self._failures_to_try = 0
         except Exception:
@@ -214,9 +233,10 @@ class ParkingHandler:
         except Exception:
             # Here they are put off all the same, or they would come first again at once.
             logger.info("Could not put off PDUs of %s for %s", origin, room_id, exc_info=True)
-            self._put_off_ms[origin, room_id] = self._homeserver.now_ms() + _AFTER_FAILURE_MS
+            self._put_off_ms[origin, room_id] = self._homeserver.steady_ms() + _AFTER_FAILURE_MS
 
-    async def _try_room(self, origin: str, room_id: str) -> None:
+    async def _try_room(self, origin: str, room_id: str) -> bool:
+        """Gives whether this server is in the room."""
         now_ms = self._homeserver.now_ms()
         parked = await self._table.of_room(origin, room_id)
         if self._staging.is_joining(room_id) or not await self._rooms.is_in_room(room_id):
@@ -227,7 +247,7 @@ class ParkingHandler:
                 due_ms={pdu: _next_ms(pdu, now_ms) for pdu in parked},
                 stage_txn=self._staging.stage_txn,
             )
-            return
+            return False
         prevs = {prev for pdu in parked for prev in pdu.prev_event_ids}
         persisted = await self._staging.persisted({*prevs, *(pdu.event_id for pdu in parked)})
         ended: list[ScheduledPdu] = []
@@ -241,12 +261,12 @@ class ParkingHandler:
         complete = {pdu.event_id for pdu in to_stage}
         others = [pdu for pdu in left if pdu.event_id not in complete]
         # These are tried when they are due, and no more often.
-        to_stage += [pdu for pdu in counted if pdu.due_ms <= now_ms]
+        to_stage += [pdu for pdu in counted if pdu.is_due(now_ms)]
         due_ms = {pdu: _next_ms(pdu, now_ms) for pdu in to_stage}
         if others:
             oldest = others[0]
             again_ms = oldest.due_ms
-            if oldest.due_ms <= now_ms:
+            if oldest.is_due(now_ms):
                 turn = (now_ms - oldest.received_ts_ms) // _TURN_MS
                 to_stage.append(others[-1 - turn // 2 % len(others)] if turn % 2 else oldest)
                 due_ms[oldest] = _next_ms(oldest, now_ms)
@@ -260,6 +280,7 @@ class ParkingHandler:
         )
         if to_stage:
             await self._staging.process(room_id)
+        return True
 
     def _complete(
         self, origin: str, parked: Sequence[ScheduledPdu], persisted: set[str]

@@ -1,7 +1,6 @@
 """How Synapse processes the PDUs of its staging area, and what becomes of those that it drops."""
 
 import json
-import logging
 from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from typing import Any
 
@@ -18,11 +17,13 @@ from synapse_sticky.handlers.staging.parking.tables import ParkedPdu
 from synapse_sticky.handlers.staging.pdu import StagedPdu
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.causes import Cause, Verdict
+from synapse_sticky.homeserver.database import found_txn
 from synapse_sticky.homeserver.process import replace_shared
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, method, table
 from synapse_sticky.homeserver.staged import begin_on_staged_pdus
+from synapse_sticky.logs import bounded
 
-logger = logging.getLogger(__name__)
+logger = bounded(__name__)
 
 _EVENT_HANDLER = "synapse.handlers.federation_event.FederationEventHandler"
 _SERVER = "synapse.federation.federation_server.FederationServer"
@@ -86,7 +87,7 @@ class SynapseStaging:
         self._store = homeserver.store
         self._handler: Any = homeserver.hs.get_federation_event_handler()
         self.receives = homeserver.place.serves("federation")
-        self._passed_over = PassedOver(homeserver.now_ms)
+        self._passed_over = PassedOver(homeserver.steady_ms)
 
     # Processing
 
@@ -111,8 +112,7 @@ class SynapseStaging:
 
     def stage_txn(self, txn: Cursor, room_id: str, pdus: Sequence[ParkedPdu]) -> None:
         # Synapse gets stuck on what is staged for a room that it does not know.
-        txn.execute("SELECT 1 FROM rooms WHERE room_id = ?", (room_id,))
-        if txn.fetchone() is None:
+        if not self.known_txn(txn, [room_id]):
             return
         now_ms = self._homeserver.now_ms()
         txn.execute_batch(
@@ -121,13 +121,14 @@ class SynapseStaging:
             " VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (origin, event_id) DO NOTHING",
             # Synapse processes them in the order of the time.
             [
-                (
-                    *(pdu.origin, pdu.event_id, room_id, now_ms + number),
-                    *(pdu.event_json, pdu.internal_metadata),
-                )
-                for number, pdu in enumerate(pdus)
+                (p.origin, p.event_id, room_id, now_ms + n, p.event_json, p.internal_metadata)
+                for n, p in enumerate(pdus)
             ],
         )
+
+    def known_txn(self, txn: Cursor, room_ids: Collection[str]) -> set[str]:
+        select = "SELECT room_id FROM rooms WHERE"
+        return found_txn(self._homeserver, txn, select, "room_id", room_ids)
 
     async def unstage(self, origin: str, event_id: str) -> None:
         def delete_txn(txn: Cursor) -> None:

@@ -15,6 +15,9 @@ _COLUMNS = "origin, event_id, room_id, event_json, internal_metadata, prev_event
 _MOST_OF_SERVER = 500
 _MOST = 5_000
 
+LONGEST_MS = 120_000
+"""No PDU is put off for longer."""
+
 _ROOMS_AT_ONCE = 50
 """How many pairs of origin and room are tried in one go. The others follow a second later."""
 
@@ -46,11 +49,18 @@ class ScheduledPdu:
     due_ms: int
     tries: int = 0
 
+    def is_due(self, now_ms: int) -> bool:
+        """Is it to be tried now? What is due later than anything is put off was put off before the
+        clock was set back."""
+        return not now_ms < self.due_ms <= now_ms + LONGEST_MS
+
 
 class Outcome(enum.Enum):
     """What has become of a PDU that was to be parked."""
 
     PARKED = "parked"
+    STILL_PARKED = "still parked"
+    """It was already, and has failed again."""
     FULL = "full"
     """Too many are parked."""
     GIVEN_UP = "given up"
@@ -59,6 +69,9 @@ class Outcome(enum.Enum):
 
 StageTxn = Callable[[Cursor, str, Sequence[ParkedPdu]], None]
 """``(cursor, room_id, pdus)``: puts PDUs of the room into Synapse's staging area."""
+
+KnownTxn = Callable[[Cursor, Collection[str]], set[str]]
+"""``(cursor, room_ids)``: those of the rooms that this server knows. A deleted one it does not."""
 
 
 class ParkedTable:
@@ -124,7 +137,7 @@ class ParkedTable:
             txn.execute(f"SELECT tries FROM {where}", key)
             row = txn.fetchone()
             if row is not None and not counted_due_ms:
-                return Outcome.PARKED
+                return Outcome.STILL_PARKED
             tries = (row[0] if row else 0) + (1 if counted_due_ms else 0)
             if tries > len(counted_due_ms):
                 txn.execute(f"DELETE FROM {where}", key)
@@ -136,7 +149,7 @@ class ParkedTable:
                     " WHERE origin = ? AND event_id = ?",
                     (tries, first_due_ms, *key),
                 )
-                return Outcome.PARKED
+                return Outcome.STILL_PARKED
             txn.execute(
                 "SELECT origin, COUNT(*) FROM synapse_sticky_incomplete"
                 " GROUP BY origin ORDER BY COUNT(*) DESC, origin"
@@ -192,10 +205,12 @@ class ParkedTable:
         """
 
         def read_txn(txn: Cursor) -> list[tuple[str, str]]:
+            now_ms = self._homeserver.now_ms()
             txn.execute(
-                "SELECT origin, room_id FROM synapse_sticky_incomplete WHERE due_ms <= ?"
+                "SELECT origin, room_id FROM synapse_sticky_incomplete"
+                " WHERE due_ms <= ? OR due_ms > ?"
                 " GROUP BY origin, room_id ORDER BY MIN(due_ms) LIMIT ?",
-                (self._homeserver.now_ms(), _ROOMS_AT_ONCE + len(without)),
+                (now_ms, now_ms + LONGEST_MS, _ROOMS_AT_ONCE + len(without)),
             )
             pairs = [(origin, room_id) for origin, room_id in txn.fetchall()]
             return [pair for pair in pairs if pair not in without][:_ROOMS_AT_ONCE]
@@ -218,6 +233,24 @@ class ParkedTable:
             )
 
         await self._homeserver.transact("postpone_parked", write_txn)
+
+    async def forget_gone(self, room_ids: Collection[str], known_txn: KnownTxn) -> set[str]:
+        """Deletes the parked PDUs of those of the rooms that are gone, and gives these rooms."""
+
+        def write_txn(txn: Cursor) -> set[str]:
+            gone = {*room_ids} - known_txn(txn, room_ids)
+            if not gone:
+                return gone
+            # There is an index by both.
+            txn.execute("SELECT DISTINCT origin, room_id FROM synapse_sticky_incomplete")
+            pairs = sorted((origin, room_id) for origin, room_id in txn.fetchall())
+            txn.execute_batch(
+                "DELETE FROM synapse_sticky_incomplete WHERE origin = ? AND room_id = ?",
+                [pair for pair in pairs if pair[1] in gone],
+            )
+            return gone
+
+        return await self._homeserver.transact("forget_parked", write_txn)
 
     async def next_due_ms(self) -> int | None:
         """When the next parked PDU is to be tried; None if none is parked."""

@@ -7,9 +7,8 @@ Whoever parks a PDU holds the room's lock. So there is one attempt to write it; 
 done in the background, and waits by itself (H1).
 """
 
-import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 import attr
@@ -21,11 +20,12 @@ from synapse_sticky.handlers.staging.parking.tables import Outcome, ParkedPdu, P
 from synapse_sticky.handlers.staging.pdu import StagedPdu
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.homeserver.causes import Verdict
+from synapse_sticky.logs import bounded
 
 if TYPE_CHECKING:
     from synapse_sticky.handlers.staging.parking.handler import Staging
 
-logger = logging.getLogger(__name__)
+logger = bounded(__name__)
 
 _BACKOFF = Backoff(1_000, 60_000, spread=0)
 
@@ -129,6 +129,16 @@ class ParkedWriter:
             # If it is parked it is tried once more, and dropped then.
             logger.info("Could not delete the parked PDU %s", pdu.event_id, exc_info=True)
 
+    def forget(self, room_ids: Collection[str]) -> None:
+        """Nothing waits that is of these rooms: they are gone, with all that was staged."""
+        if not room_ids:
+            return
+        for key, to_park in [*self._waiting.items()]:
+            if to_park.pdu.room_id in room_ids:
+                del self._waiting[key]
+        held = self._held.rooms().items()
+        self._held.release(*(key for key, room_id in held if room_id in room_ids))
+
     async def _write_waiting(self) -> None:
         while self._waiting:
             key, to_park = next(iter(self._waiting.items()))
@@ -187,6 +197,10 @@ class ParkedWriter:
             return
         if outcome is Outcome.PARKED:
             logger.info("Parked the sticky PDU %s: %s", pdu.event_id, to_park.why)
+            self._on_parked()
+        elif outcome is Outcome.STILL_PARKED:
+            # The operator knows; one that cannot be completed fails until it expires.
+            logger.debug("The sticky PDU %s stays parked: %s", pdu.event_id, to_park.why)
             self._on_parked()
         elif outcome is Outcome.GIVEN_UP:
             why = f"{to_park.why} (tried {len(unknown.AFTER_MS) + 1} times)"

@@ -16,7 +16,8 @@ class Pruned(Protocol):
     """The staging area that Synapse prunes."""
 
     def exempt_from_pruning(self, is_exempt: Callable[[StagedPdu], bool]) -> None:
-        """From now on Synapse prunes no PDU for which this is true (L3)."""
+        """From now on Synapse prunes no PDU for which this is true (L3). It is asked in database
+        threads, too."""
 
 
 class PruningHandler:

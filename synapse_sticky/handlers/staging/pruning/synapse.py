@@ -1,9 +1,13 @@
-"""The staging area of inbound PDUs, as Synapse prunes it."""
+"""The staging area of inbound PDUs, as Synapse prunes it.
+
+Synapse thinks of pruning after every single PDU of a busy room. Turns know what is staged, and so
+what can be pruned. Without them it is looked at in pages. The next page comes some PDUs later, the
+later the more of the last one stays.
+"""
 
 import json
-import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import attr
@@ -15,8 +19,9 @@ from synapse.storage.databases.main.event_federation import pdus_pruned_from_fed
 from synapse_sticky.handlers.staging.pdu import StagedPdu, prev_event_ids_of
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.seams import STORE, Attribute, method, table
+from synapse_sticky.logs import bounded
 
-logger = logging.getLogger(__name__)
+logger = bounded(__name__)
 
 SEAMS = (
     method(
@@ -27,7 +32,7 @@ SEAMS = (
     Attribute("synapse.api.room_versions.RoomVersion", "event_format"),
     table(
         "federation_inbound_events_staging",
-        "event_id text, room_id text, received_ts integer, event_json text",
+        "origin text, event_id text, room_id text, received_ts integer, event_json text",
     ),
 )
 
@@ -36,14 +41,31 @@ _V1_FORMAT = EventFormatVersions.ROOM_V1_V2
 _PRUNE_FROM = 100
 """How many PDUs may be staged for a room before Synapse prunes."""
 
-_DELETED_AT_ONCE = 1_000  # a database takes only so many parameters in a statement
+_PAGE = 1_000
+"""How many staged PDUs are looked at in one go, where turns are off."""
+
+_ROWS_PER_PDU = 10
+"""How many rows are read for each PDU that is processed, on an average, without those pruned."""
+
 _ROOMS_REMEMBERED = 64  # rooms that have so many PDUs staged at once are few
 
+_STAGED = "FROM federation_inbound_events_staging WHERE room_id = ?"
+_START = (0, "")
 
-@attr.s(auto_attribs=True, frozen=True, slots=True)
-class _KnownPdu:
-    is_exempt: bool
-    prev_event_ids: tuple[str, ...]
+
+@attr.s(auto_attribs=True, slots=True)
+class _Lap:
+    """How far the staged PDUs of a room were looked at.
+
+    after: when the last of them was received, in ms since the epoch, and its event ID.
+    rests: how many PDUs are processed before the next page.
+    """
+
+    after: tuple[int, str] = _START
+    rests: int = 0
+
+
+_Key = tuple[str, str]  # origin and event ID
 
 
 class SynapsePruning:
@@ -52,14 +74,13 @@ class SynapsePruning:
     def __init__(self, homeserver: Homeserver) -> None:
         self._homeserver = homeserver
         self._store = homeserver.store
-        # Synapse thinks of pruning after every single PDU of a busy room. What is known of the
-        # staged ones is remembered, so that each is read and parsed once.
-        self._known: OrderedDict[str, dict[str, _KnownPdu]] = OrderedDict()
-        self._may_prune: Callable[[str], bool] = lambda room_id: True
+        # The most recently used rooms last.
+        self._laps: OrderedDict[str, _Lap] = OrderedDict()
+        self._take_prunable: Callable[[str], Collection[_Key] | None] = lambda room_id: None
 
-    def prune_only_if(self, may_prune: Callable[[str], bool]) -> None:
-        """Asks this of a room before all IDs that are staged for it are read."""
-        self._may_prune = may_prune
+    def prune_by(self, take_prunable: Callable[[str], Collection[_Key] | None]) -> None:
+        """From now on prunes what this gives for a room, and looks at nothing itself."""
+        self._take_prunable = take_prunable
 
     def exempt_from_pruning(self, is_exempt: Callable[[StagedPdu], bool]) -> None:
         def make(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -80,71 +101,77 @@ class SynapsePruning:
     async def _prune(
         self, room_id: str, room_version: Any, is_exempt: Callable[[StagedPdu], bool]
     ) -> bool:
-        if not self._may_prune(room_id):
-            return False
-        to_delete = await self._to_delete(room_id, room_version, is_exempt)
-        if not to_delete:
-            return False
-        logger.info("Pruning %d staged PDUs of %s", len(to_delete), room_id)
+        keys = self._take_prunable(room_id)
+        if keys is None:
+            keys = await self._next_prunable(room_id, room_version, is_exempt)
+        if keys:
+            await self._delete(room_id, keys)
+        return bool(keys)
 
+    async def _delete(self, room_id: str, keys: Collection[_Key]) -> None:
         def delete_txn(txn: Cursor) -> None:
-            # No index helps with the IDs: each statement reads all of the room's staged PDUs.
-            ids = list(to_delete)
-            for at in range(0, len(ids), _DELETED_AT_ONCE):
-                clause, args = self._homeserver.in_list("event_id", ids[at : at + _DELETED_AT_ONCE])
-                txn.execute(
-                    f"DELETE FROM federation_inbound_events_staging WHERE room_id = ? AND {clause}",
-                    (room_id, *args),
-                )
+            txn.execute_batch(
+                "DELETE FROM federation_inbound_events_staging WHERE origin = ? AND event_id = ?",
+                [*keys],
+            )
 
         await self._homeserver.transact("prune_staged", delete_txn)
+        logger.info("Pruning %d staged PDUs of %s", len(keys), room_id)
         labels = {SERVER_NAME_LABEL: self._homeserver.server_name}
-        pdus_pruned_from_federation_queue.labels(**labels).inc(len(to_delete))
-        return True
+        pdus_pruned_from_federation_queue.labels(**labels).inc(len(keys))
 
-    async def _to_delete(
+    async def _next_prunable(
         self, room_id: str, room_version: Any, is_exempt: Callable[[StagedPdu], bool]
-    ) -> set[str]:
-        """The event IDs to prune: as Synapse does it, but for what is exempt."""
-        known = self._known.get(room_id, {})
+    ) -> Collection[_Key]:
+        """What is to be pruned of the next page: as Synapse does it, but for what is exempt."""
+        lap = self._laps.get(room_id) or _Lap()
+        if lap.rests > 0:
+            lap.rests -= 1
+            return ()
+        v1_format = room_version.event_format == _V1_FORMAT
 
-        def read_txn(txn: Cursor) -> tuple[list[str], list[tuple[str, str, int]]] | None:
-            txn.execute(
-                "SELECT event_id FROM federation_inbound_events_staging WHERE room_id = ?",
-                (room_id,),
-            )
-            staged = [event_id for (event_id,) in txn.fetchall()]
-            if len(staged) < _PRUNE_FROM:
+        # Parsed in the transaction's thread: a page may well have 60 MB.
+        def read_txn(txn: Cursor) -> tuple[Collection[_Key], _Lap] | None:
+            # In the order of the index, or Postgres may read the whole table.
+            first = f"SELECT 1 {_STAGED} ORDER BY received_ts LIMIT ?"
+            txn.execute(f"SELECT COUNT(*) FROM ({first}) AS first", (room_id, _PRUNE_FROM))
+            row = txn.fetchone()
+            if row is None or row[0] < _PRUNE_FROM:
                 return None
-            unknown = [event_id for event_id in staged if event_id not in known]
-            if not unknown:
-                return staged, []
-            clause, args = self._homeserver.in_list("event_id", unknown)
             txn.execute(
-                "SELECT event_id, event_json, received_ts"
-                f" FROM federation_inbound_events_staging WHERE room_id = ? AND {clause}",
-                (room_id, *args),
+                f"SELECT received_ts, event_id, origin, event_json {_STAGED}"
+                " AND received_ts >= ? AND (received_ts > ? OR event_id > ?)"
+                " ORDER BY received_ts, event_id LIMIT ?",
+                (room_id, lap.after[0], *lap.after, _PAGE),
             )
-            return staged, [(row[0], row[1], row[2]) for row in txn.fetchall()]
+            rows = txn.fetchall()
+            keys = _prunable(rows, v1_format, is_exempt)
+            after = (rows[-1][0], rows[-1][1]) if len(rows) == _PAGE else _START
+            return keys, _Lap(after, (len(rows) - len(keys)) // _ROWS_PER_PDU)
 
         found = await self._homeserver.transact("read_staged", read_txn)
         if found is None:
-            self._known.pop(room_id, None)
-            return set()
-        staged, new = found
-        v1_format = room_version.event_format == _V1_FORMAT
-        now_known = {event_id: known[event_id] for event_id in staged if event_id in known}
-        for event_id, event_json, received_ts_ms in new:
-            content = json.loads(event_json)
-            field, sent_ms = content.get(_FIELD), content.get("origin_server_ts")
-            now_known[event_id] = _KnownPdu(
-                is_exempt(StagedPdu(event_id, field, sent_ms, received_ts_ms)),
-                prev_event_ids_of(content, v1_format),
-            )
-        self._known[room_id] = now_known
-        self._known.move_to_end(room_id)
-        while len(self._known) > _ROOMS_REMEMBERED:
-            self._known.popitem(last=False)
+            self._laps.pop(room_id, None)
+            return ()
+        keys, self._laps[room_id] = found
+        self._laps.move_to_end(room_id)
+        while len(self._laps) > _ROOMS_REMEMBERED:
+            self._laps.popitem(last=False)
+        return keys
 
-        referenced = {p for s in now_known.values() for p in s.prev_event_ids}
-        return {e for e, s in now_known.items() if e in referenced and not s.is_exempt}
+
+def _prunable(
+    rows: Iterable[tuple[int, str, str, str]],
+    v1_format: bool,
+    is_exempt: Callable[[StagedPdu], bool],
+) -> list[_Key]:
+    """Those that others of these refer to."""
+    referenced = set[str]()
+    found: list[_Key] = []
+    for received_ts_ms, event_id, origin, event_json in rows:
+        content = json.loads(event_json)
+        referenced.update(prev_event_ids_of(content, v1_format))
+        field, sent_ms = content.get(_FIELD), content.get("origin_server_ts")
+        if not is_exempt(StagedPdu(event_id, field, sent_ms, received_ts_ms)):
+            found.append((origin, event_id))
+    return [key for key in found if key[1] in referenced]

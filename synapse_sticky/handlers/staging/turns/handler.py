@@ -9,6 +9,8 @@ were persisted. So another process that goes on with the room, or this one after
 with the same turns. What this process knows of staged PDUs is remembered, so that each is read and
 parsed once.
 
+For each PDU that is processed a bounded number of rows is read, however many are staged.
+
 What is held (``held.py``) is passed over.
 
 Fails open: if it cannot be chosen, Synapse takes the PDU that was received first.
@@ -25,10 +27,10 @@ from synapse_sticky.handlers.staging.held import Held
 from synapse_sticky.handlers.staging.turns.room import (
     Choice,
     Key,
-    Persisted,
     StagedRoom,
     WaitingPdu,
 )
+from synapse_sticky.handlers.staging.turns.waiting import Persisted
 from synapse_sticky.homeserver import Cursor, Homeserver
 
 PAGE = 100
@@ -41,8 +43,9 @@ _OVERLAP_MS = 2_000
 """A PDU that is staged may become visible after others that were received later."""
 
 _LOOK_AGAIN_AFTER_MS = 10_000
-"""All IDs that are staged for a room are compared with what is known, as late as this: another
-process may have processed some, and the clocks of two machines may differ by more than that."""
+"""All IDs that are staged for a room are compared with what is known, as late as this, one page of
+them for each PDU that is processed: another process may have processed some, and the clocks of two
+machines may differ by more than that."""
 
 _MOST_KNOWN = 20_000
 """How many staged PDUs are remembered, of all rooms; about 20 MB. Of a room with more of them the
@@ -52,8 +55,13 @@ _MOST_ROOMS = 2_000
 """How many rooms with several staged PDUs are remembered. With more of them, each choice in a room
 that was forgotten reads the room's PDUs anew."""
 
-_MOST_GONE = 5
-"""How many choices may turn out to be staged no more, until all IDs are compared."""
+_MOST_GONE = 100
+"""How many choices may turn out to be staged no more, until more is compared."""
+
+_FAR_MS = 2**62
+
+_MOST_PRUNED = 250
+"""How many are pruned at once. The next ones are when the next PDU was processed."""
 
 _RECENT = 50
 """How many of a room's last events are looked at, where a process begins with a room. They say
@@ -73,9 +81,10 @@ class Area(Protocol):
         """The first ``PAGE`` PDUs of the room that were received at this time or later."""
 
     def keys_txn(
-        self, txn: Cursor, room_id: str, from_ms: int, before_ms: int | None, most: int
-    ) -> Sequence[Key]:
-        """The same without what has to be parsed, up to a time and a number."""
+        self, txn: Cursor, room_id: str, from_ms: int, to_ms: int, most: int
+    ) -> Sequence[tuple[Key, int]]:
+        """The same without what has to be parsed, and when each was received in ms, up to a time
+        and a number."""
 
     def pdus_txn(self, txn: Cursor, room_id: str, keys: Collection[Key]) -> Sequence[WaitingPdu]:
         """These PDUs of the room, without those that are not staged."""
@@ -94,12 +103,18 @@ class _Known:
     """What this process knows of a room, and its last choice.
 
     up_to_ms: all that was received before this is known, but for what became visible late.
+    compared_ms: when the last comparison began.
+    compared_up_to_ms: what was received before this is compared; None if all is.
+    counted: how many PDUs it is known to have.
     """
 
+    room_id: str
     room: StagedRoom = attr.Factory(StagedRoom)
     lock: threading.Lock = attr.Factory(threading.Lock)
     up_to_ms: int = 0
     compared_ms: int = 0
+    compared_up_to_ms: int | None = None
+    counted: int = 0
     chosen: Choice | None = None
     chosen_ms: int = 0
 
@@ -113,6 +128,7 @@ class TurnsHandler:
         self._held = held
         # The most recently used ones last. Transactions run in several threads.
         self._rooms: OrderedDict[str, _Known] = OrderedDict()
+        self._known = 0
         self._lock = threading.Lock()
 
     def install(self) -> None:
@@ -120,10 +136,23 @@ class TurnsHandler:
         self._area.choose_by(self.choose_txn)
         self._held.is_heeded = True
 
-    def may_prune(self, room_id: str) -> bool:
-        """Is it worth while to look for staged PDUs of the room that can be pruned?"""
+    def take_prunable(self, room_id: str) -> list[Key]:
+        """Some PDUs of the room that plain Synapse would prune and that are not sticky (L3). Waits
+        for nothing.
+
+        They take no turns any more. If they stay staged, the next comparison finds them. None if
+        nothing is known of the room: the next choice learns of it.
+        """
         known = self._rooms.get(room_id)
-        return known is None or known.room.may_be_pruned(self._homeserver.now_ms())
+        if known is None or not known.lock.acquire(blocking=False):
+            return []
+        try:
+            taken = known.room.prunable(self._homeserver.now_ms(), _MOST_PRUNED)
+            for key in taken:
+                known.room.remove(key)
+            return taken
+        finally:
+            known.lock.release()
 
     def choose_txn(self, txn: Cursor, room_id: str) -> Key | None:
         """The origin and event ID of what is processed next; None if nothing is, but for what is
@@ -136,14 +165,15 @@ class TurnsHandler:
             if known is not None:
                 self._rooms.move_to_end(room_id)
         if known is None:
-            # This is all that it takes where one PDU comes at a time.
-            first = self._area.page_txn(txn, room_id, 0)
+            # This is all that it takes where one PDU comes at a time: it is not even parsed.
+            first = [key for key, _ in self._area.keys_txn(txn, room_id, 0, _FAR_MS, 2)]
             if len(first) <= 1:
-                return first[0].key if first and first[0].key not in self._held else None
+                return first[0] if first and first[0] not in self._held else None
             known = self._remember(room_id)
         try:
             with known.lock:
                 choice = self._choose_txn(txn, room_id, known)
+                self._count(known)
         except Exception:
             # What is known may be what is wrong. The next choice reads all of it anew.
             self._forget(room_id, known)
@@ -154,44 +184,61 @@ class TurnsHandler:
 
     def _remember(self, room_id: str) -> _Known:
         with self._lock:
-            known = self._rooms.setdefault(room_id, _Known())
+            known = self._rooms.setdefault(
+                room_id, _Known(room_id, compared_ms=self._homeserver.now_ms())
+            )
             self._rooms.move_to_end(room_id)
             while len(self._rooms) > _MOST_ROOMS:
-                self._rooms.popitem(last=False)
+                self._known -= self._rooms.popitem(last=False)[1].counted
             return known
 
     def _forget(self, room_id: str, known: _Known) -> None:
         with self._lock:
             if self._rooms.get(room_id) is known:
                 del self._rooms[room_id]
+                self._known -= known.counted
+
+    def _count(self, known: _Known) -> None:
+        with self._lock:
+            if self._rooms.get(known.room_id) is known:
+                self._known += len(known.room) - known.counted
+                known.counted = len(known.room)
 
     def _choose_txn(self, txn: Cursor, room_id: str, known: _Known) -> Choice | None:
         now_ms = self._homeserver.now_ms()
-        self._read_txn(txn, room_id, known, now_ms)
+        self._read_txn(txn, known, now_ms)
         if known.chosen is not None:
             if self._is_staged_txn(txn, room_id, known.chosen):
                 return known.chosen
             known.room.remove(known.chosen.pdu.key)
             # Not now: others may have had a turn since, in other processes.
-            known.room.had_turn(known.chosen.turn_of, known.chosen_ms)
+            known.room.waiting.had_turn(known.chosen.turn_of, known.chosen_ms)
             known.chosen = None
-        if known.room.number_of_origins() > 1:
-            after = known.room.learnt_up_to
-            last = self._area.last_persisted_txn(txn, room_id, after, _RECENT)
-            known.room.learn_turns(last, now_ms)
+        waiting = known.room.waiting
+        if len(waiting) > 1:
+            last = self._area.last_persisted_txn(txn, room_id, waiting.learnt_up_to, _RECENT)
+            waiting.learn(last, now_ms)
+        known.chosen = self._next_txn(txn, known, now_ms)
+        if known.chosen is None:
+            # There is nothing else, or much of what is known is gone.
+            for _ in range(_MOST_PAGES):
+                if self._compare_page_txn(txn, known) is None:
+                    break
+            known.chosen = self._next_txn(txn, known, now_ms)
+            if known.chosen is None and len(known.room):
+                raise LookupError("too many that are known are not staged any more")
+        known.chosen_ms = now_ms
+        return known.chosen
+
+    def _next_txn(self, txn: Cursor, known: _Known, now_ms: int) -> Choice | None:
+        """None if nothing is known to be staged, or too many of those are gone."""
         for _ in range(_MOST_GONE):
             choice = known.room.choose(now_ms, lambda ids: self._area.persisted_txn(txn, ids))
-            if choice is None:
-                break
-            if self._is_staged_txn(txn, room_id, choice):
-                known.chosen, known.chosen_ms = choice, now_ms
+            if choice is None or self._is_staged_txn(txn, known.room_id, choice):
                 return choice
             # Another process did, or Synapse pruned it.
             known.room.remove(choice.pdu.key)
-        self._compare_txn(txn, room_id, known, now_ms)
-        known.chosen = known.room.choose(now_ms, lambda ids: self._area.persisted_txn(txn, ids))
-        known.chosen_ms = now_ms
-        return known.chosen
+        return None
 
     def _is_staged_txn(self, txn: Cursor, room_id: str, choice: Choice) -> bool:
         key = choice.pdu.key
@@ -199,22 +246,24 @@ class TurnsHandler:
 
     # What is staged
 
-    def _read_txn(self, txn: Cursor, room_id: str, known: _Known, now_ms: int) -> None:
+    def _read_txn(self, txn: Cursor, known: _Known, now_ms: int) -> None:
         """Learns of what was staged since."""
         if not 0 <= now_ms - known.compared_ms < _LOOK_AGAIN_AFTER_MS:
-            self._compare_txn(txn, room_id, known, now_ms)
-        else:
-            from_ms = now_ms - _OVERLAP_MS
-            if from_ms < known.up_to_ms:
-                late = self._area.keys_txn(txn, room_id, from_ms, known.up_to_ms, 5 * PAGE)
-                self._add_late_txn(txn, room_id, known, late)
-            self._read_pages_txn(txn, room_id, known)
+            known.compared_ms = now_ms
+            known.compared_up_to_ms = 0
+        if known.compared_up_to_ms is not None:
+            self._compare_page_txn(txn, known)
+        from_ms = now_ms - _OVERLAP_MS
+        if from_ms < known.up_to_ms:
+            late = self._area.keys_txn(txn, known.room_id, from_ms, known.up_to_ms - 1, 5 * PAGE)
+            self._add_late_txn(txn, known, late)
+        self._read_pages_txn(txn, known)
 
-    def _read_pages_txn(self, txn: Cursor, room_id: str, known: _Known) -> None:
+    def _read_pages_txn(self, txn: Cursor, known: _Known) -> None:
         for _ in range(_MOST_PAGES):
             if not self._has_room_for(known):
                 return
-            page = self._area.page_txn(txn, room_id, known.up_to_ms)
+            page = self._area.page_txn(txn, known.room_id, known.up_to_ms)
             self._add(known, page)
             before_ms = known.up_to_ms
             if page:
@@ -222,22 +271,31 @@ class TurnsHandler:
             if len(page) < PAGE or known.up_to_ms == before_ms:
                 return
 
-    def _compare_txn(self, txn: Cursor, room_id: str, known: _Known, now_ms: int) -> None:
-        """Makes what is known of the room the same as what is staged."""
-        known.compared_ms = now_ms
-        staged = self._area.keys_txn(txn, room_id, 0, None, _MOST_KNOWN)
-        for key in known.room.staged() - {key for key in staged if key not in self._held}:
-            known.room.remove(key)
-        if len(staged) == _MOST_KNOWN:
-            # Some that are staged may be among those.
-            known.up_to_ms = known.room.last_received_ms()
-        self._read_pages_txn(txn, room_id, known)
-        self._add_late_txn(txn, room_id, known, staged)
+    def _compare_page_txn(self, txn: Cursor, known: _Known) -> int | None:
+        """Makes what is known of the room the same as what is staged, for the next page of it.
 
-    def _add_late_txn(self, txn: Cursor, room_id: str, known: _Known, keys: Sequence[Key]) -> None:
-        late = [key for key in keys if key not in known.room and key not in self._held][:PAGE]
+        Gives up to when that is so; None if it is for all that is known.
+        """
+        from_ms = known.compared_up_to_ms or 0
+        page = self._area.keys_txn(txn, known.room_id, from_ms, known.up_to_ms, PAGE)
+        before_ms = None
+        if len(page) == PAGE:
+            # There may be more of the last millisecond.
+            before_ms = page[-1][1]
+        staged = {key for key, _ in page if key not in self._held}
+        for key in known.room.received(from_ms, before_ms):
+            if key not in staged:
+                known.room.remove(key)
+        self._add_late_txn(txn, known, page)
+        if before_ms is not None:
+            before_ms = max(before_ms, from_ms + 1)
+        known.compared_up_to_ms = before_ms
+        return before_ms
+
+    def _add_late_txn(self, txn: Cursor, known: _Known, found: Sequence[tuple[Key, int]]) -> None:
+        late = [key for key, _ in found if key not in known.room and key not in self._held][:PAGE]
         if late and self._has_room_for(known):
-            self._add(known, self._area.pdus_txn(txn, room_id, late))
+            self._add(known, self._area.pdus_txn(txn, known.room_id, late))
 
     def _add(self, known: _Known, pdus: Sequence[WaitingPdu]) -> None:
         for pdu in pdus:
@@ -246,11 +304,10 @@ class TurnsHandler:
 
     def _has_room_for(self, known: _Known) -> bool:
         """Forgets other rooms, if need be."""
+        self._count(known)
         with self._lock:
-            total = sum(len(other.room) for other in self._rooms.values())
-            for room_id in list(self._rooms):
-                if total < _MOST_KNOWN:
-                    break
-                if self._rooms[room_id] is not known:
-                    total -= len(self._rooms.pop(room_id).room)
-            return total < _MOST_KNOWN
+            while self._known >= _MOST_KNOWN and len(self._rooms) > 1:
+                # This one is the last, but for those that another thread is at.
+                room_id = next(other for other in self._rooms if self._rooms[other] is not known)
+                self._known -= self._rooms.pop(room_id).counted
+            return self._known < _MOST_KNOWN

@@ -11,15 +11,18 @@ The origins take turns, by who has waited longest. An origin's turn is one PDU:
 
 One origin's PDUs have the order of when they were received, then of their depth, then of their IDs.
 
-Pure: no clock, no database. A choice costs by the number of origins, not by that of PDUs. Only to
-count the tips all are gone through, once for each 100 that were received.
+Pure: no clock, no database. A choice costs the same however many PDUs there are. Only to count the
+tips all are gone through, once for each 100 that were received.
 """
 
 import heapq
-from bisect import bisect_left, bisect_right, insort
-from collections.abc import Callable, Collection, Iterable, Iterator
+from bisect import bisect_left, insort
+from collections.abc import Callable, Collection, Iterator
+from itertools import islice
 
 import attr
+
+from synapse_sticky.handlers.staging.turns.waiting import Place, WaitingOrigins
 
 PRUNE_FROM = 100
 """How many PDUs are staged for a room before Synapse prunes."""
@@ -32,14 +35,6 @@ _MOST_LOOKED_INTO = 8
 
 Key = tuple[str, str]
 """The origin and the event ID: the same event may be staged of several origins."""
-
-Turn = tuple[int, int]
-"""When an origin had its last turn, in ms since the epoch, and the number of that turn."""
-
-_FAR_MS = 2**62
-
-_Place = tuple[int, int, str]
-_NEVER: Turn = (0, 0)
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
@@ -62,19 +57,9 @@ class WaitingPdu:
         return self.origin, self.event_id
 
     @property
-    def place(self) -> _Place:
+    def place(self) -> Place:
         """Its place among the PDUs of its origin."""
         return self.received_ts_ms, self.depth, self.event_id
-
-
-@attr.s(auto_attribs=True, frozen=True, slots=True)
-class Persisted:
-    """An event of the room: its place in the stream, its sender's server, and when it was
-    persisted, in ms since the epoch."""
-
-    stream_ordering: int
-    server: str
-    at_ms: int
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
@@ -91,25 +76,26 @@ class Choice:
 class StagedRoom:
     """The staged PDUs of one room.
 
-    learnt_up_to: the place in the stream of the last event that turns were learnt from.
+    waiting: the origins that have some, and take turns.
     """
 
     def __init__(self) -> None:
+        self.waiting = WaitingOrigins()
         self._pdus: dict[Key, WaitingPdu] = {}
         self._origins_of: dict[str, set[str]] = {}
-        self._places: dict[str, list[_Place]] = {}
+        self._places: dict[str, list[Place]] = {}
+        # Those of all origins, in order, with the origin.
+        self._received: list[tuple[Place, str]] = []
         # By prev_event, staged or not: the PDUs that name it.
         self._dependents: dict[str, set[Key]] = {}
         # By origin: those that wait for no other, and some that came to wait since.
-        self._ready: dict[str, list[_Place]] = {}
+        self._ready: dict[str, list[Place]] = {}
         self._in_ready: set[Key] = set()
         self._persisted: set[str] = set()
+        # Those that are sticky, by when they expire; and of all others, those that some depend on.
+        self._sticky: list[tuple[int, Key]] = []
         self._plain: set[Key] = set()
-        self._first_until_ms = _FAR_MS
-        self._turns: dict[str, Turn] = {}
-        self._number = 0
-        self._now_ms = 0
-        self.learnt_up_to = 0
+        self._prunable: dict[Key, None] = {}
         # Up to when PDUs count as pruned by plain Synapse, and how many gaps it would have left.
         self._cut_ms = -1
         self._gaps_left = 0
@@ -120,24 +106,29 @@ class StagedRoom:
     def __contains__(self, key: Key) -> bool:
         return key in self._pdus
 
-    def staged(self) -> set[Key]:
-        """All PDUs that are staged, as far as it is known."""
-        return set(self._pdus)
+    def received(self, from_ms: int, before_ms: int | None) -> list[Key]:
+        """Those that were received in this time."""
+        to = len(self._received) if before_ms is None else self._at(before_ms)
+        return [(origin, place[2]) for place, origin in self._received[self._at(from_ms) : to]]
 
-    def last_received_ms(self) -> int:
-        """When the last of them was received, in ms since the epoch; 0 if there is none."""
-        return max((places[-1][0] for places in self._places.values()), default=0)
+    def _at(self, ms: int) -> int:
+        return bisect_left(self._received, ((ms, -1, ""), ""))
 
-    def number_of_origins(self) -> int:
-        """How many take turns."""
-        return len(self._places)
+    def prunable(self, now_ms: int, most: int) -> list[Key]:
+        """PDUs that are not sticky, or not any more, and that others refer to; so many at most.
 
-    def may_be_pruned(self, now_ms: int) -> bool:
-        """Could there be a PDU that is not sticky, or not any more, and that others refer to?"""
-        return len(self._pdus) >= PRUNE_FROM and (
-            self._first_until_ms <= now_ms
-            or any(event_id in self._dependents for _, event_id in tuple(self._plain))
-        )
+        As Synapse does, this gives none before 100 are staged.
+        """
+        if len(self._pdus) < PRUNE_FROM:
+            return []
+        ended = self._sticky[: min(most, bisect_left(self._sticky, (now_ms + 1, ("", ""))))]
+        del self._sticky[: len(ended)]
+        for _, key in ended:
+            self._plain.add(key)
+            self._note_if_prunable(key)
+        # After a clock was set back, some that had expired have not.
+        some = islice(self._prunable, most)
+        return [key for key in some if self._pdus[key].until_ms <= now_ms]
 
     # What is staged
 
@@ -147,13 +138,21 @@ class StagedRoom:
             return
         self._pdus[pdu.key] = pdu
         self._origins_of.setdefault(pdu.event_id, set()).add(pdu.origin)
-        insort(self._places.setdefault(pdu.origin, []), pdu.place)
-        for prev_event_id in pdu.prev_event_ids:
-            self._dependents.setdefault(prev_event_id, set()).add(pdu.key)
+        insort(self._received, (pdu.place, pdu.origin))
+        places = self._places.setdefault(pdu.origin, [])
+        insort(places, pdu.place)
+        self.waiting.set_first(pdu.origin, places[0])
         if pdu.until_ms:
-            self._first_until_ms = min(self._first_until_ms, pdu.until_ms)
+            insort(self._sticky, (pdu.until_ms, pdu.key))
         else:
             self._plain.add(pdu.key)
+        for prev_event_id in pdu.prev_event_ids:
+            dependents = self._dependents.setdefault(prev_event_id, set())
+            dependents.add(pdu.key)
+            if len(dependents) == 1:
+                for origin in self._origins_of.get(prev_event_id, ()):
+                    self._note_if_prunable((origin, prev_event_id))
+        self._note_if_prunable(pdu.key)
         self._note_if_ready(pdu)
 
     def remove(self, key: Key) -> None:
@@ -163,16 +162,24 @@ class StagedRoom:
             return
         places = self._places[pdu.origin]
         del places[bisect_left(places, pdu.place)]
+        del self._received[bisect_left(self._received, (pdu.place, pdu.origin))]
+        self.waiting.set_first(pdu.origin, places[0] if places else None)
         if not places:
             del self._places[pdu.origin]
             self._ready.pop(pdu.origin, None)
         self._in_ready.discard(key)
-        self._plain.discard(key)
+        if key in self._plain:
+            self._plain.remove(key)
+        else:
+            del self._sticky[bisect_left(self._sticky, (pdu.until_ms, key))]
+        self._prunable.pop(key, None)
         for prev_event_id in pdu.prev_event_ids:
             dependents = self._dependents.get(prev_event_id, set())
             dependents.discard(key)
             if not dependents:
                 self._dependents.pop(prev_event_id, None)
+                for origin in self._origins_of.get(prev_event_id, ()):
+                    self._prunable.pop((origin, prev_event_id), None)
         origins = self._origins_of[pdu.event_id]
         origins.discard(pdu.origin)
         if not origins:
@@ -191,6 +198,10 @@ class StagedRoom:
         for key in self._dependents.get(event_id, ()):
             self._note_if_ready(self._pdus[key])
 
+    def _note_if_prunable(self, key: Key) -> None:
+        if key in self._plain and key[1] in self._dependents:
+            self._prunable[key] = None
+
     def _note_if_ready(self, pdu: WaitingPdu) -> None:
         if pdu.key not in self._in_ready and not self._waits(pdu):
             self._in_ready.add(pdu.key)
@@ -208,31 +219,6 @@ class StagedRoom:
 
     # Turns
 
-    def had_turn(self, origin: str, at_ms: int) -> None:
-        """The origin goes behind all others that wait then."""
-        self._number += 1
-        self._turns[origin] = (max(at_ms, self._turns.get(origin, _NEVER)[0]), self._number)
-
-    def learn_turns(self, persisted: Iterable[Persisted], now_ms: int) -> None:
-        """Events that were persisted, by this process or another, in the order of the stream."""
-        for event in persisted:
-            self.learnt_up_to = max(self.learnt_up_to, event.stream_ordering)
-            at_ms = min(event.at_ms, now_ms)
-            if at_ms > self._turns.get(event.server, _NEVER)[0]:
-                self.had_turn(event.server, at_ms)
-
-    def _forget_turns(self) -> None:
-        # Of those who have nothing staged; they would be the first anyway when they have.
-        if len(self._turns) > 2 * len(self._places) + 100:
-            self._turns = {o: turn for o, turn in self._turns.items() if o in self._places}
-
-    def _waits_since(self, origin: str) -> tuple[int, int, _Place]:
-        first = self._places[origin][0]
-        received_ms = min(first[0], self._now_ms)
-        at_ms, number = self._turns.get(origin, _NEVER)
-        # An origin that comes now does not go in front of those that wait already.
-        return max(at_ms, received_ms), number, first
-
     def choose(
         self, now_ms: int, persisted: Callable[[Collection[str]], Collection[str]]
     ) -> Choice | None:
@@ -243,24 +229,29 @@ class StagedRoom:
         """
         if not self._pdus:
             return None
-        self._forget_turns()
-        if now_ms < self._now_ms:
-            # A clock that was set back keeps no origin from its turns.
-            self._turns = {o: (min(ms, now_ms), n) for o, (ms, n) in self._turns.items()}
-        self._now_ms = now_ms
+        self.waiting.set_time(now_ms)
+        passed: list[str] = []
+        choice = self._choose(passed, persisted)
+        for origin in passed:
+            # It waits for PDUs that have their own turns.
+            self.waiting.had_turn(origin, now_ms)
+        return choice
+
+    def _choose(
+        self, passed: list[str], persisted: Callable[[Collection[str]], Collection[str]]
+    ) -> Choice:
         looked_into = 0
-        for origin in sorted(self._places, key=self._waits_since):
+        for origin in self.waiting.in_order():
             choice = self._first_ready(origin)
             if choice is None and looked_into < _MOST_LOOKED_INTO:
                 looked_into += 1
                 choice = self._instead(origin, persisted)
                 if choice is None:
-                    # It waits for PDUs that have their own turns.
-                    self.had_turn(origin, now_ms)
+                    passed.append(origin)
             if choice is not None:
                 return choice
         # Event IDs of the first room versions are chosen freely: they may name each other.
-        place, origin = min((places[0], origin) for origin, places in self._places.items())
+        place, origin = self._received[0]
         return Choice(self._pdus[origin, place[2]], origin)
 
     def _first_ready(self, origin: str) -> Choice | None:
@@ -324,18 +315,12 @@ class StagedRoom:
         It prunes when 100 PDUs are staged, and has one gap for each that no other refers to.
         """
         if pdu.received_ts_ms > self._cut_ms or self._gaps_left == 0:
-            if self._received_after(self._cut_ms) < PRUNE_FROM:
+            if len(self._received) - self._at(self._cut_ms + 1) < PRUNE_FROM:
                 return False
-            self._cut_ms = self.last_received_ms()
+            self._cut_ms = self._received[-1][0][0]
             self._gaps_left = self._number_of_tips()
         self._gaps_left -= 1
         return True
-
-    def _received_after(self, ms: int) -> int:
-        return sum(
-            len(places) - bisect_right(places, ms, key=lambda place: place[0])
-            for places in self._places.values()
-        )
 
     def _number_of_tips(self) -> int:
         """How many PDUs wait for others, and none waits for them; at least one."""

@@ -1,7 +1,6 @@
 """The staging area of inbound PDUs, as Synapse takes them out of it."""
 
 import json
-import logging
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -12,11 +11,14 @@ from synapse.module_api import EventBase
 from synapse_sticky.handlers.staging.held import Held
 from synapse_sticky.handlers.staging.pdu import StagedPdu
 from synapse_sticky.handlers.staging.turns.handler import PAGE
-from synapse_sticky.handlers.staging.turns.room import Key, Persisted, WaitingPdu
+from synapse_sticky.handlers.staging.turns.room import Key, WaitingPdu
+from synapse_sticky.handlers.staging.turns.waiting import Persisted
 from synapse_sticky.homeserver import Cursor, Homeserver
+from synapse_sticky.homeserver.database import found_txn
 from synapse_sticky.homeserver.seams import STORE, method, table
+from synapse_sticky.logs import bounded
 
-logger = logging.getLogger(__name__)
+logger = bounded(__name__)
 
 SEAMS = (
     method(
@@ -140,15 +142,14 @@ class SynapseTurns:
         return [_waiting_pdu_of(*row) for row in txn.fetchall()]
 
     def keys_txn(
-        self, txn: Cursor, room_id: str, from_ms: int, before_ms: int | None, most: int
-    ) -> Sequence[Key]:
-        until, args = ("", []) if before_ms is None else (" AND received_ts < ?", [before_ms])
+        self, txn: Cursor, room_id: str, from_ms: int, to_ms: int, most: int
+    ) -> Sequence[tuple[Key, int]]:
         txn.execute(
-            f"SELECT origin, event_id {_STAGED} AND received_ts >= ?{until}"
-            " ORDER BY received_ts LIMIT ?",
-            (room_id, from_ms, *args, most),
+            f"SELECT origin, event_id, received_ts {_STAGED}"
+            " AND received_ts >= ? AND received_ts <= ? ORDER BY received_ts LIMIT ?",
+            (room_id, from_ms, to_ms, most),
         )
-        return [(origin, event_id) for origin, event_id in txn.fetchall()]
+        return [((origin, event_id), at_ms) for origin, event_id, at_ms in txn.fetchall()]
 
     def pdus_txn(self, txn: Cursor, room_id: str, keys: Collection[Key]) -> Sequence[WaitingPdu]:
         found = []
@@ -163,11 +164,8 @@ class SynapseTurns:
     def persisted_txn(self, txn: Cursor, event_ids: Collection[str]) -> set[str]:
         # Postgres can be asked for no text with NUL in it.
         possible = [event_id for event_id in event_ids if "\0" not in event_id]
-        if not possible:
-            return set()
-        clause, args = self._homeserver.in_list("event_id", possible)
-        txn.execute(f"SELECT event_id FROM events WHERE {clause} AND NOT outlier", args)
-        return {event_id for (event_id,) in txn.fetchall()}
+        select = "SELECT event_id FROM events WHERE NOT outlier AND"
+        return found_txn(self._homeserver, txn, select, "event_id", possible)
 
     def last_persisted_txn(
         self, txn: Cursor, room_id: str, after: int, most: int

@@ -1,0 +1,60 @@
+"""Synapse's sticky events stream: its rows, and what the index needs of it."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Protocol
+
+import attr
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class StickyRow:
+    """One row of the sticky events stream.
+
+    deliverable: False while the event is soft-failed, and for good once it is redacted or gone.
+    """
+
+    stream_id: int
+    instance_name: str
+    room_id: str
+    event_id: str
+    sender: str
+    expires_at_ms: int
+    deliverable: bool
+
+
+class Stream(Protocol):
+    """Synapse's sticky events stream, as this process sees it."""
+
+    @property
+    def writers(self) -> Sequence[str]:
+        """The instances that write to it."""
+
+    def positions(self) -> dict[str, int]:
+        """Up to where each writer's rows are visible here, by instance name."""
+
+    async def rows(self, *, after: int, up_to: int, limit: int) -> list[StickyRow]:
+        """Unexpired rows with ``after < stream_id <= up_to``, ascending, at most ``limit``."""
+
+    async def rows_of(self, event_ids: Collection[str]) -> list[StickyRow]:
+        """The present rows of these events; an event without a row is left out."""
+
+    async def rows_at(self, stream_ids: Mapping[str, int]) -> list[StickyRow]:
+        """The present rows of these events, by event ID, at these stream IDs; one that is gone or
+        was moved is left out."""
+
+    async def last_rows(self, room_id: str) -> dict[str, int]:
+        """The last stream ID that each writer has given to an unexpired row of the room's own
+        events, by instance name: as the database has it, which this process may see later."""
+
+    def on_advance(self, callback: Callable[[], None]) -> None:
+        """Calls back whenever any of Synapse's streams may have advanced."""
+
+    def on_persisted(self, callback: Callable[[Collection[StickyRow]], None]) -> None:
+        """Calls back with rows that this process has persisted, before their positions are
+        visible. Not with all of them."""
+
+    def on_event_changed(self, callback: Callable[[str], None]) -> None:
+        """Calls back with an event ID: redacted, purged or changed in its metadata."""
+
+    def on_room_purged(self, callback: Callable[[str], None]) -> None:
+        """Calls back with a room ID whose events may be gone."""

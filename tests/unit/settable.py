@@ -1,0 +1,19 @@
+"""A homeserver whose clock tests set."""
+
+from collections.abc import Callable
+
+
+class Settable:
+    """``set_by_ms``: how far the wall clock is from the time that passes when a test says."""
+
+    set_by_ms = 0
+    _listeners: tuple[Callable[[int], None], ...] = ()
+
+    def on_clock_set(self, listener: Callable[[int], None]) -> None:
+        self._listeners += (listener,)
+
+    def set_clock(self, by_ms: int) -> None:
+        """Sets it by so much, forward or back; no time passes."""
+        self.set_by_ms += by_ms
+        for listener in self._listeners:
+            listener(by_ms)

@@ -8,7 +8,11 @@ VERSIONS ?=
 PLATFORMS ?=
 PYTHONS ?=
 WHEELS := .venv-wheels
+# What looks at the workflows. Lint goes on without it where it is not to be had within this time, unless NEED_TOOLS=yes.
+ZIZMOR := zizmor==1.32.0
 ACTIONLINT := github.com/rhysd/actionlint/cmd/actionlint@v1.7.12
+TOOLS_WITHIN_S ?= 180
+NEED_TOOLS ?= no
 RUST_SOURCES := Cargo.toml Cargo.lock $(shell find rust/src -name '*.rs')
 
 .DEFAULT_GOAL := help
@@ -43,9 +47,12 @@ lint: $(VENV)/.built ## ruff, mypy, stubtest, rustfmt, clippy; whether docs/conf
 	cargo clippy --quiet --all-targets --all-features -- -D warnings
 	$(BIN)/python -m tests.conformance.page --check
 	$(BIN)/python -m tests.compat --check
-	$(BIN)/zizmor --offline --quiet --no-progress .github
-	@if test -x $(BIN)/actionlint || { command -v go >/dev/null && GOBIN=$(abspath $(BIN)) go install $(ACTIONLINT); }; \
-		then $(BIN)/actionlint; else echo "actionlint is not to be had (go installs it), so it is left out"; fi
+	@timeout $(TOOLS_WITHIN_S) $(BIN)/pip install --quiet --disable-pip-version-check $(ZIZMOR) || \
+		{ echo "zizmor is not to be had from PyPI, so it is left out"; test $(NEED_TOOLS) = no; }
+	test ! -x $(BIN)/zizmor || $(BIN)/zizmor --offline --quiet --no-progress .github
+	@test -x $(BIN)/actionlint || GOBIN=$(abspath $(BIN)) timeout $(TOOLS_WITHIN_S) go install $(ACTIONLINT) || \
+		{ echo "actionlint is not to be had, which go installs, so it is left out"; test $(NEED_TOOLS) = no; }
+	test ! -x $(BIN)/actionlint || $(BIN)/actionlint
 	@! git grep -nE '(pypi[.]org|pythonhosted[.]org|crates[.]io)' -- ':!Makefile' | grep -v '^Cargo.lock:[0-9]*:source = "registry+' || { echo "A registry's host is named"; exit 1; }
 
 bench: $(VENV)/.built ## Benchmarks: the Rust core; delivery beside SQL; /sync; refusing beside accepting; what each event costs; what it costs others when much goes wrong; newcomers, also plain ones and with busy cores; workers

@@ -99,7 +99,8 @@ def build_wheel(platform: Platform, out: Path, project: Path = PROJECT) -> Path:
             timeout_s=3600,
         )
         (built,) = Path(folder).glob("*.whl")
-        out.mkdir(parents=True, exist_ok=True)
+        arch = platform.name.partition("-")[2]
+        _make_room(out, f"*{platform.tag}_{arch}.whl")
         return _finished(built, out / built.name, platform, project)
 
 
@@ -115,8 +116,15 @@ def build_sdist(out: Path, project: Path = PROJECT) -> Path:
     with tempfile.TemporaryDirectory() as folder:
         run((*command, folder), env=environment(project), cwd=project)
         (built,) = Path(folder).glob("*.tar.gz")
-        out.mkdir(parents=True, exist_ok=True)
+        _make_room(out, "*.tar.gz")
         return Path(shutil.copy(built, out / built.name))
+
+
+def _make_room(out: Path, pattern: str) -> None:
+    """Has the folder there, without what an earlier version left: one release is in it."""
+    out.mkdir(parents=True, exist_ok=True)
+    for old in out.glob(f"synapse_sticky-{pattern}"):
+        old.unlink()
 
 
 def _finished(wheel: Path, target: Path, platform: Platform, project: Path) -> Path:

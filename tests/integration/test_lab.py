@@ -1,7 +1,10 @@
 """The lab itself, on plain Synapse."""
 
 import json
+import signal
+import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -156,6 +159,22 @@ def test_end_of_the_lab_leaves_nothing() -> None:
         assert process.poll() is None
     assert process.poll() is not None
     assert not lab.folder.exists()
+
+
+def test_a_process_says_how_it_ended(servers: Servers) -> None:
+    (server,) = servers(PLAIN)
+    process = server.process
+    assert process is not None
+    assert Path(f"/proc/{process.pid}/cwd").resolve() == server.folder.resolve()
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.01)
+    process.kill()
+    assert process.wait(60) == -signal.SIGKILL
+    process.kill()  # there is nobody any more
+    server.restart()
+    (process,) = server.running()
+    process.terminate()
+    assert process.wait(60) == 0
 
 
 def test_waiting_in_vain_says_for_what() -> None:

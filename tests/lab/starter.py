@@ -178,6 +178,8 @@ def _serve(requests: socket.socket) -> tuple[str, list[str]] | None:
     waker.setblocking(False)
     signal.set_wakeup_fd(waker.fileno())
     signal.signal(signal.SIGCHLD, lambda *_: None)
+    # Ctrl-C goes to all processes; this one ends when the tests do.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     running: dict[int, BinaryIO] = {}
     while True:
         ready, _, _ = select.select([requests, woken], [], [])
@@ -197,6 +199,7 @@ def _serve(requests: socket.socket) -> tuple[str, list[str]] | None:
         if process == 0:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             for end in (requests, woken, waker):
                 end.close()
             for file in running.values():

@@ -3,12 +3,15 @@
 Four federating homeservers with the module, in three rooms. Floods, joins, leaves, redactions,
 restarts, crashes and stand-stills come in the order that the seed gives; so do strangers' PDUs that
 the database refuses, newcomers that answer in the wrong way or not at all, mass joins, deleted
-rooms and steps of the clock. Then everybody comes to rest, and what was promised is checked:
+rooms and steps of the clock; users who are banned with all that they sent, ACLs that deny a server
+and are put right, apps that are restarted and go on from their ``since``. Then everybody comes to
+rest, and what was promised is checked:
 
 - every sticky event that a client was told was sent is delivered to each user who is joined, or it
   has expired, or was redacted; so is what another server was told was taken;
 - a newcomer is sent all of it, and nothing again and again;
-- nobody is given what their server knows to be redacted;
+- nobody is given what their server knows to be redacted, or of a user who was banned like this; a
+  newcomer that joins later is not sent it;
 - nobody is told twice, and nothing is twice in a server's stream;
 - nothing that was refused is persisted;
 - nothing is left to be released or to be sent;

@@ -5,7 +5,8 @@ from collections import Counter
 from tests.lab import Client, Homeserver, wait_until
 from tests.lab.client import WITHOUT_TIMELINE, sliding_sticky_events, sticky_events
 from tests.lab.say import say
-from tests.soak.story import Listener, Member, Sent, Soak
+from tests.soak.listeners import Listener, Member
+from tests.soak.story import Sent, Soak
 from tests.soak.strangers import Newcomer
 
 _REST_S = 600
@@ -31,6 +32,7 @@ class Promises:
         say(f"{len(soak.sent)} sticky events, {len(soak.refused)} refused; {soak.told()}")
         for server in soak.servers:
             soak.revive(server)
+        soak.moderation.allow_all()
         # What is sent now has servers look whether others' back-off is over.
         for member, room in soak.joined():
             soak.send(member, room)
@@ -96,6 +98,8 @@ class Promises:
             raise BrokenError(
                 f"the newcomer {newcomer.peer.name} lacks {len(lacks)} of {len(owed)}: {lacks}"
             ) from None
+        if wrong := newcomer.forbidden & newcomer.bodies():
+            raise BrokenError(f"the newcomer {newcomer.peer.name} was sent the banned {wrong}")
 
     def _wait_until_complete(self, member: Member, room: int) -> None:
         server = self._soak.servers[member.server]
@@ -139,6 +143,10 @@ class Promises:
                 wrong = redacted & set(seen) & {event_id for (event_id,) in known}
                 if wrong:
                     raise BrokenError(f"{client.user_id} is given the redacted {wrong}")
+                server = self._soak.servers[member.server]
+                for banned in self._soak.moderation.known_to(server, number):
+                    if wrong := banned.event_ids & set(seen):
+                        raise BrokenError(f"{client.user_id} is given the banned {wrong}")
 
     def _check_server(self, server: Homeserver) -> None:
         twice = server.query(

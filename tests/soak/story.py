@@ -3,7 +3,6 @@
 import itertools
 import random
 import secrets
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -13,11 +12,13 @@ from urllib.parse import quote
 import attr
 import requests
 
-from tests.lab import Client, Homeserver, Lab, wait_until
-from tests.lab.client import HOUR_MS, STICKY_PARAMETER, WITHOUT_TIMELINE, ApiError
+from tests.lab import Homeserver, Lab, wait_until
+from tests.lab.client import HOUR_MS, STICKY_PARAMETER, ApiError
 from tests.lab.faults import set_clock
 from tests.lab.pauses import MODULE as PAUSES_MODULE
 from tests.lab.say import say
+from tests.soak.listeners import Listener, Member, SlidingListener, SyncListener
+from tests.soak.moderation import ANOTHER_HOST, REDACTING, Moderation
 from tests.soak.strangers import Strangers
 
 T = TypeVar("T")
@@ -42,49 +43,10 @@ class Sent:
     event_id: str
     body: str
     room: int
-    member: "Member"
+    member: Member
     lasts: bool
     """Long enough for the whole soak."""
     redacted: bool = False
-
-
-@attr.s(auto_attribs=True)
-class Member:
-    """A user, and the rooms it is joined to. Only those who stay hear of everything once."""
-
-    server: int
-    client: Client
-    stays: bool
-    rooms: set[int] = attr.Factory(set)
-
-
-class Listener:
-    """A client that syncs all the time, and notes what its sections of sticky events have."""
-
-    def __init__(self, member: Member) -> None:
-        self.member = member
-        self.told: Counter[str] = Counter()
-        self._ends = threading.Event()
-        self._thread = threading.Thread(target=self._listen, daemon=True)
-        self._thread.start()
-
-    def _listen(self) -> None:
-        # Its own connection: sessions are not for several threads.
-        client = self.member.client.again()
-        since = None
-        while not self._ends.is_set():
-            try:
-                answer = client.sync(since, 1_000 if since else 0, WITHOUT_TIMELINE)
-            except (requests.RequestException, ApiError):
-                continue  # its server is down: the same again
-            since = answer["next_batch"]
-            for room in answer.get("rooms", {}).get("join", {}).values():
-                events = room.get("msc4354_sticky", {}).get("events", [])
-                self.told.update(event["event_id"] for event in events)
-
-    def end(self) -> None:
-        self._ends.set()
-        self._thread.join(60)
 
 
 class Soak:
@@ -100,9 +62,10 @@ class Soak:
                 {
                     "module": not plain,
                     "config": {"federation": {"mode": mode, **_LIMITS}, "local": _LOCAL},
-                    "extra": {"modules": [{"module": PAUSES_MODULE, "config": {}}]},
+                    "extra": {"modules": [{"module": PAUSES_MODULE, "config": {}}], **REDACTING},
+                    "host": ANOTHER_HOST if number == _SERVERS - 1 else "localhost",
                 }
-                for mode in modes
+                for number, mode in enumerate(modes)
             )
         )
         self.members = [
@@ -116,20 +79,28 @@ class Soak:
         self._numbers = itertools.count()
         self._run = secrets.token_hex(4)
         self.rooms: list[str] = []
+        creators: list[Member] = []
         self.done: Counter[str] = Counter()
         for number in range(_ROOMS):
             # Two servers stay, the others come and go.
             first, second = self._random.sample([m for m in self.members if m.stays], 2)
             room_id = first.client.create_room(self._random.choice(["shared", "joined"]))
             self.rooms.append(room_id)
+            creators.append(first)
             second.client.join(room_id, self.servers[first.server].name)
             for member in (first, second):
                 member.rooms.add(number)
         self.admins = [server.user("admin", admin=True) for server in self.servers]
-        self.strangers = Strangers(
-            lab, self.servers, self.rooms, self.residents, self.patiently, self._random
+        self.moderation = Moderation(
+            self.servers, self.rooms, creators, self.patiently, self._unless_limited, self._random
         )
-        self.listeners = [Listener(member) for member in self.members if member.stays]
+        self.strangers = Strangers(
+            *(lab, self.servers, self.rooms, self.residents, self.moderation.forbidden),
+            *(self.patiently, self._random),
+        )
+        stay = [member for member in self.members if member.stays]
+        self._apps = [SlidingListener(member) for member in stay]
+        self.listeners: list[Listener] = [*map(SyncListener, stay), *self._apps]
 
     def close(self) -> None:
         """Ends what does not belong to the lab."""
@@ -163,6 +134,9 @@ class Soak:
             self.redaction_storm: 2,
             self.delete_room: 1,
             self.clock_step: 2,
+            self.moderation.ban_with_redactions: 3,
+            self.moderation.change_acl: 2,
+            self.restart_app: 4,
         }
         while time.monotonic() < end_s:
             (action,) = self._random.choices(list(actions), list(actions.values()))
@@ -288,6 +262,10 @@ class Soak:
             self.send_one()
         self.revive(server)
         set_clock(server, 0)
+
+    def restart_app(self) -> None:
+        """A user's app begins a new connection, from where it was."""
+        self._random.choice(self._apps).restart()
 
     def crash(self) -> None:
         server = self._random.choice(self.servers)

@@ -5,13 +5,13 @@ import secrets
 import threading
 from collections import Counter
 from collections.abc import Callable, Collection
-from typing import Protocol, TypeVar
 
 import attr
 import requests
 
 from tests.lab import Homeserver, Lab, Peer
 from tests.lab.peer import Answer, Pdu, PeerRoom
+from tests.soak.moderation import Patiently
 
 _UNRECOGNIZED: Answer = (404, {"errcode": "M_UNRECOGNIZED", "error": "Unrecognized request"})
 _KEPT_NEWCOMERS = 4
@@ -20,21 +20,17 @@ _PDUS_A_TRANSACTION = 50
 UNSTORABLE = "cannot-be-stored"
 """In the content of a PDU that the database refuses."""
 
-T = TypeVar("T")
-
-
-class Patiently(Protocol):
-    """Makes a request to the server of this number, again while that server is down."""
-
-    def __call__(self, number: int, do: Callable[[], T]) -> T: ...
-
 
 @attr.s(auto_attribs=True, frozen=True)
 class Newcomer:
-    """A server that joined the room of this number, and hears what is sent to it."""
+    """A server that joined the room of this number, and hears what is sent to it.
+
+    forbidden: the bodies of PDUs that it is not to be sent, as their sender was banned before.
+    """
 
     peer: Peer
     room: int
+    forbidden: set[str]
 
     def bodies(self) -> set[str]:
         """The bodies of the PDUs that it has received."""
@@ -47,6 +43,7 @@ class Strangers:
     Args:
         rooms: their room IDs.
         residents: which servers stay in the room of this number.
+        forbidden: the bodies that a server which joins that room now is not to be sent.
     """
 
     def __init__(
@@ -55,6 +52,7 @@ class Strangers:
         servers: list[Homeserver],
         rooms: list[str],
         residents: Callable[[int], Collection[int]],
+        forbidden: Callable[[int], set[str]],
         patiently: Patiently,
         chance: random.Random,
     ) -> None:
@@ -62,6 +60,7 @@ class Strangers:
         self._servers = servers
         self._rooms = rooms
         self._residents = residents
+        self._forbidden = forbidden
         self._patiently = patiently
         self._random = chance
         self._ended = threading.Event()
@@ -146,9 +145,10 @@ class Strangers:
     def _come(self, override: Callable[[str, str], Answer | None]) -> Newcomer:
         peer = self._lab.peer()
         room = self._random.randrange(len(self._rooms))
+        forbidden = self._forbidden(room)
         self._joins(peer, room, "newcomer")
         peer.override = override
-        return Newcomer(peer, room)
+        return Newcomer(peer, room, forbidden)
 
     def _silent(self, method: str, path: str) -> Answer | None:
         if method != "PUT" or "/send/" not in path:

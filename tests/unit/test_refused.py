@@ -23,8 +23,11 @@ class Sending:
         self.homeserver = Homeserver(hs.get_module_api())
         self.federation = SynapseFederation(self.homeserver, Rooms(self.homeserver))
         self.refused: list[tuple[str, set[str], list[str]]] = []
-        self.federation.on_refused(lambda *refused: self.refused.append(refused))
+        self.federation.on_refused(self._note)
         self.client: Any = hs.get_federation_transport_client()
+
+    async def _note(self, *refused: Any) -> None:
+        self.refused.append(refused)
 
     def send(self, answer: Any) -> Any:
         async def put_json(destination: str, **options: Any) -> Any:
@@ -60,10 +63,28 @@ def test_any_other_answer_refuses_nothing(sending: Sending, answer: Any) -> None
 def test_a_failure_does_not_fail_the_transaction(
     sending: Sending, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(*refused: object) -> None:
+    async def fail(*refused: object) -> None:
         raise ValueError("a bug")
 
     sending.federation.on_refused(fail)
     answer = {"pdus": {"$refused": {"error": "no"}}}
     assert sending.send(answer) is answer
     assert "Could not take in what there refused" in caplog.text
+
+
+@pytest.mark.requirement("H7", "E4")
+def test_what_is_refused_enters_the_backlog_and_never_moves_it_on(sending: Sending) -> None:
+    def add_rooms(txn: Any) -> None:
+        txn.execute_batch(
+            "INSERT INTO rooms (room_id, room_version, is_public) VALUES (?, '11', ?)",
+            [("!one:here", False), ("!two:here", False)],
+        )
+
+    done(sending.homeserver.transact("test", add_rooms))
+    for position in (20, 10, 30):
+        some = [("there", "!one:here", position), ("there", "!two:here", position + 1)]
+        done(sending.federation.add_to_backlog([*some, ("there", "!gone:here", 5)]))
+    done(sending.federation.add_to_backlog([("elsewhere", "!one:here", 40)]))
+    found = done(sending.federation.backlog("there"))
+    assert sorted(found) == [("!one:here", 10), ("!two:here", 11)]
+    assert done(sending.federation.backlog("elsewhere")) == [("!one:here", 40)]

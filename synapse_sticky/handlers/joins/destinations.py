@@ -25,6 +25,8 @@ _LONGEST_MS = 600_000
 """A back-off may have been read while the clock was behind: it is looked at again by then."""
 
 _LOOK = Backoff(CHECK_MIN_MS, _CHECK_MAX_MS, spread=0)
+_LOOK_AT_BLOCKED = Backoff(CHECK_MIN_MS, _LONGEST_MS, spread=0)
+"""A change of the room's state ends it (``reopening``). This is for what that may have missed."""
 
 
 class Destinations:
@@ -212,15 +214,17 @@ class Destinations:
         state.checks.set(push.room_id, None if check_ms is None else max(check_ms, earliest_ms))
 
     def _check_ms(self, push: Push, state: Destination, now_ms: int) -> int | None:
+        looks = state.looks.get(push.room_id)
+        if push.is_blocked:
+            return looks.next_ms if looks is not None else now_ms
         if push.is_dirty(now_ms):
             return now_ms
         if push.is_idle(now_ms):
             return push.watch_until_ms
-        if push.is_open and not push.is_blocked:
+        if push.is_open:
             # The questions have timers of their own; this is for what they may have missed.
             is_sent_later = push.next_due_ms(now_ms) is not None
             return None if is_sent_later else now_ms + _CHECK_MAX_MS
-        looks = state.looks.get(push.room_id)
         return looks.next_ms if looks is not None else now_ms
 
     def news(self, push: Push) -> None:
@@ -235,7 +239,8 @@ class Destinations:
             return
         looks = self._destinations[push.destination].looks.setdefault(push.room_id, Looks())
         looks.count += 1
-        looks.next_ms = self._homeserver.now_ms() + _LOOK.after(looks.count)
+        backoff = _LOOK_AT_BLOCKED if push.is_blocked else _LOOK
+        looks.next_ms = self._homeserver.now_ms() + backoff.after(looks.count)
         self.touch(push)
 
     def is_behind(self, push: Push) -> bool:

@@ -25,6 +25,8 @@ from synapse_sticky.handlers.joins.grace import Grace
 from synapse_sticky.handlers.joins.newcomers import Newcomers
 from synapse_sticky.handlers.joins.purged import PurgedRooms
 from synapse_sticky.handlers.joins.push import Push
+from synapse_sticky.handlers.joins.refusals import Refusals
+from synapse_sticky.handlers.joins.reopening import Reopening
 from synapse_sticky.handlers.joins.rooms import PushedRooms
 from synapse_sticky.handlers.joins.tables import Newcomer, NewcomerTable
 from synapse_sticky.homeserver import Homeserver
@@ -36,9 +38,6 @@ if TYPE_CHECKING:
     from synapse_sticky.homeserver.rooms import Rooms
 
 logger = bounded(__name__)
-
-_MOST_NAMED = 200
-"""So many events of an answer to /send are read: a transaction has 50."""
 
 _STEP = 20
 """So many pushes are looked at before others have their turn (H3)."""
@@ -79,6 +78,7 @@ class JoinsHandler:
             on_progress=self._progressed,
             on_end=self._asking_ended,
         )
+        reopening = Reopening(homeserver, rooms, federation, self._pushed, self._destinations)
         self._newcomers = Newcomers(
             homeserver,
             follower,
@@ -86,17 +86,24 @@ class JoinsHandler:
             self._pushed,
             self._destinations,
             self._confirmation,
+            reopening,
             config,
+        )
+        self._refusals = Refusals(
+            homeserver, follower, federation, self._pushed, self._destinations
         )
         self._reader = JoinReader(homeserver, changes, federation, table, self._newcomers.joined)
         self._purged = PurgedRooms(homeserver, rooms, self._destinations, table)
         self._is_loaded = False
+        self._is_starting = True
+        self._early: dict[str, None] = {}
+        """Those that Synapse asked for before the first load had ended."""
 
     def install(self) -> None:
         """Takes effect once the newcomers of an earlier run are loaded."""
         self._federation.serve_backlog_from(self.next_batch)
         self._federation.on_acknowledged(self._acknowledged)
-        self._federation.on_refused(self._refused)
+        self._federation.on_refused(self._refusals.refused)
         self._federation.on_skipped(self._skipped)
         self._federation.on_catch_up_recorded(self._catch_up_recorded)
         self._follower.on_new_events(self._new_events)
@@ -109,6 +116,17 @@ class JoinsHandler:
         Raises:
             NewerLayoutError: a later version of the module made the tables.
         """
+        try:
+            await self._load()
+        finally:
+            self._is_starting = False
+        for number, destination in enumerate(self._early, 1):
+            self._federation.wake(destination)
+            if number % _STEP == 0:
+                await self._homeserver.give_way()
+        self._early.clear()
+
+    async def _load(self) -> None:
         await migrate(self._homeserver, self._table)
         # In this order: a join that another process stores in between is found twice, not never.
         position = await self._reader.stored_position()
@@ -134,8 +152,13 @@ class JoinsHandler:
         none for now. Synapse calls it whenever it is the backlog's turn.
 
         Raises:
-            LeftToSynapseError: nothing is loaded, or all rooms fail: its own selection has to do.
+            LeftToSynapseError: what an earlier run left could not be loaded, or all rooms fail: its
+                own selection has to do.
         """
+        if not self._is_loaded and self._is_starting:
+            # Synapse's own selection knows of no ACL.
+            self._early[destination] = None
+            return None
         if not self._is_loaded or not self._follower.is_whole:
             raise LeftToSynapseError
         await self._adopt(destination)
@@ -175,17 +198,14 @@ class JoinsHandler:
                 self._destinations.news(push)
 
     async def _batch_of(self, push: Push, limit: int) -> Batch | None:
-        await self._ask_if_dirty(push)
+        if not push.is_blocked:
+            await self._ask_if_dirty(push)
         if not await self._federation.may_receive(push.room_id, push.destination):
-            if await self._rooms.may_send(push.room_id):
-                logger.info("%s may not get events of %s now", push.destination, push.room_id)
-                await self._end(push, still_watched=False)
-            elif not push.is_blocked:
-                # This server may come back, or be allowed again, while the events are sticky.
-                logger.info("%s may not send in %s now", self._homeserver.server_name, push.room_id)
-                push.is_blocked = True
+            await self._hold(push)
             return None
-        push.is_blocked = False
+        if push.is_blocked:
+            push.is_blocked = False
+            await self._ask_if_dirty(push)
         self._pushed.update(push)
         if not push.is_open and push.start_over():
             logger.info("%s pruned events of %s, sending all again", push.destination, push.room_id)
@@ -198,6 +218,21 @@ class JoinsHandler:
         if not event_ids:
             return None
         return Batch(push.room_id, push.backlog_position - 1, event_ids)
+
+    async def _hold(self, push: Push) -> None:
+        """Nothing may be sent now. That ends the push if its destination has left. This server may
+        come back, and an ACL may be put right, while the events are sticky (H7)."""
+        here, room_id = self._homeserver.server_name, push.room_id
+        is_here = await self._rooms.is_in_room(room_id)
+        if is_here and not await self._federation.is_there(room_id, push.destination):
+            logger.info("%s may not get events of %s now", push.destination, room_id)
+            await self._end(push, still_watched=False)
+        elif not push.is_blocked:
+            if is_here and await self._rooms.acl_allows(room_id, here):
+                logger.info("%s may not get events of %s now", push.destination, room_id)
+            else:
+                logger.info("%s may not send in %s now", here, room_id)
+            push.is_blocked = True
 
     async def _ask_if_dirty(self, push: Push) -> None:
         """Asks the database for the room's last rows if the push is dirty. This process may see the
@@ -260,7 +295,7 @@ class JoinsHandler:
         # While a destination cannot be reached, Synapse asks for no batch. New events are left to
         # the ordinary queue meanwhile, but not while the push is dirty: then they would all be due.
         for number, push in enumerate(self._destinations.all_due(destination), 1):
-            if push.is_dirty(self._homeserver.now_ms()):
+            if push.is_dirty(self._homeserver.now_ms()) and not push.is_blocked:
                 await self._destinations.apart(push, self._ask_if_dirty)
                 self._destinations.touch(push)
             if number % _STEP == 0:
@@ -271,10 +306,13 @@ class JoinsHandler:
         none while the destination cannot be reached."""
         now_ms = self._homeserver.now_ms()
         for push in self._destinations.all_due(destination):
-            if push.watch_until_ms < now_ms - MAX_STICKY_DURATION_MS:
+            left_ms = 0 if push.is_blocked else MAX_STICKY_DURATION_MS
+            if push.watch_until_ms < now_ms - left_ms:
                 await self._destinations.apart(push, self._end_if_expired)
 
     async def _end_if_expired(self, push: Push) -> None:
+        if push.is_blocked and self._pushed.has_own_events(push):
+            return  # nothing is read of them before they may be sent
         await self._ask_if_dirty(push)
         self._pushed.update(push)
         if not push.is_open:
@@ -295,7 +333,8 @@ class JoinsHandler:
 
     def _look_after_grace(self, push: Push) -> bool:
         """Did that take some work? A push that waits for Synapse to ask will find them then."""
-        if self._destinations.is_behind(push) or not self._pushed.may_lack(push):
+        is_held = push.is_blocked or self._destinations.is_behind(push)
+        if is_held or not self._pushed.may_lack(push):
             return False
         self._pushed.update(push)
         self._destinations.news(push)
@@ -314,17 +353,6 @@ class JoinsHandler:
             if sum(push.acknowledge(event_id, now_ms) for event_id in event_ids):
                 self._confirmation.begin(push)
             self._destinations.acknowledged(push)
-            self._destinations.news(push)
-        self._destinations.schedule(destination)
-
-    def _refused(self, destination: str, rooms: Collection[str], event_ids: Sequence[str]) -> None:
-        event_ids = event_ids[:_MOST_NAMED]
-        for room_id in rooms:
-            if (push := self._destinations.find(destination, room_id)) is None:
-                continue
-            self._pushed.named(push, event_ids)
-            if count := push.refuse(event_ids, self._homeserver.now_ms()):
-                logger.info("%s refuses %d events of %s", destination, count, push.room_id)
             self._destinations.news(push)
         self._destinations.schedule(destination)
 

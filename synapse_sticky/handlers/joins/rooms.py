@@ -121,6 +121,10 @@ class PushedRooms:
         """The IDs of the room's own events before the position, in stream order."""
         return [e for at, e, _ in self._own(room_id, 0, 2**31) if at < position]
 
+    def has_own_events(self, push: Push) -> bool:
+        """Are there unexpired own events that the push is not done with, as far as is known?"""
+        return not self._follower.is_whole or bool(self._own(push.room_id, push.position, 1))
+
     def update(self, push: Push) -> None:
         """Has the push take in its room's present own events, a page of those never sent."""
         if not self._follower.is_whole:

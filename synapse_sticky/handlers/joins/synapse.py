@@ -136,7 +136,7 @@ class SynapseFederation:
             on_event_delivered_over_federation=delivered
         )
 
-    def on_refused(self, callback: Callable[[str, set[str], list[str]], None]) -> None:
+    def on_refused(self, callback: Callable[[str, set[str], list[str]], Awaitable[None]]) -> None:
         def make(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
             async def send(transaction: Any, *args: Any, **options: Any) -> Any:
                 answer = await original(transaction, *args, **options)
@@ -144,7 +144,7 @@ class SynapseFederation:
                     refused = _refused(answer)
                     if refused:
                         rooms = {pdu.get("room_id", "") for pdu in transaction.pdus}
-                        callback(transaction.destination, rooms, refused)
+                        await callback(transaction.destination, rooms, refused)
                 except Exception:
                     # Else Synapse would take the transaction for failed.
                     logger.exception("Could not take in what %s refused", transaction.destination)
@@ -266,6 +266,21 @@ class SynapseFederation:
             joins,
         )
 
+    async def add_to_backlog(self, some: Sequence[tuple[str, str, int]]) -> None:
+        def write_txn(txn: Cursor) -> None:
+            txn.execute_batch(
+                "INSERT INTO destination_rooms_sticky_events_backlog AS backlog"
+                " (destination, room_id, sticky_events_stream_position)"
+                " SELECT ?, room_id, ? FROM rooms WHERE room_id = ?"
+                " ON CONFLICT (destination, room_id) DO UPDATE"
+                " SET sticky_events_stream_position = EXCLUDED.sticky_events_stream_position"
+                " WHERE EXCLUDED.sticky_events_stream_position"
+                " < backlog.sticky_events_stream_position",
+                [(destination, position, room_id) for destination, room_id, position in some],
+            )
+
+        await self._homeserver.transact("add_to_backlog", write_txn)
+
     def clear_backlog_txn(self, txn: Cursor, destination: str, room_id: str) -> None:
         txn.execute(
             "DELETE FROM destination_rooms_sticky_events_backlog"
@@ -278,12 +293,15 @@ class SynapseFederation:
             return False
         if not await self._rooms.is_joined(room_id, self._homeserver.server_name):
             return False
-        if not await self._rooms.has_member_of(room_id, destination):
-            # While the room's state is partial, those whom /send_join named count as joined.
-            servers = await self._store.get_partial_state_servers_at_join(room_id)
-            if servers is None or destination not in servers:
-                return False
-        return await self._rooms.acl_allows(room_id, destination)
+        is_there = await self.is_there(room_id, destination)
+        return is_there and await self._rooms.acl_allows(room_id, destination)
+
+    async def is_there(self, room_id: str, destination: str) -> bool:
+        if await self._rooms.has_member_of(room_id, destination):
+            return True
+        # While the room's state is partial, those whom /send_join named count as joined.
+        servers = await self._store.get_partial_state_servers_at_join(room_id)
+        return servers is not None and destination in servers
 
 
 def _refused(answer: Any) -> list[str]:

@@ -179,7 +179,7 @@ DUTIES: Mapping[str, Duty] = {
             "joins",
             (
                 *(*_INDEX, *_SERVERS, "handlers.joins.synapse", "handlers.joins.detection.synapse"),
-                "handlers.joins.confirmation.synapse",
+                *("handlers.joins.confirmation.synapse", "handlers.joins.whitelist.synapse"),
             ),
             "servers that newly join a room do not get its sticky events",
             lambda place: place.sends,

@@ -17,6 +17,7 @@ from synapse_sticky.handlers.delivery.handler import DeliveryHandler
 from synapse_sticky.handlers.extremities.handler import ExtremitiesHandler
 from synapse_sticky.handlers.joins.handler import JoinsHandler
 from synapse_sticky.handlers.joins.tables import NewcomerTable
+from synapse_sticky.handlers.joins.whitelist.whitelist import Whitelist
 from synapse_sticky.handlers.receipt.handler import ReceiptHandler
 from synapse_sticky.handlers.sending.handler import SendingHandler
 from synapse_sticky.handlers.sliding.handler import SlidingHandler
@@ -215,11 +216,13 @@ class Wiring:
         from synapse_sticky.handlers.joins.confirmation.synapse import SynapseAsking
         from synapse_sticky.handlers.joins.detection.synapse import SynapseStateChanges
         from synapse_sticky.handlers.joins.synapse import SynapseFederation
+        from synapse_sticky.handlers.joins.whitelist.synapse import SynapseWhitelist
         from synapse_sticky.homeserver.rooms import Rooms
 
         homeserver = self._homeserver
         rooms = Rooms(homeserver)
-        federation = SynapseFederation(homeserver, rooms)
+        federation, table = SynapseFederation(homeserver, rooms), NewcomerTable(homeserver)
+        whitelist = Whitelist(homeserver, SynapseWhitelist(homeserver), federation, table)
         joins = JoinsHandler(
             homeserver,
             rooms,
@@ -227,11 +230,16 @@ class Wiring:
             federation,
             SynapseAsking(homeserver),
             SynapseStateChanges(homeserver),
-            NewcomerTable(homeserver),
+            table,
             self._config.joins,
         )
         joins.install()
-        self._loading.duties["joins"] = joins.load
+
+        async def load() -> None:
+            await joins.load()
+            whitelist.begin()
+
+        self._loading.duties["joins"] = load
 
     def _install_pruning(self) -> None:
         from synapse_sticky.handlers.staging.pruning.synapse import SynapsePruning

@@ -173,7 +173,7 @@ def test_each_duty_has_a_layout_of_its_own(left_alone: Upgraded) -> None:
         return {row["duty"]: row["version"] for row in left_alone.database.rows(LAYOUTS)}
 
     wait_until(lambda: layouts().keys() == DUTIES, "each duty to be ready", look=layouts)
-    assert layouts() == {**dict.fromkeys(DUTIES, 1), "parking": 2, "deferral": 2}
+    assert layouts() == {**dict.fromkeys(DUTIES, 1), "parking": 2, "deferral": 2, "joins": 2}
 
 
 @pytest.mark.requirement("E4")

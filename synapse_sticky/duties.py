@@ -178,8 +178,9 @@ DUTIES: Mapping[str, Duty] = {
         _whole(
             "joins",
             (
-                *(*_INDEX, *_SERVERS, "handlers.joins.synapse", "handlers.joins.detection.synapse"),
-                *("handlers.joins.confirmation.synapse", "handlers.joins.whitelist.synapse"),
+                *(*_INDEX, *_SERVERS, "handlers.joins.synapse", "handlers.joins.backlog.synapse"),
+                *("handlers.joins.detection.synapse", "handlers.joins.confirmation.synapse"),
+                "handlers.joins.whitelist.synapse",
             ),
             "servers that newly join a room do not get its sticky events",
             lambda place: place.sends,

@@ -67,6 +67,7 @@ class Here(Settable):
         self.changes: list[RoomChanges] = []
         self.denied: set[str] = set()
         self.gone: set[str] = set()
+        self.reached = {"there"}
         self.backlogged: list[tuple[str, int]] = []
         self.failing: dict[str, Exception] = {}
         self.asked: Counter[str] = Counter()
@@ -175,6 +176,10 @@ class Here(Settable):
 
     async def add_to_backlog(self, some: Sequence[tuple[str, str, int]]) -> None:
         self.backlogged += [(room_id, at) for _, room_id, at in some]
+
+    async def add_if_never_reached(self, destination: str) -> None:
+        if destination not in self.reached:
+            self.backlogged.append(("!room", 10))
 
     async def erased(self, user_ids: set[str]) -> set[str]:
         return set()
@@ -495,6 +500,38 @@ def test_whom_an_acl_denies_is_forgotten_once_all_has_expired() -> None:
     here.index.expire(here.clock_ms, 100)
     done(here.timers[0].function("there"))
     assert here.settled == [False]
+
+
+@pytest.mark.requirement("H7", "P2")
+def test_what_waits_for_a_server_goes_out_once_it_can_be_reached() -> None:
+    here = Here(NOW_MS + HOUR_MS, [12, 13])
+    start(here)
+    next_batch = functools.partial(here.callbacks["serve_backlog_from"], "there", 50)
+    for _ in range(8):  # none of them gets through
+        assert len(done(next_batch()).event_ids) == 1
+        assert done(next_batch()) is None
+        here.clock_ms += 360_000
+    assert done(next_batch()) is not None
+    assert done(next_batch()) is None
+    here.woken.clear()
+    here.callbacks["on_reachable"]("there")
+    assert here.woken == ["there"]
+    sent = done(next_batch()).event_ids
+    assert done(next_batch()) is None, "it may not know the room"
+    done(here.callbacks["on_acknowledged"]("there", [("!room", sent[0])]))
+    assert {*sent, *done(next_batch()).event_ids} == {"$12", "$13"}
+
+
+@pytest.mark.requirement("H7", "P2", "E4")
+def test_what_a_server_lacks_that_was_never_reached_becomes_a_push() -> None:
+    """Synapse has nothing to catch up from, and forgets what it has in memory."""
+    here = Here(NOW_MS + HOUR_MS, [10, 11])
+    start(here)
+    here.in_database = 11
+    here.woken.clear()
+    here.callbacks["on_reachable"]("elsewhere")
+    assert here.woken == ["elsewhere"]
+    assert done(here.callbacks["serve_backlog_from"]("elsewhere", 50)).event_ids == ["$10"]
 
 
 @pytest.mark.requirement("H7", "E4")

@@ -182,7 +182,7 @@ def test_once_the_cause_may_be_over_what_was_refused_is_tried_at_once() -> None:
         now_ms = push.next_due_ms(now_ms) or now_ms
     push.refuse(push.choose(50, now_ms), now_ms)
     assert push.choose(50, now_ms) == []
-    push.expect(now_ms)
+    push.try_now(now_ms, is_sent=False)
     (first,) = push.choose(50, now_ms)
     assert push.choose(50, now_ms) == [], "it may be too early there"
     push.refuse([first], now_ms)

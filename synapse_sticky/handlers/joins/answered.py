@@ -55,10 +55,16 @@ class Answered:
         """Is there anything that the newcomer refused when it was sent last?"""
         return any(sent.is_refused for sent in self._sent.values())
 
-    def expect(self, now_ms: int) -> None:
-        """What had the newcomer refuse may be over: all of that is due."""
+    def try_now(self, now_ms: int, *, is_sent: bool = True) -> None:
+        """What was sent in vain is due: the cause may be over. If the newcomer has acknowledged
+        nothing since, it gets one event at first.
+
+        Args:
+            is_sent: also what it has not answered to, and not only what it refused.
+        """
         for sent in self._sent.values():
-            sent.due_ms = now_ms if sent.is_refused else sent.due_ms
+            if sent.is_refused or (is_sent and sent.attempts):
+                sent.due_ms = now_ms
         if self._contact.is_awaited:
             self._contact.expect()
 

@@ -54,6 +54,10 @@ class Federation(HandledDestinations, Protocol):
         """Enters ``(destination, room_id, position)`` into Synapse's own backlog, where it does not
         begin earlier already. Rooms that are gone are left out."""
 
+    async def add_if_never_reached(self, destination: str) -> None:
+        """If Synapse has never sent the destination an event, enters what is sticky of all rooms
+        that it tried to send events of."""
+
     def clear_backlog_txn(self, txn: Cursor, destination: str, room_id: str) -> None:
         """Removes the room from Synapse's own backlog of the destination."""
 
@@ -67,6 +71,9 @@ class Federation(HandledDestinations, Protocol):
         """Calls back with a destination, the rooms of a transaction, and the IDs of the events that
         the destination named with an error in its answer to it. Of events that it left out nobody
         hears. Synapse takes the transaction for sent only after that."""
+
+    def on_reachable(self, callback: Callable[[str], None]) -> None:
+        """Calls back with a destination that was backed off and can be reached again."""
 
     def on_skipped(self, callback: Callable[[str], None]) -> None:
         """Calls back with a destination once Synapse, in catch-up, has skipped events to it. The

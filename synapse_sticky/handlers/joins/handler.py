@@ -14,21 +14,22 @@ from collections.abc import Collection, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from synapse_sticky._core import MAX_STICKY_DURATION_MS
 from synapse_sticky.config import JoinsConfig
 from synapse_sticky.handlers.joins.confirmation.asking import Asking
 from synapse_sticky.handlers.joins.confirmation.confirmation import Confirmation
 from synapse_sticky.handlers.joins.destinations import Destinations
 from synapse_sticky.handlers.joins.detection.reader import JoinReader, StateChanges
+from synapse_sticky.handlers.joins.ending import Ending
 from synapse_sticky.handlers.joins.federation import Batch, Federation, LeftToSynapseError
 from synapse_sticky.handlers.joins.grace import Grace
 from synapse_sticky.handlers.joins.newcomers import Newcomers
 from synapse_sticky.handlers.joins.purged import PurgedRooms
 from synapse_sticky.handlers.joins.push import Push
+from synapse_sticky.handlers.joins.reached import Reached
 from synapse_sticky.handlers.joins.refusals import Refusals
 from synapse_sticky.handlers.joins.reopening import Reopening
 from synapse_sticky.handlers.joins.rooms import PushedRooms
-from synapse_sticky.handlers.joins.tables import Newcomer, NewcomerTable
+from synapse_sticky.handlers.joins.tables import NewcomerTable
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.homeserver.layout import migrate
 from synapse_sticky.index import IndexFollower
@@ -78,7 +79,9 @@ class JoinsHandler:
             on_progress=self._progressed,
             on_end=self._asking_ended,
         )
-        reopening = Reopening(homeserver, rooms, federation, self._pushed, self._destinations)
+        reopening = Reopening(
+            homeserver, rooms, federation, self._pushed, self._destinations, self._confirmation
+        )
         self._newcomers = Newcomers(
             homeserver,
             follower,
@@ -90,8 +93,13 @@ class JoinsHandler:
             config,
         )
         self._refusals = Refusals(
-            homeserver, follower, federation, self._pushed, self._destinations
+            homeserver, follower, federation, self._pushed, self._destinations, self._newcomers
         )
+        self._ending = Ending(
+            *(homeserver, rooms, follower, federation, table),
+            *(self._pushed, self._destinations, self._newcomers),
+        )
+        self._reached = Reached(homeserver, federation, self._destinations, self._confirmation)
         self._reader = JoinReader(homeserver, changes, federation, table, self._newcomers.joined)
         self._purged = PurgedRooms(homeserver, rooms, self._destinations, table)
         self._is_loaded = False
@@ -104,6 +112,7 @@ class JoinsHandler:
         self._federation.serve_backlog_from(self.next_batch)
         self._federation.on_acknowledged(self._acknowledged)
         self._federation.on_refused(self._refusals.refused)
+        self._federation.on_reachable(self._reached.note)
         self._federation.on_skipped(self._skipped)
         self._federation.on_catch_up_recorded(self._catch_up_recorded)
         self._follower.on_new_events(self._new_events)
@@ -199,19 +208,19 @@ class JoinsHandler:
 
     async def _batch_of(self, push: Push, limit: int) -> Batch | None:
         if not push.is_blocked:
-            await self._ask_if_dirty(push)
+            await self._pushed.ask_if_dirty(push)
         if not await self._federation.may_receive(push.room_id, push.destination):
-            await self._hold(push)
+            await self._ending.hold(push)
             return None
         if push.is_blocked:
             push.is_blocked = False
-            await self._ask_if_dirty(push)
+            await self._pushed.ask_if_dirty(push)
         self._pushed.update(push)
         if not push.is_open and push.start_over():
             logger.info("%s pruned events of %s, sending all again", push.destination, push.room_id)
             self._pushed.update(push)
         if not push.is_open:
-            await self._settle(push)
+            await self._ending.settle(push)
             return None
         await self._skip_erased(push)
         event_ids = push.choose(limit, self._homeserver.now_ms())
@@ -219,75 +228,15 @@ class JoinsHandler:
             return None
         return Batch(push.room_id, push.backlog_position - 1, event_ids)
 
-    async def _hold(self, push: Push) -> None:
-        """Nothing may be sent now. That ends the push if its destination has left. This server may
-        come back, and an ACL may be put right, while the events are sticky (H7)."""
-        here, room_id = self._homeserver.server_name, push.room_id
-        is_here = await self._rooms.is_in_room(room_id)
-        if is_here and not await self._federation.is_there(room_id, push.destination):
-            logger.info("%s may not get events of %s now", push.destination, room_id)
-            await self._end(push, still_watched=False)
-        elif not push.is_blocked:
-            if is_here and await self._rooms.acl_allows(room_id, here):
-                logger.info("%s may not get events of %s now", push.destination, room_id)
-            else:
-                logger.info("%s may not send in %s now", here, room_id)
-            push.is_blocked = True
-
-    async def _ask_if_dirty(self, push: Push) -> None:
-        """Asks the database for the room's last rows if the push is dirty. This process may see the
-        join before it sees rows that are older than the join."""
-        now_ms, dirty_marks = self._homeserver.now_ms(), push.dirty_marks
-        if push.is_dirty(now_ms):
-            last_rows = await self._follower.stream.last_rows(push.room_id)
-            push.take_in_last_rows(last_rows, dirty_marks, now_ms)
-
     async def _skip_erased(self, push: Push) -> None:
         own, _ = self._pushed.open_events(push)
         erased = await self._rooms.erased({sender for _, _, sender in own})
         push.skip((position, event_id) for position, event_id, sender in own if sender in erased)
 
-    async def _settle(self, push: Push) -> None:
-        """Nothing is due. The push ends unless there is something to watch for."""
-        now_ms = self._homeserver.now_ms()
-        if (
-            push.is_dirty(now_ms)
-            or not self._follower.in_step()
-            or not self._follower.has_taken_in(push.last_rows)
-        ):
-            return  # the index may yet bring something, or the database has to be asked again
-        if push.probe is not None and now_ms < push.stored_watch_until_ms:
-            return  # the newcomer may yet say that it lacks everything
-        watched = now_ms < push.watch_until_ms
-        if push.delivered_count:
-            logger.info(
-                "%s has the %d own sticky events of %s",
-                push.destination,
-                push.delivered_count,
-                push.room_id,
-            )
-        push.settle()
-        self._newcomers.note(push)
-        await self._end(push, still_watched=watched)
-
-    async def _end(self, push: Push, *, still_watched: bool) -> None:
-        if not self._destinations.is_current(push):
-            return  # the server has joined anew meanwhile
-        if not still_watched:
-            self._destinations.remove(push)
-        newcomer = Newcomer(
-            push.destination, push.room_id, push.position, push.stored_watch_until_ms
-        )
-        await self._table.settle(
-            newcomer,
-            still_watched=still_watched,
-            clear_backlog_txn=self._federation.clear_backlog_txn,
-        )
-
     # What happens meanwhile
 
     async def _check(self, destination: str) -> int:
-        await self._end_expired(destination)
+        await self._ending.end_expired(destination)
         return await self._federation.retry_at_ms(destination)
 
     async def _wake(self, destination: str) -> None:
@@ -296,27 +245,10 @@ class JoinsHandler:
         # the ordinary queue meanwhile, but not while the push is dirty: then they would all be due.
         for number, push in enumerate(self._destinations.all_due(destination), 1):
             if push.is_dirty(self._homeserver.now_ms()) and not push.is_blocked:
-                await self._destinations.apart(push, self._ask_if_dirty)
+                await self._destinations.apart(push, self._pushed.ask_if_dirty)
                 self._destinations.touch(push)
             if number % _STEP == 0:
                 await self._homeserver.give_way()
-
-    async def _end_expired(self, destination: str) -> None:
-        """Ends pushes whose events have all expired. No batch would end them, as Synapse asks for
-        none while the destination cannot be reached."""
-        now_ms = self._homeserver.now_ms()
-        for push in self._destinations.all_due(destination):
-            left_ms = 0 if push.is_blocked else MAX_STICKY_DURATION_MS
-            if push.watch_until_ms < now_ms - left_ms:
-                await self._destinations.apart(push, self._end_if_expired)
-
-    async def _end_if_expired(self, push: Push) -> None:
-        if push.is_blocked and self._pushed.has_own_events(push):
-            return  # nothing is read of them before they may be sent
-        await self._ask_if_dirty(push)
-        self._pushed.update(push)
-        if not push.is_open:
-            await self._settle(push)
 
     def _skipped(self, destination: str) -> None:
         """Synapse skipped events to the destination, and entered them into its backlog. The

@@ -11,6 +11,7 @@ from synapse_sticky._core import MAX_STICKY_DURATION_MS
 from synapse_sticky.backoff import Backoff, Retrying
 from synapse_sticky.handlers.joins.destinations import Destinations
 from synapse_sticky.handlers.joins.federation import Federation
+from synapse_sticky.handlers.joins.newcomers import Newcomers
 from synapse_sticky.handlers.joins.rooms import PushedRooms
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.index import IndexFollower
@@ -41,12 +42,14 @@ class Refusals:
         federation: Federation,
         pushed: PushedRooms,
         destinations: Destinations,
+        newcomers: Newcomers,
     ) -> None:
         self._homeserver = homeserver
         self._follower = follower
         self._federation = federation
         self._pushed = pushed
         self._destinations = destinations
+        self._newcomers = newcomers
         self._new: dict[tuple[str, str], int] = {}
         """By destination and room: the lowest stream ID that was refused."""
         self._writing = Retrying(
@@ -114,5 +117,10 @@ class Refusals:
                 if self._new[destination, room_id] == position:
                     del self._new[destination, room_id]
                 logger.info("%s refuses events of %s for now", destination, room_id)
-                self._destinations.note_backlog(destination, has_backlog=True)
+                # Without reading the backlog: an earlier push may just be taken out of it.
+                if (push := self._destinations.find(destination, room_id)) is None:
+                    self._newcomers.add(destination, room_id, position=position, watch_until_ms=0)
+                else:
+                    push.reopen_from(position)
+                self._destinations.schedule(destination)
                 self._federation.wake(destination)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from synapse_sticky.backoff import Backoff, Retrying
+from synapse_sticky.handlers.joins.confirmation.confirmation import Confirmation
 from synapse_sticky.handlers.joins.destinations import Destinations
 from synapse_sticky.handlers.joins.federation import Federation
 from synapse_sticky.handlers.joins.rooms import PushedRooms
@@ -31,12 +32,14 @@ class Reopening:
         federation: Federation,
         pushed: PushedRooms,
         destinations: Destinations,
+        confirmation: Confirmation,
     ) -> None:
         self._homeserver = homeserver
         self._rooms = rooms
         self._federation = federation
         self._pushed = pushed
         self._destinations = destinations
+        self._confirmation = confirmation
         self._changed: dict[str, None] = {}
         self._looking = Retrying(
             homeserver,
@@ -77,7 +80,8 @@ class Reopening:
         for number, push in enumerate(held, 1):
             if allows(push.destination) and self._destinations.is_current(push):
                 push.is_blocked = False
-                push.expect(self._homeserver.now_ms())
+                push.try_now(self._homeserver.now_ms(), is_sent=False)
+                self._confirmation.hasten(push)
                 self._destinations.progressed(push.destination)
                 self._destinations.news(push)
                 self._destinations.schedule(push.destination)

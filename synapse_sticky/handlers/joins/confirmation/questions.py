@@ -84,6 +84,22 @@ class Questions:
             rooms.due.set(room_id, self._homeserver.steady_ms() + delay_ms)
             self._arm(destination, rooms)
 
+    def allow(self, destination: str) -> None:
+        """The destination can be reached again: the questions that were put off are due."""
+        if (rooms := self._destinations.get(destination)) is not None:
+            rooms.failures = 0
+            soon_ms = self._homeserver.steady_ms() + APART_MS
+            rooms.not_before_ms = min(rooms.not_before_ms, soon_ms)
+            self._arm(destination, rooms)
+
+    def hasten(self, destination: str, room_id: str, delay_ms: int) -> None:
+        """Asks for the room after the delay, if it was to be later."""
+        rooms = self._destinations.get(destination)
+        due_ms = self._homeserver.steady_ms() + delay_ms
+        if rooms is not None and (rooms.due.get(room_id) or 0) > due_ms:
+            rooms.due.set(room_id, due_ms)
+            self._arm(destination, rooms)
+
     def rooms(self, destination: str) -> list[str]:
         """The rooms that it is to be asked for."""
         rooms = self._destinations.get(destination)

@@ -7,7 +7,7 @@ from typing import Any
 
 import attr
 
-from synapse_sticky.homeserver import access, changed, database, schema
+from synapse_sticky.homeserver import access, changed, database, schema, unignored
 from synapse_sticky.homeserver.fitting import Columns, misfits
 from synapse_sticky.homeserver.place import Place
 from synapse_sticky.homeserver.seams import Seam, Table, imports_of
@@ -271,6 +271,7 @@ def _every_seam() -> Iterator[Seam]:
     yield from database.SEAMS
     yield from schema.SEAMS
     yield from changed.SEAMS
+    yield from unignored.SEAMS
     yield from seams_of(_PERSISTED)
     yield from seams_of(CHECK)
     for layer in access.SEAMS.values():

@@ -32,7 +32,8 @@ from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.homeserver.access import Access
 from synapse_sticky.homeserver.database import read_columns
 from synapse_sticky.homeserver.seams import SeamMismatchError
-from synapse_sticky.index import IndexFollower
+from synapse_sticky.homeserver.unignored import Unignored
+from synapse_sticky.index import EventsOfSenders, IndexFollower
 from synapse_sticky.limits import LimitReport
 from synapse_sticky.loading import Loading
 from synapse_sticky.plan import (
@@ -72,6 +73,7 @@ class Wiring:
         # What the running Synapse lacks, by who needs it.
         self._misfits: dict[str, list[str]] = {}
         self._made_follower: IndexFollower | None = None
+        self._made_unignored: Unignored | None = None
         self._pruning: SynapsePruning | None = None
         if problems := shared_misfits():
             self._all_unfit(problems)
@@ -188,17 +190,28 @@ class Wiring:
             self._made_follower = IndexFollower(self._homeserver, stream)
         return self._made_follower
 
+    @property
+    def _unignored(self) -> Unignored:
+        """Whom this process' users ignored before."""
+        if self._made_unignored is None:
+            events = EventsOfSenders(self._homeserver, self._follower)
+            self._made_unignored = Unignored(self._homeserver, events.find)
+        return self._made_unignored
+
     def _install_delivery(self) -> None:
         from synapse_sticky.handlers.delivery.synapse import SynapseDelivery
 
         delivery = SynapseDelivery(self._homeserver)
         DeliveryHandler(self._follower, delivery).install()
+        if self._homeserver.place.serves("client"):
+            self._unignored.add_to_sync()
 
     def _install_sliding(self) -> None:
         from synapse_sticky.handlers.sliding.synapse import SynapseSliding
 
         homeserver = self._homeserver
-        sliding = SlidingHandler(homeserver, SynapseSliding(homeserver), PageTable(homeserver))
+        sections = SynapseSliding(homeserver, self._unignored)
+        sliding = SlidingHandler(homeserver, sections, PageTable(homeserver))
         sliding.install()
         self._loading.duties["sliding"] = sliding.load
 

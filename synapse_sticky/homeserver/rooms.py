@@ -20,6 +20,7 @@ SEAMS = {
         method(HOMESERVER, "get_storage_controllers() -> StorageControllers"),
         Attribute("synapse.storage.controllers.StorageControllers", "state"),
         method(_STATE, "async get_server_acl_for_room(room_id, /) -> ServerAclEvaluator | None"),
+        Attribute("synapse.util.caches.descriptors.CachedFunction", "invalidate"),
         Attribute("synapse.synapse_rust.acl.ServerAclEvaluator", "server_matches_acl_event"),
         method("synapse.util.stringutils", "parse_server_name(server_name, /) -> tuple[_, _]"),
     ),

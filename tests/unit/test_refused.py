@@ -108,7 +108,7 @@ def test_what_is_sticky_for_a_server_that_was_never_reached(
     def add_events(txn: Any) -> None:
         txn.execute(
             "INSERT INTO destinations (destination, last_successful_stream_ordering)"
-            " VALUES ('there', ?)",
+            " VALUES ('there', ?), ('elsewhere', 5)",
             (last,),
         )
         tried = [("there", "!one:here"), ("there", "!two:here"), ("elsewhere", "!one:here")]

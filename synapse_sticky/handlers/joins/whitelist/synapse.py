@@ -8,6 +8,7 @@ from synapse_sticky.handlers.joins.whitelist.whitelist import Allowed
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.seams import Attribute, table
 
+_MEMBER, _JOIN = EventTypes.Member, Membership.JOIN
 _FEDERATION_CONFIG = "synapse.config.federation.FederationConfig"
 
 SEAMS = (
@@ -48,7 +49,7 @@ class SynapseWhitelist:
             txn.execute(
                 f"SELECT DISTINCT {self._server} FROM current_state_events"
                 " WHERE room_id = ? AND type = ? AND membership = ?",
-                (room_id, EventTypes.Member, Membership.JOIN),
+                (room_id, _MEMBER, _JOIN),
             )
             return [server for (server,) in txn.fetchall()]
 

@@ -119,9 +119,18 @@ class Unignored:
             self._users.popitem(last=False)
 
     def add_to_sync(self) -> None:
-        """From now on /sync has them. Sliding sync asks by itself."""
+        """From now on /sync has them, unless this Synapse does not fit. Sliding sync asks by
+        itself."""
         if not self._is_there:
             return
+        mark = self._homeserver.mark()
+        try:
+            self._add_to_sync()
+        except Exception:
+            self._homeserver.undo_to(mark)
+            logger.warning("What a user does not ignore any more stays away", exc_info=True)
+
+    def _add_to_sync(self) -> None:
         from synapse_sticky.homeserver.tokens import position_of
 
         def make(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:

@@ -135,10 +135,14 @@ class Unignored:
 
         def make(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
             async def sticky_events_by_room(
-                sync_result_builder: Any, now_token: Any, since_token: Any = None, *args: Any
+                sync_result_builder: Any,
+                now_token: Any,
+                since_token: Any = None,
+                *args: Any,
+                **options: Any,
             ) -> Any:
                 reached, by_room = await original(
-                    sync_result_builder, now_token, since_token, *args
+                    sync_result_builder, now_token, since_token, *args, **options
                 )
                 more = await self.events(
                     sync_result_builder.sync_config.user.to_string(),

@@ -6,10 +6,14 @@ memory for it is gone with a restart, or after a back-off of more than an hour. 
 too, what is sticky enters the backlog.
 """
 
+from synapse_sticky.backoff import Backoff, Retrying
 from synapse_sticky.handlers.joins.confirmation.confirmation import Confirmation
 from synapse_sticky.handlers.joins.destinations import Destinations
 from synapse_sticky.handlers.joins.federation import Federation
 from synapse_sticky.homeserver import Homeserver
+from synapse_sticky.homeserver.causes import is_outage
+
+_BACKOFF = Backoff(1_000, 60_000)
 
 _STEP = 20
 """So many pushes are looked at before others have their turn (H3)."""
@@ -29,28 +33,47 @@ class Reached:
         self._federation = federation
         self._destinations = destinations
         self._confirmation = confirmation
-        self._under_way: set[str] = set()
+        self._reached: dict[str, None] = {}
+        self._looking = Retrying(
+            homeserver,
+            "send_on",
+            "Could not look after who can be reached again",
+            self._look,
+            _BACKOFF,
+        )
 
     def note(self, destination: str) -> None:
         """The destination was backed off, and has answered or asked something."""
-        if destination not in self._under_way and self._federation.handles(destination):
-            self._under_way.add(destination)
-            self._homeserver.in_background("send_on", self._send_on, destination)
+        if self._federation.handles(destination):
+            self._reached[destination] = None
+            self._looking.wake()
+
+    async def _look(self) -> None:
+        # One after the other: after an outage of this server they are many.
+        problem: Exception | None = None
+        for destination in [*self._reached]:
+            # Out before it is looked at, as it may be gone and come back meanwhile.
+            del self._reached[destination]
+            try:
+                await self._send_on(destination)
+            except Exception as e:  # noqa: BLE001 - raised below, after the other destinations
+                self._reached[destination], problem = None, e
+                if is_outage(e):
+                    break
+        if problem is not None:
+            raise problem
 
     async def _send_on(self, destination: str) -> None:
-        try:
-            await self._federation.add_if_never_reached(destination)
-            self._destinations.note_backlog(destination, has_backlog=True)
-            self._destinations.progressed(destination)
-            self._confirmation.reachable(destination)
-            for number, push in enumerate(self._destinations.pushes_of(destination), 1):
-                if self._destinations.is_current(push):
-                    push.try_now(self._homeserver.now_ms())
-                    self._confirmation.hasten(push)
-                    self._destinations.news(push)
-                if number % _STEP == 0:
-                    await self._homeserver.give_way()
-        finally:
-            self._under_way.discard(destination)
-            self._destinations.schedule(destination)
-            self._federation.wake(destination)
+        await self._federation.add_if_never_reached(destination)
+        self._destinations.note_backlog(destination, has_backlog=True)
+        self._destinations.progressed(destination)
+        self._confirmation.reachable(destination)
+        for number, push in enumerate(self._destinations.pushes_of(destination), 1):
+            if self._destinations.is_current(push):
+                push.try_now(self._homeserver.now_ms())
+                self._confirmation.hasten(push)
+                self._destinations.news(push)
+            if number % _STEP == 0:
+                await self._homeserver.give_way()
+        self._destinations.schedule(destination)
+        self._federation.wake(destination)

@@ -1,5 +1,6 @@
 """What stopped delivery ends while the events are sticky: then they arrive (H7)."""
 
+import time
 from typing import Any
 from urllib.parse import quote
 
@@ -223,6 +224,34 @@ def test_a_whitelist_put_right_at_a_restart(servers: Servers, peer: Peer) -> Non
     server.write_config()
     server.restart()
     wait_until_it_has(peer, missed)
+
+
+@pytest.mark.slow
+@pytest.mark.one_process
+@pytest.mark.requirement("H7", "P2", "E4")
+def test_a_server_that_was_never_reached(servers: Servers) -> None:
+    """It was in the room before. Synapse cannot catch up with it."""
+    a, b, c = servers({}, {}, {"forwarded": True})
+    assert c.forwarder is not None
+    alice, bob, carol = a.user(), b.user(), c.user()
+    room_id = room_of(alice, carol, via=a)
+    introduce(c, b)
+    c.forwarder.offline()
+    bob.join(room_id, a.name)
+    missed = {bob.send_sticky(room_id) for _ in range(3)}
+    wait_until(lambda: b.log_has(f"TX [{c.name}]"), "an attempt")
+    b.kill()
+    # As after some more attempts.
+    now_ms = int(time.time() * 1000)
+    b.change(
+        f"UPDATE destinations SET retry_last_ts = {now_ms}, retry_interval = 3000000,"
+        f" failure_ts = {now_ms} WHERE destination = '{c.name}'"
+    )
+    b.start()
+    b.wait_until_ready()
+    c.forwarder.online()
+    wait_until(lambda: carol.send(room_id) and b.log_has(f"origin '{c.name}' as up"), "a contact")
+    assert carol.collect_sticky(room_id, missed, SOON_S).keys() >= missed
 
 
 @pytest.mark.slow

@@ -535,12 +535,24 @@ def test_what_a_server_lacks_that_was_never_reached_becomes_a_push() -> None:
 
 
 @pytest.mark.requirement("H7", "E4")
-def test_before_it_is_known_who_may_get_it_nothing_goes_out() -> None:
+@pytest.mark.parametrize("first_load_fails", [False, True])
+def test_before_it_is_known_who_may_get_it_nothing_goes_out(*, first_load_fails: bool) -> None:
     """Synapse's own selection knows of no ACL. It has to do if the first load fails."""
     here = Here(NOW_MS + HOUR_MS, [12])
     handler = install(here)
     next_batch = functools.partial(here.callbacks["serve_backlog_from"], "there", 50)
     assert done(next_batch()) is None
+
+    def fail() -> None:
+        raise OSError("the connection is lost")
+
+    if first_load_fails:
+        here.before_newcomers = fail
+        with pytest.raises(OSError, match="lost"):
+            done(handler.load())
+        with pytest.raises(LeftToSynapseError):
+            done(next_batch())
+        here.before_newcomers = lambda: None
     done(handler.load())
     assert here.woken == ["there"]
     assert done(next_batch()).event_ids == ["$12"]

@@ -129,11 +129,11 @@ class JoinsHandler:
             await self._load()
         finally:
             self._is_starting = False
-        for number, destination in enumerate(self._early, 1):
-            self._federation.wake(destination)
-            if number % _STEP == 0:
-                await self._homeserver.give_way()
-        self._early.clear()
+            early, self._early = self._early, {}
+            for number, destination in enumerate(early, 1):
+                self._federation.wake(destination)
+                if number % _STEP == 0:
+                    await self._homeserver.give_way()
 
     async def _load(self) -> None:
         await migrate(self._homeserver, self._table)

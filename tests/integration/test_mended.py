@@ -94,7 +94,6 @@ def deny_before_the_first_push(
     return old
 
 
-@pytest.mark.one_process
 @pytest.mark.requirement("H7", "P3", "E4")
 @pytest.mark.parametrize("is_killed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_an_acl_put_right(servers: Servers, peer: Peer, is_killed: bool) -> None:
@@ -142,7 +141,6 @@ def acl_at(alice: Client, room_id: str) -> object:
     return None
 
 
-@pytest.mark.one_process
 @pytest.mark.requirement("H7", "P1", "E4")
 @pytest.mark.parametrize("is_killed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_what_was_sent_while_an_acl_denied_this_server(
@@ -255,7 +253,6 @@ def test_a_server_that_was_never_reached(servers: Servers) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.one_process
 @pytest.mark.requirement("H7", "P3")
 def test_both_ends_with_the_module(servers: Servers) -> None:
     a, c = servers({"config": NO_LIMITS}, {"host": HOST, "forwarded": True, "config": NO_LIMITS})

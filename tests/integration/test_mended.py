@@ -142,7 +142,10 @@ def acl_at(alice: Client, room_id: str) -> object:
 
 
 @pytest.mark.requirement("H7", "P1", "E4")
-@pytest.mark.parametrize("is_killed", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "is_killed",
+    [pytest.param(False, marks=pytest.mark.workers), pytest.param(True, marks=pytest.mark.slow)],
+)
 def test_what_was_sent_while_an_acl_denied_this_server(
     servers: Servers, peer: Peer, is_killed: bool
 ) -> None:
@@ -176,6 +179,7 @@ def is_offered(peer: Peer, count: int) -> bool:
     return sum(1 for pdu in peer.received if pdu not in peer.events.values()) >= count
 
 
+@pytest.mark.slow
 @pytest.mark.one_process
 @pytest.mark.requirement("H7", "P1", "H1")
 @pytest.mark.parametrize("is_newcomer", [False, True])
@@ -283,10 +287,11 @@ def test_both_ends_with_the_module(servers: Servers) -> None:
 
 def ignore(user: Client, *others: Client) -> None:
     """The user ignores these, and nobody else."""
-    content = {"ignored_users": {other.user_id: {} for other in others}}
+    content: Any = {"ignored_users": {other.user_id: {} for other in others}}
     user.request("PUT", f"user/{user.user_id}/account_data/m.ignored_user_list", content)
 
 
+@pytest.mark.slow
 @pytest.mark.one_process
 @pytest.mark.requirement("H7", "D6", "D4")
 @pytest.mark.parametrize("is_sliding", [False, True])
@@ -318,6 +323,7 @@ def test_who_is_not_ignored_any_more(three: list[Homeserver], is_sliding: bool) 
     assert shown() == [later]
 
 
+@pytest.mark.slow
 @pytest.mark.one_process
 @pytest.mark.requirement("H7", "D5", "D8")
 @pytest.mark.parametrize("is_sliding", [False, True])
@@ -344,6 +350,7 @@ def test_who_is_not_banned_any_more(three: list[Homeserver], is_sliding: bool) -
         assert {before, missed} == {*sticky_events(answer, room_id)}
 
 
+@pytest.mark.slow
 @pytest.mark.one_process
 @pytest.mark.requirement("H7")
 def test_who_is_not_shadow_banned_any_more(three: list[Homeserver]) -> None:

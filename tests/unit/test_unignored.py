@@ -30,7 +30,7 @@ class Syncs:
 
     def ignore(self, *user_ids: str) -> int:
         """The user ignores these, and nobody else. Gives the position after that."""
-        content = {"ignored_users": {user_id: {} for user_id in user_ids}}
+        content: Any = {"ignored_users": {user_id: {} for user_id in user_ids}}
         done(self.store.add_account_data_for_user(self.user_id, "m.ignored_user_list", content))
         return self.now()
 

@@ -73,7 +73,7 @@ def start(world: World, process: ThisProcess, allowed: Sequence[str] | None) -> 
 
 def backlog(world: World) -> set[tuple[str, str, int]]:
     select = "SELECT destination, room_id, sticky_events_stream_position"
-    return {*world.execute(f"{select} FROM destination_rooms_sticky_events_backlog")}  # type: ignore[arg-type]
+    return {*world.execute(f"{select} FROM destination_rooms_sticky_events_backlog")}
 
 
 @pytest.mark.requirement("H7", "P3")

@@ -63,13 +63,16 @@ class Ending:
             )
         push.settle()
         self._newcomers.note(push)
-        await self._end(push, still_watched=watched)
+        try:
+            await self._end(push, still_watched=watched)
+        except Exception:
+            push.is_settled = False  # its row does not say so
+            raise
 
     async def _end(self, push: Push, *, still_watched: bool) -> None:
         if not self._destinations.is_current(push):
             return  # the server has joined anew meanwhile
-        if not still_watched:
-            self._destinations.remove(push)
+        dirty_marks = push.dirty_marks
         newcomer = Newcomer(
             push.destination, push.room_id, push.position, push.stored_watch_until_ms
         )
@@ -78,6 +81,10 @@ class Ending:
             still_watched=still_watched,
             clear_backlog_txn=self._federation.clear_backlog_txn,
         )
+        # If the write fails, the push is still there, and it is written again.
+        is_as_written = self._destinations.is_current(push) and push.dirty_marks == dirty_marks
+        if is_as_written and not still_watched:
+            self._destinations.remove(push)
 
     async def hold(self, push: Push) -> None:
         """Nothing may be sent now. That ends the push if its destination has left. This server may

@@ -66,13 +66,13 @@ class Reached:
     async def _send_on(self, destination: str) -> None:
         await self._federation.add_if_never_reached(destination)
         self._destinations.note_backlog(destination, has_backlog=True)
-        self._destinations.progressed(destination)
+        self._destinations.check_soon(destination)
         self._confirmation.reachable(destination)
         for number, push in enumerate(self._destinations.pushes_of(destination), 1):
             if self._destinations.is_current(push):
                 push.try_now(self._homeserver.now_ms())
                 self._confirmation.hasten(push)
-                self._destinations.news(push)
+                self._destinations.look_now(push)
             if number % _STEP == 0:
                 await self._homeserver.give_way()
         self._destinations.schedule(destination)

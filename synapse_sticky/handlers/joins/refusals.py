@@ -81,12 +81,12 @@ class Refusals:
                 continue
             # A push that is blocked need not know one by one what it has to send later.
             if not push.is_blocked:
-                self._pushed.named(push, [*refused])
+                self._pushed.take_in_named(push, [*refused])
                 if count := push.refuse([*refused], now_ms):
                     logger.info("%s refuses %d events of %s for now", destination, count, room_id)
             for event_id, stream_id in refused.items():
                 push.refused(stream_id, event_id)
-            self._destinations.news(push)
+            self._destinations.look_now(push)
         self._destinations.schedule(destination)
         if self._new:
             await self._writing.run()

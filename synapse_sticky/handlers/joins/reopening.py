@@ -82,8 +82,8 @@ class Reopening:
                 push.is_blocked = False
                 push.try_now(self._homeserver.now_ms(), is_sent=False)
                 self._confirmation.hasten(push)
-                self._destinations.progressed(push.destination)
-                self._destinations.news(push)
+                self._destinations.check_soon(push.destination)
+                self._destinations.look_now(push)
                 self._destinations.schedule(push.destination)
                 self._federation.wake(push.destination)
             if number % _STEP == 0:

@@ -8,7 +8,7 @@ from synapse_sticky.handlers.joins.sent import MOST_SENDS, FirstContact, Sent
 
 
 class Confirmable:
-    """The part of a push that follows what the newcomer is found to have.
+    """The part of a push that follows what the newcomer answers.
 
     delivered_count: how many events it was found to have, or believed to have.
     """

@@ -30,7 +30,7 @@ SEAMS = (
     method(HOMESERVER, "get_sync_handler() -> SyncHandler"),
     method(
         f"{_SYNC}.SyncHandler",
-        "async sticky_events_by_room(sync_result_builder, now_token, since_token, /)"
+        "async sticky_events_by_room(sync_result_builder, now_token, /, since_token)"
         " -> tuple[_, _]",
         is_replaced=True,
     ),

@@ -27,6 +27,11 @@ DENIES_THE_SERVER = {"allow": ["*"], "allow_ip_literals": False}
 ALLOWS_ALL = {"allow": ["*"], "allow_ip_literals": True}
 ACL = "m.room.server_acl"
 
+KILLED_OR_NOT = pytest.mark.parametrize(
+    "is_killed",
+    [pytest.param(False, marks=pytest.mark.workers), pytest.param(True, marks=pytest.mark.slow)],
+)
+
 HOST = "127.0.0.1"
 """Of the server under test: an ACL can tell it from the peer."""
 
@@ -95,7 +100,7 @@ def deny_before_the_first_push(
 
 
 @pytest.mark.requirement("H7", "P3", "E4")
-@pytest.mark.parametrize("is_killed", [False, pytest.param(True, marks=pytest.mark.slow)])
+@KILLED_OR_NOT
 def test_an_acl_put_right(servers: Servers, peer: Peer, is_killed: bool) -> None:
     (server,) = servers({"host": HOST, "config": NO_LIMITS})
     alice = server.user()
@@ -142,10 +147,7 @@ def acl_at(alice: Client, room_id: str) -> object:
 
 
 @pytest.mark.requirement("H7", "P1", "E4")
-@pytest.mark.parametrize(
-    "is_killed",
-    [pytest.param(False, marks=pytest.mark.workers), pytest.param(True, marks=pytest.mark.slow)],
-)
+@KILLED_OR_NOT
 def test_what_was_sent_while_an_acl_denied_this_server(
     servers: Servers, peer: Peer, is_killed: bool
 ) -> None:

@@ -272,6 +272,9 @@ def test_both_ends_with_the_module(servers: Servers) -> None:
     c.forwarder.hold()
     carol.join(room_id, a.name)
     wait_until_seen(a, c, room_id)
+    # It asks for the room's state after the join. An ACL would deny it that, too.
+    partial = "SELECT 1 FROM partial_state_rooms WHERE room_id = ?"
+    wait_until(lambda: not c.query(partial, room_id), "the state to be whole")
     alice.send_state(room_id, ACL, DENIES_THE_SERVER)
     c.forwarder.release()
     held = f"{c.name} may not get events of {room_id} now"

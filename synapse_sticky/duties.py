@@ -7,7 +7,7 @@ from typing import Any
 
 import attr
 
-from synapse_sticky.homeserver import access, changed, database, remaining, schema
+from synapse_sticky.homeserver import access, changed, database, remaining, schema, unignored
 from synapse_sticky.homeserver.fitting import Columns, misfits
 from synapse_sticky.homeserver.place import Place
 from synapse_sticky.homeserver.seams import Seam, Table, imports_of
@@ -188,8 +188,9 @@ DUTIES: Mapping[str, Duty] = {
         _whole(
             "joins",
             (
-                *(*_INDEX, *_SERVERS, "handlers.joins.synapse", "handlers.joins.detection.synapse"),
-                "handlers.joins.confirmation.synapse",
+                *(*_INDEX, *_SERVERS, "handlers.joins.synapse", "handlers.joins.backlog.synapse"),
+                *("handlers.joins.detection.synapse", "handlers.joins.confirmation.synapse"),
+                "handlers.joins.whitelist.synapse",
             ),
             "servers that newly join a room do not get its sticky events",
             lambda place: place.sends,
@@ -291,6 +292,7 @@ def _every_seam() -> Iterator[Seam]:
     yield from schema.SEAMS
     yield from changed.SEAMS
     yield from remaining.SEAMS
+    yield from unignored.SEAMS
     yield from seams_of(_PERSISTED)
     yield from seams_of(CHECK)
     for layer in access.SEAMS.values():

@@ -18,6 +18,7 @@ from synapse_sticky.handlers.delivery.ttl.handler import TtlHandler
 from synapse_sticky.handlers.extremities.handler import ExtremitiesHandler
 from synapse_sticky.handlers.joins.handler import JoinsHandler
 from synapse_sticky.handlers.joins.tables import NewcomerTable
+from synapse_sticky.handlers.joins.whitelist.whitelist import Whitelist
 from synapse_sticky.handlers.receipt.handler import ReceiptHandler
 from synapse_sticky.handlers.sending.handler import SendingHandler
 from synapse_sticky.handlers.sliding.handler import SlidingHandler
@@ -34,7 +35,8 @@ from synapse_sticky.homeserver.access import Access
 from synapse_sticky.homeserver.database import read_columns
 from synapse_sticky.homeserver.received import Received
 from synapse_sticky.homeserver.seams import SeamMismatchError
-from synapse_sticky.index import IndexFollower
+from synapse_sticky.homeserver.unignored import Unignored
+from synapse_sticky.index import EventsOfSenders, IndexFollower
 from synapse_sticky.limits import LimitReport
 from synapse_sticky.loading import Loading
 from synapse_sticky.plan import (
@@ -74,6 +76,7 @@ class Wiring:
         # What the running Synapse lacks, by who needs it.
         self._misfits: dict[str, list[str]] = {}
         self._made_follower: IndexFollower | None = None
+        self._made_unignored: Unignored | None = None
         self._pruning: SynapsePruning | None = None
         if problems := shared_misfits():
             self._all_unfit(problems)
@@ -196,11 +199,21 @@ class Wiring:
             self._made_follower = IndexFollower(self._homeserver, stream)
         return self._made_follower
 
+    @property
+    def _unignored(self) -> Unignored:
+        """Whom this process' users ignored before."""
+        if self._made_unignored is None:
+            events = EventsOfSenders(self._homeserver, self._follower)
+            self._made_unignored = Unignored(self._homeserver, events.find)
+        return self._made_unignored
+
     def _install_delivery(self) -> None:
         from synapse_sticky.handlers.delivery.synapse import SynapseDelivery
 
         delivery = SynapseDelivery(self._homeserver)
         DeliveryHandler(self._follower, delivery).install()
+        if self._homeserver.place.serves("client"):
+            self._unignored.add_to_sync()
 
     def _install_delivery_ttl(self) -> None:
         from synapse_sticky.handlers.delivery.ttl.synapse import SynapseTelling
@@ -211,7 +224,8 @@ class Wiring:
         from synapse_sticky.handlers.sliding.synapse import SynapseSliding
 
         homeserver = self._homeserver
-        sliding = SlidingHandler(homeserver, SynapseSliding(homeserver), PageTable(homeserver))
+        sections = SynapseSliding(homeserver, self._unignored)
+        sliding = SlidingHandler(homeserver, sections, PageTable(homeserver))
         sliding.install()
         self._loading.duties["sliding"] = sliding.load
 
@@ -229,11 +243,13 @@ class Wiring:
         from synapse_sticky.handlers.joins.confirmation.synapse import SynapseAsking
         from synapse_sticky.handlers.joins.detection.synapse import SynapseStateChanges
         from synapse_sticky.handlers.joins.synapse import SynapseFederation
+        from synapse_sticky.handlers.joins.whitelist.synapse import SynapseWhitelist
         from synapse_sticky.homeserver.rooms import Rooms
 
         homeserver = self._homeserver
         rooms = Rooms(homeserver)
-        federation = SynapseFederation(homeserver, rooms)
+        federation, table = SynapseFederation(homeserver, rooms), NewcomerTable(homeserver)
+        whitelist = Whitelist(homeserver, SynapseWhitelist(homeserver), federation, table)
         joins = JoinsHandler(
             homeserver,
             rooms,
@@ -241,11 +257,16 @@ class Wiring:
             federation,
             SynapseAsking(homeserver),
             SynapseStateChanges(homeserver),
-            NewcomerTable(homeserver),
+            table,
             self._config.joins,
         )
         joins.install()
-        self._loading.duties["joins"] = joins.load
+
+        async def load() -> None:
+            await joins.load()
+            whitelist.begin()
+
+        self._loading.duties["joins"] = load
 
     def _install_pruning(self) -> None:
         from synapse_sticky.handlers.staging.pruning.synapse import SynapsePruning

@@ -1,6 +1,6 @@
 """Who is in a room now, and who may get its events: membership, ACLs, erasure."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 from synapse.api.constants import EventTypes, Membership
@@ -20,6 +20,7 @@ SEAMS = {
         method(HOMESERVER, "get_storage_controllers() -> StorageControllers"),
         Attribute("synapse.storage.controllers.StorageControllers", "state"),
         method(_STATE, "async get_server_acl_for_room(room_id, /) -> ServerAclEvaluator | None"),
+        Attribute("synapse.util.caches.descriptors.CachedFunction", "invalidate"),
         Attribute("synapse.synapse_rust.acl.ServerAclEvaluator", "server_matches_acl_event"),
         method("synapse.util.stringutils", "parse_server_name(server_name, /) -> tuple[_, _]"),
     ),
@@ -44,13 +45,6 @@ class Rooms:
     async def is_in_room(self, room_id: str) -> bool:
         """Is this server in the room, by what the database says at this moment?"""
         return await self._has_member_now(room_id, self._homeserver.server_name)
-
-    async def may_send(self, room_id: str) -> bool:
-        """Is this server in the room, and not denied by its ACL? If not, no other server takes its
-        events."""
-        return await self.is_in_room(room_id) and await self.acl_allows(
-            room_id, self._homeserver.server_name
-        )
 
     async def is_user_joined(self, room_id: str, user_id: str) -> bool:
         """Is this local user joined to the room?"""
@@ -84,6 +78,18 @@ class Rooms:
         state: Any = self._homeserver.hs.get_storage_controllers().state
         acl = await state.get_server_acl_for_room(room_id)
         return acl is None or acl.server_matches_acl_event(parse_server_name(server)[0])
+
+    async def acl_now(self, room_id: str) -> Callable[[str], bool]:
+        """Which servers the room's ACL allows, by what the database says at this moment."""
+        from synapse.util.stringutils import parse_server_name
+
+        state: Any = self._homeserver.hs.get_storage_controllers().state
+        # Synapse forgets the ACL that it knows some time after a change of it.
+        state.get_server_acl_for_room.invalidate((room_id,))
+        acl = await state.get_server_acl_for_room(room_id)
+        return lambda server: (
+            acl is None or acl.server_matches_acl_event(parse_server_name(server)[0])
+        )
 
     async def erased(self, user_ids: Collection[str]) -> set[str]:
         """Those of the users who asked for the erasure of their data (P6)."""

@@ -161,19 +161,24 @@ def test_an_answer_that_says_nothing(
 
 @pytest.mark.slow
 @pytest.mark.one_process
-@pytest.mark.requirement("P7", "H2")
-def test_an_error_for_an_event_is_an_answer(servers: Servers, peer: Peer) -> None:
+@pytest.mark.requirement("P7", "H2", "H7")
+def test_an_error_for_an_event_may_pass(servers: Servers, peer: Peer) -> None:
     (server,) = servers({"config": {**NO_LIMITS, "joins": {"retry_max": "1s"}}})
     alice = server.user()
     room_id = alice.create_room()
     taken, *refused = [alice.send_sticky(room_id) for _ in range(10)]
     peer.refuses = {*refused}.__contains__
     peer.join(server, room_id, peer.user("eve"))
-    wait_until_all_pushed(server, room_id)
+    wait_until(lambda: len(peer.received) >= 1 + 2 * len(refused), "all to be sent again")
     assert taken in peer.events
-    times = Counter(pdu["hashes"]["sha256"] for pdu in peer.received)
-    assert sorted(times.values()) == [1, *[MOST_SENDS] * len(refused)]
     assert server.log_has(f"{peer.name} refuses {len(refused)} events of {room_id}")
+    times = Counter(pdu["hashes"]["sha256"] for pdu in peer.received)
+    assert min(times.values()) == 1
+    assert max(times.values()) <= 3, "one at a time, another one each time"
+    # Whatever it was, it has passed.
+    peer.refuses = lambda event_id: False
+    wait_until(lambda: {*refused} <= peer.events.keys(), "all to be taken")
+    wait_until_all_pushed(server, room_id)
 
 
 @pytest.mark.one_process

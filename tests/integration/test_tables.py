@@ -38,7 +38,10 @@ pytestmark = [pytest.mark.one_process, pytest.mark.slow]
 
 TABLES = {
     "sliding": ("synapse_sticky_pages",),
-    "joins": ("synapse_sticky_newcomers", "synapse_sticky_state_positions"),
+    "joins": (
+        *("synapse_sticky_newcomers", "synapse_sticky_state_positions"),
+        "synapse_sticky_whitelists",
+    ),
     "deferral": ("synapse_sticky_deferred",),
     "parking": ("synapse_sticky_incomplete",),
 }

@@ -3,7 +3,7 @@
 import functools
 import sqlite3
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attr
@@ -12,11 +12,13 @@ from twisted.internet import defer
 
 from synapse_sticky._core import StickyIndex
 from synapse_sticky.config import JoinsConfig
+from synapse_sticky.handlers.joins import refusals
 from synapse_sticky.handlers.joins.detection.reader import RoomChanges
 from synapse_sticky.handlers.joins.federation import LeftToSynapseError
 from synapse_sticky.handlers.joins.handler import JoinsHandler
 from synapse_sticky.handlers.joins.sent import GRACE_MS
 from synapse_sticky.handlers.joins.tables import Newcomer, NewcomerTable
+from synapse_sticky.index import StickyRow
 from tests.unit.settable import Settable
 from tests.unit.test_limits import done
 
@@ -63,7 +65,10 @@ class Here(Settable):
         self.calls: list[str] = []
         self.stream_position = 1
         self.changed_at = 2
-        self.is_allowed = True
+        self.changes: list[RoomChanges] = []
+        self.denied: set[str] = set()
+        self.gone: set[str] = set()
+        self.reached = {"there"}
         self.backlogged: list[tuple[str, int]] = []
         self.failing: dict[str, Exception] = {}
         self.asked: Counter[str] = Counter()
@@ -88,7 +93,18 @@ class Here(Settable):
 
     async def page(self, **page: int) -> tuple[int, list[RoomChanges]]:
         self.calls.append("page")
-        return page["up_to"], []
+        changes, self.changes = self.changes, []
+        return page["up_to"], changes
+
+    def change_acl(self, room_id: str) -> None:
+        """There is a new ACL, which this process reads of."""
+        self.stream_position += 1
+        self.changed_at = self.stream_position
+        self.changes = [RoomChanges(room_id, [], 1, has_new_acl=True)]
+        self.callbacks["on_advance"]()
+
+    async def server_joins(self, rooms: Any, **options: Any) -> list[Any]:
+        return []
 
     async def record_joins(self, *page: Any) -> None: ...
 
@@ -107,6 +123,8 @@ class Here(Settable):
         """The tables are there."""
 
     def clear_backlog_txn(self, *args: Any) -> None: ...
+
+    def add_backlog_txn(self, *args: Any) -> None: ...
 
     def state_position(self, *now: Any) -> Any:
         """Of the stream, and of the table, where it is waited for."""
@@ -136,10 +154,35 @@ class Here(Settable):
 
     async def may_receive(self, room_id: str, destination: str) -> bool:
         self.meanwhile()
-        return self.is_allowed
+        concerned = {"here", destination}
+        return not concerned & self.gone and not concerned & self.denied
 
-    async def may_send(self, room_id: str) -> bool:
-        return self.is_allowed
+    async def is_there(self, room_id: str, destination: str) -> bool:
+        return destination not in self.gone
+
+    async def is_in_room(self, room_id: str) -> bool:
+        return "here" not in self.gone
+
+    async def acl_allows(self, room_id: str, server: str) -> bool:
+        return server not in self.denied
+
+    async def acl_now(self, room_id: str) -> Callable[[str], bool]:
+        self.calls.append("acl_now")
+        return lambda server: server not in self.denied
+
+    async def rows_of(self, event_ids: Sequence[str]) -> dict[str, StickyRow]:
+        rows = {e: row for e in event_ids if (row := self.index.get(e))}
+        return {
+            e: StickyRow(at, "here", room_id, e, sender, until_ms, True)
+            for e, (at, room_id, _, sender, until_ms) in rows.items()
+        }
+
+    async def add_to_backlog(self, some: Sequence[tuple[str, str, int]]) -> None:
+        self.backlogged += [(room_id, at) for _, room_id, at in some]
+
+    async def add_if_never_reached(self, destination: str) -> None:
+        if destination not in self.reached:
+            self.backlogged.append(("!room", 10))
 
     async def erased(self, user_ids: set[str]) -> set[str]:
         return set()
@@ -297,19 +340,225 @@ def test_while_the_index_is_made_anew_nothing_counts_as_gone() -> None:
     assert done(next_batch()).event_ids == ["$13"]
 
 
-@pytest.mark.requirement("P7", "H2")
-def test_what_is_refused_goes_out_once_more() -> None:
+@pytest.mark.requirement("P7", "H2", "H7")
+def test_what_is_refused_goes_out_again() -> None:
     here = Here(NOW_MS + HOUR_MS, [10])
     start(here)
     next_batch = functools.partial(here.callbacks["serve_backlog_from"], "there", 50)
-    longest_ms = JoinsConfig().retry_max_ms
-    for _ in range(2):
+    for _ in range(5):
         assert done(next_batch()).event_ids == ["$10"]
-        here.callbacks["on_refused"]("there", {"!elsewhere", "!room"}, ["$10"])
+        done(here.callbacks["on_refused"]("there", {"!elsewhere", "!room"}, ["$10"]))
         assert done(next_batch()) is None
-        here.clock_ms += longest_ms
+        here.clock_ms += JoinsConfig().retry_max_ms
+    assert not here.settled
+    assert not here.backlogged, "it is pushed already"
+
+
+@pytest.mark.requirement("H7", "E4")
+def test_what_the_ordinary_queue_had_refused_becomes_a_push() -> None:
+    here = Here(NOW_MS + HOUR_MS, [10, 11, 12])
+    start(here)
+    here.index.insert(
+        [
+            (13, "here", "!other", "$13", "@alice:here", NOW_MS + HOUR_MS),
+            (14, "here", "!other", "$14", "@alice:here", NOW_MS + HOUR_MS),
+            (15, "here", "!other", "$15", "@bob:there", NOW_MS + HOUR_MS),
+            (16, "here", "!other", "$16", "@alice:here", NOW_MS - 1),
+            (17, "here", "!third", "$17", "@alice:here", NOW_MS + HOUR_MS),
+        ]
+    )
+    here.woken.clear()
+    refused = ["$14", "$13", "$15", "$16", "$17", "$of-nobody"]
+    done(here.callbacks["on_refused"]("elsewhere", {"!other"}, refused))
+    assert here.backlogged == [("!other", 13)], "from the first one on, and of its rooms only"
+    assert here.woken == ["elsewhere"]
+    here.in_database = 14
+    batch = done(here.callbacks["serve_backlog_from"]("elsewhere", 50))
+    assert batch.event_ids == ["$13"], "one, as it may be refused again"
+    done(here.callbacks["on_acknowledged"]("elsewhere", [("!other", "$13")]))
+    assert done(here.callbacks["serve_backlog_from"]("elsewhere", 50)).event_ids == ["$14"]
+
+
+@pytest.mark.requirement("H7", "H1")
+def test_what_is_refused_is_noted_once_the_database_is_back() -> None:
+    here = Here(NOW_MS + HOUR_MS, [10])
+    start(here)
+    add = here.add_to_backlog
+
+    async def fail(some: Sequence[tuple[str, str, int]]) -> None:
+        raise OSError("the connection is lost")
+
+    here.add_to_backlog = fail  # type: ignore[method-assign]
+    done(here.callbacks["on_refused"]("elsewhere", {"!room"}, ["$10"]))
+    assert here.backlogged == []
+    here.add_to_backlog = add  # type: ignore[method-assign]
+    done(here.timers[0].function())
+    assert here.backlogged == [("!room", 10)]
+
+
+@pytest.mark.requirement("H3", "H7")
+def test_strangers_begin_a_bounded_number_of_pushes_by_refusing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(refusals, "MOST_AN_HOUR", 100)
+    here = Here(NOW_MS + HOUR_MS, [10])
+    start(here)
+    for number in range(300):
+        done(here.callbacks["on_refused"](f"server{number}", {"!room"}, ["$10"]))
+    assert len(here.backlogged) == 100
+    here.clock_ms += HOUR_MS
+    here.index.insert([(11, "here", "!room", "$11", "@alice:here", NOW_MS + 2 * HOUR_MS)])
+    done(here.callbacks["on_refused"]("another", {"!room"}, ["$11"]))
+    assert len(here.backlogged) == 101
+
+
+@pytest.mark.requirement("P3", "H7")
+@pytest.mark.parametrize("denied", ["here", "there"])
+def test_what_an_acl_holds_back_goes_out_as_soon_as_it_is_lifted(denied: str) -> None:
+    here = Here(NOW_MS + HOUR_MS, [12])
+    start(here)
+    next_batch = functools.partial(here.callbacks["serve_backlog_from"], "there", 50)
+    here.denied = {denied}
+    for _ in range(12):
+        assert done(next_batch()) is None
+        here.clock_ms += 60_000
+    assert here.settled == [], "the push and its row stay"
+    # Another change does not lift it.
+    here.woken.clear()
+    here.change_acl("!room")
+    assert here.woken == []
+    here.denied = set()
+    here.change_acl("!elsewhere")
+    assert here.woken == []
+    here.change_acl("!room")
+    assert here.woken == ["there"]
+    assert done(next_batch()).event_ids == ["$12"]
+
+
+@pytest.mark.requirement("P3", "H7")
+def test_who_leaves_while_an_acl_denies_it_gets_nothing() -> None:
+    here = Here(NOW_MS + HOUR_MS, [12])
+    start(here)
+    next_batch = functools.partial(here.callbacks["serve_backlog_from"], "there", 50)
+    here.denied = {"there"}
     assert done(next_batch()) is None
-    assert here.settled, "nothing is left"
+    here.gone = {"there"}
+    here.clock_ms += 600_000
+    assert done(next_batch()) is None
+    assert here.settled == [False]
+    here.denied = here.gone = set()
+    here.change_acl("!room")
+    assert done(next_batch()) is None
+
+
+@pytest.mark.requirement("H7")
+def test_what_was_refused_goes_out_as_soon_as_the_acl_changes() -> None:
+    """The other server may know of it earlier than this one, and later."""
+    here = Here(NOW_MS + HOUR_MS, [12, 13])
+    start(here)
+    next_batch = functools.partial(here.callbacks["serve_backlog_from"], "there", 50)
+    for _ in range(20):
+        here.clock_ms += 72_000
+        done(here.callbacks["on_refused"]("there", {"!room"}, done(next_batch()).event_ids))
+    assert done(next_batch()) is None
+    here.woken.clear()
+    here.change_acl("!room")
+    assert here.woken == ["there"]
+    first = done(next_batch())
+    done(here.callbacks["on_refused"]("there", {"!room"}, first.event_ids))
+    here.clock_ms += 700
+    second = done(next_batch())
+    done(here.callbacks["on_acknowledged"]("there", [("!room", second.event_ids[0])]))
+    assert {*second.event_ids, *done(next_batch()).event_ids} == {"$12", "$13"}
+
+
+@pytest.mark.requirement("H3", "H7")
+def test_whom_an_acl_denies_is_looked_at_ever_less_often() -> None:
+    here = Here(NOW_MS + HOUR_MS, [12])
+    here.denied = {"there"}
+    start(here)
+    looks = 0
+    until_ms = NOW_MS + HOUR_MS // 2
+    while here.clock_ms < until_ms:
+        looks += 1
+        assert done(here.callbacks["serve_backlog_from"]("there", 50)) is None
+        here.clock_ms += max(here.timers[0].delay_ms, 1)
+        # New events change nothing.
+        here.callbacks["on_new_events"](["!room"])
+    assert looks <= 15
+    assert here.asked["!room"] <= 1, "nothing is read before it may be sent"
+
+
+@pytest.mark.requirement("H3", "H7")
+def test_whom_an_acl_denies_is_forgotten_once_all_has_expired() -> None:
+    here = Here(NOW_MS - 1, [12])
+    here.denied = {"there"}
+    here.in_database = 10
+    start(here)
+    assert done(here.callbacks["serve_backlog_from"]("there", 50)) is None
+    here.clock_ms += HOUR_MS // 2
+    done(here.timers[0].function("there"))
+    assert here.settled == []
+    here.clock_ms += HOUR_MS
+    here.index.expire(here.clock_ms, 100)
+    done(here.timers[0].function("there"))
+    assert here.settled == [False]
+
+
+@pytest.mark.requirement("H7", "P2")
+def test_what_waits_for_a_server_goes_out_once_it_can_be_reached() -> None:
+    here = Here(NOW_MS + HOUR_MS, [12, 13])
+    start(here)
+    next_batch = functools.partial(here.callbacks["serve_backlog_from"], "there", 50)
+    for _ in range(8):  # none of them gets through
+        assert len(done(next_batch()).event_ids) == 1
+        assert done(next_batch()) is None
+        here.clock_ms += 360_000
+    assert done(next_batch()) is not None
+    assert done(next_batch()) is None
+    here.woken.clear()
+    here.callbacks["on_reachable"]("there")
+    assert here.woken == ["there"]
+    sent = done(next_batch()).event_ids
+    assert done(next_batch()) is None, "it may not know the room"
+    done(here.callbacks["on_acknowledged"]("there", [("!room", sent[0])]))
+    assert {*sent, *done(next_batch()).event_ids} == {"$12", "$13"}
+
+
+@pytest.mark.requirement("H7", "P2", "E4")
+def test_what_a_server_lacks_that_was_never_reached_becomes_a_push() -> None:
+    """Synapse has nothing to catch up from, and forgets what it has in memory."""
+    here = Here(NOW_MS + HOUR_MS, [10, 11])
+    start(here)
+    here.in_database = 11
+    here.woken.clear()
+    here.callbacks["on_reachable"]("elsewhere")
+    assert here.woken == ["elsewhere"]
+    assert done(here.callbacks["serve_backlog_from"]("elsewhere", 50)).event_ids == ["$10"]
+
+
+@pytest.mark.requirement("H7", "E4")
+@pytest.mark.parametrize("first_load_fails", [False, True])
+def test_before_it_is_known_who_may_get_it_nothing_goes_out(*, first_load_fails: bool) -> None:
+    """Synapse's own selection knows of no ACL. It has to do if the first load fails."""
+    here = Here(NOW_MS + HOUR_MS, [12])
+    handler = install(here)
+    next_batch = functools.partial(here.callbacks["serve_backlog_from"], "there", 50)
+    assert done(next_batch()) is None
+
+    def fail() -> None:
+        raise OSError("the connection is lost")
+
+    if first_load_fails:
+        here.before_newcomers = fail
+        with pytest.raises(OSError, match="lost"):
+            done(handler.load())
+        with pytest.raises(LeftToSynapseError):
+            done(next_batch())
+        here.before_newcomers = lambda: None
+    done(handler.load())
+    assert here.woken == ["there"]
+    assert done(next_batch()).event_ids == ["$12"]
 
 
 @pytest.mark.requirement("P3", "H7")
@@ -317,11 +566,11 @@ def test_while_this_server_may_not_send_the_push_waits() -> None:
     here = Here(NOW_MS + HOUR_MS, [12])
     start(here)
     next_batch = functools.partial(here.callbacks["serve_backlog_from"], "there", 50)
-    here.is_allowed = False
+    here.gone = {"here"}
     assert done(next_batch()) is None
     assert here.settled == []
     assert here.timers[0].delay_ms <= 60_001, "it looks again"
-    here.is_allowed = True
+    here.gone = set()
     here.clock_ms += 1_000
     assert done(next_batch()).event_ids == ["$12"]
 

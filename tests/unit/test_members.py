@@ -249,3 +249,28 @@ def test_a_large_room_that_fails_is_tried_again(world: World, process: ThisProce
     world.reactor.advance(10)
     assert stored(world) == {"!large": 10}
     assert len(told) == 10
+
+
+@pytest.mark.requirement("H7")
+def test_another_acl_is_seen_with_the_room_that_has_it(world: World, process: ThisProcess) -> None:
+    world.put([Change(100, "!a", "@u:there", "join", 100), Change(200, "!b", None, "", 200)], [])
+    insert = (
+        "INSERT INTO current_state_delta_stream (stream_id, room_id, type, state_key, event_id)"
+        " VALUES (?, ?, 'm.room.server_acl', '', ?)"
+    )
+    world.execute(insert, 300, "!c", "$acl")
+    world.execute(insert, 400, "!a", None)
+    for room_id, at in (("!c", 300), ("!a", 400)):
+        world.store._curr_state_delta_stream_cache.entity_has_changed(room_id, at)
+    changes = Changes(process)
+    changes.position = 400
+    told: list[str] = []
+    federation = SynapseFederation(process, Rooms(process))
+    table = NewcomerTable(process)
+    world.drive(migrate(process, table))
+    reader = JoinReader(
+        process, changes, federation, table, lambda mine, changed, until: told.extend(changed)
+    )
+    reader.start(0)
+    world.take_turns()
+    assert sorted(told) == ["!a", "!b", "!c"]

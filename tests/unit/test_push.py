@@ -132,70 +132,107 @@ def test_a_newcomer_that_acknowledges_nothing_is_sent_one_event_at_a_time() -> N
     assert push.choose(50, now_ms) == ["$1", "$3"]
 
 
-@pytest.mark.requirement("P7", "H2")
-def test_what_is_refused_goes_out_once_more_and_late() -> None:
+@pytest.mark.requirement("P7", "H2", "H7")
+def test_what_is_refused_goes_out_one_at_a_time_until_something_is_taken() -> None:
     push = push_of(1, 2, 3, 4, window=3)
     assert push.choose(50, NOW_MS) == ["$1", "$2", "$3"]
     acknowledge_all(push, ["$1"])
-    assert push.refuse({"$2", "$3", "$of-no-interest"}, NOW_MS) == 0
-    assert push.choose(50, NOW_MS) == ["$4"], "what is refused is not staged there"
-    push.refuse(["$4"], NOW_MS)
-    late_ms = NOW_MS + BACKOFF.max_ms
-    assert push.next_due_ms(NOW_MS) == late_ms
-    assert push.choose(50, late_ms - 1) == []
-    assert push.choose(50, late_ms) == ["$2", "$3"]
-    assert push.acknowledge("$2", late_ms)
-    assert push.refuse(["$2", "$3"], late_ms) == 1, "of what it has it refused another copy"
-    assert push.choose(50, late_ms) == ["$4"]
-    assert push.refuse(["$4"], late_ms) == 1
-    for event_id in ("$1", "$2"):
+    assert push.refuse({"$2", "$3", "$of-no-interest"}, NOW_MS) == 2
+    assert push.choose(50, NOW_MS) == []
+    now_ms, sent = NOW_MS, []
+    for _ in range(6):
+        now_ms = push.next_due_ms(now_ms) or now_ms
+        assert push.choose(50, now_ms - 1) == []
+        sent += push.choose(50, now_ms)
+        assert push.refuse(sent[-1:], now_ms) == 0, "that is nothing new"
+    # What is refused is not staged there, so the window is no bound.
+    assert sent == ["$4", "$2", "$3", "$4", "$2", "$3"]
+    assert push.is_refused
+    assert push.acknowledge("$3", now_ms)
+    assert push.choose(50, now_ms) == ["$2", "$4"]
+    assert push.refuse(["$3"], now_ms) == 0, "of what it has it refused another copy"
+    acknowledge_all(push, ["$2", "$4"], now_ms)
+    for event_id in ("$1", "$2", "$3", "$4"):
         push.mark_delivered(event_id)
-    push.update(own(1, 2, 3, 4), late_ms, 3)
+    push.update(own(1, 2, 3, 4), now_ms, 3)
     assert not push.is_open
+    assert not push.is_refused
     assert push.position == 5
 
 
-@pytest.mark.requirement("P7", "F3", "H2")
+@pytest.mark.requirement("P7", "F3", "H2", "H7")
 def test_a_newcomer_that_refuses_while_it_joins_gets_it_once_it_knows_the_room() -> None:
     push = push_of(1, 2, is_known_there=False)
     now_ms = NOW_MS
-    for event_id in ("$1", "$2"):
+    for event_id in ("$1", "$2", "$1"):
         now_ms = push.next_due_ms(now_ms) or now_ms
         assert push.choose(50, now_ms) == [event_id]
         assert push.refuse([event_id], now_ms) == 0
-    assert push.next_due_ms(now_ms) == NOW_MS + BACKOFF.max_ms
     # Something of the room went by the ordinary queue.
     assert not push.acknowledge("$of-no-interest", now_ms)
     assert push.choose(50, now_ms) == ["$1", "$2"]
-    assert push.refuse(["$1", "$2"], now_ms) == 2
-    assert not push.is_open
 
 
-@pytest.mark.requirement("P7", "H2")
-def test_what_the_ordinary_queue_had_refused_goes_out_once_more() -> None:
+@pytest.mark.requirement("P7", "H7")
+def test_once_the_cause_may_be_over_what_was_refused_is_tried_at_once() -> None:
+    push = push_of(1, 2, 3)
+    now_ms = NOW_MS
+    for _ in range(20):
+        push.refuse(push.choose(50, now_ms), now_ms)
+        now_ms = push.next_due_ms(now_ms) or now_ms
+    push.refuse(push.choose(50, now_ms), now_ms)
+    assert push.choose(50, now_ms) == []
+    push.try_now(now_ms, is_sent=False)
+    (first,) = push.choose(50, now_ms)
+    assert push.choose(50, now_ms) == [], "it may be too early there"
+    push.refuse([first], now_ms)
+    soon_ms = push.next_due_ms(now_ms) or 0
+    assert soon_ms - now_ms <= 1.2 * BACKOFF.min_ms
+    (next_one,) = push.choose(50, soon_ms)
+    assert push.acknowledge(next_one, soon_ms)
+    assert len(push.choose(50, soon_ms)) == 2
+
+
+@pytest.mark.requirement("P7", "H2", "H7")
+def test_what_the_ordinary_queue_had_refused_goes_out_again() -> None:
     push = push_of(3, 101)
     push.refuse(["$3", "$101"], NOW_MS)
-    assert push.choose(50, NOW_MS + GRACE_MS) == []
-    assert push.choose(50, NOW_MS + BACKOFF.max_ms) == ["$3", "$101"]
-    assert push.refuse(["$3", "$101"], NOW_MS) == 2
-
-
-@pytest.mark.requirement("P7")
-def test_to_leave_an_event_out_is_no_refusal() -> None:
-    push = push_of(1)
-    now_ms = NOW_MS
-    for _ in range(2 * MOST_SENDS):
-        assert push.choose(50, now_ms) == ["$1"]
+    assert push.choose(50, NOW_MS) == []
+    now_ms, sent = NOW_MS, []
+    for _ in range(2):
         now_ms = push.next_due_ms(now_ms) or now_ms
-    assert push.refuse(["$1"], now_ms) == 0
-    assert push.choose(50, now_ms + BACKOFF.max_ms) == ["$1"]
-    assert push.refuse(["$1"], now_ms) == 1
+        sent += push.choose(50, now_ms)
+    assert sent == ["$3", "$101"]
+
+
+@pytest.mark.requirement("P7", "H7")
+def test_what_the_ordinary_queue_had_refused_after_the_watch_is_due() -> None:
+    push = push_of(3)
+    acknowledge_all(push, push.choose(50, NOW_MS))
+    push.mark_delivered("$3")
+    over_ms = push.watch_until_ms
+    push.take_in_last_rows({"here": 100}, push.dirty_marks, over_ms)
+    push.update(own(200, 201), over_ms, 10)
+    assert not push.is_open
+    push.refused(201, "$201")
+    assert push.is_dirty(over_ms), "the database is asked how much there is"
+    push.take_in_last_rows({"here": 201}, push.dirty_marks, over_ms)
+    push.update(own(200, 201), over_ms, 10)
+    assert "$201" in push.choose(50, over_ms)
+    # It is not told twice of what it knows or is done with.
+    marks = push.dirty_marks
+    push.refused(201, "$201")
+    push.refused(3, "$3")
+    assert push.dirty_marks == marks
 
 
 @pytest.mark.requirement("P7", "H2")
 def test_a_newcomer_that_takes_one_and_refuses_the_rest() -> None:
-    """Within an hour no event is sent more than twice, whatever their number."""
-    push = push_of(*range(1, 101), is_known_there=False)
+    """Within an hour it is sent one event a minute, whatever their number."""
+    backoff = Backoff(500, 300_000)
+    push = Push("there", "!room", position=0, watch_until_ms=NOW_MS + 3_600_000, backoff=backoff)
+    push.take_in_last_rows({"here": 100}, push.dirty_marks, NOW_MS)
+    push.update(own(*range(1, 101)), NOW_MS, 10)
     now_ms, sent = NOW_MS, Counter[str]()
     while now_ms is not None and now_ms < NOW_MS + 3_600_000:
         chosen = push.choose(50, now_ms)
@@ -205,8 +242,60 @@ def test_a_newcomer_that_takes_one_and_refuses_the_rest() -> None:
             push.acknowledge("$1", now_ms)
             push.mark_delivered("$1")
         now_ms = push.next_due_ms(now_ms)  # type: ignore[assignment]
-    assert sent == Counter({"$1": 1, **dict.fromkeys((f"${n}" for n in range(2, 101)), MOST_SENDS)})
-    assert not push.is_open
+    assert sent["$1"] == 1
+    assert sent.total() <= 10 + 10 + 1.25 * 60
+    assert push.is_open, "until they expire"
+
+
+@pytest.mark.requirement("H1", "H2")
+def test_an_event_that_is_always_refused_holds_up_no_other() -> None:
+    push = push_of(*range(1, 31), window=10)
+    now_ms, sent, taken = NOW_MS, Counter[str](), set()
+    for _ in range(100):
+        chosen = push.choose(50, now_ms)
+        sent.update(chosen)
+        push.refuse({"$1"} & set(chosen), now_ms)
+        for event_id in [e for e in chosen if e != "$1"]:
+            push.acknowledge(event_id, now_ms)
+            push.mark_delivered(event_id)
+            taken.add(event_id)
+        push.update(own(*range(1, 31)), now_ms, 10)
+        now_ms = push.next_due_ms(now_ms) or now_ms + 1
+        if len(taken) == 29:
+            break
+    assert now_ms - NOW_MS <= 10, "nothing waits for it"
+    assert max(sent[e] for e in taken) == 1
+    assert sent["$1"] <= 6
+
+
+@pytest.mark.requirement("P7")
+def test_what_was_lost_after_a_refusal_is_sent_again_all_the_same() -> None:
+    """What it refused it never took."""
+    push = push_of(1, 2)
+    now_ms = NOW_MS
+    for _ in range(2 * MOST_SENDS):
+        push.refuse(push.choose(50, now_ms), now_ms)
+        now_ms = push.next_due_ms(now_ms) or now_ms
+    (taken,) = push.choose(50, now_ms)
+    push.acknowledge(taken, now_ms)
+    push.mark_lost(push.unconfirmed(), now_ms)
+    assert taken in push.choose(50, now_ms)
+
+
+@pytest.mark.requirement("P7")
+def test_what_is_refused_is_not_forgotten_when_all_is_sent_again() -> None:
+    push = push_of(1, 2, 3)
+    now_ms = NOW_MS
+    push.refuse(push.choose(50, now_ms)[:2], now_ms)
+    push.acknowledge("$3", now_ms)
+    for _ in range(3):
+        push.refuse(push.choose(50, now_ms), now_ms)
+        now_ms = push.next_due_ms(now_ms) or now_ms
+    push.mark_lost(push.unconfirmed(), now_ms)
+    assert push.restart_if_lost()
+    rows = [row for row in own(1, 2, 3) if row[0] not in push.finished]
+    push.update(rows, now_ms, 10)
+    assert {sent.event_id for sent in push.sent} >= {"$1", "$2"}
 
 
 @pytest.mark.requirement("F3")

@@ -359,6 +359,21 @@ def test_who_cannot_be_reached_is_asked_ever_less_often() -> None:
     assert max(world.times_sent.values()) <= MOST_SENDS
 
 
+@pytest.mark.requirement("P7", "H7")
+def test_who_can_be_reached_again_is_asked_soon() -> None:
+    world = World(2, 60)
+    world.many = lambda: Answer(AnswerKind.UNREACHABLE)
+    world.begin().run(600_000)
+    asked = len(world.asked)
+    world.many = lambda: None
+    world.confirmation.reachable("there")
+    for push in world.pushes.values():
+        world.confirmation.hasten(push)
+    world.run(1_500)
+    assert len(world.asked) >= asked + 2
+    assert world.run(120_000).is_over()
+
+
 @pytest.mark.requirement("P7", "H2")
 def test_who_is_busy_has_lost_nothing() -> None:
     world = World(20, 10)

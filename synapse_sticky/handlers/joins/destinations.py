@@ -23,6 +23,8 @@ T = TypeVar("T")
 
 _CHECK_MAX_MS = 60_000
 _LOOK = Backoff(CHECK_MIN_MS, _CHECK_MAX_MS, spread=0)
+_LOOK_AT_BLOCKED = Backoff(CHECK_MIN_MS, LONGEST_BACKOFF_MS, spread=0)
+"""A change of the room's state ends it (``reopening``). This is for what that may have missed."""
 
 
 class Destinations:
@@ -53,6 +55,11 @@ class Destinations:
     def names(self) -> list[str]:
         """All destinations that something is pushed to, or watched for."""
         return list(self._destinations)
+
+    def pushes_of(self, destination: str) -> list[Push]:
+        """All pushes of the destination."""
+        state = self._destinations.get(destination)
+        return list(state.pushes.values()) if state else []
 
     def find(self, destination: str, room_id: str) -> Push | None:
         """The push of the room to the destination, None if there is none."""
@@ -205,15 +212,17 @@ class Destinations:
         state.checks.set(push.room_id, None if check_ms is None else max(check_ms, earliest_ms))
 
     def _check_ms(self, push: Push, state: Destination, now_ms: int) -> int | None:
+        looks = state.looks.get(push.room_id)
+        if push.is_blocked:
+            return looks.next_ms if looks is not None else now_ms
         if push.is_dirty(now_ms):
             return now_ms
         if push.is_idle(now_ms):
             return push.watch_until_ms
-        if push.is_open and not push.is_blocked:
+        if push.is_open:
             # The questions have timers of their own; this is for what they may have missed.
             is_sent_later = push.next_due_ms(now_ms) is not None
             return None if is_sent_later else now_ms + _CHECK_MAX_MS
-        looks = state.looks.get(push.room_id)
         return looks.next_ms if looks is not None else now_ms
 
     def look_now(self, push: Push) -> None:
@@ -228,7 +237,8 @@ class Destinations:
             return
         looks = self._destinations[push.destination].looks.setdefault(push.room_id, Looks())
         looks.count += 1
-        looks.next_ms = self._homeserver.now_ms() + _LOOK.after(looks.count)
+        backoff = _LOOK_AT_BLOCKED if push.is_blocked else _LOOK
+        looks.next_ms = self._homeserver.now_ms() + backoff.after(looks.count)
         self.update_times(push)
 
     def is_behind(self, push: Push) -> bool:

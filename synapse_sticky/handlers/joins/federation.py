@@ -45,11 +45,22 @@ class Federation(HandledDestinations, Protocol):
         """May the destination get own events of this room now: are both servers in the room and
         allowed by its ACL, and is the federation whitelist in favour?"""
 
+    async def is_there(self, room_id: str, destination: str) -> bool:
+        """Is the destination in the room now? An ACL may deny it all the same."""
+
     async def retry_at_ms(self, destination: str) -> int:
         """When the destination's back-off ends (ms since the epoch; 0 if there is none)."""
 
     async def backlog(self, destination: str) -> list[tuple[str, int]]:
         """Synapse's own backlog of the destination: ``(room_id, position)``, inclusive."""
+
+    async def add_to_backlog(self, some: Sequence[tuple[str, str, int]]) -> None:
+        """Enters ``(destination, room_id, position)`` into Synapse's own backlog, where it does not
+        begin earlier already. Rooms that are gone are left out."""
+
+    async def add_if_never_reached(self, destination: str) -> None:
+        """If Synapse has never sent the destination an event, enters what is sticky of all rooms
+        that it tried to send events of."""
 
     def clear_backlog_txn(self, txn: Cursor, destination: str, room_id: str) -> None:
         """Removes the room from Synapse's own backlog of the destination."""
@@ -60,10 +71,13 @@ class Federation(HandledDestinations, Protocol):
         """Calls back with a destination and the ``(room_id, event_id)`` that it acknowledged by
         event ID and without error in its answer to ``/send`` (P7)."""
 
-    def on_refused(self, callback: Callable[[str, set[str], list[str]], None]) -> None:
+    def on_refused(self, callback: Callable[[str, set[str], list[str]], Awaitable[None]]) -> None:
         """Calls back with a destination, the rooms of a transaction, and the IDs of the events that
         the destination named with an error in its answer to it. Does not call back about events
-        that the answer leaves out."""
+        that the answer leaves out. Synapse takes the transaction for sent only after that."""
+
+    def on_reachable(self, callback: Callable[[str], None]) -> None:
+        """Calls back with a destination that was backed off and can be reached again."""
 
     def on_skipped(self, callback: Callable[[str], None]) -> None:
         """Calls back with a destination once Synapse, in catch-up, has skipped events to it. The

@@ -15,19 +15,22 @@ from collections.abc import Collection, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from synapse_sticky._core import MAX_STICKY_DURATION_MS
 from synapse_sticky.config import JoinsConfig
 from synapse_sticky.handlers.joins.confirmation.asking import Asking
 from synapse_sticky.handlers.joins.confirmation.confirmation import Confirmation
 from synapse_sticky.handlers.joins.destinations import Destinations
 from synapse_sticky.handlers.joins.detection.reader import JoinReader, StateChanges
+from synapse_sticky.handlers.joins.ending import Ending
 from synapse_sticky.handlers.joins.federation import Batch, Federation, LeftToSynapseError
 from synapse_sticky.handlers.joins.grace import Grace
 from synapse_sticky.handlers.joins.newcomers import Newcomers
 from synapse_sticky.handlers.joins.purged import PurgedRooms
 from synapse_sticky.handlers.joins.push import Push
+from synapse_sticky.handlers.joins.reached import Reached
+from synapse_sticky.handlers.joins.refusals import Refusals
+from synapse_sticky.handlers.joins.reopening import Reopening
 from synapse_sticky.handlers.joins.rooms import PushedRooms
-from synapse_sticky.handlers.joins.tables import Newcomer, NewcomerTable
+from synapse_sticky.handlers.joins.tables import NewcomerTable
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.homeserver.layout import migrate
 from synapse_sticky.index import IndexFollower
@@ -37,9 +40,6 @@ if TYPE_CHECKING:
     from synapse_sticky.homeserver.rooms import Rooms
 
 logger = bounded(__name__)
-
-_MOST_NAMED = 200
-"""Of an answer to /send this many event IDs are read at most: a transaction has 50."""
 
 _STEP = 20
 """After this many pushes, whatever else is due has its turn (H3)."""
@@ -80,6 +80,9 @@ class JoinsHandler:
             on_progress=self._progressed,
             on_end=self._asking_ended,
         )
+        reopening = Reopening(
+            homeserver, rooms, federation, self._pushed, self._destinations, self._confirmation
+        )
         self._newcomers = Newcomers(
             homeserver,
             follower,
@@ -87,17 +90,30 @@ class JoinsHandler:
             self._pushed,
             self._destinations,
             self._confirmation,
+            reopening,
             config,
         )
+        self._refusals = Refusals(
+            homeserver, follower, federation, self._pushed, self._destinations, self._newcomers
+        )
+        self._ending = Ending(
+            *(homeserver, rooms, follower, federation, table),
+            *(self._pushed, self._destinations, self._newcomers),
+        )
+        self._reached = Reached(homeserver, federation, self._destinations, self._confirmation)
         self._reader = JoinReader(homeserver, changes, federation, table, self._newcomers.joined)
         self._purged = PurgedRooms(homeserver, rooms, self._pushed, self._destinations, table)
         self._is_loaded = False
+        self._is_starting = True
+        self._early: dict[str, None] = {}
+        """Those that Synapse asked for before the first load had ended."""
 
     def install(self) -> None:
         """Takes effect once the newcomers of an earlier run are loaded."""
         self._federation.serve_backlog_from(self.next_batch)
         self._federation.on_acknowledged(self._acknowledged)
-        self._federation.on_refused(self._refused)
+        self._federation.on_refused(self._refusals.refused)
+        self._federation.on_reachable(self._reached.note)
         self._federation.on_skipped(self._skipped)
         self._federation.on_catch_up_recorded(self._catch_up_recorded)
         self._follower.on_new_events(self._new_events)
@@ -110,6 +126,17 @@ class JoinsHandler:
         Raises:
             NewerLayoutError: a later version of the module made the tables.
         """
+        try:
+            await self._load()
+        finally:
+            self._is_starting = False
+            early, self._early = self._early, {}
+            for number, destination in enumerate(early, 1):
+                self._federation.wake(destination)
+                if number % _STEP == 0:
+                    await self._homeserver.give_way()
+
+    async def _load(self) -> None:
         await migrate(self._homeserver, self._table)
         # The position is read first. Another process may store a join before the newcomers are
         # read: then this process finds it twice. In the other order it would miss the join.
@@ -136,8 +163,13 @@ class JoinsHandler:
         none for now. Synapse calls it whenever it is the backlog's turn.
 
         Raises:
-            LeftToSynapseError: nothing is loaded, or all rooms fail: Synapse itself has to select.
+            LeftToSynapseError: what an earlier run left could not be loaded, or all rooms fail:
+                Synapse itself has to select.
         """
+        if not self._is_loaded and self._is_starting:
+            # Synapse's own selection knows of no ACL.
+            self._early[destination] = None
+            return None
         if not self._is_loaded or not self._follower.is_whole:
             raise LeftToSynapseError
         await self._adopt(destination)
@@ -178,23 +210,20 @@ class JoinsHandler:
                 self._destinations.look_now(push)
 
     async def _batch_of(self, push: Push, limit: int) -> Batch | None:
-        await self._ask_if_dirty(push)
+        if not push.is_blocked:
+            await self._pushed.ask_if_dirty(push)
         if not await self._federation.may_receive(push.room_id, push.destination):
-            if await self._rooms.may_send(push.room_id):
-                logger.info("%s may not get events of %s now", push.destination, push.room_id)
-                await self._end(push, still_watched=False)
-            elif not push.is_blocked:
-                # This server may come back, or be allowed again, while the events are sticky.
-                logger.info("%s may not send in %s now", self._homeserver.server_name, push.room_id)
-                push.is_blocked = True
+            await self._ending.hold(push)
             return None
-        push.is_blocked = False
+        if push.is_blocked:
+            push.is_blocked = False
+            await self._pushed.ask_if_dirty(push)
         self._pushed.update(push)
         if not push.is_open and push.restart_if_lost():
             logger.info("%s pruned events of %s, sending all again", push.destination, push.room_id)
             self._pushed.update(push)
         if not push.is_open:
-            await self._settle(push)
+            await self._ending.settle(push)
             return None
         await self._skip_erased(push)
         event_ids = push.choose(limit, self._homeserver.now_ms())
@@ -202,67 +231,15 @@ class JoinsHandler:
             return None
         return Batch(push.room_id, push.backlog_position - 1, event_ids)
 
-    async def _ask_if_dirty(self, push: Push) -> None:
-        """Asks the database for the room's last rows if the push is dirty. This process may see the
-        join before it sees rows that are older than the join."""
-        now_ms, dirty_marks = self._homeserver.now_ms(), push.dirty_marks
-        if push.is_dirty(now_ms):
-            last_rows = await self._follower.stream.last_rows(push.room_id)
-            push.take_in_last_rows(last_rows, dirty_marks, now_ms)
-
     async def _skip_erased(self, push: Push) -> None:
         own, _ = self._pushed.open_events(push)
         erased = await self._rooms.erased({sender for _, _, sender in own})
         push.skip((position, event_id) for position, event_id, sender in own if sender in erased)
 
-    async def _settle(self, push: Push) -> None:
-        """Nothing is due. The push ends unless there is something to watch for."""
-        now_ms = self._homeserver.now_ms()
-        if (
-            push.is_dirty(now_ms)
-            or not self._follower.in_step()
-            or not self._follower.has_taken_in(push.last_rows)
-        ):
-            return  # the index may yet bring something, or the database has to be asked again
-        if push.probe is not None and now_ms < push.stored_watch_until_ms:
-            return  # the newcomer may yet say that it lacks everything
-        watched = now_ms < push.watch_until_ms
-        if push.delivered_count:
-            logger.info(
-                "%s has the %d own sticky events of %s",
-                push.destination,
-                push.delivered_count,
-                push.room_id,
-            )
-        push.settle()
-        self._newcomers.note(push)
-        try:
-            await self._end(push, still_watched=watched)
-        except Exception:
-            push.is_settled = False  # its row does not say so
-            raise
-
-    async def _end(self, push: Push, *, still_watched: bool) -> None:
-        if not self._destinations.is_current(push):
-            return  # the server has joined anew meanwhile
-        dirty_marks = push.dirty_marks
-        newcomer = Newcomer(
-            push.destination, push.room_id, push.position, push.stored_watch_until_ms
-        )
-        await self._table.settle(
-            newcomer,
-            still_watched=still_watched,
-            clear_backlog_txn=self._federation.clear_backlog_txn,
-        )
-        # If the write fails, the push is still there, and it is written again.
-        is_as_written = self._destinations.is_current(push) and push.dirty_marks == dirty_marks
-        if is_as_written and not still_watched:
-            self._destinations.remove(push)
-
     # What happens meanwhile
 
     async def _check(self, destination: str) -> int:
-        await self._end_expired(destination)
+        await self._ending.end_expired(destination)
         return await self._federation.retry_at_ms(destination)
 
     async def _wake(self, destination: str) -> None:
@@ -271,25 +248,11 @@ class JoinsHandler:
         # dirty, each new event is due at once. So the database is asked here: from then on new
         # events are left to the ordinary queue.
         for number, push in enumerate(self._destinations.all_due(destination), 1):
-            if push.is_dirty(self._homeserver.now_ms()):
-                await self._destinations.apart(push, self._ask_if_dirty)
+            if push.is_dirty(self._homeserver.now_ms()) and not push.is_blocked:
+                await self._destinations.apart(push, self._pushed.ask_if_dirty)
                 self._destinations.update_times(push)
             if number % _STEP == 0:
                 await self._homeserver.give_way()
-
-    async def _end_expired(self, destination: str) -> None:
-        """Ends pushes whose events have all expired. No batch would end them, as Synapse asks for
-        none while the destination cannot be reached."""
-        now_ms = self._homeserver.now_ms()
-        for push in self._destinations.all_due(destination):
-            if push.watch_until_ms < now_ms - MAX_STICKY_DURATION_MS:
-                await self._destinations.apart(push, self._end_if_expired)
-
-    async def _end_if_expired(self, push: Push) -> None:
-        await self._ask_if_dirty(push)
-        self._pushed.update(push)
-        if not push.is_open:
-            await self._settle(push)
 
     def _skipped(self, destination: str) -> None:
         """Synapse skipped events to the destination, and entered them into its backlog. The
@@ -307,7 +270,8 @@ class JoinsHandler:
     def _look_after_grace(self, push: Push) -> bool:
         """Has the push take in new events; gives whether that took some work. A push that has
         something to send already takes them in when Synapse next asks for a batch."""
-        if self._destinations.is_behind(push) or not self._pushed.may_lack(push):
+        is_held = push.is_blocked or self._destinations.is_behind(push)
+        if is_held or not self._pushed.may_lack(push):
             return False
         self._pushed.update(push)
         self._destinations.look_now(push)
@@ -326,17 +290,6 @@ class JoinsHandler:
             if sum(push.acknowledge(event_id, now_ms) for event_id in event_ids):
                 self._confirmation.begin(push)
             self._destinations.acknowledged(push)
-            self._destinations.look_now(push)
-        self._destinations.schedule(destination)
-
-    def _refused(self, destination: str, rooms: Collection[str], event_ids: Sequence[str]) -> None:
-        event_ids = event_ids[:_MOST_NAMED]
-        for room_id in rooms:
-            if (push := self._destinations.find(destination, room_id)) is None:
-                continue
-            self._pushed.take_in_named(push, event_ids)
-            if count := push.refuse(event_ids, self._homeserver.now_ms()):
-                logger.info("%s refuses %d events of %s", destination, count, push.room_id)
             self._destinations.look_now(push)
         self._destinations.schedule(destination)
 

@@ -11,6 +11,7 @@ from synapse_sticky.handlers.joins.detection.reader import ServerJoin
 from synapse_sticky.handlers.joins.earlier import EarlierPushes
 from synapse_sticky.handlers.joins.federation import Federation
 from synapse_sticky.handlers.joins.push import Push
+from synapse_sticky.handlers.joins.reopening import Reopening
 from synapse_sticky.handlers.joins.rooms import PushedRooms
 from synapse_sticky.handlers.joins.watch_quota import WatchQuota
 from synapse_sticky.homeserver import Homeserver
@@ -31,6 +32,7 @@ class Newcomers:
         rooms: PushedRooms,
         destinations: Destinations,
         confirmation: Confirmation,
+        reopening: Reopening,
         config: JoinsConfig,
     ) -> None:
         self._homeserver = homeserver
@@ -39,18 +41,19 @@ class Newcomers:
         self._rooms = rooms
         self._destinations = destinations
         self._confirmation = confirmation
+        self._reopening = reopening
         self._backoff = Backoff(config.retry_min_ms, config.retry_max_ms)
         self._earlier = EarlierPushes()
         self._quota = WatchQuota(config.watched)
 
     def joined(
-        self, mine: Sequence[ServerJoin], own: Sequence[ServerJoin], watch_until_ms: int
+        self, mine: Sequence[ServerJoin], changed: Sequence[str], watch_until_ms: int
     ) -> None:
         """Servers have newly joined rooms.
 
         Args:
             mine: joins of servers that this process sends to.
-            own: joins of this server itself.
+            changed: the rooms that this server has joined, and those with another ACL.
             watch_until_ms: until when own events are watched for (ms since the epoch).
         """
         for join in mine:
@@ -58,16 +61,7 @@ class Newcomers:
             self._add_newcomer(join.destination, join.room_id, watch_until_ms)
             self._federation.wake(join.destination)
             self._destinations.schedule(join.destination)
-        for join in own:
-            self._unblock(join.room_id)
-
-    def _unblock(self, room_id: str) -> None:
-        """This server is in the room again: what it could not send meanwhile is due."""
-        for push in self._rooms.pushes(room_id):
-            if push.is_blocked:
-                push.is_blocked = False
-                self._destinations.look_now(push)
-                self._federation.wake(push.destination)
+        self._reopening.note(changed)
 
     def _add_newcomer(self, destination: str, room_id: str, watch_until_ms: int) -> None:
         now_ms = self._homeserver.now_ms()

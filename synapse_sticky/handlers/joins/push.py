@@ -10,7 +10,7 @@ from synapse_sticky.backoff import Backoff
 from synapse_sticky.handlers.joins.confirmable import Confirmable
 from synapse_sticky.handlers.joins.confirmation.asking import Asked
 from synapse_sticky.handlers.joins.finished import Finished
-from synapse_sticky.handlers.joins.sent import GRACE_MS, MOST_SENDS, FirstContact, Sent
+from synapse_sticky.handlers.joins.sent import GRACE_MS, MOST_SENDS, Sent
 
 WATCH_AFTER_RECORD_MS = 10_000
 """How long a push still watches after Synapse has recorded how far its ordinary queue got with the
@@ -38,7 +38,8 @@ class Push(Confirmable):
         an earlier or later one.
     dirty_marks: how often the push became dirty: once by the join, and once more each time that the
         ordinary queue leaves something out.
-    is_blocked: whether nothing may be sent for now.
+    is_blocked: whether nothing may be sent for now: this server is not in the room, or the room's
+        ACL denies one of the two. It ends with a change of the room's state, and takes no attempts.
     is_believed: whether its acknowledgements suffice, as it is one of too many newcomers.
     probe: an event that the newcomer had when it was in the room before. It is asked for once.
     """
@@ -52,7 +53,7 @@ class Push(Confirmable):
         watch_until_ms: int,
         backoff: Backoff,
     ) -> None:
-        super().__init__()
+        super().__init__(backoff)
         self.destination = destination
         self.room_id = room_id
         self.backlog_position = position
@@ -62,21 +63,17 @@ class Push(Confirmable):
         self.last_rows: Mapping[str, int] = {}
         self.dirty_marks = 1
         self.window = 1
-        self.is_settled = self.is_blocked = self.is_believed = False
+        self.is_blocked = self.is_believed = False
         self.probe: str | None = None
         self.asked = Asked()
         self._answered_marks = 0
         """What ``dirty_marks`` was when the handler asked the database."""
         self._asked_after_watch = False
-        self._contact = FirstContact(backoff)
         self._due_up_to = 0
         """Own events up to this position are not left to the ordinary queue."""
         self._start = position
         """Where sending everything again begins."""
         self._last_own = self._last_seen = self._again_up_to = 0
-        self._backoff = backoff
-        self._unsent: dict[str, Sent] = {}
-        """Open events that were never sent: each is due, or left to the ordinary queue."""
         self._sent_often: dict[int, None] = {}
         """The stream IDs of events that are not resent any more, whatever the newcomer answers."""
 
@@ -127,6 +124,13 @@ class Push(Confirmable):
         self.backlog_position = min(self.backlog_position, position)
         self.position, self._start = min(self.position, position), min(self._start, position)
         self.is_settled = False
+
+    def refused(self, stream_id: int, event_id: str) -> None:
+        """The newcomer refused this own event, which the push need not know: the ordinary queue may
+        have sent it. Then it is due with all that follows."""
+        is_known = event_id in self._sent or event_id in self._unsent
+        if not is_known and stream_id >= self.position and stream_id not in self._finished:
+            self.reopen_from(stream_id)
 
     def settle(self) -> None:
         """The destination lacks nothing before ``position``, and that is stored."""
@@ -217,10 +221,10 @@ class Push(Confirmable):
         for sent in chosen:
             if self._unsent.pop(sent.event_id, None) is not None:
                 self._sent[sent.event_id] = sent
-                # What is resent after a loss counts as sent and answered once.
-                sent.attempts = sent.answers = int(sent.stream_id <= self._again_up_to)
+                # What is resent after a loss counts as sent once.
+                sent.attempts = int(sent.stream_id <= self._again_up_to)
             sent.send(now_ms, self._backoff)
-            if sent.attempts >= MOST_SENDS:
+            if sent.sends >= MOST_SENDS:
                 self._sent_often[sent.stream_id] = None
         while len(self._sent_often) > _MOST_REMEMBERED:
             del self._sent_often[next(iter(self._sent_often))]
@@ -229,7 +233,8 @@ class Push(Confirmable):
     def _due(self, now_ms: int) -> list[Sent]:
         is_awaited = self._contact.is_awaited
         waiting = [s for s in self._sent.values() if s.acknowledged_ms is None]
-        return [s for s in waiting if s.due_ms <= now_ms or (is_awaited and s.may_be_early())]
+        # While the newcomer takes nothing, whatever was sent in vain may be early.
+        return [s for s in waiting if s.due_ms <= now_ms or (is_awaited and s.attempts)]
 
     def _may_send(self, now_ms: int) -> bool:
         return now_ms >= self._contact.may_send_ms and not self.is_blocked
@@ -237,33 +242,6 @@ class Push(Confirmable):
     def _in_flight(self, now_ms: int) -> int:
         """Events that may be in the newcomer's staging area, as far as that can be known."""
         return sum(s.is_in_flight(now_ms, self._contact.is_made) for s in self._sent.values())
-
-    def acknowledge(self, event_id: str, now_ms: int) -> bool:
-        """The newcomer acknowledged the event; is it one that this push cares about?"""
-        if self._contact.make():  # what was sent before is due at once
-            for waiting in self._sent.values():
-                waiting.due_ms = now_ms if waiting.attempts else waiting.due_ms
-        sent = self._sent.get(event_id) or self._move_to_sent(event_id, now_ms)
-        if sent is None:
-            return False
-        self.is_settled = False
-        sent.acknowledge(now_ms)
-        return True
-
-    def refuse(self, event_ids: Collection[str], now_ms: int) -> int:
-        """The newcomer answered with an error for these. They are resent once: after the longest
-        delay, or as soon as it first acknowledges something. Gives how many are given up."""
-        found = [self._sent.get(e) or self._move_to_sent(e, now_ms) for e in set(event_ids)]
-        until_ms = now_ms + self._backoff.max_ms
-        given_up = [(s.stream_id, s.event_id) for s in found if s and s.refuse(until_ms)]
-        self.skip(given_up)
-        return len(given_up)
-
-    def _move_to_sent(self, event_id: str, now_ms: int) -> Sent | None:
-        if (sent := self._unsent.pop(event_id, None)) is not None:
-            sent.due_ms = sent.due_ms or now_ms
-            self._sent[event_id] = sent
-        return sent
 
     def clock_set(self, by_ms: int) -> None:
         """The clock was set by so much. All due times move along. The end of the watch stays, as
@@ -304,7 +282,9 @@ class Push(Confirmable):
         self._again_up_to = max(self._again_up_to, self._highest_delivered)
         self._due_up_to = max(self._due_up_to, self._again_up_to)
         self.position = self._start
-        self._finished = Finished((at, at) for at in sorted(self._sent_often))
+        open_ids = {s.stream_id for s in self._sent.values() if s.acknowledged_ms is None}
+        often = sorted(self._sent_often.keys() - open_ids)
+        self._finished = Finished((at, at) for at in often)
         self._highest_delivered = 0
         return True
 

@@ -121,6 +121,18 @@ class PushedRooms:
         """The IDs of the room's own events before the position, in stream order."""
         return [e for at, e, _ in self._own(room_id, 0, 2**31) if at < position]
 
+    async def ask_if_dirty(self, push: Push) -> None:
+        """Asks the database for the room's last rows if the push is dirty. This process may see the
+        join before it sees rows that are older than the join."""
+        now_ms, dirty_marks = self._homeserver.now_ms(), push.dirty_marks
+        if push.is_dirty(now_ms):
+            last_rows = await self._follower.stream.last_rows(push.room_id)
+            push.take_in_last_rows(last_rows, dirty_marks, now_ms)
+
+    def has_own_events(self, push: Push) -> bool:
+        """Are there unexpired own events that the push is not done with, as far as is known?"""
+        return not self._follower.is_whole or bool(self._own(push.room_id, push.position, 1))
+
     def update(self, push: Push) -> None:
         """Has the push take in its room's present own events, a page of those never sent."""
         if not self._follower.is_whole:

@@ -18,8 +18,16 @@ send a window of 48 in this time."""
 _PROCESSING_PER_STAGING = 5
 
 MOST_SENDS = 2
-"""No answer of the newcomer makes the module send an event more often than this. An answer to /send
-that leaves the event out does not count as an answer for it."""
+"""No answer of the newcomer makes the module send an event more often than this that the newcomer
+once took. An answer to /send that leaves the event out does not count as an answer for it. The
+newcomer has not taken what it refuses: that is resent, late and one at a time (``FirstContact``).
+"""
+
+_MOST_REVIVALS = 5
+"""So often an event that was refused goes out at once, as the newcomer takes something again."""
+
+_PROBE_MAX_MS = 60_000
+"""The longest time between two attempts at a newcomer that refuses what it is sent."""
 
 PATIENCE_MS = 30_000
 """How long the newcomer may lack an event that it acknowledged. After that the event counts as
@@ -44,10 +52,11 @@ class Sent:
     """When the time began after which the acknowledged event is taken to be lost."""
     is_suspect: bool = False
     """Could the newcomer not be reached since it acknowledged the event?"""
-    answers: int = 0
-    """How many answers to /send named it, with an error or without."""
+    refusals: int = 0
+    """How many answers to /send had an error for it."""
     is_refused: bool = False
     """Was there an error for the event when it was sent last?"""
+    revivals: int = 0
 
     def send(self, now_ms: int, backoff: Backoff) -> None:
         """It is sent now, and again after the backoff's delay unless it is acknowledged by then."""
@@ -59,23 +68,30 @@ class Sent:
     def acknowledge(self, now_ms: int) -> None:
         """The newcomer has staged it, whether it was pushed or went by the ordinary queue."""
         self.attempts = max(self.attempts, 1)
-        self.answers += 1
         self.acknowledged_ms = self.patient_from_ms = now_ms
         self.is_refused = False
 
     def refuse(self, until_ms: int) -> bool:
         """The newcomer refused it, and so has not staged it. It is due again at ``until_ms``, as
-        the cause may pass. Has it been sent often enough?"""
+        the cause may pass (H7). Was it this copy?"""
         if self.acknowledged_ms is not None:
             return False  # that was another copy
         self.attempts = max(self.attempts, 1)
-        self.answers += 1
+        self.refusals += 1
         self.due_ms, self.is_refused = until_ms, True
-        return self.answers >= MOST_SENDS
+        return True
 
-    def may_be_early(self) -> bool:
-        """May it be sent again before it is due, while the newcomer may still be joining?"""
-        return self.attempts > 0 and not self.is_refused
+    def revive(self, now_ms: int) -> None:
+        """The newcomer takes something again. What it got before is due, but not what it refuses
+        time and again."""
+        self.revivals += self.is_refused
+        if self.attempts and self.revivals <= _MOST_REVIVALS:
+            self.due_ms = now_ms
+
+    @property
+    def sends(self) -> int:
+        """How often it was sent and may have been taken."""
+        return self.attempts - self.refusals
 
     def pace_ms(self) -> int:
         """How long the acknowledged event counts as staged where its acknowledgement suffices.
@@ -99,14 +115,15 @@ class Sent:
     def is_in_flight(self, now_ms: int, is_known_there: bool) -> bool:
         """May it be in the newcomer's staging area? Nothing is, before the newcomer knows of the
         room."""
-        if self.is_refused or not 0 < self.attempts <= PATIENT_ATTEMPTS:
+        if self.is_refused or not 0 < self.sends <= PATIENT_ATTEMPTS:
             return False
         return self.acknowledged_ms is not None or (is_known_there and self.due_ms > now_ms)
 
 
 @attr.s(auto_attribs=True, slots=True)
 class FirstContact:
-    """The time before a newcomer has acknowledged anything of a room: it may still be joining."""
+    """The time before a newcomer has acknowledged anything of a room: it may still be joining. It
+    begins anew with a refusal: an ACL may deny this server there, or something fails."""
 
     backoff: Backoff
     is_made: bool = False
@@ -142,3 +159,18 @@ class FirstContact:
         is_first = not self.is_made
         self.is_made, self.retry_at_ms = True, 0
         return is_first
+
+    def lose(self, now_ms: int) -> bool:
+        """The newcomer has refused something. Is it the first time since it took something?"""
+        longest_ms = min(self.backoff.max_ms, _PROBE_MAX_MS)
+        self.backoff = attr.evolve(self.backoff, max_ms=longest_ms)
+        was_made, self.is_made = self.is_made, False
+        if was_made or not self.tries:
+            self.tries = 0
+            self.try_again(now_ms)
+        self.retry_at_ms = min(self.retry_at_ms, now_ms + longest_ms)
+        return was_made
+
+    def expect(self) -> None:
+        """What had the newcomer refuse may be over: it is tried at once, and then as at first."""
+        self.tries, self.retry_at_ms = 0, 0

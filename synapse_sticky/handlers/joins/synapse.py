@@ -9,10 +9,10 @@ from synapse.module_api.callbacks.federation import (
     FederationEventDeliveryEvent,
 )
 
+from synapse_sticky.handlers.joins.backlog.synapse import SynapseBacklog
 from synapse_sticky.handlers.joins.federation import BacklogSource, LeftToSynapseError
-from synapse_sticky.homeserver import Cursor, Homeserver
-from synapse_sticky.homeserver.causes import Cause, Verdict
-from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, attributes, method, table
+from synapse_sticky.homeserver import Homeserver
+from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, attributes, method
 from synapse_sticky.logs import bounded
 
 if TYPE_CHECKING:
@@ -81,21 +81,17 @@ SEAMS = (
         is_replaced=True,
     ),
     method(STORE, "async get_partial_state_servers_at_join(room_id, /) -> AbstractSet | None"),
-    table(
-        "destination_rooms_sticky_events_backlog",
-        "destination text, room_id text, sticky_events_stream_position integer",
-    ),
-    table("rooms", "room_id text"),
+    method(HOMESERVER, "get_notifier() -> Notifier"),
+    method("synapse.notifier.Notifier", "notify_remote_server_up(server, /)", is_replaced=True),
 )
 
 
-class SynapseFederation:
+class SynapseFederation(SynapseBacklog):
     """Implements ``federation.Federation``."""
 
     def __init__(self, homeserver: Homeserver, rooms: "Rooms") -> None:
-        self._homeserver = homeserver
+        super().__init__(homeserver)
         self._rooms = rooms
-        self._store = homeserver.store
         config = homeserver.hs.config
         self._shards = config.worker.federation_shard_config
         self._is_whitelisted = config.federation.is_domain_allowed_according_to_federation_whitelist
@@ -136,7 +132,7 @@ class SynapseFederation:
             on_event_delivered_over_federation=delivered
         )
 
-    def on_refused(self, callback: Callable[[str, set[str], list[str]], None]) -> None:
+    def on_refused(self, callback: Callable[[str, set[str], list[str]], Awaitable[None]]) -> None:
         def make(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
             async def send(transaction: Any, *args: Any, **options: Any) -> Any:
                 answer = await original(transaction, *args, **options)
@@ -144,7 +140,7 @@ class SynapseFederation:
                     refused = _refused(answer)
                     if refused:
                         rooms = {pdu.get("room_id", "") for pdu in transaction.pdus}
-                        callback(transaction.destination, rooms, refused)
+                        await callback(transaction.destination, rooms, refused)
                 except Exception:
                     # Else Synapse would take the transaction for failed.
                     logger.exception("Could not take in what %s refused", transaction.destination)
@@ -154,6 +150,20 @@ class SynapseFederation:
 
         client = self._homeserver.hs.get_federation_transport_client()
         self._homeserver.replace(client, "send_transaction", make)
+
+    def on_reachable(self, callback: Callable[[str], None]) -> None:
+        def make(original: Callable[..., None]) -> Callable[..., None]:
+            def notify_remote_server_up(server: str, *args: Any, **options: Any) -> None:
+                original(server, *args, **options)
+                try:
+                    callback(server)
+                except Exception:
+                    logger.exception("Could not look after the pushes to %s", server)
+
+            return notify_remote_server_up
+
+        notifier = self._homeserver.hs.get_notifier()
+        self._homeserver.replace(notifier, "notify_remote_server_up", make)
 
     def on_skipped(self, callback: Callable[[str], None]) -> None:
         def include_the_last(options: dict[str, Any]) -> None:
@@ -214,76 +224,22 @@ class SynapseFederation:
         name = "get_backlogged_sticky_events_for_destination"
         self._homeserver.replace(self._store, name, make)
         name = "mark_backlogged_sticky_events_sent"
-        self._homeserver.replace(self._store, name, self._leaving_out_deleted_rooms)
-
-    def _leaving_out_deleted_rooms(
-        self, original: Callable[..., Awaitable[None]]
-    ) -> Callable[..., Awaitable[None]]:
-        """Of a room that is deleted while a transaction with its events is under way, Synapse could
-        not write down how far it got, as the row refers to the room. Its sending would stop."""
-
-        async def mark(destination: str, room_id: RoomID, *args: Any, **options: Any) -> None:
-            if not await self._is_known(room_id):
-                return
-            try:
-                await original(destination, room_id, *args, **options)
-            except Exception as e:
-                cause = Cause.of_database(e)
-                if cause is None or cause.verdict() is not Verdict.REFUSED:
-                    raise
-                if await self._is_known(room_id):
-                    raise
-
-        return mark
-
-    async def _is_known(self, room_id: RoomID) -> bool:
-        def read_txn(txn: Cursor) -> bool:
-            txn.execute("SELECT 1 FROM rooms WHERE room_id = ?", (room_id.to_string(),))
-            return txn.fetchone() is not None
-
-        return await self._homeserver.transact("is_known", read_txn)
-
-    # Synapse's own backlog
-
-    async def backlog(self, destination: str) -> list[tuple[str, int]]:
-        def read_txn(txn: Cursor) -> list[tuple[str, int]]:
-            txn.execute(
-                "SELECT room_id, sticky_events_stream_position"
-                " FROM destination_rooms_sticky_events_backlog WHERE destination = ?",
-                (destination,),
-            )
-            return [(room_id, position) for room_id, position in txn.fetchall()]
-
-        return await self._homeserver.transact("backlog", read_txn)
-
-    def add_backlog_txn(self, txn: Cursor, joins: Sequence[tuple[str, str]]) -> None:
-        txn.execute_batch(
-            # The state changes of a room outlive the room, and the table refers to rooms.
-            "INSERT INTO destination_rooms_sticky_events_backlog"
-            " (destination, room_id, sticky_events_stream_position)"
-            " SELECT ?, room_id, 0 FROM rooms WHERE room_id = ?"
-            " ON CONFLICT (destination, room_id) DO UPDATE SET sticky_events_stream_position = 0",
-            joins,
-        )
-
-    def clear_backlog_txn(self, txn: Cursor, destination: str, room_id: str) -> None:
-        txn.execute(
-            "DELETE FROM destination_rooms_sticky_events_backlog"
-            " WHERE destination = ? AND room_id = ?",
-            (destination, room_id),
-        )
+        self._homeserver.replace(self._store, name, self.leaving_out_deleted_rooms)
 
     async def may_receive(self, room_id: str, destination: str) -> bool:
         if not self._is_whitelisted(destination):
             return False
         if not await self._rooms.is_joined(room_id, self._homeserver.server_name):
             return False
-        if not await self._rooms.has_member_of(room_id, destination):
-            # While the room's state is partial, those whom /send_join named count as joined.
-            servers = await self._store.get_partial_state_servers_at_join(room_id)
-            if servers is None or destination not in servers:
-                return False
-        return await self._rooms.acl_allows(room_id, destination)
+        is_there = await self.is_there(room_id, destination)
+        return is_there and await self._rooms.acl_allows(room_id, destination)
+
+    async def is_there(self, room_id: str, destination: str) -> bool:
+        if await self._rooms.has_member_of(room_id, destination):
+            return True
+        # While the room's state is partial, those whom /send_join named count as joined.
+        servers = await self._store.get_partial_state_servers_at_join(room_id)
+        return servers is not None and destination in servers
 
 
 def _refused(answer: Any) -> list[str]:

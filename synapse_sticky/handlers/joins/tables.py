@@ -1,6 +1,7 @@
 """The tables of newcomers, and of how far each process has read the state changes."""
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Collection, Sequence
 
 import attr
 
@@ -47,6 +48,14 @@ class NewcomerTable:
                 instance_name TEXT NOT NULL PRIMARY KEY,
                 position BIGINT NOT NULL,
                 updated_ts_ms BIGINT NOT NULL
+            )
+            """,
+        ),
+        (
+            """
+            CREATE TABLE IF NOT EXISTS synapse_sticky_whitelists (
+                instance_name TEXT NOT NULL PRIMARY KEY,
+                allowed TEXT NOT NULL
             )
             """,
         ),
@@ -116,6 +125,34 @@ class NewcomerTable:
             self._write_position_txn(txn, position)
 
         await self._homeserver.transact("record_joins", write_txn)
+
+    async def whitelist(self) -> tuple[bool, list[str] | None]:
+        """Is the federation whitelist of this process' last start known? And its servers, None if
+        there was none."""
+
+        def read_txn(txn: Cursor) -> list[tuple[str]]:
+            txn.execute(
+                "SELECT allowed FROM synapse_sticky_whitelists WHERE instance_name = ?",
+                (self._homeserver.instance_name,),
+            )
+            return txn.fetchall()
+
+        for (allowed,) in await self._homeserver.transact("whitelist", read_txn):
+            return True, json.loads(allowed)
+        return False, None
+
+    async def store_whitelist(self, allowed: Collection[str] | None) -> None:
+        """Stores the federation whitelist of this start; None if there is none."""
+        dumped = json.dumps(None if allowed is None else sorted(allowed))
+
+        def write_txn(txn: Cursor) -> None:
+            txn.execute(
+                "INSERT INTO synapse_sticky_whitelists (instance_name, allowed) VALUES (?, ?)"
+                " ON CONFLICT (instance_name) DO UPDATE SET allowed = EXCLUDED.allowed",
+                (self._homeserver.instance_name, dumped),
+            )
+
+        await self._homeserver.transact("store_whitelist", write_txn)
 
     async def newcomers(self) -> list[Newcomer]:
         """All newcomers, of every process; a position is never past what is still to be sent."""

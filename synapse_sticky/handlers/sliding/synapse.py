@@ -15,6 +15,7 @@ from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.database import portions
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, attributes, method, table
 from synapse_sticky.homeserver.tokens import position_of, token_of
+from synapse_sticky.homeserver.unignored import Unignored, together
 from synapse_sticky.index import Position
 
 _SLIDING_SYNC = "synapse.handlers.sliding_sync"
@@ -105,8 +106,9 @@ class _DueSection(_Section):
 class SynapseSliding:
     """Implements ``handler.SlidingSync``: puts a pager in the place of Synapse's own section."""
 
-    def __init__(self, homeserver: Homeserver) -> None:
+    def __init__(self, homeserver: Homeserver, unignored: Unignored | None = None) -> None:
         self._homeserver = homeserver
+        self.unignored = unignored
         self._store = homeserver.store
         self._storage = homeserver.hs.get_storage_controllers()
         self.writers: Sequence[str] = homeserver.hs.config.worker.writers.events
@@ -304,12 +306,22 @@ class _Response:
             self._parts.append((after.stream_id, by_room))
         return sum(map(len, by_room.values())), position_of(reached)
 
+    async def _with_unignored(self, by_room: dict[str, list[str]]) -> dict[str, list[str]]:
+        """Adds what the user's ignoring kept from this connection, once it is taken back."""
+        unignored, since = self._sliding.unignored, self.since
+        if unignored is None or since is None or self.limit <= 0:
+            return by_room
+        after = self._from_token or self._to_token
+        more = await unignored.events(self._user_id, after, self.room_ids, since)
+        return together(by_room, more) if more else by_room
+
     async def filled(self, page: SlidingPage) -> Any:
         """Synapse's own response object."""
         by_room: dict[str, list[str]] = {}
         for _, part in sorted(self._parts, key=lambda part: part[0]):
             for room_id, event_ids in part.items():
                 by_room.setdefault(room_id, []).extend(event_ids)
+        by_room = await self._with_unignored(by_room)
         rooms = {}
         if by_room:
             event_ids = [event_id for ids in by_room.values() for event_id in ids]

@@ -92,6 +92,15 @@ class Confirmation:
         push.asked.last_ms = push.asked.last_ms or now_ms
         self._questions.add(push.destination, push.room_id, delay_ms)
 
+    def reachable(self, destination: str) -> None:
+        """The destination can be reached: it may be asked."""
+        self._questions.allow(destination)
+
+    def hasten(self, push: Push) -> None:
+        """Asks soon, if that is under way for this push: what made it wait may be over."""
+        push.asked.in_vain = 0
+        self._questions.hasten(push.destination, push.room_id, SOON_MS)
+
     async def _ask(self, destination: str, room_id: str) -> int | None:
         push = self._find(destination, room_id)
         if push is None:

@@ -82,6 +82,22 @@ class Questions:
             state.due.set(room_id, self._homeserver.steady_ms() + delay_ms)
             self._arm(destination, state)
 
+    def allow(self, destination: str) -> None:
+        """The destination can be reached again: the questions that were put off are due."""
+        if (state := self._destinations.get(destination)) is not None:
+            state.failures = 0
+            soon_ms = self._homeserver.steady_ms() + APART_MS
+            state.not_before_ms = min(state.not_before_ms, soon_ms)
+            self._arm(destination, state)
+
+    def hasten(self, destination: str, room_id: str, delay_ms: int) -> None:
+        """Asks for the room after the delay, if it was to be later."""
+        state = self._destinations.get(destination)
+        due_ms = self._homeserver.steady_ms() + delay_ms
+        if state is not None and (state.due.get(room_id) or 0) > due_ms:
+            state.due.set(room_id, due_ms)
+            self._arm(destination, state)
+
     def rooms(self, destination: str) -> list[str]:
         """The rooms that it is to be asked for."""
         state = self._destinations.get(destination)

@@ -52,11 +52,13 @@ class RoomChanges:
 
     changes: as ``StateChanges`` made them; nobody else looks into them.
     count: how many changes of state these are.
+    has_new_acl: whether the room's ACL is among them.
     """
 
     room_id: str
     changes: Sequence[Any]
     count: int
+    has_new_acl: bool = False
 
 
 class StateChanges(Protocol):
@@ -118,12 +120,13 @@ class JoinReader:
         changes: StateChanges,
         destinations: HandledDestinations,
         table: NewcomerTable,
-        on_joins: Callable[[Sequence[ServerJoin], Sequence[ServerJoin], int], None],
+        on_joins: Callable[[Sequence[ServerJoin], Sequence[str], int], None],
     ) -> None:
         """
         Args:
-            on_joins: gets joins that this process sends to, joins of this server itself, and until
-                when own events are to be watched for (ms since the epoch).
+            on_joins: gets joins that this process sends to, the rooms that this server has joined
+                or that have another ACL, and until when own events are to be watched for (ms since
+                the epoch).
         """
         self._homeserver = homeserver
         self._changes = changes
@@ -246,7 +249,9 @@ class JoinReader:
         not_before_ms = self._homeserver.now_ms() - MAX_STICKY_DURATION_MS
         joins = await self._changes.server_joins(rooms, not_before_ms=not_before_ms)
         mine = [join for join in joins if self._destinations.handles(join.destination)]
-        own = [join for join in joins if join.destination == self._homeserver.server_name]
+        here = self._homeserver.server_name
+        changed = [join.room_id for join in joins if join.destination == here]
+        changed += [room.room_id for room in rooms if room.has_new_acl]
 
         recorded = 0
 
@@ -263,7 +268,8 @@ class JoinReader:
         for portion in portions(mine, _RECORDED_AT_ONCE):
             stuck += await apart(portion, record)
         self._keep_for_retry(after, stuck)
-        self._on_joins([], own, 0)
+        if changed:
+            self._on_joins([], changed, 0)
 
     async def _record(self, joins: Sequence[ServerJoin], position: int) -> None:
         watch_until_ms = self._homeserver.now_ms() + MAX_STICKY_DURATION_MS

@@ -10,7 +10,7 @@ from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.changed import ChangedRooms
 from synapse_sticky.homeserver.seams import STORE, method, table
 
-_MEMBER, _CREATE = EventTypes.Member, EventTypes.Create
+_MEMBER, _CREATE, _ACL = EventTypes.Member, EventTypes.Create, EventTypes.ServerACL
 _JOIN = Membership.JOIN
 _PAGE = 100
 _AT_ONCE = 1_000
@@ -111,24 +111,26 @@ class SynapseStateChanges:
         if not self.may_have_changed(after):
             return up_to, []
 
-        def read_txn(txn: Cursor) -> list[tuple[int, str, int, int]]:
+        def read_txn(txn: Cursor) -> list[tuple[int, str, int, int, int]]:
             # When this server itself joins, the whole state of the room arrives as changes at one
             # position. Only then is a new create event among them; other changes may also share a
             # position.
             txn.execute(
                 "SELECT stream_id, MIN(room_id), COUNT(*), MAX(CASE WHEN type = ?"
-                " AND event_id IS NOT NULL AND prev_event_id IS NULL THEN 1 ELSE 0 END)"
+                " AND event_id IS NOT NULL AND prev_event_id IS NULL THEN 1 ELSE 0 END),"
+                " MAX(CASE WHEN type = ? THEN 1 ELSE 0 END)"
                 " FROM current_state_delta_stream WHERE ? < stream_id AND stream_id <= ?"
-                " AND type IN (?, ?) GROUP BY stream_id ORDER BY stream_id LIMIT ?",
-                (_CREATE, after, up_to, _MEMBER, _CREATE, _PAGE + 1),
+                " AND type IN (?, ?, ?) GROUP BY stream_id ORDER BY stream_id LIMIT ?",
+                (_CREATE, _ACL, after, up_to, _MEMBER, _CREATE, _ACL, _PAGE + 1),
             )
-            return [(row[0], row[1], row[2], row[3]) for row in txn.fetchall()]
+            return [(row[0], row[1], row[2], row[3], row[4]) for row in txn.fetchall()]
 
         found = await self._homeserver.transact("state_changes", read_txn)
         reached, total = up_to, 0
         rooms: dict[str, list[_Position]] = {}
         counts: dict[str, int] = {}
-        for number, (stream_id, room_id, count, is_own_join) in enumerate(found):
+        of_acl: set[str] = set()
+        for number, (stream_id, room_id, count, is_own_join, is_of_acl) in enumerate(found):
             total += count
             # A position is not split: it may have more than a page.
             if number == _PAGE or (number and total > _PAGE):
@@ -136,8 +138,11 @@ class SynapseStateChanges:
                 break
             rooms.setdefault(room_id, []).append(_Position(stream_id, bool(is_own_join)))
             counts[room_id] = counts.get(room_id, 0) + count
+            if is_of_acl:
+                of_acl.add(room_id)
         return reached, [
-            RoomChanges(room_id, positions, counts[room_id]) for room_id, positions in rooms.items()
+            RoomChanges(room_id, positions, counts[room_id], room_id in of_acl)
+            for room_id, positions in rooms.items()
         ]
 
     async def server_joins(

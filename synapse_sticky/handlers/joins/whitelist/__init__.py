@@ -1,0 +1,1 @@
+"""Servers that the federation whitelist allows since this start."""

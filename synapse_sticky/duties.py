@@ -132,6 +132,7 @@ _INDEX = (*_ROWS, *_CHANGES, "index.synapse:stream")
 _MEMBERS = "homeserver.rooms:members"
 _SERVERS = (_MEMBERS, "homeserver.rooms:servers", "homeserver.rooms:erased")
 _SENDING = "handlers.sending.synapse"
+_STAGING = "handlers.staging"
 
 
 def _everywhere(place: Place) -> bool:
@@ -189,24 +190,33 @@ DUTIES: Mapping[str, Duty] = {
             "pruning",
             (
                 Part(
-                    ("handlers.staging.pruning.synapse",),
+                    (f"{_STAGING}.pruning.synapse",),
                     "acknowledged sticky events may be pruned in a flood",
                 ),
                 Part(
-                    ("handlers.staging.turns.synapse",),
+                    (f"{_STAGING}.turns.synapse",),
                     "a flood that is staged delays what other servers send later",
                     "turns",
                 ),
             ),
             _everywhere,
         ),
-        _whole(
+        Duty(
             "parking",
             (
-                *(_MEMBERS, "handlers.staging.parking.synapse", "handlers.staging.batches.synapse"),
-                *("homeserver.staged", _PURGES),
+                Part(
+                    (
+                        *(_MEMBERS, _PURGES, "homeserver.staged"),
+                        *(f"{_STAGING}.parking.synapse", f"{_STAGING}.batches.synapse"),
+                    ),
+                    "acknowledged sticky events are dropped if they cannot be persisted at once",
+                ),
+                Part(
+                    (f"{_STAGING}.first_joins.synapse",),
+                    "sticky events for a room that is joined for the first time may be dropped",
+                    "first_joins",
+                ),
             ),
-            "acknowledged sticky events are dropped if they cannot be persisted at once",
             _everywhere,
         ),
         _whole(

@@ -82,7 +82,7 @@ class Wiring:
         self._homeserver.enter(self._homeserver.store, _LOADED, True)
         self._deferred = DeferredTable(self._homeserver)
         self._held = Held()
-        self._loading = Loading(self._homeserver, self._set)
+        self._loading = Loading(self._homeserver, self._loaded)
         self._columns, self._misfits[TABLES] = read_columns(self._homeserver.hs.config)
         try:
             for duty in DUTIES.values():
@@ -121,13 +121,14 @@ class Wiring:
     def _install(self, duty: str, part: str) -> list[str]:
         """Installs a part of it; or leaves no trace of that, and says why."""
         mark = self._homeserver.mark()
+        loading = dict(self._loading.duties)
         name = f"_install_{duty}_{part}" if part else f"_install_{duty}"
         install: Callable[[], None] = getattr(self, name)
         try:
             install()
         except Exception as e:
             self._homeserver.undo_to(mark)
-            self._loading.duties.pop(duty, None)
+            self._loading.duties = loading
             if duty == "index":
                 # What others use is another one, which has the database answer.
                 self._made_follower = None
@@ -153,6 +154,10 @@ class Wiring:
     def _set(self, name: str, state: State) -> None:
         self.states[name] = state
         metrics.set_duty(name, state.value)
+
+    def _loaded(self, duty: str, state: State) -> None:
+        # One of its parts may be off for good.
+        self._set(duty, State.UNFIT if self._misfits.get(duty) else state)
 
     def _raise_if_strict(self) -> None:
         if stopping := that_stop(self._config.strict, self.states, self._misfits):
@@ -261,6 +266,12 @@ class Wiring:
         parking.install()
         Batches(homeserver, staging.verdict_of).install()
         self._loading.duties["parking"] = parking.load
+
+    def _install_parking_first_joins(self) -> None:
+        from synapse_sticky.handlers.staging.first_joins.synapse import FirstJoins
+
+        if self._homeserver.place.joins:
+            FirstJoins(self._homeserver).install()
 
     def _install_receipt(self) -> None:
         from synapse_sticky.handlers.receipt.synapse import SynapseReceipt

@@ -57,6 +57,9 @@ _TURN_MS = 60_000
 _MOST_TRIED = 10_000
 """Twice as many as may be parked in all. One that is no longer remembered is only tried again."""
 
+_ABSENT_MS = 20_000
+"""How long it takes at most until a room is seen to be joined."""
+
 _POLL_MS = 60_000
 """Another process may have parked PDUs, and be gone."""
 
@@ -244,7 +247,7 @@ class ParkingHandler:
             await self._table.stage_again(
                 *(origin, room_id, []),
                 ended=[pdu for pdu in parked if pdu.until_ms <= now_ms],
-                due_ms={pdu: _next_ms(pdu, now_ms) for pdu in parked},
+                due_ms={pdu: min(_next_ms(pdu, now_ms), now_ms + _ABSENT_MS) for pdu in parked},
                 stage_txn=self._staging.stage_txn,
             )
             return False

@@ -7,7 +7,7 @@ from typing import Any
 
 import attr
 
-from synapse_sticky.homeserver import access, changed, database, schema
+from synapse_sticky.homeserver import access, changed, database, retention, schema
 from synapse_sticky.homeserver.fitting import Columns, misfits
 from synapse_sticky.homeserver.place import Place
 from synapse_sticky.homeserver.seams import Seam, Table, imports_of
@@ -158,10 +158,19 @@ DUTIES: Mapping[str, Duty] = {
     duty.name: duty
     for duty in (
         _whole("index", _INDEX, "each /sync asks the database for sticky events", _everywhere),
-        _whole(
+        Duty(
             "delivery",
-            ("homeserver.tokens", "handlers.delivery.synapse"),
-            "each /sync asks the database for sticky events",
+            (
+                Part(
+                    ("homeserver.tokens", "handlers.delivery.synapse"),
+                    "each /sync asks the database for sticky events",
+                ),
+                Part(
+                    ("handlers.delivery.ttl.synapse",),
+                    "clients show sticky events for longer than the room's retention has them kept",
+                    "ttl",
+                ),
+            ),
             _everywhere,
         ),
         _whole(
@@ -280,6 +289,7 @@ def _every_seam() -> Iterator[Seam]:
     yield from database.SEAMS
     yield from schema.SEAMS
     yield from changed.SEAMS
+    yield from retention.SEAMS
     yield from seams_of(_PERSISTED)
     yield from seams_of(CHECK)
     for layer in access.SEAMS.values():

@@ -32,6 +32,7 @@ from synapse_sticky.homeserver.access import Access
 from synapse_sticky.homeserver.database import read_columns
 from synapse_sticky.homeserver.seams import SeamMismatchError
 from synapse_sticky.index import IndexFollower
+from synapse_sticky.index.gone import GoneRows
 from synapse_sticky.limits import LimitReport
 from synapse_sticky.loading import Loading
 from synapse_sticky.plan import (
@@ -181,6 +182,8 @@ class Wiring:
 
     def _install_index(self) -> None:
         self._follower.start()
+        if self._homeserver.place.is_main:
+            GoneRows(self._homeserver, self._follower.stream).install()
 
     @property
     def _follower(self) -> IndexFollower:
@@ -198,6 +201,11 @@ class Wiring:
         delivery = SynapseDelivery(self._homeserver)
         DeliveryHandler(self._follower, delivery).install()
 
+    def _install_delivery_ttl(self) -> None:
+        from synapse_sticky.handlers.delivery.ttl.synapse import KeptTtl
+
+        KeptTtl(self._homeserver).install()
+
     def _install_sliding(self) -> None:
         from synapse_sticky.handlers.sliding.synapse import SynapseSliding
 
@@ -208,12 +216,17 @@ class Wiring:
 
     def _install_visibility(self) -> None:
         from synapse_sticky.handlers.visibility.synapse import SynapseVisibility
+        from synapse_sticky.homeserver.retention import Retention
         from synapse_sticky.homeserver.rooms import Rooms
 
-        homeserver, config = self._homeserver, self._config.visibility
-        visibility = SynapseVisibility(homeserver)
+        homeserver = self._homeserver
         VisibilityHandler(
-            homeserver, Rooms(homeserver), self._follower, visibility, config
+            homeserver,
+            Rooms(homeserver),
+            self._follower,
+            SynapseVisibility(homeserver),
+            Retention(homeserver),
+            self._config.visibility,
         ).install()
 
     def _install_joins(self) -> None:
@@ -270,7 +283,7 @@ class Wiring:
     def _install_parking_first_joins(self) -> None:
         from synapse_sticky.handlers.staging.first_joins.synapse import FirstJoins
 
-        if self._homeserver.place.joins:
+        if self._homeserver.place.is_main:
             FirstJoins(self._homeserver).install()
 
     def _install_receipt(self) -> None:

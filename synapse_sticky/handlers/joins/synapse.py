@@ -12,6 +12,7 @@ from synapse.module_api.callbacks.federation import (
 from synapse_sticky.handlers.joins.federation import BacklogSource, LeftToSynapseError
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.causes import Cause, Verdict
+from synapse_sticky.homeserver.retention import Retention
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, attributes, method, table
 from synapse_sticky.logs import bounded
 
@@ -96,6 +97,7 @@ class SynapseFederation:
         self._homeserver = homeserver
         self._rooms = rooms
         self._store = homeserver.store
+        self._retention = Retention(homeserver)
         config = homeserver.hs.config
         self._shards = config.worker.federation_shard_config
         self._is_whitelisted = config.federation.is_domain_allowed_according_to_federation_whitelist
@@ -199,12 +201,14 @@ class SynapseFederation:
                 try:
                     batch = await source(destination, limit)
                 except LeftToSynapseError:
-                    return await original(destination, *args, limit=limit, **options)
+                    found = await original(destination, *args, limit=limit, **options)
+                    return await self._kept(found)
                 except Exception:
                     logger.exception(
                         "No batch of sticky events for %s, leaving it to Synapse", destination
                     )
-                    return await original(destination, *args, limit=limit, **options)
+                    found = await original(destination, *args, limit=limit, **options)
+                    return await self._kept(found)
                 if batch is None:
                     return None
                 return RoomID.from_string(batch.room_id), batch.position, batch.event_ids
@@ -215,6 +219,14 @@ class SynapseFederation:
         self._homeserver.replace(self._store, name, make)
         name = "mark_backlogged_sticky_events_sent"
         self._homeserver.replace(self._store, name, self._leaving_out_deleted_rooms)
+
+    async def _kept(self, found: tuple[Any, Any, Any] | None) -> tuple[Any, Any, Any] | None:
+        """What Synapse has selected, without events that this server does not keep any more."""
+        if found is None or not self._retention.is_on:
+            return found
+        room_id, position, event_ids = found
+        kept = await self._retention.kept(event_ids)
+        return room_id, position, [event_id for event_id in event_ids if event_id in kept]
 
     def _leaving_out_deleted_rooms(
         self, original: Callable[..., Awaitable[None]]

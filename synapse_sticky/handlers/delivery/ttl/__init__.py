@@ -1,0 +1,1 @@
+"""How long an event is still sticky, as clients are told."""

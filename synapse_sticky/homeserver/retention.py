@@ -116,8 +116,8 @@ class Retention:
         found = {}
         for room_id in room_ids if self.is_on else ():
             txn.execute(f"SELECT {_OF_ROOM.format(room_id='?')}", (room_id,))
-            row = txn.fetchone()
-            if (lifetime_ms := self._lifetime_ms(row and row[0])) is not None:
+            ((policy_ms,),) = txn.fetchall()
+            if (lifetime_ms := self._lifetime_ms(policy_ms)) is not None:
                 found[room_id] = lifetime_ms
         return found
 

@@ -151,10 +151,13 @@ class SynapseStickyStream:
         return [self._row_of(row, not row[7] or row[3] in still_sticky) for row in found]
 
     def _row_of(self, row: tuple[Any, ...], is_sticky: bool) -> StickyRow:
-        *columns, expires_at_ms, metadata = row[:7]
-        expires_at_ms = self._retention.row_ends_ms(expires_at_ms, row[8:])
+        stream_id, instance_name, room_id, event_id, sender, expires_at_ms, metadata = row[:7]
+        ends_ms = self._retention.row_ends_ms(expires_at_ms, row[8:])
         is_soft_failed = json.loads(metadata).get("soft_failed", False)
-        return StickyRow(*columns, expires_at_ms, is_sticky and not is_soft_failed)
+        is_deliverable = is_sticky and not is_soft_failed
+        return StickyRow(
+            stream_id, instance_name, room_id, event_id, sender, ends_ms, is_deliverable
+        )
 
     def on_persisted(self, callback: Callable[[Collection[StickyRow]], None]) -> None:
         if misfits(SEAMS["persisted"]):

@@ -34,17 +34,17 @@ SEAMS = (
     ),
     table("events", "event_id text, origin_server_ts integer"),
     table("room_retention", "room_id text, event_id text, max_lifetime integer"),
-    table("current_state_events", "room_id text, event_id text"),
+    table("current_state_events", "room_id text, event_id text, type text, state_key text"),
 )
 
 _NO_END_MS = 2**63 - 1
 _RETENTION: str = EventTypes.Retention
 
-# A room may have several such events, of which Synapse takes any.
-_OF_ROOM = """(
-    SELECT MIN(r.max_lifetime) FROM room_retention AS r
-    INNER JOIN current_state_events AS c ON c.event_id = r.event_id AND c.room_id = r.room_id
-    WHERE r.room_id = {room_id}
+# One row at most, however many events a room has that say so: those with a state key do not count.
+_OF_ROOM = f"""(
+    SELECT r.max_lifetime FROM current_state_events AS c
+    INNER JOIN room_retention AS r ON r.event_id = c.event_id AND r.room_id = c.room_id
+    WHERE c.room_id = {{room_id}} AND c.type = '{_RETENTION}' AND c.state_key = ''
 )"""
 _OF_ROW = f"""
     , (SELECT e.origin_server_ts FROM events AS e WHERE e.event_id = se.event_id)

@@ -40,14 +40,16 @@ class Rereads:
         index: StickyIndex,
         insert: Callable[[Collection[StickyRow]], None],
     ) -> None:
-        """Has the index take in when the events of these rooms end, and those that had ended and do
-        not any more. A room that cannot be read stays due."""
-        while self._due:
-            room_id, after = next(iter(self._due)), 0
-            while rows := await stream.rows_in_room(room_id, after=after, limit=_PAGE):
-                for row in rows:
-                    if (known := index.get(row.event_id)) and known[4] != row.expires_at_ms:
-                        index.remove(row.event_id)
-                insert(rows)
-                after = rows[-1].stream_id
-            self._due.discard(room_id)
+        """Has the index take in when the events of a room that is due end, and those that had ended
+        and do not any more. One room at a time, as others' new rows wait for it. A room that cannot
+        be read stays due."""
+        if not self._due:
+            return
+        room_id, after = next(iter(self._due)), 0
+        while rows := await stream.rows_in_room(room_id, after=after, limit=_PAGE):
+            for row in rows:
+                if (known := index.get(row.event_id)) and known[4] != row.expires_at_ms:
+                    index.remove(row.event_id)
+            insert(rows)
+            after = rows[-1].stream_id
+        self._due.discard(room_id)

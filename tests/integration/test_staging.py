@@ -173,8 +173,9 @@ def test_while_the_room_is_being_joined(servers: Servers, peer: Peer, killed: bo
     wait_until(lambda: not parked(server), "nothing to be left")
 
 
+@pytest.mark.slow
 @pytest.mark.requirement("F3", "L3", "P3")
-@pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("killed", [False, True])
 def test_a_room_never_seen_before(servers: Servers, killed: bool) -> None:
     """The resident has answered, and sends its only sticky event before the answer is processed."""
     options = {"config": NO_LIMITS, "extra": {"modules": [{"module": JOIN_HOLDER}]}}

@@ -222,7 +222,8 @@ def test_a_room_is_read_once_between_two_ticks() -> None:
 
     def take_in() -> list[str]:
         read.clear()
-        done(rereads.read(stream, StickyIndex("here"), lambda rows: None))
+        while rereads:
+            done(rereads.read(stream, StickyIndex("here"), lambda rows: None))
         return sorted(read)
 
     assert take_in() == []
@@ -240,6 +241,27 @@ def test_a_room_is_read_once_between_two_ticks() -> None:
     rereads.tick()
     rereads.add("!a")
     assert take_in() == ["!a"]
+
+
+@pytest.mark.requirement("H3")
+def test_new_rows_are_taken_in_between_rooms(homeserver: Homeserver) -> None:
+    stream = SynapseStickyStream(homeserver)
+    follower, read, shown_then = IndexFollower(homeserver, stream), list[str](), list[list[str]]()
+    follower.start()
+
+    async def rows_in_room(room_id: str, *, after: int, limit: int) -> list[StickyRow]:
+        read.append(room_id)
+        if len(read) == 1:
+            follower._rereads.add("!another:there")
+            shown_then.append([persist(homeserver, 1)])
+        else:
+            shown_then.append(shown(follower))
+        return []
+
+    stream.rows_in_room = rows_in_room  # type: ignore[method-assign]
+    set_policy(homeserver, 60_000)
+    assert sorted(read) == sorted([ROOM, "!another:there"])
+    assert shown_then[0] == shown_then[1]
 
 
 @pytest.mark.requirement("H1")

@@ -127,6 +127,7 @@ _PLACES = "homeserver.sticky_rows"
 _ROWS = (_PLACES, "index.synapse:rows")
 _PERSISTED = "index.synapse:persisted"
 _PURGES = "index.synapse:purges"
+_RECEIVED = "homeserver.received"
 _CHANGES = ("homeserver.stream", "index.synapse:changes", _PURGES)
 _INDEX = (*_ROWS, *_CHANGES, "index.synapse:stream")
 _MEMBERS = "homeserver.rooms:members"
@@ -166,8 +167,8 @@ DUTIES: Mapping[str, Duty] = {
                     "each /sync asks the database for sticky events",
                 ),
                 Part(
-                    ("handlers.delivery.ttl.synapse",),
-                    "clients show sticky events for longer than the room's retention has them kept",
+                    (*_ROWS, "handlers.delivery.ttl.synapse"),
+                    "clients show events that are dated ahead, or not kept, as sticky for longer",
                     "ttl",
                 ),
             ),
@@ -215,8 +216,9 @@ DUTIES: Mapping[str, Duty] = {
             (
                 Part(
                     (
-                        *(_MEMBERS, _PURGES, "homeserver.staged"),
+                        *(_MEMBERS, _PURGES, "homeserver.staged", _RECEIVED),
                         *(f"{_STAGING}.parking.synapse", f"{_STAGING}.batches.synapse"),
+                        *(f"{_STAGING}.parking.origins.synapse", f"{_STAGING}.received.synapse"),
                     ),
                     "acknowledged sticky events are dropped if they cannot be persisted at once",
                 ),
@@ -236,7 +238,7 @@ DUTIES: Mapping[str, Duty] = {
         ),
         _whole(
             "deferral",
-            (*_CHANGES, _PLACES, "handlers.deferral.synapse"),
+            (*_CHANGES, _PLACES, _RECEIVED, "handlers.deferral.synapse"),
             "a flood of another server delays the sticky events of all others",
             lambda place: place.writes,
         ),

@@ -1,7 +1,7 @@
 """Where this server enforces retention, nothing is sticky for longer than it is kept (S2)."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ from synapse.events.utils import FilteredEvent
 from synapse_sticky._core import StickyIndex
 from synapse_sticky.handlers.deferral.handler import NewStickyEvent
 from synapse_sticky.handlers.deferral.synapse import SynapseWriter
-from synapse_sticky.handlers.delivery.ttl.synapse import KeptTtl
+from synapse_sticky.handlers.delivery.ttl.synapse import SynapseTelling
 from synapse_sticky.homeserver import Cursor, Homeserver
+from synapse_sticky.homeserver.received import Received
 from synapse_sticky.homeserver.retention import earlier_end_ms
 from synapse_sticky.index import IndexFollower, StickyRow
 from synapse_sticky.index.gone import GoneRows
@@ -282,7 +283,11 @@ def test_a_room_that_cannot_be_read_stays_due() -> None:
 
 @pytest.mark.requirement("S4", "D9")
 def test_clients_are_told_of_the_earlier_end(homeserver: Homeserver) -> None:
-    KeptTtl(homeserver).install()
+
+    async def nothing_known(event_ids: Collection[str], now_ms: int) -> dict[str, int]:
+        return {}
+
+    SynapseTelling(homeserver).shorten_by(nothing_known)
     serializer = homeserver.hs.get_event_client_serializer()
     set_policy(homeserver, 10_000)
     events = [sticky_event(homeserver, 1, origin_server_ts=homeserver.now_ms() - 4_000)]
@@ -320,7 +325,7 @@ def test_a_deferred_event_ends_by_it(homeserver: Homeserver) -> None:
         asked.extend(events)
         return [event.event_id for event in events]
 
-    SynapseWriter(homeserver).defer_by(defer_txn)
+    SynapseWriter(homeserver, Received(homeserver)).defer_by(defer_txn)
     over, left = persist(homeserver, 1, age_ms=10_000), persist(homeserver, 2, age_ms=4_000)
     assert [event.event_id for event in asked] == [left]
     assert asked[0].expires_at_ms == homeserver.now_ms() + 6_000

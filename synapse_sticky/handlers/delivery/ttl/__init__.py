@@ -1,1 +1,1 @@
-"""How long an event is still sticky, as clients are told."""
+"""Ttl: how much of an event's stickiness is left, as clients are told."""

@@ -1,17 +1,16 @@
-"""Clients are told until when this server keeps an event, where that is earlier (S2, S4, D9).
+"""How Synapse shows events to clients: this says how long they are sticky.
 
-Synapse itself tells them when the event would end. A client would show it until then, though no
-other client gets it any more. Nothing is done where this server does not enforce retention.
-
-Fails open: clients are told what Synapse tells them.
+Where this server enforces retention, no client is told that an event is sticky for longer than it
+is kept (S2).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from synapse.api.constants import EventUnsignedContentFields
 from twisted.internet.defer import CancelledError
 
+from synapse_sticky.handlers.delivery.ttl.handler import LeftMs
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.homeserver.retention import Retention
 from synapse_sticky.homeserver.seams import HOMESERVER, Attribute, method
@@ -23,60 +22,73 @@ _SERIALIZER = "synapse.events.utils.EventClientSerializer"
 
 SEAMS = (
     method(HOMESERVER, "get_event_client_serializer() -> EventClientSerializer"),
-    method(_SERIALIZER, "async serialize_event(event, time_now)", is_replaced=True),
-    method(_SERIALIZER, "async serialize_events(events, time_now)", is_replaced=True),
+    method(_SERIALIZER, "async serialize_event(event, time_now) -> dict", is_replaced=True),
+    method(_SERIALIZER, "async serialize_events(events, time_now) -> list", is_replaced=True),
     Attribute("synapse.events.utils.FilteredEvent", "event"),
 )
 
 _TTL: str = EventUnsignedContentFields.STICKY_TTL
 
 
-class KeptTtl:
-    """Shortens what is left of sticky events, in each process."""
+class SynapseTelling:
+    """Implements ``handler.Telling``."""
 
     def __init__(self, homeserver: Homeserver) -> None:
         self._homeserver = homeserver
         self._retention = Retention(homeserver)
 
-    def install(self) -> None:
-        """Takes effect from the next answer on, where this server enforces retention."""
-        if not self._retention.is_on:
-            return
-        serializer: Any = self._homeserver.hs.get_event_client_serializer()
-        self._homeserver.replace(serializer, "serialize_event", self._of_one)
-        self._homeserver.replace(serializer, "serialize_events", self._of_many)
+    def shorten_by(self, left_ms: LeftMs) -> None:
+        def make_one(original: Callable[..., Any]) -> Callable[..., Any]:
+            async def serialize_event(
+                event: Any, time_now: int, *args: Any, **options: Any
+            ) -> dict[str, Any]:
+                shown: dict[str, Any] = await original(event, time_now, *args, **options)
+                await self._shorten(left_ms, [event], [shown], time_now)
+                return shown
 
-    def _of_one(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        async def serialize_event(event: Any, time_now: int, *args: Any, **options: Any) -> Any:
-            serialized = await original(event, time_now, *args, **options)
-            await self._shorten([event], [serialized], time_now)
-            return serialized
+            return serialize_event
 
-        return serialize_event
+        def make_all(original: Callable[..., Any]) -> Callable[..., Any]:
+            async def serialize_events(
+                events: Sequence[Any], time_now: int, *args: Any, **options: Any
+            ) -> list[dict[str, Any]]:
+                shown: list[dict[str, Any]] = await original(events, time_now, *args, **options)
+                await self._shorten(left_ms, events, shown, time_now)
+                return shown
 
-    def _of_many(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        async def serialize_events(events: Any, time_now: int, *args: Any, **options: Any) -> Any:
-            serialized = await original(events, time_now, *args, **options)
-            await self._shorten(events, serialized, time_now)
-            return serialized
+            return serialize_events
 
-        return serialize_events
+        serializer = self._homeserver.hs.get_event_client_serializer()
+        self._homeserver.replace(serializer, "serialize_event", make_one)
+        self._homeserver.replace(serializer, "serialize_events", make_all)
 
-    async def _shorten(self, events: Sequence[Any], serialized: Sequence[Any], now_ms: int) -> None:
+    async def _shorten(
+        self,
+        left_ms: LeftMs,
+        events: Iterable[Any],
+        shown: Iterable[dict[str, Any]],
+        now_ms: int,
+    ) -> None:
+        """Changes what is shown, which Synapse makes anew each time."""
         try:
-            for shown, content in zip(events, serialized, strict=True):
-                unsigned = content.get("unsigned")
-                if unsigned is None or _TTL not in unsigned:
-                    continue
-                event = shown.event
+            told = {
+                event.event.event_id: (event.event, unsigned)
+                for event, one in zip(events, shown, strict=True)
+                if _TTL in (unsigned := one.get("unsigned") or {})
+            }
+            if not told:
+                return
+            left = await left_ms(told.keys(), now_ms)
+            for event_id, (event, unsigned) in told.items():
+                by_row_ms = min(unsigned[_TTL], left.get(event_id, unsigned[_TTL]))
                 ends_ms = await self._retention.ends_ms(
-                    event.room_id, now_ms + unsigned[_TTL], event.origin_server_ts
+                    event.room_id, now_ms + by_row_ms, event.origin_server_ts
                 )
-                if now_ms < ends_ms:
-                    unsigned[_TTL] = ends_ms - now_ms
-                else:
+                if ends_ms <= now_ms:
                     del unsigned[_TTL]
+                else:
+                    unsigned[_TTL] = ends_ms - now_ms
         except CancelledError:
             raise
         except Exception:
-            logger.exception("Could not say how long events are still sticky")
+            logger.exception("Could not find out how long events are sticky")

@@ -218,9 +218,14 @@ DUTIES: Mapping[str, Duty] = {
                     (
                         *(_MEMBERS, _PURGES, "homeserver.staged", _RECEIVED),
                         *(f"{_STAGING}.parking.synapse", f"{_STAGING}.batches.synapse"),
-                        *(f"{_STAGING}.parking.origins.synapse", f"{_STAGING}.received.synapse"),
+                        f"{_STAGING}.parking.origins.synapse",
                     ),
                     "acknowledged sticky events are dropped if they cannot be persisted at once",
+                ),
+                Part(
+                    (f"{_STAGING}.received.synapse", _RECEIVED),
+                    "an event that is dated ahead counts from when it could be persisted",
+                    "received",
                 ),
                 Part(
                     (f"{_STAGING}.first_joins.synapse",),

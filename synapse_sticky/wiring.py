@@ -87,7 +87,7 @@ class Wiring:
         self._deferred = DeferredTable(self._homeserver)
         self._held = Held()
         self._received = Received(self._homeserver)
-        self._loading = Loading(self._homeserver, self._loaded)
+        self._loading = Loading(self._homeserver, self._set_loaded)
         self._columns, self._misfits[TABLES] = read_columns(self._homeserver.hs.config)
         try:
             for duty in DUTIES.values():
@@ -126,14 +126,14 @@ class Wiring:
     def _install(self, duty: str, part: str) -> list[str]:
         """Installs a part of it; or leaves no trace of that, and says why."""
         mark = self._homeserver.mark()
-        loading = dict(self._loading.duties)
         name = f"_install_{duty}_{part}" if part else f"_install_{duty}"
         install: Callable[[], None] = getattr(self, name)
         try:
             install()
         except Exception as e:
             self._homeserver.undo_to(mark)
-            self._loading.duties = loading
+            if not part:
+                self._loading.duties.pop(duty, None)
             if duty == "index":
                 # What others use is another one, which has the database answer.
                 self._made_follower = None
@@ -160,9 +160,9 @@ class Wiring:
         self.states[name] = state
         metrics.set_duty(name, state.value)
 
-    def _loaded(self, duty: str, state: State) -> None:
-        # One of its parts may be off for good.
-        self._set(duty, State.UNFIT if self._misfits.get(duty) else state)
+    def _set_loaded(self, name: str, state: State) -> None:
+        # Another part of it may not fit.
+        self._set(name, State.UNFIT if self._misfits.get(name) else state)
 
     def _raise_if_strict(self) -> None:
         if stopping := that_stop(self._config.strict, self.states, self._misfits):
@@ -275,11 +275,10 @@ class Wiring:
         from synapse_sticky.handlers.staging.batches.synapse import Batches
         from synapse_sticky.handlers.staging.parking.origins.synapse import SynapseOrigins
         from synapse_sticky.handlers.staging.parking.synapse import SynapseStaging
-        from synapse_sticky.handlers.staging.received.synapse import SynapseReceiving
         from synapse_sticky.homeserver.rooms import Rooms
 
-        homeserver, held, received = self._homeserver, self._held, self._received
-        staging, table = SynapseStaging(homeserver, held, received), ParkedTable(homeserver)
+        homeserver, held = self._homeserver, self._held
+        staging, table = SynapseStaging(homeserver, held, self._received), ParkedTable(homeserver)
         rooms, origins, stream = (
             Rooms(homeserver),
             SynapseOrigins(homeserver),
@@ -287,11 +286,16 @@ class Wiring:
         )
         parking = ParkingHandler(homeserver, rooms, staging, origins, table, held, stream)
         parking.install()
-        # Around parking's own part of it, so that this knows when a PDU was received.
-        receiving = SynapseReceiving(homeserver, received)
-        ReceivedHandler(homeserver, receiving, received, table).install()
         Batches(homeserver, staging.verdict_of).install()
         self._loading.duties["parking"] = parking.load
+
+    def _install_parking_received(self) -> None:
+        from synapse_sticky.handlers.staging.received.synapse import SynapseReceiving
+
+        # After parking, and so around it: parking knows by then when a PDU was received.
+        homeserver, received = self._homeserver, self._received
+        receiving = SynapseReceiving(homeserver, received)
+        ReceivedHandler(homeserver, receiving, received, ParkedTable(homeserver)).install()
 
     def _install_parking_first_joins(self) -> None:
         from synapse_sticky.handlers.staging.first_joins.synapse import FirstJoins

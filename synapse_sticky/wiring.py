@@ -176,18 +176,15 @@ class Wiring:
         parts = []
         for state in (State.ON.value, _LOADING, *(s.value for s in State if s is not State.ON)):
             if names := [name for name in shown if told.get(name) == state]:
-                of_state = "" if state == State.ON.value else f"{state}: "
-                parts.append(of_state + ", ".join(names))
-        logger.info(
-            "synapse-sticky runs in %s: %s", self._homeserver.instance_name, "; ".join(parts)
-        )
+                parts.append(("" if state == State.ON.value else f"{state}: ") + ", ".join(names))
+        process = self._homeserver.instance_name
+        logger.info("synapse-sticky runs in %s: %s", process, "; ".join(parts))
 
     # Installing
 
     def _install_index(self) -> None:
         self._follower.start()
-        if self._homeserver.place.is_main:
-            GoneRows(self._homeserver, self._follower.stream).install()
+        GoneRows(self._homeserver, self._follower.stream).install()
 
     @property
     def _follower(self) -> IndexFollower:
@@ -223,15 +220,9 @@ class Wiring:
         from synapse_sticky.homeserver.retention import Retention
         from synapse_sticky.homeserver.rooms import Rooms
 
-        homeserver = self._homeserver
-        VisibilityHandler(
-            homeserver,
-            Rooms(homeserver),
-            self._follower,
-            SynapseVisibility(homeserver),
-            Retention(homeserver),
-            self._config.visibility,
-        ).install()
+        hs, config = self._homeserver, self._config.visibility
+        parts = (Rooms(hs), self._follower, SynapseVisibility(hs), Retention(hs))
+        VisibilityHandler(hs, *parts, config).install()
 
     def _install_joins(self) -> None:
         from synapse_sticky.handlers.joins.confirmation.synapse import SynapseAsking
@@ -294,14 +285,13 @@ class Wiring:
 
         # After parking, and so around it: parking knows by then when a PDU was received.
         homeserver, received = self._homeserver, self._received
-        receiving = SynapseReceiving(homeserver, received)
-        ReceivedHandler(homeserver, receiving, received, ParkedTable(homeserver)).install()
+        parts = (SynapseReceiving(homeserver, received), received, ParkedTable(homeserver))
+        ReceivedHandler(homeserver, *parts).install()
 
     def _install_parking_first_joins(self) -> None:
         from synapse_sticky.handlers.staging.first_joins.synapse import FirstJoins
 
-        if self._homeserver.place.is_main:
-            FirstJoins(self._homeserver).install()
+        FirstJoins(self._homeserver).install()
 
     def _install_receipt(self) -> None:
         from synapse_sticky.handlers.receipt.synapse import SynapseReceipt

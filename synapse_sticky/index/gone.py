@@ -12,9 +12,10 @@ _BACKOFF = Backoff(5_000, 600_000)
 
 
 class GoneRows:
-    """Deletes them, in one process of the homeserver."""
+    """Deletes them, in the main process."""
 
     def __init__(self, homeserver: Homeserver, stream: Stream) -> None:
+        self._is_main = homeserver.place.is_main
         self._stream = stream
         # Synapse purges a room after the other.
         self._rooms: set[str] = set()
@@ -27,8 +28,9 @@ class GoneRows:
         )
 
     def install(self) -> None:
-        """Takes effect from the next purge on."""
-        self._stream.on_room_purged(self._purged)
+        """Takes effect from the next purge on, in the main process."""
+        if self._is_main:
+            self._stream.on_room_purged(self._purged)
 
     def _purged(self, room_id: str) -> None:
         self._rooms.add(room_id)

@@ -48,7 +48,9 @@ class FirstJoins:
         self._store = homeserver.store
 
     def install(self) -> None:
-        """Takes effect from the next join on."""
+        """Takes effect from the next join on, in the main process."""
+        if not self._homeserver.place.is_main:
+            return
         client = self._homeserver.hs.get_federation_client()
         self._homeserver.replace(client, "send_join", self._entering)
         self._homeserver.replace(self._store, "upsert_room_on_join", self._naming_creator)

@@ -7,7 +7,15 @@ from typing import Any
 
 import attr
 
-from synapse_sticky.homeserver import access, changed, database, remaining, schema, unignored
+from synapse_sticky.homeserver import (
+    access,
+    changed,
+    database,
+    remaining,
+    retention,
+    schema,
+    unignored,
+)
 from synapse_sticky.homeserver.fitting import Columns, misfits
 from synapse_sticky.homeserver.place import Place
 from synapse_sticky.homeserver.seams import Seam, Table, imports_of
@@ -133,6 +141,7 @@ _INDEX = (*_ROWS, *_CHANGES, "index.synapse:stream")
 _MEMBERS = "homeserver.rooms:members"
 _SERVERS = (_MEMBERS, "homeserver.rooms:servers", "homeserver.rooms:erased")
 _SENDING = "handlers.sending.synapse"
+_STAGING = "handlers.staging"
 
 
 def _everywhere(place: Place) -> bool:
@@ -167,7 +176,7 @@ DUTIES: Mapping[str, Duty] = {
                 ),
                 Part(
                     (*_ROWS, "handlers.delivery.ttl.synapse"),
-                    "clients are told that an event which is dated ahead stays sticky for longer",
+                    "clients show events that are dated ahead, or not kept, as sticky for longer",
                     "ttl",
                 ),
             ),
@@ -200,11 +209,11 @@ DUTIES: Mapping[str, Duty] = {
             "pruning",
             (
                 Part(
-                    ("handlers.staging.pruning.synapse",),
+                    (f"{_STAGING}.pruning.synapse",),
                     "acknowledged sticky events may be pruned in a flood",
                 ),
                 Part(
-                    ("handlers.staging.turns.synapse",),
+                    (f"{_STAGING}.turns.synapse",),
                     "a flood that is staged delays what other servers send later",
                     "turns",
                 ),
@@ -216,16 +225,21 @@ DUTIES: Mapping[str, Duty] = {
             (
                 Part(
                     (
-                        *(_MEMBERS, _PURGES, _RECEIVED, "homeserver.staged"),
-                        *("handlers.staging.parking.synapse", "handlers.staging.batches.synapse"),
-                        "handlers.staging.parking.origins.synapse",
+                        *(_MEMBERS, _PURGES, "homeserver.staged", _RECEIVED),
+                        *(f"{_STAGING}.parking.synapse", f"{_STAGING}.batches.synapse"),
+                        f"{_STAGING}.parking.origins.synapse",
                     ),
                     "acknowledged sticky events are dropped if they cannot be persisted at once",
                 ),
                 Part(
-                    ("handlers.staging.received.synapse", _RECEIVED),
+                    (f"{_STAGING}.received.synapse", _RECEIVED),
                     "an event that is dated ahead counts from when it could be persisted",
                     "received",
+                ),
+                Part(
+                    (f"{_STAGING}.first_joins.synapse",),
+                    "sticky events for a room that is joined for the first time may be dropped",
+                    "first_joins",
                 ),
             ),
             _everywhere,
@@ -293,6 +307,7 @@ def _every_seam() -> Iterator[Seam]:
     yield from changed.SEAMS
     yield from remaining.SEAMS
     yield from unignored.SEAMS
+    yield from retention.SEAMS
     yield from seams_of(_PERSISTED)
     yield from seams_of(CHECK)
     for layer in access.SEAMS.values():

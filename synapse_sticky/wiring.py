@@ -37,6 +37,7 @@ from synapse_sticky.homeserver.received import Received
 from synapse_sticky.homeserver.seams import SeamMismatchError
 from synapse_sticky.homeserver.unignored import Unignored
 from synapse_sticky.index import EventsOfSenders, IndexFollower
+from synapse_sticky.index.gone import GoneRows
 from synapse_sticky.limits import LimitReport
 from synapse_sticky.loading import Loading
 from synapse_sticky.plan import (
@@ -178,16 +179,15 @@ class Wiring:
         parts = []
         for state in (State.ON.value, _LOADING, *(s.value for s in State if s is not State.ON)):
             if names := [name for name in shown if told.get(name) == state]:
-                of_state = "" if state == State.ON.value else f"{state}: "
-                parts.append(of_state + ", ".join(names))
-        logger.info(
-            "synapse-sticky runs in %s: %s", self._homeserver.instance_name, "; ".join(parts)
-        )
+                parts.append(("" if state == State.ON.value else f"{state}: ") + ", ".join(names))
+        process = self._homeserver.instance_name
+        logger.info("synapse-sticky runs in %s: %s", process, "; ".join(parts))
 
     # Installing
 
     def _install_index(self) -> None:
         self._follower.start()
+        GoneRows(self._homeserver, self._follower.stream).install()
 
     @property
     def _follower(self) -> IndexFollower:
@@ -231,13 +231,12 @@ class Wiring:
 
     def _install_visibility(self) -> None:
         from synapse_sticky.handlers.visibility.synapse import SynapseVisibility
+        from synapse_sticky.homeserver.retention import Retention
         from synapse_sticky.homeserver.rooms import Rooms
 
-        homeserver, config = self._homeserver, self._config.visibility
-        visibility = SynapseVisibility(homeserver)
-        VisibilityHandler(
-            homeserver, Rooms(homeserver), self._follower, visibility, config
-        ).install()
+        hs, config = self._homeserver, self._config.visibility
+        parts = (Rooms(hs), self._follower, SynapseVisibility(hs), Retention(hs))
+        VisibilityHandler(hs, *parts, config).install()
 
     def _install_joins(self) -> None:
         from synapse_sticky.handlers.joins.confirmation.synapse import SynapseAsking
@@ -307,8 +306,13 @@ class Wiring:
 
         # After parking, and so around it: parking knows by then when a PDU was received.
         homeserver, received = self._homeserver, self._received
-        receiving = SynapseReceiving(homeserver, received)
-        ReceivedHandler(homeserver, receiving, received, ParkedTable(homeserver)).install()
+        parts = (SynapseReceiving(homeserver, received), received, ParkedTable(homeserver))
+        ReceivedHandler(homeserver, *parts).install()
+
+    def _install_parking_first_joins(self) -> None:
+        from synapse_sticky.handlers.staging.first_joins.synapse import FirstJoins
+
+        FirstJoins(self._homeserver).install()
 
     def _install_receipt(self) -> None:
         from synapse_sticky.handlers.receipt.synapse import SynapseReceipt

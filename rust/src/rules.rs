@@ -31,6 +31,8 @@ pub enum Field {
 /// An event is sticky if `field` has an integer duration of 0 or more and `origin_server_ts` is an integer. It starts
 /// to be sticky when this server received it or when its sender claims to have sent it, whichever is earlier. So a
 /// claim in the future does not prolong the time. A duration of 0 is valid: the time is over as soon as it starts.
+///
+/// Where this server enforces retention, an event may end earlier for it: `homeserver/retention.py` says when.
 #[must_use]
 pub const fn sticky_until_ms(
     field: Field,

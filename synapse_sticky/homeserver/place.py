@@ -29,6 +29,7 @@ class Place:
     name: the worker's name, or ``master``.
     sends: whether it sends transactions to other servers.
     writes: whether it persists events.
+    is_main: whether it is the main process, which joins rooms and purges them.
     merges: whether it is where Synapse sends dummy events, if it does at all.
     """
 
@@ -37,6 +38,7 @@ class Place:
         self.name: str = worker.instance_name
         self.sends: bool = worker.send_federation
         self.writes = self.name in worker.writers.events
+        self.is_main = worker.worker_app is None
         self.merges: bool = (
             worker.run_background_tasks and server.cleanup_extremities_with_dummy_events
         )

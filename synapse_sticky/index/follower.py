@@ -15,6 +15,7 @@ from synapse_sticky.backoff import Alarm, Backoff
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.homeserver.position import Position
 from synapse_sticky.index.noted import NotedRows
+from synapse_sticky.index.rereads import Rereads
 from synapse_sticky.index.stream import StickyRow, Stream
 from synapse_sticky.logs import bounded
 from synapse_sticky.renewal import OnPanic, Renewed
@@ -59,6 +60,7 @@ class IndexFollower:
         self._listeners: list[RoomsListener] = []
         self._changed: set[str] = set()
         self._purged: set[str] = set()
+        self._rereads = Rereads()
         self._rechecking: set[str] = set()
         self._progress = homeserver.new_signal()
         self._has_failed = False
@@ -81,6 +83,7 @@ class IndexFollower:
         self.stream.on_advance(self._poke)
         self.stream.on_event_changed(self._event_changed)
         self.stream.on_room_purged(self._room_purged)
+        self.stream.on_retention_changed(self._retention_changed)
         self._expiry.ring_in(_EXPIRE_EVERY_MS)
         # What expires by that is over, also if the clock is set back later.
         self._hs.on_clock_set(lambda _: self._expiry.ring_in(0))
@@ -166,6 +169,7 @@ class IndexFollower:
         if (
             self._following.is_running
             or self._changed
+            or self._rereads
             or not self.index.in_step(self.stream.positions())
         ) and not self._take_in_noted():
             self._following.wake()
@@ -174,7 +178,7 @@ class IndexFollower:
         """Takes in what is new if this process has persisted all of it: nothing is started, and
         nothing is asked. Gives whether nothing is left to do."""
         following, index = self._following, self.index
-        is_busy = following.is_running or following.is_failing or self._changed
+        is_busy = following.is_running or following.is_failing or self._changed or self._rereads
         if is_busy or not self.is_whole or not index.positions():
             return False
         positions = self.stream.positions()
@@ -214,6 +218,11 @@ class IndexFollower:
             self._purged.add(room_id)
         self._poke()
 
+    def _retention_changed(self, room_id: str) -> None:
+        self._noted.clear()
+        self._rereads.add(room_id)
+        self._poke()
+
     def _look_up_anew(self, room_id: str) -> None:
         up_to = max(self.stream.positions().values(), default=0)
         for _, _, event_id in self.index.events_in_rooms([room_id], 0, {}, up_to, {}, 0, None):
@@ -222,7 +231,7 @@ class IndexFollower:
     async def _follow(self) -> None:
         # New rows are taken in between: events may change faster than they are looked up.
         await self._follow_once()
-        while self._changed:
+        while self._changed or self._rereads:
             await self._follow_once()
 
     async def _follow_once(self) -> None:
@@ -230,6 +239,7 @@ class IndexFollower:
         self._has_failed = False
         try:
             await self._take_in()
+            await self._rereads.read(self.stream, self.index, partial(self._insert, self.index))
             for room_id in self._purged:
                 self._look_up_anew(room_id)
             self._purged.clear()
@@ -306,6 +316,9 @@ class IndexFollower:
     async def _expire(self) -> None:
         # Whatever happens now.
         self._expiry.ring_in(_EXPIRE_EVERY_MS)
+        self._rereads.tick()
+        if self._rereads:
+            self._poke()
         if self.index.expire(self._hs.now_ms(), _PAGE) == _PAGE:
             # In small steps, so that a mass expiry does not hold the reactor up.
             self._expiry.ring_in(10)

@@ -10,6 +10,7 @@ import attr
 class StickyRow:
     """One row of the sticky events stream.
 
+    expires_at_ms: when it ends for this server, which may keep the room's events for less long.
     deliverable: False while the event is soft-failed, and for good once it is redacted or gone.
     """
 
@@ -42,6 +43,9 @@ class Stream(Protocol):
         """The present rows of these events, by event ID, at these stream IDs; one that is gone or
         was moved is left out."""
 
+    async def rows_in_room(self, room_id: str, *, after: int, limit: int) -> list[StickyRow]:
+        """The room's unexpired rows with ``after < stream_id``, ascending, at most ``limit``."""
+
     async def last_rows(self, room_id: str) -> dict[str, int]:
         """The last stream ID that each writer has given to an unexpired row of the room's own
         events, by instance name: as the database has it, which this process may see later."""
@@ -58,3 +62,10 @@ class Stream(Protocol):
 
     def on_room_purged(self, callback: Callable[[str], None]) -> None:
         """Calls back with a room ID whose events may be gone."""
+
+    def on_retention_changed(self, callback: Callable[[str], None]) -> None:
+        """Calls back with a room ID whose events may be kept for another time than before. Never
+        where this server does not enforce retention."""
+
+    async def forget_gone(self, room_id: str) -> None:
+        """Deletes the room's rows whose events are gone."""

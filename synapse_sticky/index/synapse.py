@@ -11,6 +11,7 @@ from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.causes import Cause
 from synapse_sticky.homeserver.database import portions
 from synapse_sticky.homeserver.fitting import misfits
+from synapse_sticky.homeserver.retention import Retention
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, method, table
 from synapse_sticky.homeserver.sticky_rows import stream_ids_txn
 from synapse_sticky.index.stream import StickyRow
@@ -37,6 +38,8 @@ SEAMS = {
     ),
     "purges": (
         method(STORE, "_invalidate_local_get_event_cache_room_id(room_id)", is_replaced=True),
+        table("sticky_events", "room_id text, event_id text"),
+        table("events", "event_id text"),
     ),
     "stream": (
         Attribute("synapse.config.workers.WorkerConfig", "writers"),
@@ -64,7 +67,7 @@ _COLUMNS = """
         EXISTS (SELECT 1 FROM redactions AS r WHERE r.redacts = se.event_id) OR EXISTS (
             SELECT 1 FROM room_ban_redactions AS b
             WHERE b.room_id = se.room_id AND b.user_id = se.sender
-        )
+        ) {retention}
     FROM sticky_events AS se
     INNER JOIN event_json AS ej ON ej.event_id = se.event_id
 """
@@ -76,6 +79,8 @@ class SynapseStickyStream:
     def __init__(self, homeserver: Homeserver) -> None:
         self._homeserver = homeserver
         self._store = homeserver.store
+        self._retention = Retention(homeserver)
+        self._columns = _COLUMNS.format(retention=self._retention.columns)
         self._own_senders = f"%:{homeserver.server_name}"
         self._listeners: dict[str, list[Callable[[str], None]]] = {}
         self._persisted_event: str | None = None
@@ -111,6 +116,13 @@ class SynapseStickyStream:
             rows += await self._rows(f"WHERE {clause}", args)
         return [row for row in rows if row.event_id in stream_ids]
 
+    async def rows_in_room(self, room_id: str, *, after: int, limit: int) -> list[StickyRow]:
+        return await self._rows(
+            "WHERE se.room_id = ? AND ? < se.stream_id AND ? < se.expires_at "
+            "ORDER BY se.stream_id LIMIT ?",
+            (room_id, after, self._homeserver.now_ms(), limit),
+        )
+
     async def last_rows(self, room_id: str) -> dict[str, int]:
         def read_txn(txn: Cursor) -> dict[str, int]:
             txn.execute(
@@ -124,7 +136,7 @@ class SynapseStickyStream:
 
     async def _rows(self, where: str, args: Sequence[Any]) -> list[StickyRow]:
         def read_txn(txn: Cursor) -> list[tuple[Any, ...]]:
-            txn.execute(_COLUMNS + where, args)
+            txn.execute(self._columns + where, args)
             return txn.fetchall()
 
         found = await self._homeserver.transact("read_rows", read_txn)
@@ -136,7 +148,16 @@ class SynapseStickyStream:
             still_sticky = {
                 event_id for event_id, event in events.items() if event.sticky_duration()
             }
-        return [_row_of(row, is_sticky=not row[7] or row[3] in still_sticky) for row in found]
+        return [self._row_of(row, not row[7] or row[3] in still_sticky) for row in found]
+
+    def _row_of(self, row: tuple[Any, ...], is_sticky: bool) -> StickyRow:
+        stream_id, instance_name, room_id, event_id, sender, expires_at_ms, metadata = row[:7]
+        ends_ms = self._retention.row_ends_ms(expires_at_ms, row[8:])
+        is_soft_failed = json.loads(metadata).get("soft_failed", False)
+        is_deliverable = is_sticky and not is_soft_failed
+        return StickyRow(
+            stream_id, instance_name, room_id, event_id, sender, ends_ms, is_deliverable
+        )
 
     def on_persisted(self, callback: Callable[[Collection[StickyRow]], None]) -> None:
         if misfits(SEAMS["persisted"]):
@@ -174,8 +195,8 @@ class SynapseStickyStream:
             in_rooms, rooms = in_list("se.room_id", list({event.room_id for event in events}))
             orderings = [event.internal_metadata.stream_ordering for event in events]
             at_these, found_at = in_list("se.event_stream_ordering", orderings)
-            txn.execute(f"{_COLUMNS} WHERE {in_rooms} AND {at_these}", (*rooms, *found_at))
-            return [_row_of(row, is_sticky=True) for row in txn.fetchall() if not row[7]]
+            txn.execute(f"{self._columns} WHERE {in_rooms} AND {at_these}", (*rooms, *found_at))
+            return [self._row_of(row, is_sticky=True) for row in txn.fetchall() if not row[7]]
         except Exception as e:
             if Cause.of_database(e) is not None:
                 raise  # the transaction is no good any more, and Synapse may try it again
@@ -235,6 +256,19 @@ class SynapseStickyStream:
     def on_room_purged(self, callback: Callable[[str], None]) -> None:
         self._after("_invalidate_local_get_event_cache_room_id", callback)
 
+    def on_retention_changed(self, callback: Callable[[str], None]) -> None:
+        self._retention.on_changed(callback)
+
+    async def forget_gone(self, room_id: str) -> None:
+        def delete_txn(txn: Cursor) -> None:
+            txn.execute(
+                "DELETE FROM sticky_events WHERE room_id = ? AND NOT EXISTS"
+                " (SELECT 1 FROM events AS e WHERE e.event_id = sticky_events.event_id)",
+                (room_id,),
+            )
+
+        await self._homeserver.transact("forget_gone", delete_txn)
+
     def _after(self, name: str, callback: Callable[[str], None]) -> None:
         """Calls back with what the store's method of this name was called with."""
         listeners = self._listeners.setdefault(name, [])
@@ -259,12 +293,3 @@ def _then(
                 logger.exception("Could not note that %r changed", changed)
 
     return invalidate
-
-
-def _row_of(row: tuple[Any, ...], *, is_sticky: bool) -> StickyRow:
-    stream_id, instance_name, room_id, event_id, sender, expires_at_ms, metadata, _ = row
-    is_soft_failed = json.loads(metadata).get("soft_failed", False)
-    is_deliverable = is_sticky and not is_soft_failed
-    return StickyRow(
-        stream_id, instance_name, room_id, event_id, sender, expires_at_ms, is_deliverable
-    )

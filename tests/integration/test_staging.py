@@ -1,5 +1,6 @@
 """Sticky events that were acknowledged are never pruned (L3)."""
 
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -125,16 +126,20 @@ def test_events_before_cannot_be_fetched_for_now(
     wait_until(lambda: not parked(server), "nothing to be left")
 
 
-def begin_to_join(user: Client, room_id: str, resident: Homeserver) -> Callable[[], None]:
-    """The resident holds the join up. The result waits for its end, whether it went well or not."""
-    hold_joins(resident.folder)
+def begin_to_join(
+    user: Client, room_id: str, resident: Homeserver, *, held_by: Homeserver | None = None
+) -> Callable[[], None]:
+    """The resident holds the join up before it answers, or ``held_by`` as it reads the answer. The
+    result waits for its end, whether it went well or not."""
+    holder = held_by or resident
+    hold_joins(holder.folder)
 
     def join() -> None:
         with suppress(requests.RequestException, ApiError):
             user.join(room_id, resident.name)
 
     finish = in_thread(join)
-    wait_until(lambda: holds_a_join(resident.folder), "the room to be being joined")
+    wait_until(lambda: holds_a_join(holder.folder), "the room to be being joined")
     return finish
 
 
@@ -147,7 +152,7 @@ def test_while_the_room_is_being_joined(servers: Servers, peer: Peer, killed: bo
     )
     scene = enter(resident, peer)
     bob = server.user("bob")
-    # A room that is not known at all is another matter.
+    # For a room that is not known at all see below.
     bob.join(scene.room_id, resident.name)
     bob.leave(scene.room_id)
     wait_until_gone(scene.alice, scene.room_id, bob)
@@ -166,6 +171,37 @@ def test_while_the_room_is_being_joined(servers: Servers, peer: Peer, killed: bo
         bob.join(scene.room_id, resident.name)
     wait_until(lambda: kept in entered(server, scene.room_id), "it to be taken in")
     wait_until(lambda: not parked(server), "nothing to be left")
+
+
+@pytest.mark.slow
+@pytest.mark.requirement("F3", "L3", "P3")
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_room_never_seen_before(servers: Servers, killed: bool) -> None:
+    """The resident has answered, and sends its only sticky event before the answer is processed."""
+    options = {"config": NO_LIMITS, "extra": {"modules": [{"module": JOIN_HOLDER}]}}
+    resident, server = servers({"module": False}, options)
+    alice, bob = resident.user("alice"), server.user("bob")
+    room_id = alice.create_room()
+    finish = begin_to_join(bob, room_id, resident, held_by=server)
+    wait_until(lambda: bob.user_id in alice.members(room_id), "the resident to have him")
+    only = alice.send_sticky(room_id)
+    wait_until(lambda: only in parked(server), "it to be parked")
+    assert not has_event(server, only)
+    if killed:
+        server.kill()
+    release_joins(server.folder)
+    finish()
+    if killed:
+        server.start()
+        server.wait_until_ready()
+        bob.join(room_id, resident.name)
+    joined_s = time.monotonic()
+    seen = bob.collect_sticky(room_id, {only}, timeout_s=120)
+    assert seen[only] - joined_s < 4 * 30
+    wait_until(lambda: not parked(server), "nothing to be left")
+    # Administrators see who made it, as if Synapse had entered the room.
+    creators = server.query("SELECT creator FROM rooms WHERE room_id = ?", room_id)
+    assert creators == [(alice.user_id,)]
 
 
 @pytest.mark.requirement("L3", "L6")

@@ -54,13 +54,28 @@ class Installed:
         self.servers, self.users = servers, users
 
 
+@attr.s(auto_attribs=True)
+class Retention:
+    """Keeps no event for longer than this."""
+
+    lifetime_ms: int = 24 * 3_600_000
+
+    async def ends_ms(self, room_id: str, expires_at_ms: int, sent_ms: int) -> int:
+        return min(expires_at_ms, sent_ms + self.lifetime_ms)
+
+
 def installed(
-    rooms: Rooms, follower: Follower, servers: bool = True, users: bool = True
+    rooms: Rooms,
+    follower: Follower,
+    servers: bool = True,
+    users: bool = True,
+    lifetime_ms: int = 24 * 3_600_000,
 ) -> Installed:
     visibility = Installed()
     homeserver: Any = SimpleNamespace(server_name="here", now_ms=lambda: NOW_MS)
     config = VisibilityConfig(servers=servers, users=users)
-    handler = VisibilityHandler(homeserver, rooms, follower, visibility, config)  # type: ignore[arg-type]
+    retention: Any = Retention(lifetime_ms)
+    handler = VisibilityHandler(homeserver, rooms, follower, visibility, retention, config)  # type: ignore[arg-type]
     handler.install()
     return visibility
 
@@ -94,6 +109,14 @@ def test_what_a_joined_server_may_see() -> None:
     assert result_of(ask("there", list(events.values()))) == {"$unexpired", "$by claims"}
     assert result_of(ask("elsewhere", list(events.values()))) == set()
     assert result_of(ask("here", list(events.values()))) == set(), "what it asks itself for"
+
+
+@pytest.mark.requirement("C1", "S2")
+def test_what_is_not_kept_any_more_is_not_sticky_by_its_claims() -> None:
+    rooms = Rooms({("!a", "there"), ("!a", "here")}, set())
+    events = [hidden_event(f"${age_ms}", NOW_MS - age_ms) for age_ms in (4_999, 5_000)]
+    ask = installed(rooms, Follower({}), lifetime_ms=5_000).servers
+    assert result_of(ask("there", events)) == {"$4999"}
 
 
 @pytest.mark.requirement("C1", "D8")

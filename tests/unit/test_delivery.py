@@ -19,6 +19,7 @@ from collections.abc import (
 )
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import attr
@@ -948,6 +949,7 @@ class OfThatStore(Homeserver):
     """A homeserver with this store and nothing else."""
 
     def __init__(self) -> None:
+        self.hs: Any = SimpleNamespace(config=SimpleNamespace())
         self.store = AnotherStore()
         self._undo = []
 

@@ -41,7 +41,8 @@ class EndingReactor(Reactor):
 def make_homeserver(folder: Path, name: str) -> SynapseHomeServer:
     config = HomeServerConfig()
     options = configuration(folder, name, "client", "federation")
-    config.parse_config_dict(options, "", "")
+    # Some of it is replaced only then.
+    config.parse_config_dict({**options, "retention": {"enabled": True}}, "", "")
     return set_up(config)
 
 
@@ -72,6 +73,8 @@ def replaced_on(hs: Any) -> dict[tuple[str, str], Any]:
             hs.get_storage_controllers().persistence._event_persist_queue,
             hs.get_federation_transport_client(),
             hs.get_notifier(),
+            hs.get_federation_client(),
+            hs.get_event_client_serializer(),
         ),
     )
     names = {seam.name for seam in REPLACED}

@@ -367,6 +367,12 @@ def test_what_comes_for_a_room_that_was_left_is_tried_once_it_is_joined(
     homeserver.now, homeserver.in_room = 1_000, True
     asyncio.run(handler._trying.try_due())
     assert homeserver.staging.staged == ["$1"]
+    # However long that was, it is not much longer until it is seen.
+    homeserver.now, homeserver.in_room = 600_000, False
+    asyncio.run(handler._trying.try_due())
+    due_ms = asyncio.run(table.next_due_ms())
+    assert due_ms is not None
+    assert due_ms <= homeserver.now + 15_000
     # Left once more, for good.
     homeserver.now, homeserver.in_room = 3_600_000, False
     asyncio.run(handler._trying.try_due())

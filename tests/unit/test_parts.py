@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from synapse.federation.federation_client import FederationClient
 from synapse.module_api import ModuleApi
 from synapse.rest.client import room as servlets
 from synapse.types import MultiWriterStreamToken
@@ -17,6 +18,7 @@ from synapse_sticky.cli.check import look
 from synapse_sticky.config import StickyConfig, Strict, parse
 from synapse_sticky.duties import DUTIES, State
 from synapse_sticky.handlers.joins.handler import JoinsHandler
+from synapse_sticky.handlers.staging.first_joins.synapse import FirstJoins
 from synapse_sticky.homeserver.seams import Import, SeamMismatchError
 from synapse_sticky.wiring import Wiring
 from tests.mutations import with_member
@@ -182,6 +184,26 @@ def test_what_the_limit_needs_counts_only_with_limits(
     assert not replaced(api)
     events = api._hs.get_event_creation_handler()
     assert vars(events)["_synapse_sticky_checks_parameter"], "the parameter is checked all the same"
+
+
+@pytest.mark.requirement("L3", "F3")
+@pytest.mark.parametrize("moment", ["check", "install"])
+def test_pdus_are_parked_also_where_no_room_can_be_entered_before_it_is_joined(
+    api: ModuleApi, started: list[Wiring], monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    if moment == "check":
+        monkeypatch.delattr(FederationClient, "send_join")
+    else:
+        monkeypatch.setattr(FirstJoins, "install", property())
+    assert not_on(start(api, started)) == {"parking": "unfit"}, "also once its table is there"
+    assert "on_receive_pdu" in vars(api._hs.get_federation_event_handler())
+    handler = started[0]._homeserver
+    assert "synapse_sticky_incomplete" in done(handler.transact("tables", tables_txn))
+
+
+def tables_txn(txn: Any) -> list[str]:
+    txn.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+    return [name for (name,) in txn.fetchall()]
 
 
 def test_parking_needs_no_acl(monkeypatch: pytest.MonkeyPatch) -> None:

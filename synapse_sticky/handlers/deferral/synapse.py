@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any, Final
 
+import attr
 from synapse.api.constants import StickyEvent
 from synapse.module_api import EventBase, LoggingTransaction
 from synapse.types import StreamKeyType
@@ -15,6 +16,7 @@ from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.causes import Cause, is_locked, is_outage
 from synapse_sticky.homeserver.database import found_txn, portions
 from synapse_sticky.homeserver.received import Received
+from synapse_sticky.homeserver.retention import Retention, earlier_end_ms
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, attributes, method, table
 from synapse_sticky.homeserver.sticky_rows import stream_ids_txn
 from synapse_sticky.logs import bounded
@@ -66,6 +68,7 @@ class SynapseWriter:
         self._homeserver = homeserver
         self._received = received
         self._store = homeserver.store
+        self._retention = Retention(homeserver)
         self._notifier = homeserver.hs.get_notifier()
         worker = homeserver.hs.config.worker
         self._shards = worker.events_shard_config
@@ -78,7 +81,8 @@ class SynapseWriter:
             def insert_sticky_events_txn(
                 txn: LoggingTransaction, events: list[EventBase], *args: Any, **options: Any
             ) -> None:
-                deferred = self._defer_txn(defer_txn, txn, self._deliverable_txn(txn, events))
+                new = self._kept_txn(txn, self._deliverable_txn(txn, events), events)
+                deferred = self._defer_txn(defer_txn, txn, new)
                 now = [event for event in events if event.event_id not in deferred]
                 original(txn, now, *args, **options)
 
@@ -146,6 +150,23 @@ class SynapseWriter:
                 raise  # as in ``_defer_txn``
             logger.exception("Could not read %d events, deferring none of them", len(events))
             return []
+
+    def _kept_txn(
+        self, txn: Cursor, new: Sequence[NewStickyEvent], events: Sequence[EventBase]
+    ) -> list[NewStickyEvent]:
+        """Those of the new events that this server keeps, each with its end by that (S2)."""
+        if not new or not self._retention.is_on:
+            return list(new)
+        sent_ms = {event.event_id: event.origin_server_ts for event in events}
+        lifetimes_ms = self._retention.lifetimes_txn(txn, {event.room_id for event in new})
+        now_ms = self._homeserver.now_ms()
+        kept = []
+        for event in new:
+            lifetime_ms = lifetimes_ms.get(event.room_id)
+            ends_ms = earlier_end_ms(event.expires_at_ms, sent_ms[event.event_id], lifetime_ms)
+            if now_ms < ends_ms:
+                kept.append(attr.evolve(event, expires_at_ms=ends_ms))
+        return kept
 
     def _is_own(self, event: EventBase) -> bool:
         return event.sender.partition(":")[2] == self._homeserver.server_name

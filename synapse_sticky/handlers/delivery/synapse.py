@@ -8,6 +8,7 @@ from twisted.internet.defer import CancelledError
 from synapse_sticky.handlers.delivery.handler import Answer, Question
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.homeserver.access import still_sticky
+from synapse_sticky.homeserver.retention import Retention
 from synapse_sticky.homeserver.seams import STORE, method
 from synapse_sticky.homeserver.tokens import position_of, token_of
 from synapse_sticky.logs import bounded
@@ -34,6 +35,7 @@ class SynapseDelivery:
     def __init__(self, homeserver: Homeserver) -> None:
         self._homeserver = homeserver
         self._store = homeserver.store
+        self._kept = Retention(homeserver).kept
 
     def answer_from(self, source: Callable[[Question], Awaitable[Answer | None]]) -> None:
         def make(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -78,7 +80,8 @@ class SynapseDelivery:
     async def _without_redacted(self, by_room: dict[str, list[str]]) -> dict[str, list[str]]:
         try:
             # Synapse's own next step is to load these events, so this costs nothing more.
-            sticky = await still_sticky(self._store, [e for ids in by_room.values() for e in ids])
+            event_ids = [event_id for ids in by_room.values() for event_id in ids]
+            sticky = await still_sticky(self._store, event_ids) & await self._kept(event_ids)
             left = {room_id: [e for e in ids if e in sticky] for room_id, ids in by_room.items()}
             return {room_id: ids for room_id, ids in left.items() if ids}
         except CancelledError:

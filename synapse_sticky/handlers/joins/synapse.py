@@ -12,6 +12,7 @@ from synapse.module_api.callbacks.federation import (
 from synapse_sticky.handlers.joins.backlog.synapse import SynapseBacklog
 from synapse_sticky.handlers.joins.federation import BacklogSource, LeftToSynapseError
 from synapse_sticky.homeserver import Homeserver
+from synapse_sticky.homeserver.retention import Retention
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, attributes, method
 from synapse_sticky.logs import bounded
 
@@ -92,6 +93,7 @@ class SynapseFederation(SynapseBacklog):
     def __init__(self, homeserver: Homeserver, rooms: "Rooms") -> None:
         super().__init__(homeserver)
         self._rooms = rooms
+        self._retention = Retention(homeserver)
         config = homeserver.hs.config
         self._shards = config.worker.federation_shard_config
         self._is_whitelisted = config.federation.is_domain_allowed_according_to_federation_whitelist
@@ -209,12 +211,14 @@ class SynapseFederation(SynapseBacklog):
                 try:
                     batch = await source(destination, limit)
                 except LeftToSynapseError:
-                    return await original(destination, *args, limit=limit, **options)
+                    found = await original(destination, *args, limit=limit, **options)
+                    return await self._kept(found)
                 except Exception:
                     logger.exception(
                         "No batch of sticky events for %s, leaving it to Synapse", destination
                     )
-                    return await original(destination, *args, limit=limit, **options)
+                    found = await original(destination, *args, limit=limit, **options)
+                    return await self._kept(found)
                 if batch is None:
                     return None
                 return RoomID.from_string(batch.room_id), batch.position, batch.event_ids
@@ -225,6 +229,14 @@ class SynapseFederation(SynapseBacklog):
         self._homeserver.replace(self._store, name, make)
         name = "mark_backlogged_sticky_events_sent"
         self._homeserver.replace(self._store, name, self.leaving_out_deleted_rooms)
+
+    async def _kept(self, found: tuple[Any, Any, Any] | None) -> tuple[Any, Any, Any] | None:
+        """What Synapse has selected, without events that this server does not keep any more."""
+        if found is None or not self._retention.is_on:
+            return found
+        room_id, position, event_ids = found
+        kept = await self._retention.kept(event_ids)
+        return room_id, position, [event_id for event_id in event_ids if event_id in kept]
 
     async def may_receive(self, room_id: str, destination: str) -> bool:
         if not self._is_whitelisted(destination):

@@ -15,6 +15,7 @@ from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.index import IndexFollower
 
 if TYPE_CHECKING:
+    from synapse_sticky.homeserver.retention import Retention
     from synapse_sticky.homeserver.rooms import Rooms
 
 
@@ -61,6 +62,7 @@ class VisibilityHandler:
         rooms: "Rooms",
         follower: IndexFollower,
         visibility: Visibility,
+        retention: "Retention",
         config: VisibilityConfig,
     ) -> None:
         self._homeserver = homeserver
@@ -68,6 +70,7 @@ class VisibilityHandler:
         self._follower = follower
         self._visibility = visibility
         self._config = config
+        self._retention = retention
 
     def install(self) -> None:
         """Takes effect from the next event on that is filtered.
@@ -97,7 +100,7 @@ class VisibilityHandler:
             if (
                 now_ms < row.expires_at_ms
                 if (row := rows.get(event.event_id)) is not None
-                else _is_sticky_by_its_claims(event, now_ms)
+                else await self._is_sticky_by_its_claims(event, now_ms)
             )
         ]
         return await self._of_those_joined(self._rooms.is_joined, server, sticky)
@@ -130,11 +133,13 @@ class VisibilityHandler:
         erased = await self._rooms.erased({event.sender for event in sticky})
         return {e.event_id for e in sticky if e.room_id in joined and e.sender not in erased}
 
-
-def _is_sticky_by_its_claims(event: HiddenEvent, now_ms: int) -> bool:
-    """Is the event sticky, if it was sent when it says? One from the future is not: when it was
-    received is not known here, so that it would stay sticky until then."""
-    if event.origin_server_ts > now_ms:
-        return False
-    until_ms = sticky_until_ms(event.sticky_field, event.origin_server_ts, now_ms)
-    return until_ms is not None and now_ms < until_ms
+    async def _is_sticky_by_its_claims(self, event: HiddenEvent, now_ms: int) -> bool:
+        """Is the event sticky, if it was sent when it says? One from the future is not: when it was
+        received is not known here, so that it would stay sticky until then."""
+        sent_ms = event.origin_server_ts
+        if sent_ms > now_ms:
+            return False
+        until_ms = sticky_until_ms(event.sticky_field, sent_ms, now_ms)
+        if until_ms is None or until_ms <= now_ms:
+            return False
+        return now_ms < await self._retention.ends_ms(event.room_id, until_ms, sent_ms)

@@ -1,4 +1,8 @@
-"""How Synapse shows events to clients: this says how long they are sticky."""
+"""How Synapse shows events to clients: this says how long they are sticky.
+
+Where this server enforces retention, no client is told that an event is sticky for longer than it
+is kept (S2).
+"""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -8,6 +12,7 @@ from twisted.internet.defer import CancelledError
 
 from synapse_sticky.handlers.delivery.ttl.handler import LeftMs
 from synapse_sticky.homeserver import Homeserver
+from synapse_sticky.homeserver.retention import Retention
 from synapse_sticky.homeserver.seams import HOMESERVER, Attribute, method
 from synapse_sticky.logs import bounded
 
@@ -30,6 +35,7 @@ class SynapseTelling:
 
     def __init__(self, homeserver: Homeserver) -> None:
         self._homeserver = homeserver
+        self._retention = Retention(homeserver)
 
     def shorten_by(self, left_ms: LeftMs) -> None:
         def make_one(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -37,7 +43,7 @@ class SynapseTelling:
                 event: Any, time_now: int, *args: Any, **options: Any
             ) -> dict[str, Any]:
                 shown: dict[str, Any] = await original(event, time_now, *args, **options)
-                await _shorten(left_ms, [event], [shown], time_now)
+                await self._shorten(left_ms, [event], [shown], time_now)
                 return shown
 
             return serialize_event
@@ -47,7 +53,7 @@ class SynapseTelling:
                 events: Sequence[Any], time_now: int, *args: Any, **options: Any
             ) -> list[dict[str, Any]]:
                 shown: list[dict[str, Any]] = await original(events, time_now, *args, **options)
-                await _shorten(left_ms, events, shown, time_now)
+                await self._shorten(left_ms, events, shown, time_now)
                 return shown
 
             return serialize_events
@@ -56,25 +62,33 @@ class SynapseTelling:
         self._homeserver.replace(serializer, "serialize_event", make_one)
         self._homeserver.replace(serializer, "serialize_events", make_all)
 
-
-async def _shorten(
-    left_ms: LeftMs, events: Iterable[Any], shown: Iterable[dict[str, Any]], now_ms: int
-) -> None:
-    """Changes what is shown, which Synapse makes anew each time."""
-    try:
-        told: dict[str, dict[str, Any]] = {
-            event.event.event_id: unsigned
-            for event, one in zip(events, shown, strict=True)
-            if _TTL in (unsigned := one.get("unsigned") or {})
-        }
-        if not told:
-            return
-        for event_id, ms in (await left_ms(told.keys(), now_ms)).items():
-            if ms <= 0:
-                del told[event_id][_TTL]
-            elif ms < told[event_id][_TTL]:
-                told[event_id][_TTL] = ms
-    except CancelledError:
-        raise
-    except Exception:
-        logger.exception("Could not find out how long events are sticky")
+    async def _shorten(
+        self,
+        left_ms: LeftMs,
+        events: Iterable[Any],
+        shown: Iterable[dict[str, Any]],
+        now_ms: int,
+    ) -> None:
+        """Changes what is shown, which Synapse makes anew each time."""
+        try:
+            told = {
+                event.event.event_id: (event.event, unsigned)
+                for event, one in zip(events, shown, strict=True)
+                if _TTL in (unsigned := one.get("unsigned") or {})
+            }
+            if not told:
+                return
+            left = await left_ms(told.keys(), now_ms)
+            for event_id, (event, unsigned) in told.items():
+                by_row_ms = min(unsigned[_TTL], left.get(event_id, unsigned[_TTL]))
+                ends_ms = await self._retention.ends_ms(
+                    event.room_id, now_ms + by_row_ms, event.origin_server_ts
+                )
+                if ends_ms <= now_ms:
+                    del unsigned[_TTL]
+                else:
+                    unsigned[_TTL] = ends_ms - now_ms
+        except CancelledError:
+            raise
+        except Exception:
+            logger.exception("Could not find out how long events are sticky")

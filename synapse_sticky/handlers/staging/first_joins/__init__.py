@@ -1,0 +1,1 @@
+"""Rooms that this server joins for the first time."""

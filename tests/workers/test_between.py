@@ -298,7 +298,7 @@ def test_all_make_the_tables_at_once(
     deployment.wait_until_ready()
     wait_until(lambda: deployment.query(all_tables), "the tables to be made")
     layouts = deployment.query("SELECT duty, version FROM synapse_sticky_layouts ORDER BY duty")
-    assert layouts == [("deferral", 2), ("joins", 1), ("parking", 2), ("sliding", 1)]
+    assert layouts == [("deferral", 2), ("joins", 1), ("parking", 2), ("sliding", 2)]
     tell(deployment, peer, newcomer, pace=range(2))
     steps = sum(version for _, version in layouts)
     for what, times in (("to layout", steps), ("Could not load", 0)):

@@ -28,7 +28,7 @@ from synapse_sticky.handlers.staging.pruning.handler import PruningHandler
 from synapse_sticky.handlers.staging.turns.handler import TurnsHandler
 from synapse_sticky.handlers.visibility.handler import VisibilityHandler
 from synapse_sticky.homeserver import Homeserver
-from synapse_sticky.homeserver.access import Access
+from synapse_sticky.homeserver.access import Access, RowsOf
 from synapse_sticky.homeserver.database import read_columns
 from synapse_sticky.homeserver.seams import SeamMismatchError
 from synapse_sticky.index import IndexFollower
@@ -139,7 +139,7 @@ class Wiring:
         """Guards the sections, unless they are left to Synapse."""
         if not is_done_in(ACCESS, self._homeserver.place):
             return
-        guard = Access(self._homeserver)
+        guard = Access(self._homeserver, self._rows_of())
         names = guarded(self.states)
         guards = [guard.guard(name) for name in names]
         problems = [problem for _, found in guards for problem in found]
@@ -186,6 +186,14 @@ class Wiring:
             stream = SynapseStickyStream(self._homeserver)
             self._made_follower = IndexFollower(self._homeserver, stream)
         return self._made_follower
+
+    def _rows_of(self) -> RowsOf | None:
+        """Who says which events have expired, unless this Synapse does not fit that."""
+        try:
+            return self._follower.rows_of
+        except Exception:
+            logger.debug("Could not make an index", exc_info=True)
+            return None
 
     def _install_delivery(self) -> None:
         from synapse_sticky.handlers.delivery.synapse import SynapseDelivery

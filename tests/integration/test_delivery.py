@@ -396,6 +396,33 @@ def test_expired_events_are_in_no_section(server: Homeserver) -> None:
     assert TTL not in alice.event(room_id, expiring).get("unsigned", {})
 
 
+@pytest.mark.requirement("S4", "S5", "D4")
+@pytest.mark.parametrize("is_initial", [True, False], ids=["initial", "incremental"])
+def test_an_answer_that_is_repeated_has_nothing_that_is_not_sticky_any_more(
+    servers: Servers, is_initial: bool
+) -> None:
+    """Synapse answers the same request from a cache within two minutes, as it does by default."""
+    (server,) = servers(1)
+    alice, bob = server.user(), server.user()
+    room_id = room_of(alice, bob, via=server)
+    since = None if is_initial else bob.sync()["next_batch"]
+    expiring, redacted = alice.send_sticky(room_id, 3_000), alice.send_sticky(room_id)
+    kept = alice.send_sticky(room_id)
+
+    def answer() -> Any:
+        return bob.sync(since, filter_=WITHOUT_TIMELINE, may_be_repeated=True)
+
+    first = answer()
+    assert sticky_events(first, room_id) == [expiring, redacted, kept]
+    alice.redact(room_id, redacted)
+    wait_until_expired(server, expiring)
+    wait_until(lambda: sticky_events(answer(), room_id) == [kept], "both to be gone")
+    again = answer()
+    assert again["next_batch"] == first["next_batch"], "it is the same answer"
+    (event,) = again["rooms"]["join"][room_id]["msc4354_sticky"]["events"]
+    assert event["unsigned"][TTL] > 0
+
+
 @pytest.mark.requirement("D7")
 def test_syncs_until_a_victim_is_seen(servers: Servers) -> None:
     # What is in the stream already can only be read in its order; what is new in another room

@@ -8,7 +8,7 @@ VERSIONS ?=
 RUST_SOURCES := Cargo.toml Cargo.lock $(shell find rust/src -name '*.rs')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-workers lint bench compat conformance conformance-plain fuzz soak format clean
+.PHONY: help demo test test-slow test-workers lint bench compat conformance conformance-plain fuzz soak suite format clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -70,6 +70,9 @@ fuzz: $(VENV)/.built ## Everything that comes from outside, in every shape, for 
 
 soak: $(VENV)/.built ## Four servers, floods, joins, redactions, crashes: ten minutes, then what was promised is checked; prints its seed
 	$(BIN)/python -m tests.soak --minutes 10
+
+suite: $(VENV)/.built ## Synapse's own tests of the sticky sections, with the module; pip fetches them
+	$(BIN)/python -m tests.suite
 
 format: $(VENV)/.built ## Formats Python and Rust
 	$(BIN)/ruff format .

@@ -406,7 +406,7 @@ def test_an_answer_that_is_repeated_has_nothing_that_is_not_sticky_any_more(
     alice, bob = server.user(), server.user()
     room_id = room_of(alice, bob, via=server)
     since = None if is_initial else bob.sync()["next_batch"]
-    expiring, redacted = alice.send_sticky(room_id, 3_000), alice.send_sticky(room_id)
+    expiring, redacted = alice.send_sticky(room_id, 8_000), alice.send_sticky(room_id)
     kept = alice.send_sticky(room_id)
 
     def answer() -> Any:

@@ -100,7 +100,7 @@ def test_an_answer_that_is_repeated(
     query = {"filter": json.dumps(WITHOUT_TIMELINE)}
     if not is_initial:
         query["since"] = bob.sync()["next_batch"]
-    expiring, redacted = alice.send_sticky(room_id, 5_000), alice.send_sticky(room_id)
+    expiring, redacted = alice.send_sticky(room_id, 10_000), alice.send_sticky(room_id)
     kept = alice.send_sticky(room_id)
 
     def answer() -> Any:

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from immutabledict import immutabledict
@@ -39,7 +39,7 @@ class Store:
 
 class World:
     def __init__(self) -> None:
-        self.process: Any = Process()
+        self.process = cast(Any, Process())
         self.store = self.process.store = Store()
         for columns in (
             "local_current_membership (room_id, user_id, membership, event_stream_ordering)",

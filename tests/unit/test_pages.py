@@ -2,7 +2,7 @@
 
 import asyncio
 import itertools
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -21,7 +21,7 @@ TOKEN = Position(3, {"first": 4})
 
 class World:
     def __init__(self) -> None:
-        self.process: Any = Process()
+        self.process = cast(Any, Process())
         self.table = PageTable(self.process)
         asyncio.run(migrate(self.process, self.table))
 

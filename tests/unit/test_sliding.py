@@ -372,6 +372,7 @@ def test_without_pos_one_at_a_time_and_then_nothing() -> None:
     for limit in (0, 100):
         app.begin_anew(0)
         request, page = app.ask(limit)
+        assert request.since is not None
         assert (request.events, page) == ([], SlidingPage(request.since, is_due=False))
 
 

@@ -208,6 +208,7 @@ def test_a_new_connection_in_the_middle_of_what_is_older(server: Homeserver) -> 
     assert_nothing(bob, answer)
 
 
+@pytest.mark.one_process
 @pytest.mark.requirement("D4", "E4")
 def test_a_new_connection_after_a_restart(servers: Servers) -> None:
     (server,) = servers(1)

@@ -130,8 +130,8 @@ class SlidingHandler:
         self._pages = pages
         self._is_loaded = False
         self._can_store = False
-        # What the last bare token of a connection stands for. It spares the queries for that.
-        self._last: dict[Connection, Start] = {}
+        # The last token of a connection, and what it stands for. It spares the queries for that.
+        self._last: dict[Connection, tuple[Position, Start]] = {}
 
     def install(self) -> None:
         """Takes effect from the next sync on."""
@@ -169,9 +169,12 @@ class SlidingHandler:
         if start.is_forgotten and request.limit > 0:
             return SlidingPage(start.position, is_due=True)
         since = request.since
-        if since is not None and since == start.position and not older:
-            self._remember(request, since, is_known=start.is_known and not start.joined)
-        return SlidingPage(reached if since is None else since, is_due=False)
+        if since is None:
+            return SlidingPage(reached, is_due=False)
+        if not older and not start.is_forgotten and start.position is not _START:
+            is_known = start.is_known and not start.joined
+            self._remember(request, since, start.page.until, is_known=is_known)
+        return SlidingPage(since, is_due=False)
 
     async def _start(self, request: SlidingRequest) -> Start:
         """Where the new events begin, and what the client's token stands for beside that."""
@@ -182,8 +185,10 @@ class SlidingHandler:
         if not self._is_loaded:
             # What a page has left is not known yet: all of it once more.
             return Start(since if position is None else _START, Page((), request.shown_before))
-        last = self._last.get(request.connection)
-        if last is not None and last.position == since:
+        token, last = self._last.get(request.connection, (None, None))
+        # Another process may have stored the same page anew: ``pos`` says who answered last.
+        is_latest = position is None or (last and last.page.shown == request.shown_before)
+        if last is not None and token == since and is_latest:
             return last
         shown = None if self._can_store else request.shown_before
         if position is None:
@@ -228,12 +233,14 @@ class SlidingHandler:
         until = up_to if joined or not start.is_known else start.page.until
         is_due = bool(start.page.older)
         if not older and is_past(reached, until):
-            self._remember(request, reached)
+            self._remember(request, reached, None)
             more = not request.up_to.is_before_or_at(reached)
             return SlidingPage(reached, is_due=is_due or more)
         token = token_of_page(reached, self._sliding_sync.writers, request.since)
         page = Page(tuple(older), request.shown, up_to)
         if await self._store(request.connection, token, page):
+            if not older:
+                self._remember(request, token, up_to)
             return SlidingPage(token, is_due=True)
         await self._read_older(request, older, None)
         return SlidingPage(reached, is_due=is_due)
@@ -251,14 +258,23 @@ class SlidingHandler:
         self._can_store = True
         return True
 
-    def _remember(self, request: SlidingRequest, token: Position, *, is_known: bool = True) -> None:
-        """The bare token stands for the rooms that this response took into account."""
+    def _remember(
+        self,
+        request: SlidingRequest,
+        token: Position,
+        until: Position | None,
+        *,
+        is_known: bool = True,
+    ) -> None:
+        """The token stands for the rooms that this response took into account."""
         self._last.pop(request.connection, None)
         # A device and a connection have what name a client likes.
         names = sum(map(len, request.connection))
         if not self._can_store or names > _LONGEST_NAMES:
             return
-        self._last[request.connection] = Start(token, Page((), request.shown), is_known=is_known)
+        position = position_of_page(token, self._sliding_sync.writers) or token
+        start = Start(position, Page((), request.shown, until), is_known=is_known)
+        self._last[request.connection] = token, start
         if len(self._last) > _MOST_REMEMBERED:
             del self._last[next(iter(self._last))]
 

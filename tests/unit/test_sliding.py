@@ -395,6 +395,48 @@ def test_a_connection_that_goes_on_asks_for_nothing_that_is_stored() -> None:
     assert pages.asked == asked
 
 
+@pytest.mark.requirement("C2", "H3")
+def test_an_idle_connection_asks_for_nothing_that_is_stored() -> None:
+    server, pages = Server(), FakePages()
+    app = App(server, [loaded_handler(pages) for _ in range(2)], "")
+    server.join("!a")
+    server.send("!a", WRITERS[0])
+    assert app.sync(100)
+    assert app.state.token is not None
+    assert position_of_page(app.state.token, WRITERS), "it has just joined"
+    for worker, asked in ((0, pages.asked), (1, pages.asked + 1)):
+        for _ in range(3):
+            server.join(f"!not-asked-for-{worker}")
+            server.leave(f"!not-asked-for-{worker}")
+            assert app.sync(100, worker) is None
+        assert pages.asked == asked, worker
+
+
+@pytest.mark.requirement("D4", "E2")
+def test_a_page_that_another_process_has_stored_anew() -> None:
+    server, pages = Server(), FakePages()
+    app = App(server, [loaded_handler(pages) for _ in range(2)], "")
+    for room_id in ("!a", "!b", "!elsewhere"):
+        server.send(room_id, WRITERS[0])
+    server.join("!elsewhere")
+    server.pass_an_hour()
+    server.send("!elsewhere", WRITERS[0])
+    for room_id in ("!a", "!b"):
+        server.send(room_id, WRITERS[0])
+    assert app.sync(100)
+    before = app.state.copy()
+    server.join("!a")
+    first = app.sync(100)
+    assert first
+    of_page = app.state.token
+    server.join("!b")
+    app.state = before
+    again = app.sync(100, worker=1)
+    assert again
+    assert (app.state.token, len(again.events)) == (of_page, len(first.events) + 1)
+    assert app.sync(100, worker=0) is None
+
+
 @pytest.mark.requirement("D4")
 def test_the_token_of_a_page_is_not_kept_for_good() -> None:
     server, pages = Server(), FakePages()

@@ -127,6 +127,7 @@ _PLACES = "homeserver.sticky_rows"
 _ROWS = (_PLACES, "index.synapse:rows")
 _PERSISTED = "index.synapse:persisted"
 _PURGES = "index.synapse:purges"
+_RECEIVED = "homeserver.received"
 _CHANGES = ("homeserver.stream", "index.synapse:changes", _PURGES)
 _INDEX = (*_ROWS, *_CHANGES, "index.synapse:stream")
 _MEMBERS = "homeserver.rooms:members"
@@ -157,10 +158,19 @@ DUTIES: Mapping[str, Duty] = {
     duty.name: duty
     for duty in (
         _whole("index", _INDEX, "each /sync asks the database for sticky events", _everywhere),
-        _whole(
+        Duty(
             "delivery",
-            ("homeserver.tokens", "handlers.delivery.synapse"),
-            "each /sync asks the database for sticky events",
+            (
+                Part(
+                    ("homeserver.tokens", "handlers.delivery.synapse"),
+                    "each /sync asks the database for sticky events",
+                ),
+                Part(
+                    (*_ROWS, "handlers.delivery.ttl.synapse"),
+                    "clients are told that an event which is dated ahead stays sticky for longer",
+                    "ttl",
+                ),
+            ),
             _everywhere,
         ),
         _whole(
@@ -207,7 +217,8 @@ DUTIES: Mapping[str, Duty] = {
             "parking",
             (
                 *(_MEMBERS, "handlers.staging.parking.synapse", "handlers.staging.batches.synapse"),
-                *("homeserver.staged", _PURGES),
+                *("handlers.staging.parking.origins.synapse", "homeserver.staged", _PURGES),
+                *("handlers.staging.received.synapse", _RECEIVED),
             ),
             "acknowledged sticky events are dropped if they cannot be persisted at once",
             _everywhere,
@@ -220,7 +231,7 @@ DUTIES: Mapping[str, Duty] = {
         ),
         _whole(
             "deferral",
-            (*_CHANGES, _PLACES, "handlers.deferral.synapse"),
+            (*_CHANGES, _PLACES, _RECEIVED, "handlers.deferral.synapse"),
             "a flood of another server delays the sticky events of all others",
             lambda place: place.writes,
         ),

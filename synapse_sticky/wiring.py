@@ -14,6 +14,7 @@ from synapse_sticky.handlers.deferral.handler import DeferralHandler
 from synapse_sticky.handlers.deferral.observer import Observer
 from synapse_sticky.handlers.deferral.tables import DeferredTable
 from synapse_sticky.handlers.delivery.handler import DeliveryHandler
+from synapse_sticky.handlers.delivery.ttl.handler import TtlHandler
 from synapse_sticky.handlers.extremities.handler import ExtremitiesHandler
 from synapse_sticky.handlers.joins.handler import JoinsHandler
 from synapse_sticky.handlers.joins.tables import NewcomerTable
@@ -25,11 +26,13 @@ from synapse_sticky.handlers.staging.held import Held
 from synapse_sticky.handlers.staging.parking.handler import ParkingHandler
 from synapse_sticky.handlers.staging.parking.tables import ParkedTable
 from synapse_sticky.handlers.staging.pruning.handler import PruningHandler
+from synapse_sticky.handlers.staging.received.handler import ReceivedHandler
 from synapse_sticky.handlers.staging.turns.handler import TurnsHandler
 from synapse_sticky.handlers.visibility.handler import VisibilityHandler
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.homeserver.access import Access, RowsOf
 from synapse_sticky.homeserver.database import read_columns
+from synapse_sticky.homeserver.received import Received
 from synapse_sticky.homeserver.seams import SeamMismatchError
 from synapse_sticky.index import IndexFollower
 from synapse_sticky.limits import LimitReport
@@ -82,6 +85,7 @@ class Wiring:
         self._homeserver.enter(self._homeserver.store, _LOADED, True)
         self._deferred = DeferredTable(self._homeserver)
         self._held = Held()
+        self._received = Received(self._homeserver)
         self._loading = Loading(self._homeserver, self._set)
         self._columns, self._misfits[TABLES] = read_columns(self._homeserver.hs.config)
         try:
@@ -201,6 +205,11 @@ class Wiring:
         delivery = SynapseDelivery(self._homeserver)
         DeliveryHandler(self._follower, delivery).install()
 
+    def _install_delivery_ttl(self) -> None:
+        from synapse_sticky.handlers.delivery.ttl.synapse import SynapseTelling
+
+        TtlHandler(self._follower, SynapseTelling(self._homeserver)).install()
+
     def _install_sliding(self) -> None:
         from synapse_sticky.handlers.sliding.synapse import SynapseSliding
 
@@ -259,14 +268,23 @@ class Wiring:
 
     def _install_parking(self) -> None:
         from synapse_sticky.handlers.staging.batches.synapse import Batches
+        from synapse_sticky.handlers.staging.parking.origins.synapse import SynapseOrigins
         from synapse_sticky.handlers.staging.parking.synapse import SynapseStaging
+        from synapse_sticky.handlers.staging.received.synapse import SynapseReceiving
         from synapse_sticky.homeserver.rooms import Rooms
 
-        homeserver, held = self._homeserver, self._held
-        staging, table = SynapseStaging(homeserver, held), ParkedTable(homeserver)
-        stream = self._follower.stream
-        parking = ParkingHandler(homeserver, Rooms(homeserver), staging, table, held, stream)
+        homeserver, held, received = self._homeserver, self._held, self._received
+        staging, table = SynapseStaging(homeserver, held, received), ParkedTable(homeserver)
+        rooms, origins, stream = (
+            Rooms(homeserver),
+            SynapseOrigins(homeserver),
+            self._follower.stream,
+        )
+        parking = ParkingHandler(homeserver, rooms, staging, origins, table, held, stream)
         parking.install()
+        # Around parking's own part of it, so that this knows when a PDU was received.
+        receiving = SynapseReceiving(homeserver, received)
+        ReceivedHandler(homeserver, receiving, received, table).install()
         Batches(homeserver, staging.verdict_of).install()
         self._loading.duties["parking"] = parking.load
 
@@ -281,7 +299,7 @@ class Wiring:
         from synapse_sticky.handlers.deferral.synapse import SynapseWriter
 
         homeserver, config = self._homeserver, self._config.federation
-        writer = SynapseWriter(homeserver)
+        writer = SynapseWriter(homeserver, self._received)
         stream = self._follower.stream
         deferral = DeferralHandler(
             homeserver, writer, self._deferred, stream, config.applied(), self._report

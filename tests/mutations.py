@@ -196,7 +196,7 @@ def changed(
     none, and the other way round."""
     found = inspect.getattr_static(resolve(seam.owner), seam.name)
     function = getattr(found, "orig", found)
-    is_class_method = isinstance(function, classmethod)
+    kind = type(function) if isinstance(function, classmethod | staticmethod) else None
     function = inspect.unwrap(getattr(function, "__func__", function))
 
     async def coroutine_function(*args: Any, **options: Any) -> None: ...
@@ -206,7 +206,7 @@ def changed(
     is_async = inspect.iscoroutinefunction(function) is not is_other
     there: Any = coroutine_function if is_async else plain_function
     there.__signature__ = change(inspect.signature(function))
-    return classmethod(there) if is_class_method else there
+    return there if kind is None else kind(there)
 
 
 def with_parameters(

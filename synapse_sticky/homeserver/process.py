@@ -1,6 +1,7 @@
 """The running homeserver process: clock, background work, transactions, and what it serves."""
 
 import functools
+import inspect
 import logging
 import weakref
 from collections.abc import Awaitable, Callable, Collection, Iterator
@@ -278,7 +279,8 @@ def replace_shared(
         return
     replacement: Any = in_place_of(original, make(original))
     replacement.is_of_synapse_sticky = True
-    setattr(owner, name, replacement)
+    is_static = isinstance(inspect.getattr_static(owner, name), staticmethod)
+    setattr(owner, name, staticmethod(replacement) if is_static else replacement)
 
 
 def require_sticky_events(config: "HomeServerConfig") -> None:

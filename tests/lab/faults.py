@@ -29,6 +29,7 @@ from synapse_sticky.handlers.deferral.handler import NewStickyEvent
 from synapse_sticky.handlers.deferral.synapse import SynapseWriter
 from synapse_sticky.homeserver import Cursor
 from synapse_sticky.homeserver import Homeserver as Process
+from synapse_sticky.homeserver.received import Received
 from tests.lab.homeserver import Homeserver
 
 FAULTY_MODULE = "tests.lab.faults.FaultyModule"
@@ -238,8 +239,8 @@ class FaultyHomeserver(Process):
 class FaultyWriter(SynapseWriter):
     """The transaction in which Synapse persists events fails as it is told."""
 
-    def __init__(self, homeserver: FaultyHomeserver) -> None:
-        super().__init__(homeserver)
+    def __init__(self, homeserver: FaultyHomeserver, received: Received) -> None:
+        super().__init__(homeserver, received)
         self._error = homeserver.error
 
     def defer_by(

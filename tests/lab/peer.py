@@ -64,7 +64,8 @@ class Peer:
 
     What it sent and got is in ``events`` by ID. ``override`` may answer a request in place of the
     peer: it is called with the method and the path, and gives None to leave it to the peer.
-    ``refuses`` says of which events of a transaction the peer answers with an error.
+    ``refuses`` says of which events of a transaction the peer answers with an error, ``leaves_out``
+    which events it does not give as missing ones.
     """
 
     def __init__(self, certificate: tuple[Path, Path]) -> None:
@@ -77,6 +78,7 @@ class Peer:
         self._versions: dict[str, RoomVersion] = {}
         self.override: Callable[[str, str], Answer | None] = lambda method, path: None
         self.refuses: Callable[[str], bool] = lambda event_id: False
+        self.leaves_out: Callable[[str], bool] = lambda event_id: False
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, self.answer))
         self._server.daemon_threads = True
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -211,7 +213,10 @@ class Peer:
                     int(body["limit"]),
                     set(body["earliest_events"]),
                 )
-                return 200, {"events": [self.events[e] for e in reversed(found)]}
+                given = [e for e in reversed(found) if not self.leaves_out(e)]
+                return 200, {"events": [self.events[e] for e in given]}
+            case "GET", ["federation", "v1", "event_auth", _, event_id]:
+                return 200, {"auth_chain": [self.events[e] for e in self._auth_chain(event_id)]}
             case "GET", ["federation", "v1", "state_ids", room_id]:
                 state = [e for e in self.events if self._is_state(e, room_id)]
                 return 200, {"pdu_ids": state, "auth_chain_ids": state}
@@ -249,6 +254,17 @@ class Peer:
 
     def _prev(self, event_id: str) -> list[str]:
         return list(self.events.get(event_id, {}).get("prev_events", []))
+
+    def _auth_chain(self, event_id: str) -> Iterable[str]:
+        """The auth_events of an event, and theirs."""
+        found: dict[str, None] = {}
+        left = list(self.events.get(event_id, {}).get("auth_events", []))
+        while left:
+            auth_event_id = left.pop()
+            if auth_event_id in self.events and auth_event_id not in found:
+                found[auth_event_id] = None
+                left += self.events[auth_event_id]["auth_events"]
+        return found
 
     def _before(
         self, event_ids: Iterable[str], limit: int, stop_at: set[str] | None = None

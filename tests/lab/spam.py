@@ -9,6 +9,7 @@ from synapse.module_api import NOT_SPAM, ModuleApi, errors
 
 SPAM_CHECKER = "tests.lab.spam.SpamChecker"
 JOIN_HOLDER = "tests.lab.spam.JoinHolder"
+PARTIAL_STATE = "tests.lab.spam.PartialState"
 DUMMY_RULE = "tests.lab.spam.DummyRule"
 _HOLD, _HELD = "hold", "held"
 _REFUSED = "refused"
@@ -55,6 +56,16 @@ class JoinHolder:
             Path(_HELD).touch()
             await self._api.defer_to_thread(Path(_HOLD).read_bytes)
         return NOT_SPAM
+
+
+class PartialState:
+    """Never asks for the members that an answer to a join left out."""
+
+    def __init__(self, config: Any, api: ModuleApi) -> None:
+        async def sync_nothing(*args: Any, **options: Any) -> None: ...
+
+        handler = api._hs.get_federation_handler()
+        setattr(handler, "_sync_partial_state_room", sync_nothing)  # noqa: B010
 
 
 def refuse_dummy_events(folder: Path, room_id: str) -> None:

@@ -16,6 +16,7 @@ from synapse_sticky.handlers.staging.pruning.synapse import SynapsePruning
 from synapse_sticky.handlers.staging.turns.synapse import SynapseTurns
 from synapse_sticky.homeserver.database import portions
 from synapse_sticky.homeserver.layout import migrate
+from synapse_sticky.homeserver.received import Received
 from synapse_sticky.index.synapse import SynapseStickyStream
 from tests.unit.members import MOST_ARGUMENTS, ThisProcess, World
 from tests.unit.test_boundaries import PACKAGE, ROOT
@@ -65,7 +66,7 @@ def test_any_number_of_values_is_taken_in_portions() -> None:
 @pytest.mark.requirement("H3")
 def test_more_events_than_a_database_takes_arguments(world: World, process: ThisProcess) -> None:
     """Their number is chosen by others."""
-    table, writer = DeferredTable(process), SynapseWriter(process)
+    table, writer = DeferredTable(process), SynapseWriter(process, Received(process))
     turns = SynapseTurns(process, Held())
     world.drive(migrate(process, table))
     now_ms = process.now_ms()

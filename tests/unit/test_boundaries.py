@@ -67,7 +67,7 @@ TIMERS = {
 WAIT_BY_THEMSELVES = {
     "synapse_sticky/handlers/joins/confirmation/questions.py": "each destination has its own time",
     "synapse_sticky/handlers/joins/destinations.py": "the time is the earliest of many pushes",
-    "synapse_sticky/handlers/staging/parking/handler.py": "each parked PDU has its own time",
+    "synapse_sticky/handlers/staging/parking/trying.py": "each parked PDU has its own time",
 }
 
 # File and function that may sleep.

@@ -15,6 +15,7 @@ from synapse_sticky.handlers.staging.held import Held
 from synapse_sticky.handlers.staging.parking import synapse
 from synapse_sticky.handlers.staging.parking.synapse import SynapseStaging
 from synapse_sticky.homeserver.causes import Cause, Verdict, is_outage
+from synapse_sticky.homeserver.received import Received
 
 PASSES, REFUSED, UNKNOWN = Verdict.PASSES, Verdict.REFUSED, Verdict.UNKNOWN
 
@@ -82,7 +83,7 @@ def staging_of(module: Any, **of_handler: Any) -> SynapseStaging:
         replace=lambda owner, name, make: setattr(owner, name, make(getattr(owner, name))),
         enter=setattr,
     )
-    return SynapseStaging(homeserver, Held())
+    return SynapseStaging(homeserver, Held(), Received(homeserver))
 
 
 async def removed(origin: str, event_id: str) -> int:

@@ -61,6 +61,7 @@ def replaced_on(hs: Any) -> dict[tuple[str, str], Any]:
     """What of this homeserver's own objects was replaced, by class and name."""
     owners = (
         *(hs.get_datastores().main, hs.get_federation_server(), hs.get_event_creation_handler()),
+        *(hs.get_notifier(), hs.get_event_client_serializer()),
         *(
             hs.get_federation_event_handler(),
             hs.get_sync_handler(),
@@ -87,7 +88,8 @@ def test_each_has_its_own_and_none_is_stacked(tmp_path: Path) -> None:
     shared = {seam: now[seam] for seam in REPLACED if id(now[seam]) != ORIGINALS[seam]}
     for function in shared.values():
         # One wrapper a process: what it wraps is Synapse's own.
-        assert not hasattr(function.__wrapped__, "__wrapped__")
+        wrapper = getattr(function, "__func__", function)
+        assert not hasattr(wrapper.__wrapped__, "__wrapped__")
     found = [replaced_on(hs) for hs in servers]
     assert found[0].keys() == found[1].keys()
     # One may be declared by several parts.

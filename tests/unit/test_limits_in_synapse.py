@@ -30,6 +30,7 @@ from synapse_sticky.handlers.receipt.synapse import SynapseReceipt
 from synapse_sticky.handlers.sending.handler import LocalSend
 from synapse_sticky.handlers.sending.synapse import SynapseSending
 from synapse_sticky.homeserver import Cursor, Homeserver
+from synapse_sticky.homeserver.received import Received
 from synapse_sticky.limits import LimitReport, Refusal
 from tests.unit.configuration import configuration
 from tests.unit.test_causes import of_postgres
@@ -168,7 +169,7 @@ class Deferring:
 @pytest.fixture
 def deferring(homeserver: Homeserver) -> Deferring:
     deferring = Deferring()
-    writer = SynapseWriter(homeserver)
+    writer = SynapseWriter(homeserver, Received(homeserver))
     assert writer.handles(ROOM)
     writer.defer_by(deferring)
     return deferring
@@ -209,7 +210,7 @@ def test_a_deferred_event_enters_the_stream_later(
     assert run_sql(homeserver, sql) == [
         (first.event_id, ROOM, "@mallory:there", deferring.asked[0].expires_at_ms, 1)
     ]
-    enter_txn = SynapseWriter(homeserver).enter_txn
+    enter_txn = SynapseWriter(homeserver, Received(homeserver)).enter_txn
     gone = NewStickyEvent("$gone", ROOM, "@mallory:there", now_ms, 3)
     # The first is there already.
     for _ in range(2):

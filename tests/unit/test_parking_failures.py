@@ -11,13 +11,14 @@ from typing import Any
 
 import psycopg2
 import pytest
-from synapse.api.errors import FederationError
+from synapse.api.errors import FederationError, PartialStateConflictError, SynapseError
 from synapse.api.room_versions import RoomVersions
 from synapse.events import make_event_from_dict
 
 from synapse_sticky.handlers.staging.parking import synapse, unknown, writing
 from synapse_sticky.handlers.staging.parking.handler import ParkingHandler
-from synapse_sticky.handlers.staging.parking.tables import ParkedPdu, ParkedTable
+from synapse_sticky.handlers.staging.parking.pdus import ParkedPdu
+from synapse_sticky.handlers.staging.parking.tables import ParkedTable
 from synapse_sticky.handlers.staging.pdu import StagedPdu
 from synapse_sticky.homeserver.causes import Verdict
 from synapse_sticky.homeserver.layout import migrate
@@ -58,7 +59,11 @@ Failed = list[tuple[str, Verdict]]
 
 
 def received(
-    error: Exception, *, lacks_prev_events: bool = False, pulled: int = 0
+    error: Exception,
+    *,
+    lacks_prev_events: bool = False,
+    lacks_auth_events: bool = False,
+    pulled: int = 0,
 ) -> tuple[Failed, int]:
     """What is said of a PDU that fails so; how often it was tried.
 
@@ -79,12 +84,16 @@ def received(
     async def there(event_ids: Any) -> set[str]:
         return set() if lacks_prev_events else set(event_ids)
 
+    async def existing(event_ids: Any) -> set[str]:
+        return set() if lacks_auth_events else set(event_ids)
+
     async def in_room(*_: Any) -> bool:
         return True
 
-    staging = staging_of(psycopg2, on_receive_pdu=original, _process_pulled_event=original)
+    staging: Any = staging_of(psycopg2, on_receive_pdu=original, _process_pulled_event=original)
     staging._store.have_events_in_timeline = there
     staging._store.is_host_joined = in_room
+    staging.existing = existing
     staging.park_by(fail)
     for _ in range(pulled):
         step(staging._handler._process_pulled_event(ORIGIN, sticky_pdu(), backfilled=False))
@@ -122,6 +131,29 @@ def test_what_synapse_itself_refuses_is_not_kept() -> None:
     refusal = FederationError("ERROR", 403, "No", affected="$e")
     assert received(refusal) == ([], 1)
     assert received(refusal, lacks_prev_events=True)[0][0][1] is PASSES
+
+
+@pytest.mark.requirement("L3")
+def test_missing_auth_events_are_kept_for() -> None:
+    """Synapse drops it as it drops one that it refuses; the server that has them may answer yet."""
+    refusal = FederationError("ERROR", 403, "Auth events could not be found", affected="$e")
+    for lacks_prev_events, missing in ((False, "auth_events"), (True, "prev_events")):
+        ((why, verdict),), tries = received(
+            refusal, lacks_prev_events=lacks_prev_events, lacks_auth_events=True
+        )
+        assert (why, verdict, tries) == (f"its {missing} cannot be fetched", PASSES, 1)
+
+
+@pytest.mark.requirement("L3", "H7")
+def test_the_state_becomes_whole_for_a_second_time() -> None:
+    """Synapse itself tries only twice. With workers the persister's answer says as much."""
+    conflict = PartialStateConflictError()
+    answered = SynapseError(conflict.code, conflict.msg)
+    for error in (conflict, answered):
+        ((why, verdict),), tries = received(error)
+        assert verdict is PASSES
+        assert "whole" in why
+        assert tries == 1
 
 
 @pytest.mark.requirement("H1")
@@ -247,12 +279,12 @@ def test_what_nobody_knows_is_tried_three_times(
         # Another of the room neither brings it forward, nor puts it off.
         fail(handler, "$2", PASSES)
         homeserver.now = due_ms - 1
-        asyncio.run(handler._try_due())
+        asyncio.run(handler._trying.try_due())
         assert "$1" not in homeserver.staging.staged
         homeserver.staging.staged.clear()
         asyncio.run(table.remove(ORIGIN, "$2"))
         homeserver.now = due_ms
-        asyncio.run(handler._try_due())
+        asyncio.run(handler._trying.try_due())
         assert homeserver.staging.staged == ["$1"]
         homeserver.staging.staged.clear()
         assert warnings_of(caplog) == []
@@ -341,10 +373,10 @@ def test_one_that_cannot_be_parked_keeps_no_other_held(
     homeserver.error = None
     park = ParkedTable.park
 
-    async def park_others(table: ParkedTable, pdu: ParkedPdu, *args: Any) -> Any:
+    async def park_others(table: ParkedTable, pdu: ParkedPdu, *args: Any, **options: Any) -> Any:
         if pdu.event_id == "$bad":
             raise of_postgres("57014")
-        return await park(table, pdu, *args)
+        return await park(table, pdu, *args, **options)
 
     monkeypatch.setattr(ParkedTable, "park", park_others)
     for _ in range(4):

@@ -13,10 +13,13 @@ from synapse.app.homeserver import SynapseHomeServer
 from synapse_sticky.handlers.staging.held import Held
 from synapse_sticky.handlers.staging.parking import tables
 from synapse_sticky.handlers.staging.parking.handler import ParkingHandler
+from synapse_sticky.handlers.staging.parking.origins.synapse import SynapseOrigins
+from synapse_sticky.handlers.staging.parking.pdus import Outcome, ParkedPdu
 from synapse_sticky.handlers.staging.parking.synapse import SynapseStaging
-from synapse_sticky.handlers.staging.parking.tables import Outcome, ParkedPdu, ParkedTable
+from synapse_sticky.handlers.staging.parking.tables import ParkedTable
 from synapse_sticky.handlers.staging.parking.writing import ToPark
 from synapse_sticky.handlers.staging.pdu import StagedPdu
+from synapse_sticky.homeserver.received import Received
 from synapse_sticky.homeserver.rooms import Rooms
 from synapse_sticky.index.synapse import SynapseStickyStream
 from tests.unit.staging import CountingStore, prepared
@@ -48,9 +51,9 @@ class Parking:
     def __init__(self, store: CountingStore) -> None:
         self.store, self.held, self.table = store, Held(), ParkedTable(store)
         self.held.is_heeded = True
-        staging, stream = SynapseStaging(store, self.held), SynapseStickyStream(store)
-        rooms = Rooms(store)
-        self.handler = ParkingHandler(store, rooms, staging, self.table, self.held, stream)
+        staging = SynapseStaging(store, self.held, Received(store))
+        rooms, origins, stream = Rooms(store), SynapseOrigins(store), SynapseStickyStream(store)
+        self.handler = ParkingHandler(store, rooms, staging, origins, self.table, self.held, stream)
         self.handler.install()
 
     def park(self, room_id: str, number: int) -> Outcome:
@@ -88,7 +91,7 @@ def test_a_deletion_that_was_not_heard_of(store: CountingStore, parking: Parking
     parking.park(DELETED, 0)
     parking.park(KEPT, 0)
     store.sql("DELETE FROM rooms WHERE room_id = ?", DELETED)
-    done(parking.handler._try_due())
+    done(parking.handler._trying.try_due())
     assert parking.parked() == [KEPT]
 
 
@@ -98,7 +101,7 @@ def test_pdus_of_a_room_that_is_being_joined_stay(store: CountingStore, parking:
     done(parking.handler.load())
     parking.park(KEPT, 0)
     store.store._invalidate_local_get_event_cache_room_id(KEPT)
-    done(parking.handler._try_due())
+    done(parking.handler._trying.try_due())
     assert parking.parked() == [KEPT]
 
 
@@ -109,7 +112,7 @@ def test_what_waits_for_the_table_is_forgotten_as_well(
     done(parking.handler.load())
     park = ParkedTable.park
 
-    async def cannot(*args: object) -> Outcome:
+    async def cannot(*args: object, **options: object) -> Outcome:
         raise sqlite3.OperationalError("database or disk is full")
 
     monkeypatch.setattr(ParkedTable, "park", cannot)

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from synapse_sticky.handlers.staging.parking.passed_over import PassedOver
-from synapse_sticky.handlers.staging.parking.tables import Outcome, ParkedPdu, ParkedTable
+from synapse_sticky.handlers.staging.parking.pdus import Outcome, ParkedPdu
+from synapse_sticky.handlers.staging.parking.tables import ParkedTable
 from synapse_sticky.handlers.staging.parking.unknown import AFTER_MS
 from synapse_sticky.homeserver.causes import Verdict
 from synapse_sticky.homeserver.layout import migrate

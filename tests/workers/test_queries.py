@@ -34,7 +34,7 @@ _PREFIX = "synapse_sticky_"
 # What each process may do: transactions, and what runs in the background.
 _PARKING = {
     *("park", "parked", "due_parked", "next_parked_ms", "stage_again", "postpone_parked"),
-    *("remove_parked", "unstage", "try_parked_pdus"),
+    *("remove_parked", "unstage", "try_parked_pdus", "existing", "staged", "ask_origin"),
 }
 _SLIDING = {"store_page", "read_page", "read_pages", "newly_joined", "joined_within_the_hour"}
 _EVERYWHERE = {
@@ -60,7 +60,7 @@ _OF_ITS_KIND = {
     },
     "receiver": {
         *("load_deferral", "migrate_deferral", "look_for_deferred", "count_deferred"),
-        *("read_staged", "prune_staged", "next_staged", "is_joined"),
+        *("read_staged", "prune_staged", "next_staged", "is_joined", "received"),
         *_PARKING,
     },
     "sync": _SLIDING,

@@ -1,16 +1,20 @@
 """Every duty in the process where it belongs, and what a client and a server see of it (E2, E4)."""
 
 import json
+import time
 from typing import Any
 
 import pytest
 
 from tests.integration.rooms import (
+    entered,
     room_of,
     send_old_events,
     wait_until_all_pushed,
     wait_until_expired,
 )
+from tests.integration.test_parking import AHEAD_MS, HOUR_MS
+from tests.integration.test_staging import parked, withhold
 from tests.lab import Lab, Peer, WorkerHomeserver, wait_until
 from tests.lab.client import (
     SLIDING_EXTENSION,
@@ -21,6 +25,7 @@ from tests.lab.client import (
 )
 from tests.lab.scene import Scene, enter
 from tests.lab.workers import MAIN, PERSISTERS, RECEIVERS, SENDERS, WORKERS
+from tests.workers.conftest import enter_where
 
 EVERYWHERE = {"index", "delivery", "visibility", "pruning", "parking"}
 DUTIES = {
@@ -88,6 +93,7 @@ def test_newcomers(deployment: WorkerHomeserver, lab: Lab, peer: Peer) -> None:
         lab.close_servers([other])
 
 
+@pytest.mark.workers
 @pytest.mark.requirement("E2", "S4", "S5", "D4")
 @pytest.mark.parametrize("version", ["v3", "r0"], ids=["sync worker", "main"])
 @pytest.mark.parametrize("is_initial", [True, False], ids=["initial", "incremental"])
@@ -119,6 +125,7 @@ def test_an_answer_that_is_repeated(
     assert event["unsigned"][TTL] > 0
 
 
+@pytest.mark.workers
 @pytest.mark.requirement("E2", "D4", "D5")
 def test_sliding_sync_goes_on_from_since_without_pos(deployment: WorkerHomeserver) -> None:
     """Two rooms, which may have persisters of their own."""
@@ -155,3 +162,30 @@ def test_sliding_sync_goes_on_from_since_without_pos(deployment: WorkerHomeserve
 def token_of(answer: Any) -> str:
     token: str = answer["extensions"][SLIDING_EXTENSION]["next_batch"]
     return token
+
+
+@pytest.mark.workers
+@pytest.mark.requirement("S2", "L3", "E2")
+@pytest.mark.parametrize("persister", PERSISTERS)
+def test_received_is_when_the_receiving_process_had_it(
+    deployment: WorkerHomeserver, peer: Peer, persister: str
+) -> None:
+    """It is dated three hours ahead, and was parked for most of an hour."""
+    scene = enter_where(deployment, peer, persister)
+    peer.override = lambda method, path: (404, {}) if "/get_missing_events/" in path else None
+    withhold(scene)
+    before_ms = int(time.time() * 1000)
+    event_id, pdu = peer.sticky(scene.room, scene.eve, origin_server_ts=before_ms + AHEAD_MS)
+    scene.send(pdu)
+    wait_until(lambda: event_id in parked(deployment), "it to be parked")
+    after_ms = int(time.time() * 1000)
+    parked_ms = 50 * 60_000
+    deployment.change(
+        "UPDATE synapse_sticky_incomplete"
+        f" SET received_ts_ms = received_ts_ms - {parked_ms} WHERE event_id = '{event_id}'"
+    )
+    peer.override = lambda method, path: None
+    wait_until(lambda: event_id in entered(deployment, scene.room_id), "it to be sticky")
+    sql = "SELECT expires_at FROM sticky_events WHERE event_id = ?"
+    ((expires_ms,),) = deployment.query(sql, event_id)
+    assert before_ms + HOUR_MS - parked_ms <= expires_ms <= after_ms + HOUR_MS - parked_ms

@@ -14,6 +14,7 @@ from synapse_sticky.handlers.deferral.key import key_of
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.causes import Cause, is_locked, is_outage
 from synapse_sticky.homeserver.database import found_txn, portions
+from synapse_sticky.homeserver.received import Received
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, attributes, method, table
 from synapse_sticky.homeserver.sticky_rows import stream_ids_txn
 from synapse_sticky.logs import bounded
@@ -61,8 +62,9 @@ _COLUMNS = "event_id, room_id, sender, expires_at, event_stream_ordering"
 class SynapseWriter:
     """Implements ``handler.Writer``."""
 
-    def __init__(self, homeserver: Homeserver) -> None:
+    def __init__(self, homeserver: Homeserver, received: Received) -> None:
         self._homeserver = homeserver
+        self._received = received
         self._store = homeserver.store
         self._notifier = homeserver.hs.get_notifier()
         worker = homeserver.hs.config.worker
@@ -76,7 +78,7 @@ class SynapseWriter:
             def insert_sticky_events_txn(
                 txn: LoggingTransaction, events: list[EventBase], *args: Any, **options: Any
             ) -> None:
-                deferred = self._defer_txn(defer_txn, txn, self._deliverable(events))
+                deferred = self._defer_txn(defer_txn, txn, self._deliverable_txn(txn, events))
                 now = [event for event in events if event.event_id not in deferred]
                 original(txn, now, *args, **options)
 
@@ -127,15 +129,26 @@ class SynapseWriter:
         txn.execute(f"RELEASE SAVEPOINT {_SAVEPOINT}")
         return None
 
-    def _deliverable(self, events: Sequence[EventBase]) -> list[NewStickyEvent]:
+    def _deliverable_txn(self, txn: Cursor, events: Sequence[EventBase]) -> list[NewStickyEvent]:
         """The events that Synapse would enter into the stream and deliver from it."""
         try:
             now_ms = self._homeserver.now_ms()
-            found = (_deliverable(event, now_ms) for event in events)
-            return [event for event in found if event is not None]
-        except Exception:
+            found = [(event, _deliverable(event, now_ms, now_ms)) for event in events]
+            found = [(event, new) for event, new in found if new is not None]
+            self._received.learn_txn(txn, [e.event_id for e, _ in found if not self._is_own(e)])
+            deliverable = (
+                _deliverable(e, self._received.first_ms(e.event_id, now_ms), now_ms)
+                for e, _ in found
+            )
+            return [new for new in deliverable if new is not None]
+        except Exception as e:
+            if Cause.of_database(e) is not None:
+                raise  # as in ``_defer_txn``
             logger.exception("Could not read %d events, deferring none of them", len(events))
             return []
+
+    def _is_own(self, event: EventBase) -> bool:
+        return event.sender.partition(":")[2] == self._homeserver.server_name
 
     def _entered_txn(self, txn: Cursor, event_ids: AbstractSet[str]) -> list[NewStickyEvent]:
         """The unexpired events of these in the stream, in its order; as keys of their own, since
@@ -219,9 +232,9 @@ class SynapseWriter:
         )
 
 
-def _deliverable(event: EventBase, now_ms: int) -> NewStickyEvent | None:
+def _deliverable(event: EventBase, received_ms: int, now_ms: int) -> NewStickyEvent | None:
     metadata = event.internal_metadata
-    expires_at_ms = sticky_until_ms(event.get(_FIELD), event.origin_server_ts, now_ms)
+    expires_at_ms = sticky_until_ms(event.get(_FIELD), event.origin_server_ts, received_ms)
     if (
         expires_at_ms is None
         or expires_at_ms <= now_ms

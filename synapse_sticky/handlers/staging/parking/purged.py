@@ -5,7 +5,8 @@ PDUs are due. A room that is being joined is known before any of its PDUs is acc
 """
 
 from synapse_sticky.backoff import Backoff, Retrying
-from synapse_sticky.handlers.staging.parking.tables import KnownTxn, ParkedTable
+from synapse_sticky.handlers.staging.parking.pdus import KnownTxn
+from synapse_sticky.handlers.staging.parking.tables import ParkedTable
 from synapse_sticky.handlers.staging.parking.writing import ParkedWriter
 from synapse_sticky.homeserver import Homeserver
 

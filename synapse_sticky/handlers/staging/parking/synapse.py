@@ -1,7 +1,8 @@
 """How Synapse processes the PDUs of its staging area, and what becomes of those that it drops."""
 
 import json
-from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from http import HTTPStatus
 from typing import Any
 
 from canonicaljson import encode_canonical_json
@@ -13,12 +14,15 @@ from synapse.replication.http.federation import ReplicationFederationSendEventsR
 
 from synapse_sticky.handlers.staging.held import Held
 from synapse_sticky.handlers.staging.parking.passed_over import PassedOver
-from synapse_sticky.handlers.staging.parking.tables import ParkedPdu
+from synapse_sticky.handlers.staging.parking.pdus import ParkedPdu
+from synapse_sticky.handlers.staging.parking.possible import is_possible
 from synapse_sticky.handlers.staging.pdu import StagedPdu
+from synapse_sticky.handlers.staging.received.synapse import note_handed_on
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.causes import Cause, Verdict
 from synapse_sticky.homeserver.database import found_txn
 from synapse_sticky.homeserver.process import replace_shared
+from synapse_sticky.homeserver.received import Received
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, method, table
 from synapse_sticky.homeserver.staged import begin_on_staged_pdus
 from synapse_sticky.logs import bounded
@@ -58,13 +62,12 @@ SEAMS = (
         "internal_metadata text",
     ),
     table("rooms", "room_id text"),
+    table("events", "event_id text"),
 )
 
 _FIELD: str = StickyEvent.EVENT_FIELD_NAME
 _LABELS = EventContentFields.LABELS
 _MAX_PDU_SIZE = 65_536  # bytes; the specification's limit
-_MAX_PREV_EVENTS = 20  # Synapse refuses a PDU with more
-_MAX_AUTH_EVENTS = 10  # likewise
 
 _DEPTH = 5
 """So many errors, each the cause of the one before, are looked at."""
@@ -81,9 +84,10 @@ Fail = Callable[[ParkedPdu, StagedPdu, str, Verdict], Awaitable[None]]
 class SynapseStaging:
     """Implements ``handler.Staging``."""
 
-    def __init__(self, homeserver: Homeserver, held: Held) -> None:
+    def __init__(self, homeserver: Homeserver, held: Held, received: Received) -> None:
         self._homeserver = homeserver
         self._held = held
+        self._received = received
         self._store = homeserver.store
         self._handler: Any = homeserver.hs.get_federation_event_handler()
         self.receives = homeserver.place.serves("federation")
@@ -109,6 +113,13 @@ class SynapseStaging:
 
     async def persisted(self, event_ids: Collection[str]) -> set[str]:
         return await self._store.have_events_in_timeline(event_ids)
+
+    async def existing(self, event_ids: Collection[str]) -> set[str]:
+        return await self._homeserver.transact("existing", self._existing_txn, event_ids)
+
+    def _existing_txn(self, txn: Cursor, event_ids: Collection[str]) -> set[str]:
+        select = "SELECT event_id FROM events WHERE"
+        return found_txn(self._homeserver, txn, select, "event_id", event_ids)
 
     def stage_txn(self, txn: Cursor, room_id: str, pdus: Sequence[ParkedPdu]) -> None:
         # Synapse gets stuck on what is staged for a room that it does not know.
@@ -147,7 +158,7 @@ class SynapseStaging:
                 origin: str, pdu: EventBase, *args: Any, **options: Any
             ) -> None:
                 staged = self._staged_pdu_of(pdu)
-                if staged.sticky_field is None or not _is_possible(pdu):
+                if staged.sticky_field is None or not is_possible(pdu, _LABELS):
                     await original(origin, pdu, *args, **options)
                     return
                 in_room = await self._may_be_in_room(pdu.room_id)
@@ -211,9 +222,12 @@ class SynapseStaging:
         verdict = None if cause is None else cause.verdict()
         if verdict is Verdict.PASSES:
             return f"it cannot be persisted for now: {cause}", verdict
-        if await self._lacks_prev_events(pdu):
+        if isinstance(e, SynapseError) and e.code == HTTPStatus.CONFLICT:
+            # It did so in both of Synapse's attempts.
+            return "the room's state has become whole meanwhile", Verdict.PASSES
+        if lacking := await self._lacking(pdu):
             # Synapse has not come to the PDU itself. One of these failed.
-            return "its prev_events cannot be fetched", Verdict.PASSES
+            return f"its {lacking} cannot be fetched", Verdict.PASSES
         if verdict is None:
             return None
         self._passed_over.failed(pdu.event_id, verdict)
@@ -236,8 +250,9 @@ class SynapseStaging:
             logger.exception("Could not park the sticky PDU %s", pdu.event_id)
 
     def _staged_pdu_of(self, pdu: EventBase) -> StagedPdu:
-        field = pdu.get_dict().get(_FIELD)
-        return StagedPdu(pdu.event_id, field, pdu.origin_server_ts, self._homeserver.now_ms())
+        field, now_ms = pdu.get_dict().get(_FIELD), self._homeserver.now_ms()
+        received_ms = self._received.first_ms(pdu.event_id, now_ms)
+        return StagedPdu(pdu.event_id, field, pdu.origin_server_ts, received_ms)
 
     async def _may_be_in_room(self, room_id: str) -> bool:
         try:
@@ -272,19 +287,25 @@ class SynapseStaging:
             e = e.__cause__
         return None
 
-    async def _lacks_prev_events(self, pdu: EventBase) -> bool:
-        prev_event_ids = set(pdu.prev_event_ids())
+    async def _lacking(self, pdu: EventBase) -> str:
+        """Which of the events that it comes after are missing here; empty if none is."""
+        prev_event_ids, auth_event_ids = set(pdu.prev_event_ids()), set(pdu.auth_event_ids())
         try:
-            return bool(prev_event_ids - await self.persisted(prev_event_ids))
+            if prev_event_ids - await self.persisted(prev_event_ids):
+                return "prev_events"
+            return "auth_events" if auth_event_ids - await self.existing(auth_event_ids) else ""
         except Exception as e:
-            logger.exception("Could not find out whether the prev_events of %s are here", pdu)
-            return self.verdict_of(e) in (Verdict.PASSES, Verdict.UNKNOWN)
+            logger.exception("Could not find out whether the events before %s are here", pdu)
+            passes = self.verdict_of(e) in (Verdict.PASSES, Verdict.UNKNOWN)
+            return "prev_events" if passes else ""
 
 
 def _handing_on(original: Callable[..., Any]) -> Callable[..., Any]:
-    """In an event persister: answers an error of the database with its cause."""
+    """In an event persister: answers an error of the database with its cause. Takes in when the
+    events were received."""
 
     async def _handle_request(self: Any, request: Any, content: Any, *args: Any) -> Any:
+        note_handed_on(self.federation_event_handler, content)
         try:
             return await original(self, request, content, *args)
         except Exception as e:
@@ -301,34 +322,6 @@ def _handing_on(original: Callable[..., Any]) -> Callable[..., Any]:
     return _handle_request
 
 
-def _is_possible(pdu: EventBase) -> bool:
-    """Can it ever be persisted? Synapse takes only so many prev_events and auth_events. Postgres
-    neither stores text with NUL in it, nor takes a query with one."""
-    prev_event_ids, auth_event_ids = pdu.prev_event_ids(), pdu.auth_event_ids()
-    return (
-        len(set(prev_event_ids)) <= _MAX_PREV_EVENTS
-        and len(auth_event_ids) <= _MAX_AUTH_EVENTS
-        and not any("\0" in text for text in (*prev_event_ids, *auth_event_ids, *_texts(pdu)))
-    )
-
-
-def _texts(pdu: EventBase) -> Iterator[str]:
-    """What of the PDU goes into columns of its own."""
-    labels = pdu.content.get(_LABELS)
-    listed = labels if isinstance(labels, list | tuple) else ()
-    related: tuple[str, ...] = ()
-    match pdu.content.get("m.relates_to"):
-        case {"rel_type": "m.annotation", "event_id": str(parent_id), "key": str(key)}:
-            related = (parent_id, key)
-        case {"rel_type": str(rel_type), "event_id": str(parent_id)}:
-            related = (parent_id, rel_type)
-        case _:
-            pass  # Synapse stores no other relation, whatever is in it
-    for field in (pdu.type, pdu.get("state_key"), pdu.redacts, *related, *listed):
-        if isinstance(field, str):
-            yield field
-
-
 def _dumped(value: object) -> str:
     # As Synapse stages it: without what JSON has no word for.
     return json.dumps(value, allow_nan=False, separators=(",", ":"))
@@ -342,4 +335,5 @@ def _parked_pdu_of(origin: str, pdu: EventBase) -> ParkedPdu:
         _dumped(pdu.get_dict()),
         _dumped(pdu.internal_metadata.get_dict()),
         tuple(pdu.prev_event_ids()),
+        tuple(pdu.auth_event_ids()),
     )

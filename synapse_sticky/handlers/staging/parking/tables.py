@@ -1,77 +1,30 @@
 """The table of parked PDUs."""
 
-import enum
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
-import attr
-
+from synapse_sticky.handlers.staging.parking.pdus import (
+    LONGEST_MS,
+    KnownTxn,
+    Outcome,
+    ParkedPdu,
+    ScheduledPdu,
+    StageTxn,
+)
 from synapse_sticky.homeserver import Cursor, Homeserver
-from synapse_sticky.homeserver.layout import Migrations
+from synapse_sticky.homeserver.database import portions
+from synapse_sticky.homeserver.layout import Migrations, migrate
 
-_COLUMNS = "origin, event_id, room_id, event_json, internal_metadata, prev_event_ids"
+_COLUMNS = (
+    "origin, event_id, room_id, event_json, internal_metadata, prev_event_ids, auth_event_ids"
+)
 
 # What strangers can make us keep. A PDU has at most 64 kB, 196 kB once its JSON is escaped.
 _MOST_OF_SERVER = 500
 _MOST = 5_000
 
-LONGEST_MS = 120_000
-"""No PDU is put off for longer."""
-
 _ROOMS_AT_ONCE = 50
 """How many pairs of origin and room are tried in one go. The others follow a second later."""
-
-
-@attr.s(auto_attribs=True, frozen=True, slots=True)
-class ParkedPdu:
-    """An acknowledged PDU that cannot be persisted yet, as it is stored."""
-
-    origin: str
-    event_id: str
-    room_id: str
-    event_json: str
-    internal_metadata: str
-    prev_event_ids: tuple[str, ...]
-
-
-@attr.s(auto_attribs=True, frozen=True, slots=True)
-class ScheduledPdu:
-    """A parked PDU without its content: what decides when it is tried.
-
-    It expires at ``until_ms``, and is due at ``due_ms``. ``tries`` is how often it has failed for
-    a reason that nobody knows.
-    """
-
-    event_id: str
-    prev_event_ids: tuple[str, ...]
-    received_ts_ms: int
-    until_ms: int
-    due_ms: int
-    tries: int = 0
-
-    def is_due(self, now_ms: int) -> bool:
-        """Is it to be tried now? What is due later than anything is put off was put off before the
-        clock was set back."""
-        return not now_ms < self.due_ms <= now_ms + LONGEST_MS
-
-
-class Outcome(enum.Enum):
-    """What has become of a PDU that was to be parked."""
-
-    PARKED = "parked"
-    STILL_PARKED = "still parked"
-    """It was already, and has failed again."""
-    FULL = "full"
-    """Too many are parked."""
-    GIVEN_UP = "given up"
-    """It was tried often enough, and is not parked any more."""
-
-
-StageTxn = Callable[[Cursor, str, Sequence[ParkedPdu]], None]
-"""``(cursor, room_id, pdus)``: puts PDUs of the room into Synapse's staging area."""
-
-KnownTxn = Callable[[Cursor, Collection[str]], set[str]]
-"""``(cursor, room_ids)``: those of the rooms that this server knows. A deleted one it does not."""
 
 
 class ParkedTable:
@@ -111,13 +64,37 @@ class ParkedTable:
             "ALTER TABLE synapse_sticky_incomplete"
             " ADD COLUMN IF NOT EXISTS tries BIGINT NOT NULL DEFAULT 0",
         ),
+        (
+            "ALTER TABLE synapse_sticky_incomplete"
+            " ADD COLUMN IF NOT EXISTS auth_event_ids TEXT NOT NULL DEFAULT '[]'",
+            """
+            CREATE INDEX IF NOT EXISTS synapse_sticky_incomplete_event
+                ON synapse_sticky_incomplete (event_id)
+            """,
+        ),
     )
 
     def __init__(self, homeserver: Homeserver) -> None:
         self._homeserver = homeserver
+        self._is_there = False
+
+    async def prepare(self) -> None:
+        """Makes the table, or brings it to this version's layout.
+
+        Raises:
+            NewerLayoutError: a later version of the module made it.
+        """
+        await migrate(self._homeserver, self)
+        self._is_there = True
 
     async def park(
-        self, pdu: ParkedPdu, until_ms: int, due_ms: int, counted_due_ms: Sequence[int] = ()
+        self,
+        pdu: ParkedPdu,
+        until_ms: int,
+        due_ms: int,
+        counted_due_ms: Sequence[int] = (),
+        *,
+        received_ts_ms: int | None = None,
     ) -> Outcome:
         """Parks a PDU until it expires. Does not wait long for a table that is locked.
 
@@ -129,7 +106,10 @@ class ParkedTable:
                 when it is.
             counted_due_ms: given if this failure counts. When the PDU is due, in place of
                 ``due_ms``, after each failure that counts; after one more it is given up.
+            received_ts_ms: when it was received, likewise; now if it is None.
         """
+        now_ms = self._homeserver.now_ms()
+        at_ms = now_ms if received_ts_ms is None else min(received_ts_ms, now_ms)
 
         def write_txn(txn: Cursor) -> Outcome:
             key = (pdu.origin, pdu.event_id)
@@ -171,16 +151,31 @@ class ParkedTable:
             txn.execute(
                 "INSERT INTO synapse_sticky_incomplete"
                 f" ({_COLUMNS}, received_ts_ms, until_ms, due_ms, tries)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (origin, event_id) DO NOTHING",
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+                " ON CONFLICT (origin, event_id) DO NOTHING",
                 (
                     *(*key, pdu.room_id, pdu.event_json, pdu.internal_metadata),
-                    *(json.dumps(pdu.prev_event_ids), self._homeserver.now_ms()),
-                    *(until_ms, first_due_ms, tries),
+                    *(json.dumps(pdu.prev_event_ids), json.dumps(pdu.auth_event_ids)),
+                    *(at_ms, until_ms, first_due_ms, tries),
                 ),
             )
             return Outcome.PARKED
 
         return await self._homeserver.transact_briefly("park", write_txn)
+
+    def received_txn(self, txn: Cursor, event_ids: Collection[str]) -> dict[str, int]:
+        """When those of the events that are parked, whoever sent them, were received first, in ms
+        since the epoch. None while the table is not there."""
+        found: dict[str, int] = {}
+        for portion in portions(event_ids) if self._is_there else ():
+            clause, args = self._homeserver.in_list("event_id", portion)
+            txn.execute(
+                "SELECT event_id, MIN(received_ts_ms) FROM synapse_sticky_incomplete"
+                f" WHERE {clause} GROUP BY event_id",
+                args,
+            )
+            found.update(txn.fetchall())
+        return found
 
     async def remove(self, origin: str, event_id: str) -> None:
         """The PDU is not parked any more, if it was.
@@ -267,14 +262,14 @@ class ParkedTable:
 
         def read_txn(txn: Cursor) -> list[ScheduledPdu]:
             txn.execute(
-                "SELECT event_id, prev_event_ids, received_ts_ms, until_ms, due_ms, tries"
-                " FROM synapse_sticky_incomplete WHERE origin = ? AND room_id = ?"
+                "SELECT event_id, prev_event_ids, received_ts_ms, until_ms, due_ms, tries,"
+                " auth_event_ids FROM synapse_sticky_incomplete WHERE origin = ? AND room_id = ?"
                 " ORDER BY received_ts_ms, event_id",
                 (origin, room_id),
             )
             return [
-                ScheduledPdu(event_id, tuple(json.loads(prev_event_ids)), *numbers)
-                for event_id, prev_event_ids, *numbers in txn.fetchall()
+                ScheduledPdu(event_id, _event_ids(prevs), at, until, due, tries, _event_ids(auths))
+                for event_id, prevs, at, until, due, tries, auths in txn.fetchall()
             ]
 
         return await self._homeserver.transact("parked", read_txn)
@@ -314,9 +309,9 @@ class ParkedTable:
                     (origin, scheduled.event_id, scheduled.due_ms),
                 )
                 if (row := txn.fetchone()) is not None:
-                    of, event, room, event_json, metadata, prevs = row
-                    prev_event_ids = tuple(json.loads(prevs))
-                    pdus.append(ParkedPdu(of, event, room, event_json, metadata, prev_event_ids))
+                    of, event, room, event_json, metadata, *ids = row
+                    prevs, auths = map(_event_ids, ids)
+                    pdus.append(ParkedPdu(of, event, room, event_json, metadata, prevs, auths))
             txn.execute_batch(
                 "UPDATE synapse_sticky_incomplete SET due_ms = ?"
                 " WHERE origin = ? AND event_id = ? AND due_ms = ?",
@@ -325,3 +320,7 @@ class ParkedTable:
             stage_txn(txn, room_id, pdus)
 
         await self._homeserver.transact("stage_again", write_txn)
+
+
+def _event_ids(of_json: str) -> tuple[str, ...]:
+    return tuple(json.loads(of_json))

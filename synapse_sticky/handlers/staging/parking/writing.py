@@ -16,7 +16,8 @@ import attr
 from synapse_sticky.backoff import Backoff, Retrying
 from synapse_sticky.handlers.staging.held import Held
 from synapse_sticky.handlers.staging.parking import unknown
-from synapse_sticky.handlers.staging.parking.tables import Outcome, ParkedPdu, ParkedTable
+from synapse_sticky.handlers.staging.parking.pdus import Outcome, ParkedPdu
+from synapse_sticky.handlers.staging.parking.tables import ParkedTable
 from synapse_sticky.handlers.staging.pdu import StagedPdu
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.homeserver.causes import Verdict
@@ -189,6 +190,7 @@ class ParkedWriter:
             outcome = await self._table.park(
                 *(pdu, until_ms, now_ms + _BACKOFF.min_ms),
                 [now_ms + after_ms for after_ms in unknown.AFTER_MS if to_park.counts],
+                received_ts_ms=to_park.staged.received_ts_ms,
             )
         except Exception as e:
             if self._staging.verdict_of(e) in (Verdict.PASSES, Verdict.UNKNOWN):

@@ -1,0 +1,1 @@
+"""Origins: whether the servers that PDUs came from answer."""

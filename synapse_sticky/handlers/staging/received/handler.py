@@ -1,0 +1,76 @@
+"""Received is when this server first had a PDU, not when it could be persisted (S2).
+
+The process that is about to persist a PDU finds out: it may be staged, or parked, also of another
+server, and by another process. What is fetched as somebody's prev_event counts from the fetch. An
+event that was an outlier counts from when it became one. With workers the process hands the time on
+to the one that persists the event.
+
+Fails open: if it cannot be found out, the event counts from now, as with plain Synapse.
+"""
+
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from typing import Protocol
+
+from synapse_sticky.homeserver import Cursor, Homeserver
+from synapse_sticky.homeserver.received import Received
+from synapse_sticky.logs import bounded
+
+logger = bounded(__name__)
+
+Tell = Callable[[str, Collection[str]], Awaitable[None]]
+"""Takes the server that sent sticky PDUs, and their event IDs."""
+
+
+class Receiving(Protocol):
+    """The PDUs that this process is about to persist."""
+
+    def tell(self, tell: Tell) -> None:
+        """From now on tells of sticky PDUs before they are processed, and enters none for longer
+        than it may be sticky by when it was received."""
+
+    def staged_txn(self, txn: Cursor, origin: str, event_ids: Collection[str]) -> Mapping[str, int]:
+        """When those of this origin's PDUs that are staged were, in ms since the epoch."""
+
+
+class ParkedTimes(Protocol):
+    """The table of parked PDUs."""
+
+    def received_txn(self, txn: Cursor, event_ids: Collection[str]) -> Mapping[str, int]:
+        """When those that are parked, whoever sent them, were received first, in ms since the
+        epoch. None while the table is not there."""
+
+
+class ReceivedHandler:
+    """Finds out when PDUs were received."""
+
+    def __init__(
+        self,
+        homeserver: Homeserver,
+        receiving: Receiving,
+        received: Received,
+        parked: ParkedTimes,
+    ) -> None:
+        self._homeserver = homeserver
+        self._receiving = receiving
+        self._received = received
+        self._parked = parked
+
+    def install(self) -> None:
+        """Takes effect from the next PDU on."""
+        self._receiving.tell(self.note)
+
+    async def note(self, origin: str, event_ids: Collection[str]) -> None:
+        """Notes when these PDUs, which this process has now, were received first."""
+        now_ms = self._homeserver.now_ms()
+
+        def read_txn(txn: Cursor) -> list[tuple[str, int]]:
+            staged = self._receiving.staged_txn(txn, origin, event_ids)
+            return [*staged.items(), *self._parked.received_txn(txn, event_ids).items()]
+
+        found: list[tuple[str, int]] = []
+        try:
+            found = await self._homeserver.transact_briefly("received", read_txn)
+        except Exception:
+            logger.exception("Could not find out when PDUs of %s were received", origin)
+        for event_id, at_ms in (*((event_id, now_ms) for event_id in event_ids), *found):
+            self._received.note(event_id, at_ms)

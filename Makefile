@@ -5,10 +5,18 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
 VERSIONS ?=
+PLATFORMS ?=
+PYTHONS ?=
+WHEELS := .venv-wheels
+# What looks at the workflows. Lint goes on without it where it is not to be had within this time, unless NEED_TOOLS=yes.
+ZIZMOR := zizmor==1.32.0
+ACTIONLINT := github.com/rhysd/actionlint/cmd/actionlint@v1.7.12
+TOOLS_WITHIN_S ?= 180
+NEED_TOOLS ?= no
 RUST_SOURCES := Cargo.toml Cargo.lock $(shell find rust/src -name '*.rs')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-workers lint bench compat conformance conformance-plain fuzz soak suite format clean
+.PHONY: help demo test test-slow test-workers lint bench compat conformance conformance-plain fuzz soak suite wheels wheels-check wheels-twice release-check format clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -26,7 +34,7 @@ test-slow: $(VENV)/.built ## The tests that take half a minute each, and the sam
 test-workers: $(VENV)/.built ## The conformance and integration suites and more on a Synapse of ten processes, with Postgres and Valkey: an hour
 	$(BIN)/python -m pytest --workers -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder tests/workers tests/conformance tests/integration $(PYTEST_ARGS)
 
-lint: $(VENV)/.built ## ruff, mypy, stubtest, rustfmt, clippy; whether docs/conformance.md is true
+lint: $(VENV)/.built ## ruff, mypy, stubtest, rustfmt, clippy; whether docs/conformance.md is true; zizmor and actionlint on the workflows
 	@cargo fmt --version >/dev/null 2>&1 || { echo "rustfmt is missing: rustup component add rustfmt"; exit 1; }
 	@cargo clippy --version >/dev/null 2>&1 || { echo "clippy is missing: rustup component add clippy"; exit 1; }
 	$(BIN)/ruff check .
@@ -39,6 +47,12 @@ lint: $(VENV)/.built ## ruff, mypy, stubtest, rustfmt, clippy; whether docs/conf
 	cargo clippy --quiet --all-targets --all-features -- -D warnings
 	$(BIN)/python -m tests.conformance.page --check
 	$(BIN)/python -m tests.compat --check
+	@timeout $(TOOLS_WITHIN_S) $(BIN)/pip install --quiet --disable-pip-version-check $(ZIZMOR) || \
+		{ echo "zizmor is not to be had from PyPI, so it is left out"; test $(NEED_TOOLS) = no; }
+	test ! -x $(BIN)/zizmor || $(BIN)/zizmor --offline --quiet --no-progress .github
+	@test -x $(BIN)/actionlint || GOBIN=$(abspath $(BIN)) timeout $(TOOLS_WITHIN_S) go install $(ACTIONLINT) || \
+		{ echo "actionlint is not to be had, which go installs, so it is left out"; test $(NEED_TOOLS) = no; }
+	test ! -x $(BIN)/actionlint || $(BIN)/actionlint
 	@! git grep -nE '(pypi[.]org|pythonhosted[.]org|crates[.]io)' -- ':!Makefile' | grep -v '^Cargo.lock:[0-9]*:source = "registry+' || { echo "A registry's host is named"; exit 1; }
 
 bench: $(VENV)/.built ## Benchmarks: the Rust core; delivery beside SQL; /sync; refusing beside accepting; what each event costs; what it costs others when much goes wrong; newcomers, also plain ones and with busy cores; workers
@@ -74,13 +88,26 @@ soak: $(VENV)/.built ## Four servers, floods, joins, redactions, crashes, strang
 suite: $(VENV)/.built ## Synapse's own tests of the sticky sections, with the module; pip fetches them
 	$(BIN)/python -m tests.suite
 
+wheels: $(WHEELS)/.built ## Wheels for manylinux and musllinux, x86_64 and aarch64, and an sdist, audited; or PLATFORMS="manylinux-x86_64 sdist"; dist
+	$(WHEELS)/bin/python -m tests.wheels build $(PLATFORMS)
+	$(if $(filter-out sdist,$(or $(PLATFORMS),all)),$(WHEELS)/bin/python -m tests.wheels audit $(filter-out sdist,$(PLATFORMS)))
+
+wheels-check: $(WHEELS)/.built ## What is in dist, on each CPython found, or PYTHONS="python3.12": this machine's wheel and the sdist; CI has the other machines
+	$(WHEELS)/bin/python -m tests.wheels prove $(PYTHONS:%=--python %)
+
+wheels-twice: $(WHEELS)/.built ## Whether two clones of the last commit give the same bytes
+	$(WHEELS)/bin/python -m tests.wheels twice $(or $(PLATFORMS),manylinux-x86_64)
+
+release-check: $(VENV)/.built ## Runs each command of CI and of a release dry, and says what the next release lacks
+	$(BIN)/python -m tests.release check
+
 format: $(VENV)/.built ## Formats Python and Rust
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 	cargo fmt
 
 clean: ## Removes everything that was built
-	rm -rf $(VENV) .venv-compat target synapse_sticky/_core*.so
+	rm -rf $(VENV) .venv-compat $(WHEELS) dist target synapse_sticky/_core*.so
 
 # The environment: the module itself (its Python files used where they are, its Rust core built),
 # Synapse, and what linting and testing need. The core can be told to panic here, and in no wheel.
@@ -91,4 +118,12 @@ $(VENV)/.built: pyproject.toml $(RUST_SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	MATURIN_PEP517_ARGS="--features extension-module,panics" \
 		$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+# What wheels are built and audited with: neither Synapse nor the module. pip knows groups since 25.1.
+$(WHEELS)/.built: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or later is needed: make PYTHON=..."; exit 1; }
+	test -x $(WHEELS)/bin/python || $(PYTHON) -m venv $(WHEELS)
+	$(WHEELS)/bin/python -m pip install --quiet --disable-pip-version-check 'pip>=25.1'
+	$(WHEELS)/bin/python -m pip install --quiet --disable-pip-version-check --group wheels
 	touch $@

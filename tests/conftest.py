@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-from tests.lab import Homeserver, Lab, Peer
+from tests.lab import Homeserver, Lab, Peer, starter
 
 # The same examples each time; make fuzz looks for others.
 settings.register_profile("default", derandomize=True, deadline=None, database=None)
@@ -38,7 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(scope="session")
 def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
     """The session's lab; what it starts ends with it."""
-    with Lab(workers=request.config.getoption("--workers")) as lab:
+    with starter.forking(), Lab(workers=request.config.getoption("--workers")) as lab:
         yield lab
 
 

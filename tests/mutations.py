@@ -10,7 +10,7 @@ import inspect
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from types import ModuleType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import attr
@@ -157,8 +157,7 @@ def stand_in(owner: Any, name: str, member: object = None) -> object:
             for key, value in vars(cls).items()
             if key not in LEFT_OUT
         }
-        # Nobody looks for the source of a class that is of no module.
-        members["__module__"] = "nowhere"
+        members = {key: without_setting(value, name) for key, value in members.items()}
         names = {key for cls in owner.__mro__ for key in names_set_in(cls)}
         sections = {c.section for c in getattr(owner, "config_classes", ())}
         annotations = dict.fromkeys((names | sections) - {name}, "Any")
@@ -173,6 +172,32 @@ def stand_in(owner: Any, name: str, member: object = None) -> object:
     if member is not None:
         copy.__dict__[name] = member
     return copy
+
+
+def without_setting(member: Any, name: str) -> Any:
+    """The same member of a class; what it did with attributes of this name it does with others."""
+    if isinstance(member, property):
+        return property(member.fget and without_setting(member.fget, name), member.fset)
+    if isinstance(member, staticmethod | classmethod):
+        return type(member)(without_setting(member.__func__, name))
+    if not isinstance(member, FunctionType):
+        return member
+    code = code_without(member.__code__, name)
+    other: Any = FunctionType(
+        code, member.__globals__, member.__name__, member.__defaults__, member.__closure__
+    )
+    other.__dict__.update(member.__dict__)
+    other.__kwdefaults__ = member.__kwdefaults__
+    other.__annotations__ = member.__annotations__
+    if (wrapped := vars(member).get("__wrapped__")) is not None:
+        other.__wrapped__ = without_setting(wrapped, name)
+    return other
+
+
+def code_without(code: CodeType, name: str) -> CodeType:
+    names = tuple(f"{n}_elsewhere" if n == name else n for n in code.co_names)
+    inner = (code_without(c, name) if isinstance(c, CodeType) else c for c in code.co_consts)
+    return code.replace(co_names=names, co_consts=tuple(inner))
 
 
 @functools.cache

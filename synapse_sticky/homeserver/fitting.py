@@ -1,17 +1,17 @@
 """Which seams the running Synapse does not have.
 
-What is looked at is Synapse's classes and their source, and the columns of its database. No
+What is looked at is Synapse's classes and their code, and the columns of its database. No
 instance of anything is needed, so all of it is known before anything is installed.
 """
 
 import ast
+import dis
 import functools
 import importlib
 import inspect
 import re
-import textwrap
 from collections.abc import Iterable, Iterator, Mapping
-from types import GenericAlias
+from types import CodeType, GenericAlias
 from typing import Any
 
 from synapse_sticky.homeserver.seams import Attribute, Import, Method, Seam, Table
@@ -245,32 +245,44 @@ def _name_of(node: ast.expr) -> str:
 def _has_attribute(owner: Any, name: str) -> bool:
     if not inspect.isclass(owner):
         return hasattr(owner, name)
-    return any(name in _names_of(cls) for cls in owner.__mro__)
-
-
-def _sections(cls: type) -> Iterator[str]:
-    """The sections of Synapse's configuration, which its root gets from its classes."""
-    return (config.section for config in getattr(cls, "config_classes", ()))
+    # Whose class says it is found before any code is looked into.
+    return any(name in _declared_by(cls) for cls in owner.__mro__) or any(
+        _sets(code, name) for cls in owner.__mro__ for code in _code_of(cls)
+    )
 
 
 @functools.cache
-def _names_of(cls: type) -> frozenset[str]:
-    """The attributes of the class, and those that its methods set on an instance."""
-    annotations = getattr(cls, "__annotations__", ())
-    return frozenset((*vars(cls), *annotations, *_set_in(cls), *_sections(cls)))
+def _declared_by(cls: type) -> frozenset[str]:
+    """The attributes of the class, and what it says that its instances have."""
+    # The root of Synapse's configuration has the sections of its classes.
+    sections = (config.section for config in getattr(cls, "config_classes", ()))
+    return frozenset((*vars(cls), *getattr(cls, "__annotations__", ()), *sections))
 
 
-def _set_in(cls: type) -> Iterator[str]:
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
-    except (OSError, TypeError):
-        return  # built in, or compiled: it has no source
-    for node in ast.walk(tree):
-        match node:
-            case ast.Attribute(value=ast.Name(id="self"), attr=name, ctx=ast.Store()):
-                yield name
-            case _:
-                pass
+@functools.cache
+def _code_of(cls: type) -> tuple[CodeType, ...]:
+    """The code of the methods of the class, and of what is defined in them."""
+    found = [code for member in vars(cls).values() if (code := _code_of_member(member))]
+    for code in found:  # grows meanwhile
+        found += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
+    return tuple(found)
+
+
+def _code_of_member(member: Any) -> CodeType | None:
+    if isinstance(member, property):
+        member = member.fget
+    if isinstance(member, staticmethod | classmethod):
+        member = member.__func__
+    code = getattr(inspect.unwrap(member), "__code__", None) if callable(member) else None
+    return code if isinstance(code, CodeType) else None
+
+
+def _sets(code: CodeType, name: str) -> bool:
+    """Does the code set an attribute of this name? It needs no source for that."""
+    # Reading all instructions of a class takes a hundred times as long as the list of names.
+    return name in code.co_names and any(
+        step.opname == "STORE_ATTR" and step.argval == name for step in dis.get_instructions(code)
+    )
 
 
 # Columns

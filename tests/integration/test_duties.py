@@ -27,8 +27,8 @@ from tests.integration.rooms import (
 from tests.integration.test_extremities import THRESHOLD, extremities, flood_with_forks
 from tests.lab import Homeserver, Lab, Peer, wait_until
 from tests.lab.client import TTL, WITHOUT_TIMELINE, ApiError, sliding_sticky_events, sticky_events
-from tests.lab.homeserver import PROJECT
 from tests.lab.scene import Scene, enter
+from tests.lab.starter import PROJECT
 
 pytestmark = pytest.mark.one_process
 

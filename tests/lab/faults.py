@@ -9,7 +9,6 @@ a clock that is wrong.
 import json
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from synapse_sticky.handlers.deferral.synapse import SynapseWriter
 from synapse_sticky.homeserver import Cursor
 from synapse_sticky.homeserver import Homeserver as Process
 from synapse_sticky.homeserver.received import Received
+from tests.lab import starter
 from tests.lab.homeserver import Homeserver
 
 FAULTY_MODULE = "tests.lab.faults.FaultyModule"
@@ -127,7 +127,7 @@ def set_clock(server: Homeserver, offset_s: float) -> None:
         set_clock_of(process, server.folder, offset_s)
 
 
-def set_clock_of(process: subprocess.Popen[bytes], folder: Path, offset_s: float) -> None:
+def set_clock_of(process: starter.Process, folder: Path, offset_s: float) -> None:
     """The same for one process of a server of many."""
     _clock_path(folder, process.pid).write_text(json.dumps(offset_s))
     process.send_signal(signal.SIGUSR2)

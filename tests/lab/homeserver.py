@@ -11,7 +11,6 @@ import signal
 import socket
 import sqlite3
 import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import requests
 from signedjson.key import generate_signing_key, write_signing_keys
 
+from tests.lab import starter
 from tests.lab.client import Client
 from tests.lab.federation import FederationRequester
 from tests.lab.forwarder import Forwarder
@@ -28,7 +28,6 @@ from tests.lab.wait import wait_until
 
 MODULE = "synapse_sticky.StickyEventsModule"
 PROBED_MODULE = "tests.lab.probe.ProbedModule"
-PROJECT = Path(__file__).parents[2]
 _SECRET = "registration"
 # They log by the clock, whatever happens, and would fill what is shown of a failed test.
 _CLOCKWORK = (
@@ -96,7 +95,7 @@ class Homeserver:
         self._postgres = database if database.get("name") == "psycopg2" else None
         self._metrics = metrics
         self.forwarder = Forwarder() if forwarded else None
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: starter.Process | None = None
         self.log_path = folder / "homeserver.log"
         self._log_start = 0
         self.database_path = folder / "homeserver.db"
@@ -192,15 +191,10 @@ class Homeserver:
 
     def start(self) -> None:
         """Starts the process; ``wait_until_ready`` waits for it."""
-        command = [sys.executable, "-m", "synapse.app.homeserver", "-c", "homeserver.yaml"]
         self._log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
         with (self.folder / "stdout").open("ab") as output:
-            self.process = subprocess.Popen(
-                command,
-                cwd=self.folder,
-                env={**os.environ, "PYTHONPATH": str(PROJECT)},
-                stdout=output,
-                stderr=subprocess.STDOUT,
+            self.process = starter.start(
+                starter.HOMESERVER, ["-c", "homeserver.yaml"], self.folder, output
             )
 
     def wait_until_ready(self, timeout_s: float = 120) -> None:
@@ -307,11 +301,11 @@ class Homeserver:
         log = self.log_path.read_bytes()[self._log_start :] if self.log_path.exists() else b""
         return b"now listening on TCP port %d\n" % self.client_port in log
 
-    def _running(self) -> subprocess.Popen[bytes]:
+    def _running(self) -> starter.Process:
         assert self.process is not None, f"{self.name} is not running"
         return self.process
 
-    def running(self) -> list[subprocess.Popen[bytes]]:
+    def running(self) -> list[starter.Process]:
         """Its processes."""
         return [self._running()]
 

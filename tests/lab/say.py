@@ -1,9 +1,5 @@
-"""Telling how a long run gets on."""
+"""Telling how a long run gets on, for what needs the lab anyway."""
 
-import sys
+from tests.say import say
 
-
-def say(text: str, end: str = "\n") -> None:
-    """Shows progress at once, also through a pipe."""
-    sys.stdout.write(text + end)
-    sys.stdout.flush()
+__all__ = ["say"]

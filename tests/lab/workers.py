@@ -4,13 +4,11 @@ import http.client
 import importlib.util
 import itertools
 import json
-import os
 import shutil
 import signal
 import socket
 import ssl
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,8 +19,9 @@ from urllib.parse import urlencode
 
 from synapse.config._base import ShardedWorkerHandlingConfig
 
+from tests.lab import starter
 from tests.lab.forwarder import Forwarder
-from tests.lab.homeserver import PROBE_PATH, PROJECT, Homeserver, StartError
+from tests.lab.homeserver import PROBE_PATH, Homeserver, StartError
 from tests.lab.postgres import change_in, cursor_in, query_in
 from tests.lab.wait import wait_until
 
@@ -75,7 +74,7 @@ class WorkerHomeserver(Homeserver):
         self._database = database
         self._share_out(persisters, SENDERS)
         self.valkey = valkey
-        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.processes: dict[str, starter.Process] = {}
         self._turn = itertools.count()
         self.proxy = Proxy(self._sockets_for_path)
         self.federation_proxy = Proxy(self._sockets_of_receivers, certificate)
@@ -174,18 +173,13 @@ class WorkerHomeserver(Homeserver):
         """Starts one process that does not run."""
         assert name not in self.processes, f"{name} of {self.name} is running"
         app = "homeserver" if name == MAIN else "generic_worker"
-        command = [sys.executable, "-m", f"synapse.app.{app}", "-c", "homeserver.yaml"]
-        command += [] if name == MAIN else ["-c", f"{name}.yaml"]
         for path in (self.socket_of(name), self._replication_socket_of(name)):
             path.unlink(missing_ok=True)
         with (self.folder / f"{name}.stdout").open("ab") as output:
-            self.processes[name] = subprocess.Popen(
-                command,
-                cwd=self.folder,
-                env={**os.environ, "PYTHONPATH": str(PROJECT)},
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
+            app, configs = starter.HOMESERVER, ["-c", "homeserver.yaml"]
+            if name != MAIN:
+                app, configs = starter.WORKER, [*configs, "-c", f"{name}.yaml"]
+            self.processes[name] = starter.start(app, configs, self.folder, output)
 
     def wait_until_process_is_ready(self, name: str, timeout_s: float = 180) -> None:
         """Waits until the process answers.
@@ -273,7 +267,7 @@ class WorkerHomeserver(Homeserver):
         self.start()
         self.wait_until_ready()
 
-    def running(self) -> list[subprocess.Popen[bytes]]:
+    def running(self) -> list[starter.Process]:
         return list(self.processes.values())
 
     def pause(self) -> None:

@@ -43,6 +43,15 @@ class Owner(Base):
         super().__init__()
         self.set_at_start = 5
 
+        def later() -> None:
+            self.set_later, self.annotated = 5, 5
+
+        self.later = later
+
+    @property
+    def read(self) -> int:
+        return getattr(self, "gone", 0) or self.never_set  # type: ignore[attr-defined]
+
     def method(self, first: int, second: int = 2, *, third: int = 3) -> int:
         return first + second + third
 
@@ -79,6 +88,11 @@ class Surprise(metaclass=Surprising):
         return 5
 
 
+exec(  # noqa: S102
+    "class WithoutSource:\n    def __init__(self): self.set_at_start = 5",
+    globals(),
+)
+WITHOUT_SOURCE = f"{__name__}.WithoutSource"
 OWNER = f"{__name__}.Owner"
 COLUMNS = {"there": {"number": "integer", "word": "text", "truth": "boolean", "raw": "bytes"}}
 
@@ -103,6 +117,8 @@ COLUMNS = {"there": {"number": "integer", "word": "text", "truth": "boolean", "r
         Attribute(OWNER, "annotated"),
         Attribute(OWNER, "set_at_start"),
         Attribute(OWNER, "set_in_base"),
+        Attribute(OWNER, "set_later"),
+        Attribute(WITHOUT_SOURCE, "set_at_start"),
         Attribute(__name__, "OWNER"),
         Import("synapse.api.constants", "EventTypes"),
         Import("synapse.visibility", ""),
@@ -137,6 +153,8 @@ def test_a_seam_that_fits(seam: Seam) -> None:
         (method(OWNER, "perhaps() -> str"), r"perhaps returns .*str.*None.*, not str"),
         (method("builtins", "getattr(a, b, /)"), r"getattr cannot be looked into"),
         (Attribute(OWNER, "gone"), r"Owner\.gone is not there"),
+        (Attribute(OWNER, "never_set"), r"Owner\.never_set is not there"),
+        (Attribute(WITHOUT_SOURCE, "gone"), r"WithoutSource\.gone is not there"),
         (Attribute(f"{__name__}.Gone", "any"), r"Gone is not there"),
         (
             Attribute(f"{__name__}.Surprise.inner", "any"),

@@ -37,8 +37,8 @@ import synapse_sticky
 from tests.integration.rooms import limits
 from tests.lab import Client, Homeserver, Lab, Peer, wait_until
 from tests.lab.client import SLIDING_EXTENSION, sliding_sticky_events
-from tests.lab.homeserver import PROJECT
 from tests.lab.scene import Scene, enter
+from tests.lab.starter import PROJECT
 from tests.upgrade.database import (
     ENGINES,
     PREFIX,

@@ -1,0 +1,1 @@
+"""What a release says, and whether it would work."""

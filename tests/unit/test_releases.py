@@ -1,0 +1,80 @@
+"""The parts of building and releasing that need no compiler and no registry."""
+
+import hashlib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.release.dry import unpinned
+from tests.release.notes import ReleaseError, notes, section, version
+from tests.wheels import PLATFORMS, PROJECT, StepError
+from tests.wheels.build import _finished, chosen
+from tests.wheels.prove import interpreters
+
+_SBOM = "synapse_sticky-1.dist-info/sboms/it.cyclonedx.json"
+_RECORD = "synapse_sticky-1.dist-info/RECORD"
+
+
+def _wheel(folder: Path, built_in: str, mode: int) -> Path:
+    """What maturin gives to a user whose folder and umask are these."""
+    wheel = folder / "built.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name, text in (
+            ("synapse_sticky/a.py", "pass\n"),
+            (_SBOM, f'{{"bom-ref": "path+file://{built_in}#it"}}'),
+            (_RECORD, f"synapse_sticky/a.py,sha256=x,5\n{_SBOM},sha256=old,1\n{_RECORD},,\n"),
+        ):
+            entry = zipfile.ZipInfo(name, (2026, 1, 1, 0, 0, 0))
+            entry.external_attr = mode << 16
+            archive.writestr(entry, text)
+    return wheel
+
+
+def test_a_wheel_does_not_tell_who_built_it(tmp_path: Path) -> None:
+    digests = set()
+    for built_in, mode in (("/home/a/clone", 0o100644), ("/b", 0o100600)):
+        wheel = _wheel(tmp_path, built_in, mode)
+        done = _finished(wheel, tmp_path / "done.whl", PLATFORMS[0], Path(built_in))
+        digests.add(hashlib.sha256(done.read_bytes()).hexdigest())
+    assert len(digests) == 1
+
+
+def test_record_tells_of_what_was_changed(tmp_path: Path) -> None:
+    done = _finished(_wheel(tmp_path, "/b", 0o644), tmp_path / "d.whl", PLATFORMS[0], Path("/b"))
+    with zipfile.ZipFile(done) as archive:
+        lines = archive.read(_RECORD).decode().splitlines()
+        size = len(archive.read(_SBOM))
+    assert lines[0] == "synapse_sticky/a.py,sha256=x,5"
+    assert lines[1].startswith(f"{_SBOM},sha256=")
+    assert lines[1].endswith(f",{size}")
+    assert "old" not in lines[1]
+
+
+def test_an_unknown_platform_is_named() -> None:
+    assert chosen([]) == list(PLATFORMS)
+    with pytest.raises(StepError, match=r"windows.*manylinux-x86_64"):
+        chosen(["windows"])
+
+
+def test_an_interpreter_of_no_use_is_named() -> None:
+    with pytest.raises(StepError, match="no-such-python"):
+        interpreters(["no-such-python"])
+
+
+def test_the_notes_are_those_of_the_version() -> None:
+    assert notes(f"v{version()}") == section(version())
+    with pytest.raises(ReleaseError, match=r"Cargo\.toml has the version"):
+        notes("v99.0.0")
+
+
+def test_every_action_is_pinned_by_its_commit() -> None:
+    assert not unpinned()
+
+
+def test_every_job_has_few_rights_and_an_end() -> None:
+    for path in (PROJECT / ".github" / "workflows").glob("*.yml"):
+        text = path.read_text()
+        assert "\npermissions: {}\n" in text, path
+        jobs = text.count("runs-on:")
+        assert text.count("timeout-minutes:") == jobs, path

@@ -213,14 +213,23 @@ DUTIES: Mapping[str, Duty] = {
             ),
             _everywhere,
         ),
-        _whole(
+        Duty(
             "parking",
             (
-                *(_MEMBERS, "handlers.staging.parking.synapse", "handlers.staging.batches.synapse"),
-                *("handlers.staging.parking.origins.synapse", "homeserver.staged", _PURGES),
-                *("handlers.staging.received.synapse", _RECEIVED),
+                Part(
+                    (
+                        *(_MEMBERS, _PURGES, _RECEIVED, "homeserver.staged"),
+                        *("handlers.staging.parking.synapse", "handlers.staging.batches.synapse"),
+                        "handlers.staging.parking.origins.synapse",
+                    ),
+                    "acknowledged sticky events are dropped if they cannot be persisted at once",
+                ),
+                Part(
+                    ("handlers.staging.received.synapse", _RECEIVED),
+                    "an event that is dated ahead counts from when it could be persisted",
+                    "received",
+                ),
             ),
-            "acknowledged sticky events are dropped if they cannot be persisted at once",
             _everywhere,
         ),
         _whole(

@@ -86,7 +86,7 @@ class Wiring:
         self._deferred = DeferredTable(self._homeserver)
         self._held = Held()
         self._received = Received(self._homeserver)
-        self._loading = Loading(self._homeserver, self._set)
+        self._loading = Loading(self._homeserver, self._set_loaded)
         self._columns, self._misfits[TABLES] = read_columns(self._homeserver.hs.config)
         try:
             for duty in DUTIES.values():
@@ -131,7 +131,8 @@ class Wiring:
             install()
         except Exception as e:
             self._homeserver.undo_to(mark)
-            self._loading.duties.pop(duty, None)
+            if not part:
+                self._loading.duties.pop(duty, None)
             if duty == "index":
                 # What others use is another one, which has the database answer.
                 self._made_follower = None
@@ -157,6 +158,10 @@ class Wiring:
     def _set(self, name: str, state: State) -> None:
         self.states[name] = state
         metrics.set_duty(name, state.value)
+
+    def _set_loaded(self, name: str, state: State) -> None:
+        # Another part of it may not fit.
+        self._set(name, State.UNFIT if self._misfits.get(name) else state)
 
     def _raise_if_strict(self) -> None:
         if stopping := that_stop(self._config.strict, self.states, self._misfits):
@@ -270,11 +275,10 @@ class Wiring:
         from synapse_sticky.handlers.staging.batches.synapse import Batches
         from synapse_sticky.handlers.staging.parking.origins.synapse import SynapseOrigins
         from synapse_sticky.handlers.staging.parking.synapse import SynapseStaging
-        from synapse_sticky.handlers.staging.received.synapse import SynapseReceiving
         from synapse_sticky.homeserver.rooms import Rooms
 
-        homeserver, held, received = self._homeserver, self._held, self._received
-        staging, table = SynapseStaging(homeserver, held, received), ParkedTable(homeserver)
+        homeserver, held = self._homeserver, self._held
+        staging, table = SynapseStaging(homeserver, held, self._received), ParkedTable(homeserver)
         rooms, origins, stream = (
             Rooms(homeserver),
             SynapseOrigins(homeserver),
@@ -282,11 +286,16 @@ class Wiring:
         )
         parking = ParkingHandler(homeserver, rooms, staging, origins, table, held, stream)
         parking.install()
-        # Around parking's own part of it, so that this knows when a PDU was received.
-        receiving = SynapseReceiving(homeserver, received)
-        ReceivedHandler(homeserver, receiving, received, table).install()
         Batches(homeserver, staging.verdict_of).install()
         self._loading.duties["parking"] = parking.load
+
+    def _install_parking_received(self) -> None:
+        from synapse_sticky.handlers.staging.received.synapse import SynapseReceiving
+
+        # After parking, and so around it: parking knows by then when a PDU was received.
+        homeserver, received = self._homeserver, self._received
+        receiving = SynapseReceiving(homeserver, received)
+        ReceivedHandler(homeserver, receiving, received, ParkedTable(homeserver)).install()
 
     def _install_receipt(self) -> None:
         from synapse_sticky.handlers.receipt.synapse import SynapseReceipt

@@ -29,14 +29,14 @@ class InChangedSynapse(StickyEventsModule):
 
     def __init__(self, config: StickyConfig, api: ModuleApi) -> None:
         store: Any = DataStore
-        original = store.insert_sticky_events_txn
+        original = store.un_soft_fail_sticky_events_txn
 
-        def insert_sticky_events_txn(self: Any, *args: Any) -> None:
+        def un_soft_fail_sticky_events_txn(self: Any, *args: Any) -> None:
             original(self, *args)
 
-        changed: Any = insert_sticky_events_txn
+        changed: Any = un_soft_fail_sticky_events_txn
         changed.__signature__ = inspect.signature(lambda self, txn: None)
-        store.insert_sticky_events_txn = changed
+        store.un_soft_fail_sticky_events_txn = changed
         super().__init__(config, api)
 
 

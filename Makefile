@@ -7,6 +7,7 @@ PYTEST_ARGS ?=
 VERSIONS ?=
 PLATFORMS ?=
 PYTHONS ?=
+WAYS ?=
 WHEELS := .venv-wheels
 # What looks at the workflows. Lint goes on without it where it is not to be had within this time, unless NEED_TOOLS=yes.
 ZIZMOR := zizmor==1.32.0
@@ -16,7 +17,7 @@ NEED_TOOLS ?= no
 RUST_SOURCES := Cargo.toml Cargo.lock $(shell find rust/src -name '*.rs')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-workers lint bench compat conformance conformance-plain fuzz soak suite wheels wheels-check wheels-twice release-check format clean
+.PHONY: help demo test test-slow test-workers lint bench compat conformance conformance-plain fuzz soak suite wheels wheels-check wheels-twice test-install release-check format clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -98,6 +99,9 @@ wheels-check: $(WHEELS)/.built ## What is in dist, on each CPython found, or PYT
 wheels-twice: $(WHEELS)/.built ## Whether two clones of the last commit give the same bytes
 	$(WHEELS)/bin/python -m tests.wheels twice $(or $(PLATFORMS),manylinux-x86_64)
 
+test-install: $(VENV)/.built ## What docs/install.md says, with the wheel in dist: pip, a new Python; as root with debootstrap also Debian's package and the image; or WAYS="pip"
+	$(BIN)/python -m tests.install $(WAYS)
+
 release-check: $(VENV)/.built ## Runs each command of CI and of a release dry, and says what the next release lacks
 	$(BIN)/python -m tests.release check
 
@@ -107,7 +111,7 @@ format: $(VENV)/.built ## Formats Python and Rust
 	cargo fmt
 
 clean: ## Removes everything that was built
-	rm -rf $(VENV) .venv-compat $(WHEELS) dist target synapse_sticky/_core*.so
+	rm -rf $(VENV) .venv-compat .venv-install $(WHEELS) dist target synapse_sticky/_core*.so
 
 # The environment: the module itself (its Python files used where they are, its Rust core built),
 # Synapse, and what linting and testing need. The core can be told to panic here, and in no wheel.

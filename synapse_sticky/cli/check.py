@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from synapse_sticky.cli.report import Report
+from synapse_sticky.cli.running import elsewhere
 from synapse_sticky.versions import synapse_version
 
 if TYPE_CHECKING:
@@ -76,6 +77,9 @@ def look(paths: Sequence[str]) -> Report:
     _decide(configuration, _columns(configuration, report), report)
     if configuration is not None and configuration.sticky is not None:
         report.problems += configuration.problems_of_tables(report.running())
+        problems, remarks = elsewhere(paths)
+        report.problems += problems
+        report.remarks += remarks
     return report
 
 

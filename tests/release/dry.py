@@ -115,7 +115,7 @@ def _furnish(folder: Path) -> None:
     """The folder that the commands run in: the stand-ins, the Makefile, a wheel to be published."""
     programs = folder / "bin"
     programs.mkdir()
-    texts = {name: _SAYING.format(name=name) for name in ("docker", "gh")}
+    texts = {name: _SAYING.format(name=name) for name in ("docker", "gh", "sudo")}
     texts["make"] = _MAKE.format(name="make", make=shutil.which("make"), project=PROJECT)
     texts["python"] = _PYTHON.format(python=sys.executable)
     for program, text in texts.items():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.install.ways import DOCKERFILE, steps
 from tests.release.dry import unpinned
 from tests.release.notes import ReleaseError, notes, section, version
 from tests.wheels import PLATFORMS, PROJECT, StepError
@@ -60,6 +61,16 @@ def test_an_unknown_platform_is_named() -> None:
 def test_an_interpreter_of_no_use_is_named() -> None:
     with pytest.raises(StepError, match="no-such-python"):
         interpreters(["no-such-python"])
+
+
+def test_the_steps_of_the_image_are_those_of_the_dockerfiles() -> None:
+    """So that what make test-install does is what both images do."""
+    (step,) = steps(DOCKERFILE.read_text())
+    assert step.startswith("pip install --no-cache-dir --no-deps /tmp/synapse_sticky-")
+    (other,) = steps(DOCKERFILE.with_name("Dockerfile.build").read_text())
+    assert other == step.replace('*manylinux_2_17_"$(uname -m)".whl', "*.whl")
+    with pytest.raises(StepError, match="runs nothing"):
+        steps("FROM scratch\n")
 
 
 def test_the_notes_are_those_of_the_version() -> None:

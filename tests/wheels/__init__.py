@@ -38,6 +38,10 @@ class StepError(Exception):
     """A step did not work, or something that it needs is not there; the message says which."""
 
 
+class MissingError(StepError):
+    """This machine lacks what a step needs, and the step can be left out."""
+
+
 def run(
     command: Sequence[str | Path],
     *,

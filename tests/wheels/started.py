@@ -3,6 +3,11 @@
 It is run by the Python of a clean environment, with nothing but what is installed there: it imports
 the standard library, and Synapse's own key maker. Prints one line if all is well; otherwise it ends
 with what Synapse said.
+
+With an argument, a JSON object, there is a worker as well, which persists the events and answers
+/sync. It has ``database`` (a Postgres) and ``redis``, Synapse's sections of these names.
+
+With the argument ``refused`` the module must not be there, and the line is what Synapse says then.
 """
 
 import hashlib
@@ -21,6 +26,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 _SECRET = "registration"
+WORKER = "persister1"
 _ATTEMPTS = 3
 _PATIENCE_S = 120
 
@@ -29,21 +35,51 @@ class TakenError(Exception):
     """Somebody else got the port meanwhile."""
 
 
-class Server:
-    """One Synapse, in a folder of its own, on a port that the system gives."""
+def free_port() -> int:
+    """A port that nobody has at the moment."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        port: int = bound.getsockname()[1]
+        return port
 
-    def __init__(self, folder: Path) -> None:
+
+class Server:
+    """One Synapse, in a folder of its own, on ports that the system gives.
+
+    Args:
+        folder: an empty one.
+        shared: what its worker and the main process share; without it there is no worker.
+    """
+
+    def __init__(self, folder: Path, shared: dict[str, Any] | None = None) -> None:
         self.log = folder / "output"
         self._folder = folder
-        with socket.socket() as bound:
-            bound.bind(("127.0.0.1", 0))
-            self._port: int = bound.getsockname()[1]
-        self._write_config()
-        command = [sys.executable, "-I", "-m", "synapse.app.homeserver", "-c", "homeserver.yaml"]
-        with self.log.open("wb") as output:
-            self.process = subprocess.Popen(command, cwd=folder, stdout=output, stderr=output)
+        self._port = self._sync_port = free_port()
+        self._write_config(shared)
+        self.processes = [self._started("homeserver", "homeserver.yaml")]
+        self._has_worker = shared is not None
 
-    def _write_config(self) -> None:
+    def _started(self, app: str, *files: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-I", "-m", f"synapse.app.{app}"]
+        command += [word for file in files for word in ("-c", file)]
+        with self.log.open("ab") as output:
+            return subprocess.Popen(command, cwd=self._folder, stdout=output, stderr=output)
+
+    def _write_worker(self) -> None:
+        socket_of_it = {"path": str(self._folder / WORKER), "type": "http"}
+        worker = {
+            "worker_app": "synapse.app.generic_worker",
+            "worker_name": WORKER,
+            "worker_log_config": "log.yaml",
+            "worker_pid_file": "worker.pid",
+            "worker_listeners": [
+                _listener(self._sync_port),
+                {**socket_of_it, "resources": [{"names": ["replication"]}]},
+            ],
+        }
+        (self._folder / "worker.yaml").write_text(json.dumps(worker))
+
+    def _write_config(self, shared: dict[str, Any] | None) -> None:
         from signedjson.key import generate_signing_key, write_signing_keys
 
         with (self._folder / "signing.key").open("w") as file:
@@ -54,15 +90,9 @@ class Server:
             "root": {"level": "INFO", "handlers": ["all"]},
         }
         (self._folder / "log.yaml").write_text(json.dumps(log))
-        listener = {
-            "port": self._port,
-            "bind_addresses": ["127.0.0.1"],
-            "type": "http",
-            "resources": [{"names": ["client"]}],
-        }
-        config = {
+        config: dict[str, Any] = {
             "server_name": f"localhost:{self._port}",
-            "listeners": [listener],
+            "listeners": [_listener(self._port)],
             "database": {"name": "sqlite3", "args": {"database": "homeserver.db"}},
             "log_config": "log.yaml",
             "pid_file": "homeserver.pid",
@@ -77,13 +107,26 @@ class Server:
             "experimental_features": {"msc4354_enabled": True},
             "modules": [{"module": "synapse_sticky.StickyEventsModule"}],
         }
+        if shared:
+            main = {"path": str(self._folder / "main"), "type": "http"}
+            config["listeners"] += [{**main, "resources": [{"names": ["replication"]}]}]
+            config |= {
+                **shared,
+                "worker_replication_secret": "replication",
+                "instance_map": {
+                    name: {"path": str(self._folder / name)} for name in ("main", WORKER)
+                },
+                "stream_writers": {"events": [WORKER]},
+            }
         (self._folder / "homeserver.yaml").write_text(json.dumps(config))
 
-    def request(self, method: str, path: str, body: object = None, token: str = "") -> Any:
-        """The answer to a request, as JSON."""
+    def request(
+        self, method: str, path: str, body: object = None, token: str = "", *, sync: bool = False
+    ) -> Any:
+        """The answer to a request, as JSON; of the worker if it is ``sync`` and there is one."""
         data = None if body is None else json.dumps(body).encode()
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        url = f"http://127.0.0.1:{self._port}{path}"
+        url = f"http://127.0.0.1:{self._sync_port if sync else self._port}{path}"
         asked = urllib.request.Request(url, data, headers, method=method)
         # Whatever proxy there may be is not for loopback.
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -91,30 +134,38 @@ class Server:
             return json.loads(answer.read())
 
     def wait_until_ready(self) -> None:
-        """Waits until it answers.
+        """Waits until it answers; the worker is started then, as the main process makes the tables.
 
         Raises:
-            TakenError: its port was taken.
+            TakenError: a port was taken.
         """
+        self._wait(sync=False)
+        if self._has_worker:
+            self._sync_port = free_port()
+            self._write_worker()
+            self.processes.append(self._started("generic_worker", "homeserver.yaml", "worker.yaml"))
+            self._wait(sync=True)
+
+    def _wait(self, *, sync: bool) -> None:
         began_s = time.monotonic()
         while time.monotonic() - began_s < _PATIENCE_S:
             if self._has_ended():
                 if "Address already in use" in self.log.read_text(errors="replace"):
                     raise TakenError
-                fail(self, f"Synapse ended with {self.process.returncode}")
+                fail(self, "Synapse ended")
             try:
-                self.request("GET", "/_matrix/client/versions")
+                self.request("GET", "/_matrix/client/versions", sync=sync)
                 return
             except OSError:
                 pass  # it does not listen yet
         fail(self, f"Synapse did not answer within {_PATIENCE_S} s")
 
     def _has_ended(self) -> bool:
-        """Whether the process ends within a moment."""
+        """Whether a process ends within a moment."""
         try:
-            self.process.wait(0.1)
+            self.processes[-1].wait(0.1)
         except subprocess.TimeoutExpired:
-            return False
+            return self.processes[0].poll() is not None
         return True
 
     def register(self) -> str:
@@ -128,17 +179,43 @@ class Server:
         return token
 
     def stop(self) -> None:
-        self.process.terminate()
-        try:
-            self.process.wait(30)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        for process in reversed(self.processes):
+            process.terminate()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _listener(port: int) -> dict[str, Any]:
+    return {
+        "port": port,
+        "bind_addresses": ["127.0.0.1"],
+        "type": "http",
+        "resources": [{"names": ["client"]}],
+    }
 
 
 def fail(server: Server, why: str) -> NoReturn:
     """Ends, with what Synapse said last."""
     sys.exit(f"{why}\n{server.log.read_text(errors='replace')[-4000:]}")
+
+
+def refused() -> str:
+    """What Synapse says last, where the module is configured but not installed."""
+    with tempfile.TemporaryDirectory() as folder:
+        server = Server(Path(folder))
+        try:
+            server.processes[0].wait(_PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            fail(server, "Synapse starts without the module that it is to load")
+        finally:
+            server.stop()
+        lines = server.log.read_text(errors="replace").strip().splitlines()
+        if not any("No module named 'synapse_sticky'" in line for line in lines):
+            fail(server, "Synapse does not name what it lacks")
+        return lines[-1].strip()
 
 
 def check() -> None:
@@ -162,25 +239,30 @@ def sent_and_seen(server: Server) -> None:
     )["event_id"]
     without_timeline = '{"room":{"timeline":{"not_types":["org.example.call"]}}}'
     query = urllib.parse.urlencode({"filter": without_timeline})
-    synced = server.request("GET", f"/_matrix/client/v3/sync?{query}", token=token)
+    synced = server.request("GET", f"/_matrix/client/v3/sync?{query}", token=token, sync=True)
     sections = synced["rooms"]["join"][room].get("msc4354_sticky", {})
     if [event["event_id"] for event in sections.get("events", ())] != [sent]:
         fail(server, f"/sync has {sections}, not {sent}")
     said = server.log.read_text(errors="replace")
-    if "synapse-sticky runs in master: index, delivery" not in said:
-        fail(server, "The log does not say that the module runs")
+    for name in ("master", WORKER)[: len(server.processes)]:
+        if f"synapse-sticky runs in {name}: index, delivery" not in said:
+            fail(server, f"The log does not say that the module runs in {name}")
 
 
 def main() -> None:
     """See above."""
     if there := [name for name in ("cargo", "cc", "gcc", "make") if shutil.which(name)]:
         sys.exit(f"That is no clean environment: {', '.join(there)} is on PATH")
+    if sys.argv[1:] == ["refused"]:
+        sys.stdout.write(f"Synapse ended, and said: {refused()}\n")
+        return
+    shared = json.loads(sys.argv[1]) if len(sys.argv) > 1 else None
     began_s = time.monotonic()
     check()
     checked_s = time.monotonic()
     for attempt in range(_ATTEMPTS):
         with tempfile.TemporaryDirectory() as folder:
-            server = Server(Path(folder))
+            server = Server(Path(folder), shared)
             try:
                 server.wait_until_ready()
                 ready_s = time.monotonic()
@@ -195,7 +277,8 @@ def main() -> None:
     sys.stdout.write(
         f"synapse-sticky {version('synapse-sticky')} on Synapse {version('matrix-synapse')}:"
         f" check took {checked_s - began_s:.0f} s, Synapse was up after"
-        f" {ready_s - checked_s:.0f} s, a sticky event came through\n"
+        f" {ready_s - checked_s:.0f} s, a sticky event came through"
+        f"{' a worker' if shared else ''}\n"
     )
 
 

@@ -1,0 +1,1 @@
+"""The ways to install the module, each tried with a wheel: ``make test-install``."""

@@ -171,16 +171,16 @@ class Access:
     async def _still_sticky(self, event_ids: Collection[str]) -> set[str]:
         """Those of the events that are neither redacted nor expired at this moment."""
         now_ms = self._homeserver.now_ms()
-        sticky = await still_sticky(self._store, event_ids, now_ms)
+        sticky = await still_sticky(self._store, event_ids)
         if self._rows_of is None or not sticky:
-            return sticky
+            return await still_sticky(self._store, sticky, now_ms)
         try:
             rows = await self._rows_of(sticky)
         except CancelledError:
             raise
         except Exception:
             logger.exception("Could not find the expired sticky events, going by what they say")
-            return sticky
+            return await still_sticky(self._store, sticky, now_ms)
         return {e for e in sticky if e in rows and now_ms < rows[e].expires_at_ms}
 
     # /sync

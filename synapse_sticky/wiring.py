@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from synapse.module_api import ModuleApi
@@ -30,7 +31,7 @@ from synapse_sticky.handlers.staging.received.handler import ReceivedHandler
 from synapse_sticky.handlers.staging.turns.handler import TurnsHandler
 from synapse_sticky.handlers.visibility.handler import VisibilityHandler
 from synapse_sticky.homeserver import Homeserver
-from synapse_sticky.homeserver.access import Access, RowsOf
+from synapse_sticky.homeserver.access import Access
 from synapse_sticky.homeserver.database import read_columns
 from synapse_sticky.homeserver.received import Received
 from synapse_sticky.homeserver.seams import SeamMismatchError
@@ -144,7 +145,10 @@ class Wiring:
         """Guards the sections, unless they are left to Synapse."""
         if not is_done_in(ACCESS, self._homeserver.place):
             return
-        guard = Access(self._homeserver, self._rows_of())
+        rows_of = None
+        with suppress(Exception):  # who says what has expired, unless this Synapse does not fit
+            rows_of = self._follower.rows_of
+        guard = Access(self._homeserver, rows_of)
         names = guarded(self.states)
         guards = [guard.guard(name) for name in names]
         problems = [problem for _, found in guards for problem in found]
@@ -195,14 +199,6 @@ class Wiring:
             stream = SynapseStickyStream(self._homeserver)
             self._made_follower = IndexFollower(self._homeserver, stream)
         return self._made_follower
-
-    def _rows_of(self) -> RowsOf | None:
-        """Who says which events have expired, unless this Synapse does not fit that."""
-        try:
-            return self._follower.rows_of
-        except Exception:
-            logger.debug("Could not make an index", exc_info=True)
-            return None
 
     def _install_delivery(self) -> None:
         from synapse_sticky.handlers.delivery.synapse import SynapseDelivery

@@ -17,7 +17,7 @@ NEED_TOOLS ?= no
 RUST_SOURCES := Cargo.toml Cargo.lock $(shell find rust/src -name '*.rs')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-workers lint bench compat conformance conformance-plain fuzz soak wheels wheels-check wheels-twice test-install release-check format clean
+.PHONY: help demo test test-slow test-workers lint bench compat conformance conformance-plain fuzz soak suite wheels wheels-check wheels-twice test-install release-check format clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -85,6 +85,9 @@ fuzz: $(VENV)/.built ## Everything that comes from outside, in every shape, for 
 
 soak: $(VENV)/.built ## Four servers, floods, joins, redactions, crashes, strangers: ten minutes, then what was promised is checked; prints its seed
 	$(BIN)/python -m tests.soak --minutes 10
+
+suite: $(VENV)/.built ## Synapse's own tests of the sticky sections, with the module; pip fetches them
+	$(BIN)/python -m tests.suite
 
 wheels: $(WHEELS)/.built ## Wheels for manylinux and musllinux, x86_64 and aarch64, and an sdist, audited; or PLATFORMS="manylinux-x86_64 sdist"; dist
 	$(WHEELS)/bin/python -m tests.wheels build $(PLATFORMS)

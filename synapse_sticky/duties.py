@@ -184,7 +184,10 @@ DUTIES: Mapping[str, Duty] = {
         ),
         _whole(
             "sliding",
-            ("homeserver.tokens", "handlers.sliding.synapse"),
+            (
+                *("homeserver.tokens", "handlers.sliding.synapse"),
+                "handlers.sliding.joined.synapse",
+            ),
             "users of sliding sync who join a room miss the sticky events of before",
             _serves_clients,
         ),

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from synapse.module_api import ModuleApi
@@ -148,7 +149,10 @@ class Wiring:
         """Guards the sections, unless they are left to Synapse."""
         if not is_done_in(ACCESS, self._homeserver.place):
             return
-        guard = Access(self._homeserver)
+        rows_of = None
+        with suppress(Exception):  # who says what has expired, unless this Synapse does not fit
+            rows_of = self._follower.rows_of
+        guard = Access(self._homeserver, rows_of)
         names = guarded(self.states)
         guards = [guard.guard(name) for name in names]
         problems = [problem for _, found in guards for problem in found]

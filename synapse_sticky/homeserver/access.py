@@ -1,4 +1,5 @@
-"""Who gets the sticky sections of /sync and sliding sync: who is joined at that moment (D8).
+"""Who gets the sticky sections of /sync and sliding sync: who is joined at that moment (D8); and
+what: nothing that has expired or was redacted by then (S4, S5). Synapse may have made them earlier.
 
 Each of the two is guarded on two layers: where its section is made, and in the response. Either
 suffices, so that a Synapse that has changed on one of them is guarded all the same. Fails closed: a
@@ -6,9 +7,11 @@ section that cannot be checked fails the request, and the client asks again.
 """
 
 from collections.abc import Awaitable, Callable, Collection, Mapping
-from typing import Any
+from datetime import timedelta
+from typing import Any, Protocol
 
 import attr
+from twisted.internet.defer import CancelledError
 
 from synapse_sticky.homeserver.fitting import misfits
 from synapse_sticky.homeserver.process import Homeserver
@@ -21,6 +24,8 @@ _SYNC = "synapse.handlers.sync"
 _SLIDING = "synapse.handlers.sliding_sync"
 _TYPES = "synapse.types.handlers.sliding_sync"
 _EXTENSIONS = f"{_TYPES}.SlidingSyncResult.Extensions"
+
+_MS = timedelta(milliseconds=1)
 
 _JOINED = method(STORE, "async get_rooms_for_user(user_id, /) -> frozenset")
 
@@ -67,7 +72,10 @@ SEAMS: Mapping[str, tuple[Seam, ...]] = {
             "-> StickyEventsExtension | None",
             is_replaced=True,
         ),
+        method(STORE, "async get_events(event_ids, /) -> dict"),
         Attribute(f"{_TYPES}.SlidingSyncConfig", "user"),
+        Attribute(f"{_EXTENSIONS}.StickyEventsExtension", "room_id_to_sticky_events"),
+        Attribute("synapse.events.utils.FilteredEvent", "event"),
     ),
     "sliding_response": (
         _JOINED,
@@ -81,6 +89,8 @@ SEAMS: Mapping[str, tuple[Seam, ...]] = {
         Attribute(f"{_TYPES}.SlidingSyncResult", "extensions"),
         Attribute(_EXTENSIONS, "sticky_events"),
         Attribute(f"{_EXTENSIONS}.StickyEventsExtension", "room_id_to_sticky_events"),
+        method(STORE, "async get_events(event_ids, /) -> dict"),
+        Attribute("synapse.events.utils.FilteredEvent", "event"),
     ),
 }
 
@@ -92,21 +102,46 @@ def fitting_layers(duty: str) -> tuple[list[str], list[str]]:
     return fitting, [problem for problems in by_layer.values() for problem in problems]
 
 
-async def still_sticky(store: Any, event_ids: Collection[str]) -> set[str]:
+async def still_sticky(
+    store: Any, event_ids: Collection[str], now_ms: int | None = None
+) -> set[str]:
     """Those of the events that were not redacted meanwhile (S5); ``store`` is the main data store.
+    With ``now_ms`` those that have expired by their own account are left out as well (S4).
 
     Synapse's table keeps the row of an event that is redacted later.
     """
     events = await store.get_events(event_ids)
-    return {e for e, event in events.items() if event.sticky_duration() is not None}
+    return {e for e, event in events.items() if _is_sticky(event, now_ms)}
+
+
+def _is_sticky(event: Any, now_ms: int | None) -> bool:
+    duration = event.sticky_duration()
+    if duration is None:
+        return False
+    return now_ms is None or now_ms < event.origin_server_ts + duration / _MS
+
+
+class HasExpiry(Protocol):
+    """A row of the sticky events stream."""
+
+    @property
+    def expires_at_ms(self) -> int: ...
+
+
+RowsOf = Callable[[Collection[str]], Awaitable[Mapping[str, HasExpiry]]]
+"""Event IDs to the rows of those that are deliverable, expired or not."""
 
 
 class Access:
-    """Guards the sections, in a process that serves clients."""
+    """Guards the sections, in a process that serves clients.
 
-    def __init__(self, homeserver: Homeserver) -> None:
+    rows_of: None if nobody can say; then an event expires when its sender's server says.
+    """
+
+    def __init__(self, homeserver: Homeserver, rows_of: RowsOf | None = None) -> None:
         self._homeserver = homeserver
         self._store = homeserver.store
+        self._rows_of = rows_of
 
     def guard(self, duty: str) -> tuple[bool, list[str]]:
         """Guards the sections of this duty from the next sync on, on each layer that fits.
@@ -132,6 +167,21 @@ class Access:
     async def _joined(self, sync_config: Any) -> frozenset[str]:
         joined: frozenset[str] = await self._store.get_rooms_for_user(sync_config.user.to_string())
         return joined
+
+    async def _still_sticky(self, event_ids: Collection[str]) -> set[str]:
+        """Those of the events that are neither redacted nor expired at this moment."""
+        now_ms = self._homeserver.now_ms()
+        sticky = await still_sticky(self._store, event_ids)
+        if self._rows_of is None or not sticky:
+            return await still_sticky(self._store, sticky, now_ms)
+        try:
+            rows = await self._rows_of(sticky)
+        except CancelledError:
+            raise
+        except Exception:
+            logger.exception("Could not find the expired sticky events, going by what they say")
+            return await still_sticky(self._store, sticky, now_ms)
+        return {e for e in sticky if e in rows and now_ms < rows[e].expires_at_ms}
 
     # /sync
 
@@ -172,10 +222,9 @@ class Access:
                 if not any(room.sticky for room in result.joined):
                     return result
                 joined = await self._joined(sync_config)
-                # Nor does anybody get what was redacted meanwhile (S5).
-                sticky = await still_sticky(
-                    self._store,
-                    [shown.event.event_id for room in result.joined for shown in room.sticky],
+                # Nor does anybody get what was redacted meanwhile, or has expired (S4, S5).
+                sticky = await self._still_sticky(
+                    [shown.event.event_id for room in result.joined for shown in room.sticky]
                 )
                 rooms = [
                     _with_section(room, sticky if room.room_id in joined else ())
@@ -199,7 +248,7 @@ class Access:
                 section = await original(
                     sync_config=sync_config, all_interested_room_ids=rooms, **options
                 )
-                return await self._of_joined(sync_config, section)
+                return await self._as_of_now(sync_config, section)
 
             return get_sticky_events_extension_response
 
@@ -213,9 +262,9 @@ class Access:
             ) -> Any:
                 result, did_wait = await original(requester, sync_config, *args, **options)
                 section = result.extensions.sticky_events
-                of_joined = await self._of_joined(sync_config, section)
-                if of_joined is not section:
-                    extensions = attr.evolve(result.extensions, sticky_events=of_joined)
+                as_of_now = await self._as_of_now(sync_config, section)
+                if as_of_now is not section:
+                    extensions = attr.evolve(result.extensions, sticky_events=as_of_now)
                     result = attr.evolve(result, extensions=extensions)
                 return result, did_wait
 
@@ -224,17 +273,22 @@ class Access:
         handler = self._homeserver.hs.get_sliding_sync_handler()
         self._homeserver.replace(handler, "wait_for_sync_for_user", make)
 
-    async def _of_joined(self, sync_config: Any, section: Any) -> Any:
-        """The section without rooms that the user has left meanwhile."""
+    async def _as_of_now(self, sync_config: Any, section: Any) -> Any:
+        """The section without rooms that the user has left meanwhile, and without events that were
+        redacted or have expired."""
         if not section or not section.room_id_to_sticky_events:
             return section
+        before = section.room_id_to_sticky_events
         joined = await self._joined(sync_config)
-        rooms = {
-            room_id: events
-            for room_id, events in section.room_id_to_sticky_events.items()
-            if room_id in joined
-        }
-        if len(rooms) == len(section.room_id_to_sticky_events):
+        sticky = await self._still_sticky(
+            [shown.event.event_id for events in before.values() for shown in events]
+        )
+        rooms = {}
+        for room_id, events in before.items():
+            left = [shown for shown in events if shown.event.event_id in sticky]
+            if left and room_id in joined:
+                rooms[room_id] = left
+        if sum(map(len, rooms.values())) == sum(map(len, before.values())):
             return section
         return attr.evolve(section, room_id_to_sticky_events=rooms)
 

@@ -149,19 +149,20 @@ class IndexFollower:
 
     async def rows_of(self, event_ids: Collection[str]) -> dict[str, StickyRow]:
         """The deliverable rows of these events by event ID, from the database if need be."""
-        if not self.in_step():
-            return {r.event_id: r for r in await self.stream.rows_of(event_ids) if r.deliverable}
-        found, doubtful = {}, {}
+        found, unknown, doubtful = {}, [], {}
         for event_id in event_ids:
             if (row := self.index.get(event_id)) is None:
-                continue
-            if self.doubts([event_id]):
+                unknown.append(event_id)
+            elif self.doubts([event_id]):
                 doubtful[event_id] = row[0]
             else:
                 found[event_id] = StickyRow(row[0], "", row[1], row[2], row[3], row[4], True)
-        if doubtful:
-            rows = await self.stream.rows_at(doubtful)
-            found.update({r.event_id: r for r in rows if r.deliverable})
+        if self.in_step():
+            rows = await self.stream.rows_at(doubtful) if doubtful else []
+        else:
+            asked = [*unknown, *doubtful]
+            rows = await self.stream.rows_of(asked) if asked else []
+        found.update({row.event_id: row for row in rows if row.deliverable})
         return found
 
     def _poke(self) -> None:

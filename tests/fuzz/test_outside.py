@@ -24,7 +24,7 @@ from synapse_sticky.config import FederationConfig, LimitConfig, Mode
 from synapse_sticky.handlers.receipt import synapse as receipt
 from synapse_sticky.handlers.receipt.handler import ReceiptHandler
 from synapse_sticky.handlers.sending import synapse as sending
-from synapse_sticky.handlers.sliding.handler import position_of_page
+from synapse_sticky.handlers.sliding.pages import position_of_page
 from synapse_sticky.handlers.staging.pdu import StagedPdu, prev_event_ids_of
 from synapse_sticky.handlers.staging.pruning.handler import PruningHandler
 from synapse_sticky.index import Position

@@ -396,6 +396,38 @@ def test_expired_events_are_in_no_section(server: Homeserver) -> None:
     assert TTL not in alice.event(room_id, expiring).get("unsigned", {})
 
 
+@pytest.mark.requirement("S4", "S5", "D4")
+def test_an_answer_that_is_repeated_has_nothing_that_is_not_sticky_any_more(
+    server: Homeserver,
+) -> None:
+    """Synapse answers the same request, an initial one or not, from a cache within two minutes."""
+    alice, bob = server.user(), server.user()
+    room_id = room_of(alice, bob, via=server)
+    since = bob.sync()["next_batch"]
+    expiring, redacted = alice.send_sticky(room_id, 8_000), alice.send_sticky(room_id)
+    kept = alice.send_sticky(room_id)
+
+    def answers() -> Any:
+        return [
+            bob.sync(after, filter_=WITHOUT_TIMELINE, may_be_repeated=True)
+            for after in (None, since)
+        ]
+
+    def sections() -> list[list[str]]:
+        return [sticky_events(answer, room_id) for answer in answers()]
+
+    first = answers()
+    for answer in first:
+        assert sticky_events(answer, room_id) == [expiring, redacted, kept]
+    alice.redact(room_id, redacted)
+    wait_until_expired(server, expiring)
+    wait_until(lambda: sections() == [[kept]] * 2, "both to be gone", look=sections)
+    for before, again in zip(first, answers(), strict=True):
+        assert again["next_batch"] == before["next_batch"], "it is the same answer"
+        (event,) = again["rooms"]["join"][room_id]["msc4354_sticky"]["events"]
+        assert event["unsigned"][TTL] > 0
+
+
 @pytest.mark.requirement("D7")
 def test_syncs_until_a_victim_is_seen(servers: Servers) -> None:
     # What is in the stream already can only be read in its order; what is new in another room

@@ -6,7 +6,7 @@ import pytest
 
 from tests.conftest import Servers
 from tests.integration.rooms import NO_LIMITS
-from tests.lab import Client, Homeserver
+from tests.lab import Client, Homeserver, wait_until
 from tests.lab.client import SLIDING_EXTENSION, sliding_sticky_events
 
 LIMIT = 100
@@ -122,20 +122,107 @@ def test_two_joins_while_pages_are_read(server: Homeserver) -> None:
         for room_id in rooms:
             seen[room_id] += sliding_sticky_events(answer, room_id)
     assert seen == old
-    assert "~" not in token_of(answer), "there is nothing left to be read"
+    assert not bob.sliding_sync(since=token_of(answer))["has_section"], "nothing is left"
 
 
-@pytest.mark.requirement("D5")
-def test_a_new_connection_from_an_old_position(server: Homeserver) -> None:
+def assert_nothing(user: Client, answer: Any, **body: Any) -> None:
+    """A new connection that goes on from there gets no section, whatever its limit."""
+    for limit in (100, 1, 0):
+        again = user.sliding_sync(since=token_of(answer), limit=limit, **body)
+        assert not again["has_section"], limit
+
+
+CONNECTIONS = pytest.mark.parametrize("body", [{}, {"conn_id": "new"}], ids=["same", "new"])
+
+
+@CONNECTIONS
+@pytest.mark.requirement("D4", "D5")
+def test_a_new_connection_from_before_a_join_and_from_after_it(
+    server: Homeserver, body: Any
+) -> None:
+    """The position is the same: nothing is sticky between them."""
     alice, bob = server.user(), server.user()
     room_id = alice.create_room()
     old = [alice.send_sticky(room_id) for _ in range(3)]
     bob.send_sticky(bob.create_room())
-    since = token_of(bob.sliding_sync())
+    before = bob.sliding_sync()
     bob.join(room_id)
-    answer = bob.sliding_sync(since=since, conn_id="new")
+    answer = bob.sliding_sync(since=token_of(before), **body)
     assert sliding_sticky_events(answer, room_id) == old
-    assert not sliding_sticky_events(bob.sliding_sync(answer, conn_id="new"), room_id)
+    assert not sliding_sticky_events(bob.sliding_sync(answer, **body), room_id)
+    assert_nothing(bob, answer, **body)
+    again = bob.sliding_sync(since=token_of(before), **body)
+    assert sliding_sticky_events(again, room_id) == old
+
+
+@CONNECTIONS
+@pytest.mark.requirement("D4")
+def test_a_new_connection_goes_on_from_since(server: Homeserver, body: Any) -> None:
+    alice, bob = server.user(), server.user()
+    room_id = alice.create_room()
+    bob.join(room_id)
+    old = [alice.send_sticky(room_id) for _ in range(3)]
+    answer = bob.sliding_sync()
+    assert sliding_sticky_events(answer, room_id) == old
+    assert_nothing(bob, answer, **body)
+    new = alice.send_sticky(room_id)
+    answer = bob.sliding_sync(since=token_of(answer), **body)
+    assert sliding_sticky_events(answer, room_id) == [new]
+    assert_nothing(bob, answer, **body)
+
+
+@CONNECTIONS
+@pytest.mark.requirement("D2", "D4")
+@pytest.mark.parametrize("limits", [[1, 1, 1, 1], [1, 0, 3], [2, 3], [0, 2, 0, 100]], ids=str)
+def test_new_connections_one_page_each(server: Homeserver, limits: list[int], body: Any) -> None:
+    alice, bob = server.user(), server.user()
+    room_id = alice.create_room()
+    bob.join(room_id)
+    sent = [alice.send_sticky(room_id) for _ in range(4)]
+    seen: list[str] = []
+    since = None
+    for limit in limits:
+        answer = bob.sliding_sync(since=since, limit=limit, **body)
+        page = sliding_sticky_events(answer, room_id)
+        assert len(page) == min(limit, 4 - len(seen))
+        assert answer["has_section"] is bool(page)
+        seen += page
+        since = token_of(answer) if page else since
+    assert seen == sent
+    assert_nothing(bob, answer, **body)
+
+
+@pytest.mark.requirement("D4", "D5")
+def test_a_new_connection_in_the_middle_of_what_is_older(server: Homeserver) -> None:
+    alice, bob = server.user(), server.user()
+    room_id, elsewhere = alice.create_room(), bob.create_room()
+    old = [alice.send_sticky(room_id) for _ in range(5)]
+    bob.send_sticky(elsewhere)
+    answer = bob.sliding_sync()
+    bob.join(room_id)
+    seen: list[str] = []
+    for number in range(5):
+        answer = bob.sliding_sync(since=token_of(answer), limit=1, conn_id=str(number))
+        seen += sliding_sticky_events(answer, room_id)
+    assert seen == old
+    assert_nothing(bob, answer)
+
+
+@pytest.mark.one_process
+@pytest.mark.requirement("D4", "E4")
+def test_a_new_connection_after_a_restart(servers: Servers) -> None:
+    (server,) = servers(1)
+    alice, bob = server.user(), server.user()
+    room_id = alice.create_room()
+    bob.join(room_id)
+    sent = [alice.send_sticky(room_id) for _ in range(3)]
+    first = bob.sliding_sync(limit=2)
+    assert sliding_sticky_events(first, room_id) == sent[:2]
+    server.restart()
+    wait_until(lambda: server.output().count("sliding is on\n") == 2, "the table of pages")
+    answer = bob.sliding_sync(since=token_of(first), conn_id="new")
+    assert sliding_sticky_events(answer, room_id) == sent[2:]
+    assert_nothing(bob, answer)
 
 
 @pytest.mark.requirement("D4", "D5")

@@ -153,7 +153,8 @@ class Client:
     ) -> Any:
         """Sliding sync with the extension of sticky events, ``after`` an answer or from nothing.
 
-        An answer without the extension's token, as nothing is new, is given that of the request.
+        An answer without the extension's section, as nothing is new, is given one with the token
+        of the request; ``has_section`` says whether it had one.
 
         ``since`` alone goes on from an old position with a new connection. Without anything else in
         ``body`` there is one list of all rooms.
@@ -168,6 +169,7 @@ class Client:
         everything = {"ranges": [[0, 0]], "timeline_limit": 0, "required_state": []}
         request = {"lists": {"all": everything}, "extensions": {SLIDING_EXTENSION: extension}}
         answer = self.request("POST", _SLIDING_SYNC, {**request, **body}, **query)
+        answer["has_section"] = SLIDING_EXTENSION in answer["extensions"]
         nothing = {"rooms": {}, **({"next_batch": since} if since is not None else {})}
         answer["extensions"].setdefault(SLIDING_EXTENSION, nothing)
         return answer

@@ -1195,3 +1195,93 @@ def test_sections_as_they_go_out(world: World, monkeypatch: pytest.MonkeyPatch) 
         world.follower.start()
         world.redact(0, 0)
         assert sections() == {**whole, ROOMS[0]: [d.event_id], ROOMS[1]: []}
+
+
+@pytest.mark.requirement("S4", "S5")
+@pytest.mark.parametrize("by_row", [True, False])
+def test_sections_of_before_have_nothing_that_expired(world: World, by_row: bool) -> None:
+    """An event expires when its row says; where none can be read, when its sender's server says."""
+    a, b, _, d = world.events[:4]
+    kept = sync_result({ROOMS[0]: [a, d], ROOMS[1]: [b]})
+    shown = [list(room.sticky) for room in kept.joined]
+
+    async def wait_for_sync_for_user(*args: Any, **options: Any) -> SyncResult:
+        return kept
+
+    async def get_rooms_for_user(user_id: str) -> frozenset[str]:
+        return frozenset(ROOMS)
+
+    async def rows_of(event_ids: Collection[str]) -> dict[str, StickyRow]:
+        if not by_row:
+            raise OSError("the database is away")
+        return await world.follower.rows_of(event_ids)
+
+    def sections() -> list[list[str]]:
+        config = SyncConfig(UserID.from_string("@me:here"))
+        result = done(handler.wait_for_sync_for_user("requester", config))
+        assert [list(room.sticky) for room in kept.joined] == shown, "others get it, too"
+        return [[s.event.event_id for s in room.sticky] for room in result.joined]
+
+    handler: Any = world.hs.get_sync_handler()
+    with world.example(), pytest.MonkeyPatch.context() as patched:
+        patched.setattr(handler, "wait_for_sync_for_user", wait_for_sync_for_user)
+        patched.setattr(world.store, "get_rooms_for_user", get_rooms_for_user)
+        assert Access(world.process, rows_of).guard("delivery") == (True, [])
+        world.follower.start()
+        for number, lasts_ms in ((0, 60_000), (1, 3_600_000), (3, 120_000)):
+            world.commit(number, world.reserve(WRITERS[0]), lasts_ms, soft_failed=False)
+        world.announce_all()
+        whole = [[a.event_id, d.event_id], [b.event_id]]
+        assert sections() == whole
+        world.pass_time(60)
+        assert sections() == ([[d.event_id], [b.event_id]] if by_row else whole)
+        world.redact(1, 0)
+        assert sections() == ([[d.event_id], []] if by_row else [whole[0], []])
+        world.pass_time(3_540)
+        assert sections() == [[], []]
+
+
+@pytest.mark.requirement("H3")
+def test_a_section_costs_no_query_while_the_index_is_in_step(world: World) -> None:
+    config = SyncConfig(UserID.from_string("@me:here"))
+
+    async def wait_for_sync_for_user(*args: Any, **options: Any) -> SyncResult:
+        return sync_result({ROOMS[0]: world.events[:1]})
+
+    async def get_rooms_for_user(user_id: str) -> frozenset[str]:
+        return frozenset(ROOMS)
+
+    handler: Any = world.hs.get_sync_handler()
+    with world.example(), pytest.MonkeyPatch.context() as patched:
+        patched.setattr(handler, "wait_for_sync_for_user", wait_for_sync_for_user)
+        patched.setattr(world.store, "get_rooms_for_user", get_rooms_for_user)
+        assert Access(world.process, world.follower.rows_of).guard("delivery") == (True, [])
+        world.follower.start()
+        world.commit(0, world.reserve(WRITERS[0]), 60_000, soft_failed=False)
+        world.announce_all()
+        with world.statements() as found:
+            result = done(handler.wait_for_sync_for_user("requester", config))
+        assert [len(room.sticky) for room in result.joined] == [1]
+        assert not found
+
+
+@pytest.mark.requirement("H3")
+def test_rows_that_the_index_has_are_not_asked_for_while_it_is_behind(world: World) -> None:
+    a, b = (world.events[n].event_id for n in (0, 1))
+    with world.example():
+        world.follower.start()
+        world.commit(0, world.reserve(WRITERS[0]), 60_000, soft_failed=False)
+        world.announce_all()
+        assert world.follower.in_step()
+        world.stream.slow = True
+        world.commit(1, world.reserve(WRITERS[0]), 60_000, soft_failed=False)
+        world.announce_all()
+        assert not world.follower.in_step()
+        with world.statements() as found:
+            assert list(done(world.follower.rows_of([a]))) == [a]
+            assert not found
+            waiting = ensureDeferred(world.follower.rows_of([a, b]))
+            assert found
+        while world.stream.read:
+            world.go_on()
+        assert sorted(done(waiting)) == sorted([a, b])

@@ -5,12 +5,15 @@ from collections.abc import Collection, Set
 from types import SimpleNamespace
 from typing import Any
 
+import attr
 import pytest
 from synapse import visibility
 from synapse.api.room_versions import RoomVersions
 from synapse.events import EventBase, make_event_from_dict
 from synapse.events.utils import FilteredEvent
-from synapse.types import MultiWriterStreamToken, UserID
+from synapse.types import MultiWriterStreamToken, RoomStreamToken, UserID
+from synapse.types.handlers.sliding_sync import SlidingSyncResult
+from synapse.types.rest.client import SlidingSyncStickyEventsToken
 
 from synapse_sticky.handlers.sliding.handler import SlidingPage, SlidingRequest
 from synapse_sticky.handlers.sliding.synapse import SynapseSliding
@@ -39,12 +42,15 @@ class FakeStore:
         self.asked_for = set(room_ids)
         return options["to_token"], {r: [self.events[r].event_id] for r in sorted(room_ids)}
 
+    async def get_events(self, event_ids: Collection[str]) -> dict[str, EventBase]:
+        return {event.event_id: event for event in await self.get_events_as_list(event_ids)}
+
     async def get_events_as_list(self, event_ids: Collection[str]) -> list[EventBase]:
         return [event for event in self.events.values() if event.event_id in event_ids]
 
 
-def _event(room_id: str) -> EventBase:
-    fields = {
+def _event(room_id: str, is_sticky: bool = True) -> EventBase:
+    fields: dict[str, Any] = {
         "type": "m.test",
         "room_id": room_id,
         "sender": "@you:here",
@@ -55,8 +61,9 @@ def _event(room_id: str) -> EventBase:
         "signatures": {},
         "origin_server_ts": 1,
         "depth": 1,
-        "msc4354_sticky": {"duration_ms": 60_000},
     }
+    if is_sticky:
+        fields["msc4354_sticky"] = {"duration_ms": 60_000}
     return make_event_from_dict(fields, RoomVersions.V11)
 
 
@@ -102,7 +109,11 @@ def test_a_room_that_is_left_while_the_response_is_made(monkeypatch: pytest.Monk
             ),
             sticky_events_request=SimpleNamespace(enabled=True, since=None, limit=100),
             all_interested_room_ids={"!a", "!b", "!c"},
-            to_token=SimpleNamespace(sticky_events_key=MultiWriterStreamToken(stream=5)),
+            to_token=SimpleNamespace(
+                sticky_events_key=MultiWriterStreamToken(stream=5),
+                room_key=RoomStreamToken(stream=9),
+                un_partial_stated_rooms_key=1,
+            ),
             from_token=None,
         )
     )
@@ -114,3 +125,58 @@ def test_a_room_that_is_left_while_the_response_is_made(monkeypatch: pytest.Monk
     }
     assert shown == {"!b": [store.events["!b"]]}
     assert section.next_batch.serialise() == "sticky_5"
+
+
+@attr.s(auto_attribs=True, frozen=True)
+class Result:
+    """An answer of sliding sync."""
+
+    extensions: SlidingSyncResult.Extensions
+
+
+@pytest.mark.requirement("D8", "S4", "S5")
+def test_a_section_that_was_made_before() -> None:
+    """Nobody gets what was redacted or has expired since, nor what is in a room that they left."""
+    store = FakeStore()
+    by_room = {
+        room_id: [FilteredEvent(event=event, membership="join")]
+        for room_id, event in store.events.items()
+    }
+    store.joined.add("!c")
+    section = SlidingSyncResult.Extensions.StickyEventsExtension(
+        room_id_to_sticky_events=by_room, next_batch=SlidingSyncStickyEventsToken.START
+    )
+    kept = Result(SlidingSyncResult.Extensions(sticky_events=section))
+
+    async def wait_for_sync_for_user(*args: object) -> tuple[Result, bool]:
+        return kept, False
+
+    async def rows_of(event_ids: Collection[str]) -> dict[str, Any]:
+        return {event_id: SimpleNamespace(expires_at_ms=100) for event_id in event_ids}
+
+    now_ms = 0
+    handler = SimpleNamespace(wait_for_sync_for_user=wait_for_sync_for_user, extensions=None)
+    homeserver: Any = SimpleNamespace(
+        store=store,
+        hs=SimpleNamespace(get_sliding_sync_handler=lambda: handler),
+        now_ms=lambda: now_ms,
+        replace=lambda owner, name, make: setattr(owner, name, make(getattr(owner, name))),
+    )
+    Access(homeserver, rows_of)._guard_sliding_response()
+
+    def rooms() -> list[str]:
+        config = SimpleNamespace(user=UserID.from_string("@me:here"))
+        waiting: Any = handler.wait_for_sync_for_user("requester", config)
+        result, did_wait = asyncio.run(waiting)
+        assert not did_wait
+        assert section.room_id_to_sticky_events is by_room
+        assert list(by_room) == ["!a", "!b", "!c"], "others get it, too"
+        return list(result.extensions.sticky_events.room_id_to_sticky_events)
+
+    assert rooms() == ["!a", "!b", "!c"]
+    store.joined.remove("!a")
+    assert rooms() == ["!b", "!c"]
+    store.events["!b"] = _event("!b", is_sticky=False)
+    assert rooms() == ["!c"]
+    now_ms = 100
+    assert rooms() == []

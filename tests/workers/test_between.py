@@ -298,7 +298,7 @@ def test_all_make_the_tables_at_once(
         wait_until(lambda: deployment.query(waiting) == [(len(WORKERS) + 1,)], "all to wait", 180)
     deployment.wait_until_ready()
     wait_until(lambda: len(deployment.query(all_tables)) == len(tables), "the tables to be made")
-    layouts = [("deferral", 2), ("joins", 1), ("parking", 3), ("sliding", 1)]
+    layouts = [("deferral", 2), ("joins", 1), ("parking", 3), ("sliding", 2)]
     made = "SELECT duty, version FROM synapse_sticky_layouts ORDER BY duty"
     wait_until(lambda: deployment.query(made) == layouts, "all layouts to be there")
     # On a slow machine the last comes to the door when the first has waited for too long. Once the

@@ -36,7 +36,7 @@ _PARKING = {
     *("park", "parked", "due_parked", "next_parked_ms", "stage_again", "postpone_parked"),
     *("remove_parked", "unstage", "try_parked_pdus", "existing", "staged", "ask_origin"),
 }
-_SLIDING = {"store_page", "read_page", "newly_joined"}
+_SLIDING = {"store_page", "read_page", "read_pages", "newly_joined", "joined_within_the_hour"}
 _EVERYWHERE = {
     *("read_rows", "load", "fill_index", "expire", "wait"),
     *("load_sliding", "migrate_sliding", "load_parking", "migrate_parking"),

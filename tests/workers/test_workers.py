@@ -1,14 +1,28 @@
 """Every duty in the process where it belongs, and what a client and a server see of it (E2, E4)."""
 
+import json
 import time
+from typing import Any
 
 import pytest
 
-from tests.integration.rooms import entered, room_of, send_old_events, wait_until_all_pushed
+from tests.integration.rooms import (
+    entered,
+    room_of,
+    send_old_events,
+    wait_until_all_pushed,
+    wait_until_expired,
+)
 from tests.integration.test_parking import AHEAD_MS, HOUR_MS
 from tests.integration.test_staging import parked, withhold
 from tests.lab import Lab, Peer, WorkerHomeserver, wait_until
-from tests.lab.client import WITHOUT_TIMELINE
+from tests.lab.client import (
+    SLIDING_EXTENSION,
+    TTL,
+    WITHOUT_TIMELINE,
+    sliding_sticky_events,
+    sticky_events,
+)
 from tests.lab.scene import Scene, enter
 from tests.lab.workers import MAIN, PERSISTERS, RECEIVERS, SENDERS, WORKERS
 from tests.workers.conftest import enter_where
@@ -77,6 +91,77 @@ def test_newcomers(deployment: WorkerHomeserver, lab: Lab, peer: Peer) -> None:
         assert set(alice.collect_sticky(theirs, sent)) == sent
     finally:
         lab.close_servers([other])
+
+
+@pytest.mark.workers
+@pytest.mark.requirement("E2", "S4", "S5", "D4")
+@pytest.mark.parametrize("version", ["v3", "r0"], ids=["sync worker", "main"])
+@pytest.mark.parametrize("is_initial", [True, False], ids=["initial", "incremental"])
+def test_an_answer_that_is_repeated(
+    deployment: WorkerHomeserver, version: str, is_initial: bool
+) -> None:
+    """It has nothing that was redacted or has expired; main answers by the older path."""
+    alice, bob = deployment.user(), deployment.user()
+    room_id = room_of(alice, bob, via=deployment)
+    query = {"filter": json.dumps(WITHOUT_TIMELINE)}
+    if not is_initial:
+        query["since"] = bob.sync()["next_batch"]
+    expiring, redacted = alice.send_sticky(room_id, 10_000), alice.send_sticky(room_id)
+    kept = alice.send_sticky(room_id)
+
+    def answer() -> Any:
+        return bob.request("GET", f"/_matrix/client/{version}/sync", timeout=0, **query)
+
+    # The first request that has them all is the one that is repeated.
+    while len(sticky_events(first := answer(), room_id)) < 3:
+        query["filter"] += " "
+    assert sticky_events(first, room_id) == [expiring, redacted, kept]
+    alice.redact(room_id, redacted)
+    wait_until_expired(deployment, expiring)
+    wait_until(lambda: sticky_events(answer(), room_id) == [kept], "both to be gone")
+    again = answer()
+    assert again["next_batch"] == first["next_batch"], "it is the same answer"
+    (event,) = again["rooms"]["join"][room_id]["msc4354_sticky"]["events"]
+    assert event["unsigned"][TTL] > 0
+
+
+@pytest.mark.workers
+@pytest.mark.requirement("E2", "D4", "D5")
+def test_sliding_sync_goes_on_from_since_without_pos(deployment: WorkerHomeserver) -> None:
+    """Two rooms, which may have persisters of their own."""
+    alice, bob = deployment.user(), deployment.user()
+    bob.send_sticky(bob.create_room())
+    wait_until(lambda: bob.sliding_sync()["has_section"], "bob's own event")
+    before = bob.sliding_sync()
+    rooms = [alice.create_room() for _ in range(4)]
+    sent = {room_id: [alice.send_sticky(room_id) for _ in range(2)] for room_id in rooms}
+    for room_id in rooms:
+        bob.join(room_id)
+
+    def collect(limit: int) -> str:
+        """Gets all by connections each of which goes on from where the one before was."""
+        since = token_of(before)
+        seen: dict[str, list[str]] = {room_id: [] for room_id in rooms}
+
+        def go_on() -> bool:
+            nonlocal since
+            answer = bob.sliding_sync(since=since, limit=limit)
+            since = token_of(answer)
+            for room_id in rooms:
+                seen[room_id] += sliding_sticky_events(answer, room_id)
+            return seen == sent
+
+        wait_until(go_on, "all of them, once each")
+        return since
+
+    for limit in (1, 3, 100):
+        since = collect(limit)
+        assert not bob.sliding_sync(since=since, limit=limit)["has_section"]
+
+
+def token_of(answer: Any) -> str:
+    token: str = answer["extensions"][SLIDING_EXTENSION]["next_batch"]
+    return token
 
 
 @pytest.mark.workers

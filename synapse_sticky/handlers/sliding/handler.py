@@ -2,21 +2,38 @@
 
 Sliding sync's ``since`` is one position for all rooms. What lies before it in a room that was
 joined later is read beside what is new: the *older* events, from the start of the stream up to
-where ``since`` stood at the join. If they do not fit into one response, how far they were read is
-stored under the token that goes out with it. That token is a valid position, so Synapse goes on
-from it even without the module; it is recognised by naming every writer. Each response has a token
-of its own: one that was lost can be asked for again and says the same.
+where ``since`` stood at the join.
 
-Fails open: as long as there is nowhere to store anything, a response has all of what is older.
+Which rooms that are, ``since`` alone says, as a client may come back without its ``pos``, or with
+another one. A bare position does not say it: the same one may have been given out before a join,
+and after it, or in the middle of what was there to be read. So a response that takes a new room
+into account, or has no room for everything, goes out with the token of a *page*, which is stored
+with how far what is older was read and which joins were known. Every bare position past all that
+was given out later, so it stands for these joins too, and the pages end there.
+
+The token of a page is a valid position, so Synapse goes on from it even without the module; it is
+recognised by naming every writer. Each response has a token of its own: one that was lost can be
+asked for again and says the same.
+
+Fails open: as long as there is nowhere to store anything, a response has all of what is older, and
+``pos`` says which rooms are new.
 """
 
-import json
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Protocol
 
 import attr
 
+from synapse_sticky.handlers.sliding.pages import (
+    Older,
+    Page,
+    Shown,
+    is_past,
+    position_of_page,
+    shown_by,
+    token_of_page,
+)
 from synapse_sticky.handlers.sliding.tables import Connection, PageTable
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.homeserver.layout import migrate
@@ -26,6 +43,8 @@ from synapse_sticky.logs import bounded
 logger = bounded(__name__)
 
 _START = Position(0)
+_MOST_REMEMBERED = 10_000
+_LONGEST_NAMES = 1_000
 
 
 class SlidingRequest(Protocol):
@@ -40,10 +59,14 @@ class SlidingRequest(Protocol):
     """Up to where the client has been told of; None for nothing."""
     up_to: Position
     """Up to where this response may go."""
+    shown: Shown
+    """Up to where this response takes rooms into account."""
+    shown_before: Shown | None
+    """The same of the connection's response before; None if this is its first."""
 
-    async def newly_joined_rooms(self) -> AbstractSet[str]:
-        """Rooms that the connection did not have at its last request, so that ``since`` says
-        nothing of them."""
+    async def newly_joined_rooms(self, after: Shown | None) -> AbstractSet[str]:
+        """Rooms that the user was not in by then, or that were kept from the client until their
+        state was whole; None for an hour ago."""
 
     async def read(
         self, room_ids: Collection[str], after: Position, up_to: Position, limit: int | None
@@ -81,20 +104,21 @@ class SlidingSync(Protocol):
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
-class Older:
-    """Older events of some rooms that are still to be read: ``after`` exclusive, ``up_to``
-    inclusive."""
+class Start:
+    """Where a response begins.
 
-    room_ids: frozenset[str]
-    after: Position
-    up_to: Position
+    position: after which the new events come.
+    page: what counts beside that.
+    joined: the rooms that the client's token does not stand for yet.
+    is_known: whether what is stored says for which rooms it does.
+    is_forgotten: whether the token is of a page of which nothing is stored any more.
+    """
 
-    def only(self, room_ids: AbstractSet[str]) -> "Older":
-        return attr.evolve(self, room_ids=self.room_ids & room_ids)
-
-    def is_read(self) -> bool:
-        """Is there nothing left to read?"""
-        return not self.room_ids or self.up_to.is_before_or_at(self.after)
+    position: Position
+    page: Page
+    joined: frozenset[str] = frozenset()
+    is_known: bool = True
+    is_forgotten: bool = False
 
 
 class SlidingHandler:
@@ -105,6 +129,9 @@ class SlidingHandler:
         self._sliding_sync = sliding_sync
         self._pages = pages
         self._is_loaded = False
+        self._can_store = False
+        # The last token of a connection, and what it stands for. It spares the queries for that.
+        self._last: dict[Connection, tuple[Position, Start]] = {}
 
     def install(self) -> None:
         """Takes effect from the next sync on."""
@@ -117,7 +144,7 @@ class SlidingHandler:
             NewerLayoutError: a later version of the module made it.
         """
         await migrate(self._homeserver, self._pages)
-        self._is_loaded = True
+        self._is_loaded = self._can_store = True
 
     async def page(self, request: SlidingRequest) -> SlidingPage:
         """Reads what belongs into one response.
@@ -125,64 +152,131 @@ class SlidingHandler:
         Older and new events share the page evenly: neither a call's history nor a flood of new
         events holds the other up.
         """
-        since, older, was_page = await self._begin(request)
-        joined = await self._add_joined(request, since, older)
+        start = await self._with_joined(request, await self._start(request))
+        older: Sequence[Older] = start.page.older
         left = request.limit
         if older:
             older, count = await self._read_older(request, older, (left + 1) // 2)
             left -= count
-        count, reached = await request.read(request.room_ids, since, request.up_to, left)
+        count, reached = await request.read(request.room_ids, start.position, request.up_to, left)
         left -= count
         if older and left > 0:
-            older, _ = await self._read_older(request, older, left)
-        if not older:
-            more = request.limit > 0 and not request.up_to.is_before_or_at(reached)
-            return SlidingPage(reached, is_due=was_page or more)
-        page = token_of_page(reached, self._sliding_sync.writers, request.since)
-        if not await self._store(request.connection, page, older):
-            await self._read_older(request, older, None)
-            return SlidingPage(reached, is_due=was_page)
-        return SlidingPage(page, is_due=joined or request.limit > 0)
-
-    async def _begin(self, request: SlidingRequest) -> tuple[Position, list[Older], bool]:
-        """Where the new events begin, what a page had no room for, and whether there was one."""
+            older, count = await self._read_older(request, older, left)
+            left -= count
+        if left < request.limit or (older and not self._can_store):
+            return await self._next(request, start, older, reached)
+        # There is nothing to tell, so the client keeps its token; but not that of a page for good.
+        if start.is_forgotten and request.limit > 0:
+            return SlidingPage(start.position, is_due=True)
         since = request.since
         if since is None:
-            return _START, [], False
-        before = position_of_page(since, self._sliding_sync.writers)
-        if before is None:
-            return since, [], False
-        if not self._is_loaded:
-            return _START, [], True  # what was left is not known yet: all of it once more
-        stored = await self._pages.read(request.connection, _dumped(since))
-        if not stored:
-            return since, [], False
-        left = [part.only(request.room_ids) for part in _loaded_all(stored)]
-        return before, [part for part in left if not part.is_read()], True
+            return SlidingPage(reached, is_due=False)
+        if not older and not start.is_forgotten and start.position is not _START:
+            is_known = start.is_known and not start.joined
+            self._remember(request, since, start.page.until, is_known=is_known)
+        return SlidingPage(since, is_due=False)
 
-    async def _store(self, connection: Connection, page: Position, older: Sequence[Older]) -> bool:
-        """Stores what is left after the page, if that is possible."""
+    async def _start(self, request: SlidingRequest) -> Start:
+        """Where the new events begin, and what the client's token stands for beside that."""
+        since = request.since
+        if since is None or since.is_before_or_at(_START):
+            return Start(_START, Page(()))
+        position = position_of_page(since, self._sliding_sync.writers)
+        if not self._is_loaded:
+            # What a page has left is not known yet: all of it once more.
+            return Start(since if position is None else _START, Page((), request.shown_before))
+        token, last = self._last.get(request.connection, (None, None))
+        # Another process may have stored the same page anew: ``pos`` says who answered last.
+        is_latest = position is None or (last and last.page.shown == request.shown_before)
+        if last is not None and token == since and is_latest:
+            return last
+        shown = None if self._can_store else request.shown_before
+        if position is None:
+            return Start(since, Page((), shown))
+        page = await self._pages.read(request.connection, since)
+        if page is None:
+            return Start(position, Page((), shown), is_forgotten=True)
+        older = [part.only(request.room_ids) for part in page.older]
+        left = tuple(part for part in older if not part.is_read())
+        return Start(position, Page(left, page.shown or request.shown_before, page.until))
+
+    async def _with_joined(self, request: SlidingRequest, start: Start) -> Start:
+        """Adds the rooms that the token does not stand for, if there are any."""
+        since, shown = request.since, start.page.shown
+        if since is None or start.position is _START:
+            return start  # nothing is older
+        joined = await self._joined(request, shown)
+        if joined and shown is None and self._can_store:
+            shown = shown_by(since, await self._pages.latest(request.connection))
+            if shown is not None:
+                joined = await self._joined(request, shown)
+        if not joined:
+            return start
+        left = [part.only(part.room_ids - joined) for part in start.page.older]
+        older = [part for part in left if not part.is_read()]
+        older.append(Older(joined, _START, start.position))
+        page = attr.evolve(start.page, older=tuple(older))
+        return attr.evolve(start, page=page, joined=joined)
+
+    @staticmethod
+    async def _joined(request: SlidingRequest, after: Shown | None) -> frozenset[str]:
+        return frozenset(await request.newly_joined_rooms(after) & request.room_ids)
+
+    async def _next(
+        self, request: SlidingRequest, start: Start, older: Sequence[Older], reached: Position
+    ) -> SlidingPage:
+        """The token that goes out with events, of a page if a bare position would not do."""
+        joined = start.joined
+        if start.position is _START and self._is_loaded:
+            joined = await self._joined(request, None)
+        up_to = reached if request.up_to.is_before_or_at(reached) else request.up_to
+        until = up_to if joined or not start.is_known else start.page.until
+        is_due = bool(start.page.older)
+        if not older and is_past(reached, until):
+            self._remember(request, reached, None)
+            more = not request.up_to.is_before_or_at(reached)
+            return SlidingPage(reached, is_due=is_due or more)
+        token = token_of_page(reached, self._sliding_sync.writers, request.since)
+        page = Page(tuple(older), request.shown, up_to)
+        if await self._store(request.connection, token, page):
+            if not older:
+                self._remember(request, token, up_to)
+            return SlidingPage(token, is_due=True)
+        await self._read_older(request, older, None)
+        return SlidingPage(reached, is_due=is_due)
+
+    async def _store(self, connection: Connection, token: Position, page: Page) -> bool:
+        """Stores what counts for the response after this one, if that is possible."""
         if not self._is_loaded:
             return False
         try:
-            await self._pages.store(connection, _dumped(page), _dumped_all(older))
+            await self._pages.store(connection, token, page)
         except Exception:
             logger.exception("Could not store what is left, sending all of it")
+            self._can_store = False
             return False
+        self._can_store = True
         return True
 
-    @staticmethod
-    async def _add_joined(request: SlidingRequest, since: Position, older: list[Older]) -> bool:
-        """Adds the rooms that were joined since the last request, if there are any."""
-        if since.stream_id == 0:
-            return False  # nothing is older, and there could be no token of a page
-        joined = await request.newly_joined_rooms() & request.room_ids
-        if not joined:
-            return False
-        left = [part.only(part.room_ids - joined) for part in older]
-        older[:] = [part for part in left if not part.is_read()]
-        older.append(Older(frozenset(joined), _START, since))
-        return True
+    def _remember(
+        self,
+        request: SlidingRequest,
+        token: Position,
+        until: Position | None,
+        *,
+        is_known: bool = True,
+    ) -> None:
+        """The token stands for the rooms that this response took into account."""
+        self._last.pop(request.connection, None)
+        # A device and a connection have what name a client likes.
+        names = sum(map(len, request.connection))
+        if not self._can_store or names > _LONGEST_NAMES:
+            return
+        position = position_of_page(token, self._sliding_sync.writers) or token
+        start = Start(position, Page((), request.shown, until), is_known=is_known)
+        self._last[request.connection] = token, start
+        if len(self._last) > _MOST_REMEMBERED:
+            del self._last[next(iter(self._last))]
 
     @staticmethod
     async def _read_older(
@@ -199,46 +293,3 @@ class SlidingHandler:
             if not rest.is_read():
                 left.append(rest)
         return left, read
-
-
-def token_of_page(
-    position: Position, writers: Sequence[str], previous: Position | None
-) -> Position:
-    """A position that says the same of every writer, and that ``position_of_page`` recognises.
-
-    It differs from ``previous``, the token that was asked with.
-    """
-    named = {writer: position.of(writer) for writer in {*writers, *position.writers}}
-    below = position.stream_id - 1
-    if previous is not None and 0 < previous.stream_id <= below:
-        below = previous.stream_id - 1
-    return Position(below, named)
-
-
-def position_of_page(token: Position, writers: Sequence[str]) -> Position | None:
-    """What the token of a page stands for; None if it is no such token."""
-    # A client can hand anything in, also positions below nothing.
-    if not all(w in token.writers and token.writers[w] > token.stream_id for w in writers):
-        return None
-    stream_id = min(token.writers[writer] for writer in writers)
-    return Position(stream_id, {w: at for w, at in token.writers.items() if at > stream_id})
-
-
-def _dumped(position: Position) -> str:
-    return json.dumps([position.stream_id, sorted(position.writers.items())])
-
-
-def _dumped_all(older: Sequence[Older]) -> str:
-    return json.dumps([[sorted(p.room_ids), _dumped(p.after), _dumped(p.up_to)] for p in older])
-
-
-def _loaded(dumped: str) -> Position:
-    stream_id, writers = json.loads(dumped)
-    return Position(stream_id, dict(writers))
-
-
-def _loaded_all(dumped: str) -> list[Older]:
-    return [
-        Older(frozenset(room_ids), _loaded(after), _loaded(up_to))
-        for room_ids, after, up_to in json.loads(dumped)
-    ]

@@ -5,15 +5,16 @@ from collections.abc import Set as AbstractSet
 from typing import Any
 
 from synapse import visibility
-from synapse.api.constants import EventTypes, Membership, StickyEvent
-from synapse.types import RoomStreamToken, UnresolvedMultiWriterStreamToken
-from synapse.types.handlers.sliding_sync import RoomSyncConfig, SlidingSyncResult
+from synapse.api.constants import StickyEvent
+from synapse.types import UnresolvedMultiWriterStreamToken
+from synapse.types.handlers.sliding_sync import SlidingSyncResult
 from synapse.types.rest.client import SlidingSyncStickyEventsToken
 
 from synapse_sticky.handlers.sliding.handler import SlidingPage, SlidingRequest
-from synapse_sticky.homeserver import Cursor, Homeserver
-from synapse_sticky.homeserver.database import portions
-from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, attributes, method, table
+from synapse_sticky.handlers.sliding.joined.synapse import SynapseJoinedRooms
+from synapse_sticky.handlers.sliding.pages import Shown
+from synapse_sticky.homeserver import Homeserver
+from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, attributes, method
 from synapse_sticky.homeserver.tokens import position_of, token_of
 from synapse_sticky.homeserver.unignored import Unignored, together
 from synapse_sticky.index import Position
@@ -34,17 +35,12 @@ SEAMS = (
         is_replaced=True,
     ),
     *attributes(_REQUEST, "enabled", "limit", "since"),
-    *attributes(
-        f"{_TYPES}.SlidingSyncConfig",
-        *("user", "requester", "conn_id", "lists", "room_subscriptions"),
-    ),
+    *attributes(f"{_TYPES}.SlidingSyncConfig", "user", "requester", "conn_id"),
     Attribute(f"{_TYPES}.SlidingSyncResult.Extensions", "StickyEventsExtension"),
     *attributes(
         f"{_TYPES}.SlidingSyncResult.Extensions.StickyEventsExtension",
         *("room_id_to_sticky_events", "next_batch"),
     ),
-    method(f"{_TYPES}.RoomSyncConfig", "from_room_config(room_params, /) -> RoomSyncConfig"),
-    method(f"{_TYPES}.RoomSyncConfig", "must_await_full_state(is_mine_id, /) -> bool"),
     method(_TOKEN, "async from_stream_token(store, token, /) -> SlidingSyncStickyEventsToken"),
     method(_TOKEN, "async to_stream_token(store, /) -> MultiWriterStreamToken"),
     Attribute(_TOKEN, "_unresolved_stream_token"),
@@ -52,11 +48,7 @@ SEAMS = (
         "synapse.types.UnresolvedMultiWriterStreamToken", "stream", "instance_id_to_stream_pos"
     ),
     Attribute("synapse.types.SlidingSyncStreamToken", "stream_token"),
-    *attributes(
-        "synapse.types.StreamToken", "room_key", "sticky_events_key", "un_partial_stated_rooms_key"
-    ),
-    method("synapse.types.RoomStreamToken", "get_stream_pos_for_instance(instance_name, /) -> int"),
-    Attribute("synapse.types.RoomStreamToken", "stream"),
+    *attributes("synapse.types.StreamToken", "room_key", "sticky_events_key"),
     Attribute("synapse.config.workers.WorkerConfig", "writers"),
     Attribute("synapse.config.workers.WriterLocations", "events"),
     method(HOMESERVER, "get_storage_controllers() -> StorageControllers"),
@@ -73,26 +65,10 @@ SEAMS = (
         "async get_sticky_events_in_rooms(room_ids, /, *, from_token, to_token, now, limit) "
         "-> tuple[_, _]",
     ),
-    method(
-        STORE, "async get_sliding_sync_membership_changes(user_id, from_key, to_key, /) -> dict"
-    ),
-    method(
-        STORE, "async get_un_partial_stated_rooms_between(last_id, current_id, room_ids, /) -> set"
-    ),
-    method(STORE, "async find_first_stream_ordering_after_ts(ts, /) -> int"),
-    table(
-        "current_state_delta_stream",
-        "room_id text, instance_name text, stream_id integer, type text, state_key text, "
-        "event_id text, prev_event_id text",
-    ),
-    table("room_memberships", "event_id text, membership text"),
 )
 
 _ONLY_WRITER = 0
-_HOUR_MS = StickyEvent.MAX_DURATION.as_millis()
 _MOST_IN_SECTION = StickyEvent.MAX_EVENTS_IN_SYNC
-_MEMBER = EventTypes.Member
-_JOIN, _LEAVE = Membership.JOIN, Membership.LEAVE
 _Section = SlidingSyncResult.Extensions.StickyEventsExtension
 
 
@@ -112,6 +88,7 @@ class SynapseSliding:
         self._store = homeserver.store
         self._storage = homeserver.hs.get_storage_controllers()
         self.writers: Sequence[str] = homeserver.hs.config.worker.writers.events
+        self.joined = SynapseJoinedRooms(homeserver, self.writers)
 
     def page(self, pager: Callable[[SlidingRequest], Awaitable[SlidingPage]]) -> None:
         def make(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
@@ -177,71 +154,6 @@ class SynapseSliding:
             )
         )
 
-    async def newly_joined(
-        self, user_id: str, room_ids: AbstractSet[str], after: RoomStreamToken, up_to: Any
-    ) -> set[str]:
-        """The rooms that the user was not in at ``after``."""
-        changes = await self._store.get_sliding_sync_membership_changes(user_id, after, up_to)
-        changed = room_ids & changes.keys()
-        if not changed:
-            return set()
-
-        # Synapse counts some changes of a profile among them. The state changes know better.
-        def read_txn(txn: Cursor) -> set[str]:
-            rows = []
-            for portion in portions(changed):
-                clause, args = self._homeserver.in_list("d.room_id", portion)
-                txn.execute(
-                    f"""
-                    SELECT d.room_id, d.instance_name, d.stream_id
-                    FROM current_state_delta_stream AS d
-                    INNER JOIN room_memberships AS m ON m.event_id = d.event_id
-                    LEFT JOIN room_memberships AS before ON before.event_id = d.prev_event_id
-                    WHERE d.type = ? AND d.state_key = ? AND ? < d.stream_id
-                        AND m.membership = ? AND COALESCE(before.membership, ?) != ? AND {clause}
-                    """,
-                    (
-                        *(_MEMBER, user_id, after.stream),
-                        *(_JOIN, _LEAVE, _JOIN, *args),
-                    ),
-                )
-                rows += txn.fetchall()
-            return {
-                room_id
-                for room_id, writer, stream_id in rows
-                if after.get_stream_pos_for_instance(writer)
-                < stream_id
-                <= up_to.get_stream_pos_for_instance(writer)
-            }
-
-        return await self._homeserver.transact("newly_joined", read_txn)
-
-    async def position_an_hour_ago(self) -> RoomStreamToken:
-        """Whatever is sticky now came in after this position."""
-        first = await self._store.find_first_stream_ordering_after_ts(
-            self._homeserver.now_ms() - _HOUR_MS
-        )
-        return RoomStreamToken(stream=max(first - 1, 0))
-
-    async def no_longer_partial(
-        self, sync_config: Any, room_ids: AbstractSet[str], after: Any, up_to: Any
-    ) -> set[str]:
-        """The rooms that were kept from the client until their state was whole."""
-        first, last = after.un_partial_stated_rooms_key, up_to.un_partial_stated_rooms_key
-        if first == last or not room_ids:
-            return set()
-        asked_for = [
-            *(sync_config.lists or {}).values(),
-            *(sync_config.room_subscriptions or {}).values(),
-        ]
-        is_mine = self._homeserver.api.is_mine
-        if not any(
-            RoomSyncConfig.from_room_config(part).must_await_full_state(is_mine)
-            for part in asked_for
-        ):
-            return set()
-        return await self._store.get_un_partial_stated_rooms_between(first, last, room_ids)
-
     async def visible(self, user_id: str, event_ids: Collection[str]) -> list[Any]:
         """These events as the user may see them, history visibility aside (C1): not those of users
         whom they ignore (D6), nor what was redacted meanwhile (S5)."""
@@ -270,7 +182,6 @@ class _Response:
         self._sync_config = sync_config
         self._user_id: str = sync_config.user.to_string()
         self._to_token = to_token
-        self._from_token = from_token.stream_token if from_token else None
         self._now_ms = sliding._homeserver.now_ms()
         self._parts: list[tuple[int, dict[str, list[str]]]] = []
         device_id: str = sync_config.requester.device_id or ""
@@ -279,17 +190,21 @@ class _Response:
         self.limit: int = min(request.limit, _MOST_IN_SECTION)
         self.since = since
         self.up_to = position_of(to_token.sticky_events_key)
+        shown_by = sliding.joined.shown_by
+        self.shown = shown_by(to_token)
+        self.shown_before = shown_by(from_token.stream_token) if from_token else None
 
-    async def newly_joined_rooms(self) -> AbstractSet[str]:
-        up_to = self._to_token.room_key
-        if self._from_token is None:
-            # A new connection that goes on from an old position.
-            after = await self._sliding.position_an_hour_ago()
-            return await self._sliding.newly_joined(self._user_id, self.room_ids, after, up_to)
-        after = self._from_token.room_key
-        joined = await self._sliding.newly_joined(self._user_id, self.room_ids, after, up_to)
-        return joined | await self._sliding.no_longer_partial(
-            self._sync_config, self.room_ids, self._from_token, self._to_token
+    async def newly_joined_rooms(self, after: Shown | None) -> AbstractSet[str]:
+        rooms, joined = self._sliding.joined, set[str]()
+        asked = (self._user_id, self.room_ids)
+        if after is None:
+            joined = await rooms.joined_within_the_hour(*asked, self._to_token.room_key)
+            after = self.shown_before
+        if after is None:
+            return joined
+        joined |= await rooms.joined_after(*asked, after.rooms, self._to_token.room_key)
+        return joined | await rooms.no_longer_partial(
+            self._sync_config, self.room_ids, after.whole, self.shown.whole
         )
 
     async def read(

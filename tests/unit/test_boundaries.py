@@ -31,9 +31,9 @@ MAY_IMPORT = {
     "__init__": {"module"},
     "module": {"config", "metrics", "wiring"},
     "wiring": {
-        *("backoff", "config", "duties", "handlers", "homeserver", "index", "limits", "metrics"),
-        *("loading", "plan"),
+        *("config", "duties", "homeserver", "index", "installer", "loading", "metrics", "plan"),
     },
+    "installer": {"config", "handlers", "homeserver", "index", "limits", "loading"},
     "loading": {"backoff", "duties", "homeserver"},
     "plan": {"config", "duties", "homeserver"},
     "cli": {"config", "duties", "handlers", "homeserver", "module", "plan", "versions"},

@@ -20,6 +20,7 @@ UNBOUNDED = {
     "homeserver/database.py",
     "homeserver/layout.py",
     "homeserver/process.py",
+    "installer.py",
     "loading.py",
     "module.py",
     "wiring.py",

@@ -182,6 +182,7 @@ class _Response:
         self._sync_config = sync_config
         self._user_id: str = sync_config.user.to_string()
         self._to_token = to_token
+        self._from_token = from_token.stream_token if from_token else None
         self._now_ms = sliding._homeserver.now_ms()
         self._parts: list[tuple[int, dict[str, list[str]]]] = []
         device_id: str = sync_config.requester.device_id or ""

@@ -1,5 +1,6 @@
 """Where Synapse is installed: a folder of this machine, or a Debian of its own."""
 
+import atexit
 import json
 import os
 import shutil
@@ -19,6 +20,17 @@ SYNAPSE = ("matrix-synapse[redis]>=1.163", "psycopg2-binary")
 _PACKAGES = "ca-certificates,python3,python3-venv,python3-pip"
 # Whoever runs Synapse there: nobody who may install anything.
 _USER = "65534:65534"
+
+
+_made: list[str] = []
+
+
+@atexit.register
+def _remove_what_came_back() -> None:
+    """The wheel that brings Postgres leaves a file beside its data as Python ends. This is told
+    before that wheel is imported, and so it is done after that."""
+    for name in _made:
+        shutil.rmtree(name, ignore_errors=True)
 
 
 class Place:
@@ -119,6 +131,7 @@ class Place:
 def here() -> Iterator[Place]:
     """A folder of this machine."""
     with tempfile.TemporaryDirectory(prefix="install-") as name:
+        _made.append(name)
         yield Place(Path("/"), name)
 
 
@@ -140,6 +153,7 @@ def debian(release: str, kept: Path) -> Iterator[Place]:
         run(("debootstrap", *options, release, base), timeout_s=3600)
         (base / "complete").touch()
     with tempfile.TemporaryDirectory(prefix="install-") as name:
+        _made.append(name)
         Path(name).chmod(0o755)
         root = Path(name) / "r"
         run(("cp", "-a", base, root))

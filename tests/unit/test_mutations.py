@@ -226,11 +226,12 @@ def test_a_start_does_what_was_planned(
 
 @contextmanager
 def removed(seam: Seam) -> Iterator[None]:
-    """Takes it from what is of the class already: a property comes before what an instance has."""
+    """Takes it from what is of the class already, and from what will be: a property comes before
+    what an instance has."""
     cls = resolve(seam.owner)
     had = vars(cls).get(seam.name)
     try:
-        setattr(cls, seam.name, property(is_gone))
+        setattr(cls, seam.name, property(is_gone, lambda instance, value: None))
     except TypeError:  # it is compiled, and cannot be changed
         yield
         return

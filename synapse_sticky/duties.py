@@ -124,8 +124,15 @@ CHECK = "cli.synapse"
 """What ``synapse-sticky check`` needs to read a configuration."""
 
 _PLACES = "homeserver.sticky_rows"
-_ROWS = (_PLACES, "index.synapse:rows")
-_PERSISTED = "index.synapse:persisted"
+_WHOLE = "homeserver.whole"
+_ROWS = (_PLACES, _WHOLE, "index.synapse:rows")
+_OPTIONAL = (
+    "index.synapse:persisted",
+    "index.redactions.synapse:bans",
+    "index.redactions.synapse:erasure",
+    "index.cut_short.synapse",
+)
+"""What duties make use of where it fits, and do without where it does not."""
 _PURGES = "index.synapse:purges"
 _CHANGES = ("homeserver.stream", "index.synapse:changes", _PURGES)
 _INDEX = (*_ROWS, *_CHANGES, "index.synapse:stream")
@@ -217,7 +224,7 @@ DUTIES: Mapping[str, Duty] = {
         ),
         _whole(
             "deferral",
-            (*_CHANGES, _PLACES, "handlers.deferral.synapse"),
+            (*_CHANGES, _PLACES, _WHOLE, "handlers.deferral.synapse"),
             "a flood of another server delays the sticky events of all others",
             lambda place: place.writes,
         ),
@@ -270,7 +277,8 @@ def _every_seam() -> Iterator[Seam]:
     yield from database.SEAMS
     yield from schema.SEAMS
     yield from changed.SEAMS
-    yield from seams_of(_PERSISTED)
+    for file in _OPTIONAL:
+        yield from seams_of(file)
     yield from seams_of(CHECK)
     for layer in access.SEAMS.values():
         yield from layer

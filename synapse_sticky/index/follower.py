@@ -59,6 +59,8 @@ class IndexFollower:
         self._listeners: list[RoomsListener] = []
         self._changed: set[str] = set()
         self._purged: set[str] = set()
+        # Rooms, empty for all of them, and users whose events there are still to be looked for.
+        self._redacted: set[tuple[str, str]] = set()
         self._rechecking: set[str] = set()
         self._progress = homeserver.new_signal()
         self._has_failed = False
@@ -81,6 +83,7 @@ class IndexFollower:
         self.stream.on_advance(self._poke)
         self.stream.on_event_changed(self._event_changed)
         self.stream.on_room_purged(self._room_purged)
+        self.stream.on_user_redacted(self._user_redacted)
         self._expiry.ring_in(_EXPIRE_EVERY_MS)
         # What expires by that is over, also if the clock is set back later.
         self._hs.on_clock_set(lambda _: self._expiry.ring_in(0))
@@ -164,6 +167,7 @@ class IndexFollower:
         if (
             self._following.is_running
             or self._changed
+            or self._redacted
             or not self.index.in_step(self.stream.positions())
         ) and not self._take_in_noted():
             self._following.wake()
@@ -173,7 +177,7 @@ class IndexFollower:
         nothing is asked. Gives whether nothing is left to do."""
         following, index = self._following, self.index
         is_busy = following.is_running or following.is_failing or self._changed
-        if is_busy or not self.is_whole or not index.positions():
+        if is_busy or self._redacted or not self.is_whole or not index.positions():
             return False
         positions = self.stream.positions()
         after, up_to = _span(index, positions)
@@ -212,10 +216,32 @@ class IndexFollower:
             self._purged.add(room_id)
         self._poke()
 
-    def _look_up_anew(self, room_id: str) -> None:
-        up_to = max(self.stream.positions().values(), default=0)
-        for _, _, event_id in self.index.events_in_rooms([room_id], 0, {}, up_to, {}, 0, None):
-            self._changed.add(event_id)
+    def _user_redacted(self, room_id: str, user_id: str) -> None:
+        self._noted.clear()
+        if room_id:
+            self._look_up_anew(room_id, user_id)
+        if not room_id or self._following.is_running:
+            self._redacted.add((room_id, user_id))
+        self._poke()
+
+    async def _look_for_redacted(self) -> None:
+        while self._redacted:
+            # Out before it is looked for, as it may come once more meanwhile.
+            room_id, user_id = pair = self._redacted.pop()
+            try:
+                rooms = [room_id] if room_id else await self.stream.rooms_of(user_id)
+            except Exception:
+                self._redacted.add(pair)
+                raise
+            for of_room in rooms:
+                self._look_up_anew(of_room, user_id)
+
+    def _look_up_anew(self, room_id: str, user_id: str | None = None) -> None:
+        index, up_to = self.index, max(self.stream.positions().values(), default=0)
+        for _, _, event_id in index.events_in_rooms([room_id], 0, {}, up_to, {}, 0, None):
+            row = index.get(event_id)
+            if user_id is None or (row is not None and row[3] == user_id):
+                self._changed.add(event_id)
 
     async def _follow(self) -> None:
         # New rows are taken in between: events may change faster than they are looked up.
@@ -231,6 +257,7 @@ class IndexFollower:
             for room_id in self._purged:
                 self._look_up_anew(room_id)
             self._purged.clear()
+            await self._look_for_redacted()
             await self._recheck()
         except BaseException:
             self._has_failed = True

@@ -10,7 +10,8 @@ import attr
 class StickyRow:
     """One row of the sticky events stream.
 
-    deliverable: False while the event is soft-failed, and for good once it is redacted or gone.
+    deliverable: False while the event is soft-failed, and for good once it is redacted or gone, or
+        its sender's data erased.
     """
 
     stream_id: int
@@ -42,6 +43,10 @@ class Stream(Protocol):
         """The present rows of these events, by event ID, at these stream IDs; one that is gone or
         was moved is left out."""
 
+    async def rooms_of(self, user_id: str) -> list[str]:
+        """The rooms with unexpired rows of this user's, by their IDs. It reads all rows, which is
+        for rare use."""
+
     async def last_rows(self, room_id: str) -> dict[str, int]:
         """The last stream ID that each writer has given to an unexpired row of the room's own
         events, by instance name: as the database has it, which this process may see later."""
@@ -58,3 +63,7 @@ class Stream(Protocol):
 
     def on_room_purged(self, callback: Callable[[str], None]) -> None:
         """Calls back with a room ID whose events may be gone."""
+
+    def on_user_redacted(self, callback: Callable[[str, str], None]) -> None:
+        """Calls back with the ID of a room, or none for all rooms, and of a user: all that the user
+        has sent there may be redacted at once, or the user's data erased (S5)."""

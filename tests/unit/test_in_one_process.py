@@ -71,6 +71,7 @@ def replaced_on(hs: Any) -> dict[tuple[str, str], Any]:
             hs.get_storage_controllers().persistence._event_persist_queue,
             hs.get_federation_transport_client(),
         ),
+        *hs.get_datastores().databases,
     )
     names = {seam.name for seam in REPLACED}
     return {

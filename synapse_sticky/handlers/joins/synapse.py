@@ -13,6 +13,7 @@ from synapse_sticky.handlers.joins.federation import BacklogSource, LeftToSynaps
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.causes import Cause, Verdict
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, attributes, method, table
+from synapse_sticky.homeserver.whole import still_whole
 from synapse_sticky.logs import bounded
 
 if TYPE_CHECKING:
@@ -199,12 +200,16 @@ class SynapseFederation:
                 try:
                     batch = await source(destination, limit)
                 except LeftToSynapseError:
-                    return await original(destination, *args, limit=limit, **options)
+                    return await self._without_redacted(
+                        original(destination, *args, limit=limit, **options)
+                    )
                 except Exception:
                     logger.exception(
                         "No batch of sticky events for %s, leaving it to Synapse", destination
                     )
-                    return await original(destination, *args, limit=limit, **options)
+                    return await self._without_redacted(
+                        original(destination, *args, limit=limit, **options)
+                    )
                 if batch is None:
                     return None
                 return RoomID.from_string(batch.room_id), batch.position, batch.event_ids
@@ -215,6 +220,17 @@ class SynapseFederation:
         self._homeserver.replace(self._store, name, make)
         name = "mark_backlogged_sticky_events_sent"
         self._homeserver.replace(self._store, name, self._leaving_out_deleted_rooms)
+
+    async def _without_redacted(
+        self, selected: Awaitable[tuple[Any, Any, Any] | None]
+    ) -> tuple[Any, Any, Any] | None:
+        """Synapse's own selection, without what is redacted by what the database says: Synapse goes
+        by its cache (S5)."""
+        if (batch := await selected) is None:
+            return None
+        room_id, position, event_ids = batch
+        whole = await still_whole(self._homeserver, event_ids)
+        return room_id, position, [event_id for event_id in event_ids if event_id in whole]
 
     def _leaving_out_deleted_rooms(
         self, original: Callable[..., Awaitable[None]]

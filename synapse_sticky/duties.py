@@ -211,7 +211,7 @@ DUTIES: Mapping[str, Duty] = {
             "parking",
             (
                 *(_MEMBERS, "handlers.staging.parking.synapse", "handlers.staging.batches.synapse"),
-                *("homeserver.staged", _PURGES),
+                *("homeserver.staged", _WHOLE, _PURGES),
             ),
             "acknowledged sticky events are dropped if they cannot be persisted at once",
             _everywhere,

@@ -15,8 +15,9 @@ from typing import Any
 
 from synapse_sticky.backoff import Backoff, Retrying
 from synapse_sticky.homeserver.fitting import misfits
-from synapse_sticky.homeserver.process import Cursor, Homeserver
-from synapse_sticky.homeserver.seams import STORE, Attribute, method, table
+from synapse_sticky.homeserver.process import Homeserver
+from synapse_sticky.homeserver.seams import STORE, Attribute, method
+from synapse_sticky.homeserver.whole import is_user_redacted_txn
 from synapse_sticky.index.cut_short.synapse import CutShort
 from synapse_sticky.logs import bounded
 
@@ -30,7 +31,6 @@ SEAMS = {
         method(_POOL, "async simple_upsert(table, keyvalues)", is_replaced=True),
         method(_POOL, "async simple_update(table, keyvalues)", is_replaced=True),
         method(STORE, "_invalidate_local_get_event_cache_room_id(room_id, /)"),
-        table("room_ban_redactions", "room_id text, user_id text, redact_end_ordering integer"),
     ),
     "erasure": (
         Attribute(STORE, "is_user_erased"),
@@ -180,17 +180,10 @@ class UserRedactions:
 
     async def _is_over(self, keyvalues: dict[str, Any]) -> bool:
         """Does no redaction of this user in the room go on?"""
-
-        def read_txn(txn: Cursor) -> bool:
-            txn.execute(
-                "SELECT 1 FROM room_ban_redactions"
-                " WHERE room_id = ? AND user_id = ? AND redact_end_ordering IS NULL",
-                (keyvalues["room_id"], keyvalues["user_id"]),
-            )
-            return txn.fetchone() is None
-
         try:
-            return await self._homeserver.transact("is_redaction_over", read_txn)
+            return not await self._homeserver.transact(
+                "is_redacted", is_user_redacted_txn, keyvalues["room_id"], keyvalues["user_id"]
+            )
         except Exception:
             logger.exception("Could not find out whether a redaction is over, ending it")
             return False

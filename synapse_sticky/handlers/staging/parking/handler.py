@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Protocol
 from synapse_sticky.backoff import Backoff
 from synapse_sticky.handlers.staging.held import Held
 from synapse_sticky.handlers.staging.parking.purged import PurgedRooms
+from synapse_sticky.handlers.staging.parking.redacted import RedactedSenders
 from synapse_sticky.handlers.staging.parking.tables import (
     LONGEST_MS,
     ParkedPdu,
@@ -131,6 +132,7 @@ class ParkingHandler:
         self._writer = ParkedWriter(homeserver, table, staging, held, self._on_parked)
         self._stream = stream
         self._purged = PurgedRooms(homeserver, table, self._writer, staging.known_txn)
+        self._redacted = RedactedSenders(homeserver)
         self._timer: Cancellable | None = None
         self._timer_due_ms = 0
         self._is_trying = False
@@ -144,6 +146,7 @@ class ParkingHandler:
         """Takes effect from the next PDU on."""
         self._staging.park_by(self.fail)
         self._stream.on_room_purged(self._purged.note)
+        self._stream.on_user_redacted(self._redacted.note)
 
     async def load(self) -> None:
         """Has what was acknowledged before a restart processed without waiting for others.
@@ -160,6 +163,7 @@ class ParkingHandler:
         await self._writer.load()
         self._staging.begin_on_staged_pdus()
         if self._staging.receives:
+            self._redacted.load()
             self._try_within(0)
 
     # Parking

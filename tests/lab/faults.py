@@ -23,13 +23,14 @@ from synapse.replication.tcp.streams._base import StickyEventsStream
 
 import synapse_sticky.handlers.deferral.synapse
 import synapse_sticky.wiring
-from synapse_sticky import StickyEventsModule, _core
+from synapse_sticky import _core
 from synapse_sticky.config import StickyConfig
 from synapse_sticky.handlers.deferral.handler import NewStickyEvent
 from synapse_sticky.handlers.deferral.synapse import SynapseWriter
 from synapse_sticky.homeserver import Cursor
 from synapse_sticky.homeserver import Homeserver as Process
 from tests.lab.homeserver import Homeserver
+from tests.lab.probe import ProbedModule
 
 FAULTY_MODULE = "tests.lab.faults.FaultyModule"
 _FILE = "fault.json"
@@ -258,7 +259,7 @@ class FaultyWriter(SynapseWriter):
         super().defer_by(faulty_defer_txn)
 
 
-class FaultyModule(StickyEventsModule):
+class FaultyModule(ProbedModule):
     def __init__(self, config: StickyConfig, api: ModuleApi) -> None:
         setattr(synapse_sticky.wiring, "Homeserver", FaultyHomeserver)  # noqa: B010
         setattr(synapse_sticky.handlers.deferral.synapse, "SynapseWriter", FaultyWriter)  # noqa: B010

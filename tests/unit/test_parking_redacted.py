@@ -52,13 +52,14 @@ class Parking:
     def __init__(self, store: CountingStore) -> None:
         self.store, self.table, held = store, ParkedTable(store), Held()
         staging = SynapseStaging(store, held)
-        staging.receives = True
         self.handler = ParkingHandler(
             store, Rooms(store), staging, self.table, held, SynapseStickyStream(store)
         )
         self.handler.install()
         done(self.handler.load())
         self.senders = self.handler._redacted
+        # As in a process that receives transactions.
+        self.senders.load()
 
     def park(self, number: int, sender: str, room_id: str = ROOM, **content: Any) -> str:
         event_id = f"${number}"

@@ -6,7 +6,7 @@ of them tells the other by replication is handed on as it is.
 
 import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,16 @@ from synapse.api.room_versions import RoomVersions
 from synapse.app.homeserver import SynapseHomeServer
 from synapse.config.homeserver import HomeServerConfig
 from synapse.events import EventBase, make_event_from_dict
+from twisted.internet.defer import Deferred, ensureDeferred
 
+import tests.unit.process
+from synapse_sticky.handlers.joins.federation import LeftToSynapseError
+from synapse_sticky.handlers.joins.synapse import SynapseFederation
 from synapse_sticky.homeserver import Cursor, Homeserver
+from synapse_sticky.homeserver.rooms import Rooms
 from synapse_sticky.homeserver.stream import NAME as STREAM
 from synapse_sticky.homeserver.whole import still_whole
-from synapse_sticky.index import IndexFollower
+from synapse_sticky.index import IndexFollower, StickyRow
 from synapse_sticky.index.redactions import synapse as redactions
 from synapse_sticky.index.synapse import SynapseStickyStream
 from tests.unit.configuration import configuration
@@ -33,6 +38,7 @@ from tests.unit.test_limits_in_synapse import (
     run_sql,
     run_synchronously,
 )
+from tests.unit.test_panics import Stream, following, row
 
 pytestmark = pytest.mark.requirement("S5")
 
@@ -340,6 +346,73 @@ def test_the_database_is_asked_whatever_is_cached(processes: tuple[Process, Proc
     done(write_row(persister, room.member(BOB, "ban", ALICE, redacts=True)))
     assert done(still_whole(other.homeserver, [event.event_id, "$unknown"])) == {}
     assert done(still_whole(other.homeserver, [])) == {}
+
+
+@pytest.mark.requirement("P2")
+def test_synapses_own_selection_is_pushed_without_them(
+    processes: tuple[Process, Process],
+) -> None:
+    persister, sending = processes
+    room = Room(persister.homeserver)
+    gone, kept = room.sticky(MALLORY), room.sticky(ALICE)
+    assert sending.start()
+    assert sending.shows(gone)
+    federation = SynapseFederation(sending.homeserver, Rooms(sending.homeserver))
+
+    async def leave(destination: str, limit: int) -> None:
+        raise LeftToSynapseError
+
+    federation.serve_backlog_from(leave)
+    sql = "INSERT INTO destination_rooms_sticky_events_backlog VALUES ('there', ?, 0)"
+    run_sql(persister.homeserver, sql, ROOM)
+    done(write_row(persister, room.member(MALLORY, "ban", ALICE, redacts=True)))
+    select = sending.store.get_backlogged_sticky_events_for_destination
+    _, _, event_ids = done(select("there", limit=50))
+    assert event_ids == [kept.event_id]
+
+
+class Reading(Stream):
+    """A database that gives a page when it is told to, and by then has all of it redacted."""
+
+    def __init__(self, *rows: StickyRow) -> None:
+        super().__init__(*rows)
+        self.pages: list[Deferred[None]] = []
+
+    async def rows(self, *, after: int, up_to: int, limit: int) -> list[StickyRow]:
+        found = await super().rows(after=after, up_to=up_to, limit=limit)
+        self.pages.append(Deferred())
+        await self.pages[-1]
+        return found
+
+    async def rows_at(self, stream_ids: Mapping[str, int]) -> list[StickyRow]:
+        found = await super().rows_at(stream_ids)
+        return [attr.evolve(row, deliverable=row.sender != ALICE) for row in found]
+
+    async def rooms_of(self, user_id: str) -> list[str]:
+        return ["!room", "!nowhere"]
+
+    def on_user_redacted(self, callback: Callable[[str, str], None]) -> None:
+        self.tell = callback
+
+
+class Patient(tests.unit.process.Process):
+    """A process whose jobs take their time."""
+
+    def in_background(
+        self, what: str, function: Callable[..., Awaitable[None]], *args: Any
+    ) -> None:
+        ensureDeferred(function(*args))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("room_id", ["!room", ""])
+def test_while_a_page_is_being_read(room_id: str) -> None:
+    stream = Reading(row(1), attr.evolve(row(2), sender=BOB))
+    follower = following(Patient(), stream)
+    stream.tell(room_id, ALICE)
+    stream.pages.pop().callback(None)
+    assert follower.in_step()
+    assert "$1" not in follower.index
+    assert "$2" in follower.index
 
 
 @pytest.mark.requirement("H5")

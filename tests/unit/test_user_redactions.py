@@ -8,7 +8,7 @@ import json
 import sqlite3
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import attr
 import pytest
@@ -22,6 +22,7 @@ import tests.unit.process
 from synapse_sticky.handlers.joins.federation import LeftToSynapseError
 from synapse_sticky.handlers.joins.synapse import SynapseFederation
 from synapse_sticky.homeserver import Cursor, Homeserver
+from synapse_sticky.homeserver.clock import SetClock
 from synapse_sticky.homeserver.rooms import Rooms
 from synapse_sticky.homeserver.stream import NAME as STREAM
 from synapse_sticky.homeserver.whole import still_whole
@@ -54,6 +55,7 @@ def make_homeserver(folder: Path) -> SynapseHomeServer:
     config = HomeServerConfig()
     config.parse_config_dict(options, "", "")
     reactor: Any = Reactor()  # type: ignore[no-untyped-call]
+    reactor.rightNow = 1_800_000_000
     hs = SynapseHomeServer("here", config=config, reactor=reactor)
     hs.setup()
     run_synchronously(hs)
@@ -70,7 +72,16 @@ class Process:
     failing: int = 0
 
     def __attrs_post_init__(self) -> None:
-        self.homeserver = Homeserver(self.hs.get_module_api())
+        api, reactor = self.hs.get_module_api(), cast("Any", self.hs.get_reactor())
+        self.homeserver = Homeserver(api)
+        self.homeserver._clock.close()
+        # Time passes when a test says so.
+        self.homeserver._clock = SetClock(
+            api.get_current_time_msec,
+            api.delayed_background_call,
+            reactor.callFromThread,
+            reactor.seconds,
+        )
         send = self.store._send_invalidation_to_replication
 
         def note(txn: Cursor, cache_name: str, keys: Any) -> None:
@@ -283,8 +294,8 @@ def test_what_is_sent_after_an_unban_counts(processes: tuple[Process, Process]) 
     after = room.sticky(BOB)
     done(end(persister, room.member(BOB, "join", BOB)))
     assert run_sql(persister.homeserver, ROW, BOB)[0][1] == ended
+    persister.hand_on_to(other)
     for process in processes:
-        persister.hand_on_to(other)
         whole = done(still_whole(process.homeserver, [before.event_id, after.event_id]))
         assert [*whole] == [after.event_id]
     assert persister.shows(after)

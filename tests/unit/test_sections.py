@@ -42,6 +42,12 @@ class FakeStore:
     async def get_events_as_list(self, event_ids: Collection[str]) -> list[EventBase]:
         return [event for event in self.events.values() if event.event_id in event_ids]
 
+    async def get_events(self, event_ids: Collection[str]) -> dict[str, EventBase]:
+        return {event.event_id: event for event in await self.get_events_as_list(event_ids)}
+
+    async def are_users_erased(self, user_ids: Collection[str]) -> dict[str, bool]:
+        return dict.fromkeys(user_ids, False)
+
 
 def _event(room_id: str) -> EventBase:
     fields = {

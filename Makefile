@@ -68,7 +68,7 @@ conformance-plain: $(VENV)/.built ## The same, asked of plain Synapse, which fai
 fuzz: $(VENV)/.built ## Everything that comes from outside, in every shape, for ten minutes; prints its seeds
 	$(BIN)/python -m tests.fuzz --minutes 10
 
-soak: $(VENV)/.built ## Four servers, floods, joins, redactions, crashes: ten minutes, then what was promised is checked; prints its seed
+soak: $(VENV)/.built ## Four servers, floods, joins, redactions, crashes, strangers: ten minutes, then what was promised is checked; prints its seed
 	$(BIN)/python -m tests.soak --minutes 10
 
 format: $(VENV)/.built ## Formats Python and Rust

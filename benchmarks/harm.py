@@ -1,10 +1,10 @@
 """What the module costs others when much goes wrong, or when somebody makes it so (H1 to H4).
 
-``python -m benchmarks.harm --runs 3 --cases questions``
+``python -m benchmarks.harm --runs 3 --cases questions --plot harm.svg``
 
 A case is added as a module in ``benchmarks/harm_cases`` with a tuple ``CASES``. Each is measured at
-a size and at four times that size. The table has the figures of the larger size, and by how much
-they grew.
+a size and at four times that size; for a plot, at twice that size as well. The table has the
+figures of the larger size, and by how much they grew.
 """
 
 import argparse
@@ -12,7 +12,9 @@ import importlib
 import pkgutil
 import statistics
 import sys
-from collections.abc import Callable, Mapping
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import attr
 
@@ -20,6 +22,9 @@ from tests.lab import Lab
 from tests.lab.say import say
 
 FACTOR = 4
+_SIZES = (1, FACTOR)
+_SIZES_IN_PLOT = (1, 2, FACTOR)
+_COLUMNS_IN_PLOT = 4
 
 Figures = Mapping[str, float]
 """The figures of one run, by their names."""
@@ -53,17 +58,20 @@ class Case:
 
 @attr.s(auto_attribs=True, frozen=True)
 class Row:
-    """One figure of a case: the median of its runs at both sizes."""
+    """One figure of a case: the median of its runs by size."""
 
     case: str
     figure: str
     goal: Goal
-    small: float
-    large: float
+    found: Mapping[int, float]
+
+    @property
+    def large(self) -> float:
+        return self.found[FACTOR]
 
     @property
     def growth(self) -> float | None:
-        return self.large / self.small if self.small else None
+        return self.large / self.found[1] if self.found[1] else None
 
     @property
     def is_met(self) -> bool:
@@ -99,9 +107,9 @@ def cases() -> list[Case]:
     return found
 
 
-def measure(case: Case, runs: int) -> list[Row]:
+def measure(case: Case, runs: int, sizes: Sequence[int] = _SIZES) -> list[Row]:
     """The medians of so many runs, each with new servers."""
-    figures: dict[int, list[Figures]] = {1: [], FACTOR: []}
+    figures: dict[int, list[Figures]] = {size: [] for size in sizes}
     for run in range(runs):
         for size, found in figures.items():
             say(f"{case.name}, size {size}, run {run + 1} of {runs}")
@@ -112,8 +120,10 @@ def measure(case: Case, runs: int) -> list[Row]:
             case.name,
             name,
             goal,
-            statistics.median(found[name] for found in figures[1]),
-            statistics.median(found[name] for found in figures[FACTOR]),
+            {
+                size: statistics.median(found[name] for found in of_size)
+                for size, of_size in figures.items()
+            },
         )
         for name, goal in case.goals.items()
     ]
@@ -125,19 +135,49 @@ def table(rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Each figure against the size of what was done, with its goal."""
+    from matplotlib import rcParams
+    from matplotlib.figure import Figure
+
+    rcParams["svg.hashsalt"] = "the same names in every drawing"
+    rcParams["svg.fonttype"] = "none"  # letters as text take a tenth of the bytes
+    lines = -(-len(rows) // _COLUMNS_IN_PLOT)
+    figure = Figure(figsize=(3 * _COLUMNS_IN_PLOT, 2.3 * lines), layout="constrained")
+    all_axes = list(figure.subplots(lines, _COLUMNS_IN_PLOT, squeeze=False).flat)
+    for axes in all_axes:
+        axes.set_axis_off()
+    for row, axes in zip(rows, all_axes, strict=False):
+        axes.set_axis_on()
+        sizes = sorted(row.found)
+        axes.plot(sizes, [row.found[size] for size in sizes], marker="o", color="#2a8c4a")
+        axes.axhline(row.goal.most, linestyle="--", color="#d9822b")
+        axes.set_ylim(bottom=0)
+        axes.set_xticks(sizes, [f"x {size}" for size in sizes])
+        unit = f" ({row.goal.unit})" if row.goal.unit else ""
+        axes.set_title(textwrap.fill(row.case, 48) + f"\n{row.figure}{unit}", fontsize=7)
+        axes.tick_params(labelsize=7)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, metadata={"Date": None})
+
+
 def main() -> None:
     """Prints the table; exits with an error if a goal is missed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--cases", default="", help="those with this in their name only")
+    parser.add_argument("--plot", type=Path, help="an SVG file to draw (needs matplotlib)")
     args = parser.parse_args()
+    sizes = _SIZES_IN_PLOT if args.plot else _SIZES
     rows = [
         row
         for case in cases()
         if args.cases.lower() in case.name.lower()
-        for row in measure(case, args.runs)
+        for row in measure(case, args.runs, sizes)
     ]
     say(table([row.cells() for row in rows]))
+    if args.plot:
+        draw(rows, args.plot)
     if not all(row.is_met for row in rows):
         sys.exit("A goal is missed.")
 

@@ -13,7 +13,7 @@ import attr
 
 logger = logging.getLogger(__name__)
 
-_FORGIVEN_AFTER_MS = 600_000
+FORGIVEN_AFTER_MS = 600_000
 """A setback that long ago does not count any more."""
 
 
@@ -155,7 +155,7 @@ class Retrying:
         if self.is_running or self._is_waiting:
             return
         now_ms = self._clock.steady_ms()
-        is_again = 0 <= now_ms - self._set_back_ms < _FORGIVEN_AFTER_MS
+        is_again = 0 <= now_ms - self._set_back_ms < FORGIVEN_AFTER_MS
         self._setbacks = self._setbacks + 1 if is_again else 1
         self._set_back_ms = now_ms
         self._failures = self._setbacks

@@ -28,6 +28,13 @@ def in_place_of(
         # Somebody else's replacement, which passes on what comes.
         return _with_signature(functools.wraps(original)(replacement), signature)
     own = inspect.signature(replacement).parameters
+    is_async = inspect.iscoroutinefunction(original)
+    is_plain = inspect.isfunction(replacement) and (
+        is_async == inspect.iscoroutinefunction(replacement)
+    )
+    if is_plain and _takes_the_same(list(own.values()), list(parameters)):
+        # Every sync and every event comes by some of these: nothing is between.
+        return _with_signature(functools.wraps(original)(replacement), signature)
     own_names = dict(
         zip(
             (parameter.name for parameter in parameters if parameter.kind in _BY_POSITION),
@@ -64,7 +71,7 @@ def in_place_of(
         named = {own_names.get(name, name): value for name, value in arguments.items()}
         return {**defaults, **named, **unnamed}
 
-    if inspect.iscoroutinefunction(original):
+    if is_async:
 
         @functools.wraps(original)
         async def call_later(*args: Any, **options: Any) -> Any:
@@ -77,6 +84,16 @@ def in_place_of(
         return replacement(**by_name(*args, **options))
 
     return _with_signature(call, signature)
+
+
+def _takes_the_same(own: list[inspect.Parameter], others: list[inspect.Parameter]) -> bool:
+    """May the first be called in each way that the others may, to the same effect? It may take more
+    by name."""
+    if own and own[-1].kind is inspect.Parameter.VAR_KEYWORD:
+        own = own[:-1]
+    return [(p.name, p.kind, p.default) for p in own] == [
+        (p.name, p.kind, p.default) for p in others
+    ]
 
 
 def _is_left(parameter: inspect.Parameter) -> bool:

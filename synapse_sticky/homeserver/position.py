@@ -1,12 +1,13 @@
 """A position of the sticky events stream."""
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
-import attr
+NO_WRITERS: Mapping[str, int] = {}
+"""Empty. A dict, as every sync asks about it; nobody changes it."""
 
 
-@attr.s(auto_attribs=True, frozen=True, slots=True)
-class Position:
+class Position(NamedTuple):
     """A position of the sticky events stream, which several writers may write to.
 
     stream_id: the position of every writer that is not in ``writers``.
@@ -14,7 +15,7 @@ class Position:
     """
 
     stream_id: int
-    writers: Mapping[str, int] = attr.Factory(dict)
+    writers: Mapping[str, int] = NO_WRITERS
 
     def of(self, instance_name: str) -> int:
         """The position of this writer."""
@@ -22,6 +23,8 @@ class Position:
 
     def is_before_or_at(self, other: "Position") -> bool:
         """Is no writer further here than there?"""
+        if not self.writers and not other.writers:
+            return self.stream_id <= other.stream_id
         return self.stream_id <= other.stream_id and all(
             self.of(writer) <= other.of(writer) for writer in {*self.writers, *other.writers}
         )

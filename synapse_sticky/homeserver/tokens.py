@@ -3,7 +3,7 @@
 from immutabledict import immutabledict
 from synapse.types import MultiWriterStreamToken
 
-from synapse_sticky.homeserver.position import Position
+from synapse_sticky.homeserver.position import NO_WRITERS, Position
 from synapse_sticky.homeserver.seams import attributes
 
 SEAMS = attributes("synapse.types.MultiWriterStreamToken", "stream", "instance_map")
@@ -17,4 +17,4 @@ def token_of(position: Position) -> MultiWriterStreamToken:
 
 def position_of(token: MultiWriterStreamToken) -> Position:
     """Synapse's token in this project's words."""
-    return Position(token.stream, token.instance_map)
+    return Position(token.stream, token.instance_map or NO_WRITERS)

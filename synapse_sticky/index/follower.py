@@ -121,6 +121,8 @@ class IndexFollower:
         if not self._is_started:
             return False
         writers = self.stream.writers
+        if not up_to.writers:
+            return self._is_true_up_to(dict.fromkeys(writers, up_to.stream_id))
         positions = {writer: up_to.of(writer) for writer in writers}
         others = {writer: at for writer, at in up_to.writers.items() if writer not in writers}
         return self._is_true_up_to(positions) and (not others or self.has_taken_in(others))

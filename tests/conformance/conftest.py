@@ -18,15 +18,24 @@ _ANYBODY_MAY_REGISTER = {
     "enable_registration": True,
     "enable_registration_without_verification": True,
 }
+_MOST_OF_MANY_PROCESSES = 2
+"""Deployments at a time of their own options: idle ones, too, take from both cores."""
 _PLAIN_PATIENCE_S = 20.0
 """Plain Synapse is known to fail some: no need to wait long."""
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def target_with(lab: Lab, request: pytest.FixtureRequest) -> Iterator[TargetWith]:
     """Gives a homeserver of the lab with these options; the same one for the same options."""
     plain = request.config.getoption("--plain")
+    workers = request.config.getoption("--workers")
     targets: dict[str, Target] = {}
+    closable: list[str] = []
+
+    def close_the_eldest() -> None:
+        if workers and len(closable) > _MOST_OF_MANY_PROCESSES:
+            process = targets.pop(closable.pop(0)).process
+            lab.close_servers([process] if process is not None else [])
 
     def find(options: Options) -> Target:
         if request.config.getoption("--homeserver"):
@@ -43,13 +52,17 @@ def target_with(lab: Lab, request: pytest.FixtureRequest) -> Iterator[TargetWith
                 }
             )
             targets[options.key] = Target.of_lab(server)
+            # The others are a fixture of their own.
+            if options.key != Options().key and "database" not in options.synapse:
+                closable.append(options.key)
+                close_the_eldest()
         return targets[options.key]
 
     yield find
     lab.close_servers([t.process for t in targets.values() if t.process is not None])
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def target(target_with: TargetWith, request: pytest.FixtureRequest) -> Target:
     """The homeserver under test, with the module's defaults if it has the module."""
     base_url = request.config.getoption("--homeserver")
@@ -58,7 +71,7 @@ def target(target_with: TargetWith, request: pytest.FixtureRequest) -> Target:
     return target_with(Options())
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def postgres_target(target_with: TargetWith) -> Iterator[Target]:
     """One with its data in Postgres."""
     with Postgres() as postgres:

@@ -28,7 +28,8 @@ other side are peers that can send anything. A run of these tests generates this
 
 """
 _TAIL = """
-"partly" means that some tests of the line pass. The tests named here do not.
+"partly" means that some tests of the line pass. The tests named here do not. An empty cell means
+that the line is not tested there.
 
 ```
 make conformance          # Synapse with the module

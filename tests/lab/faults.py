@@ -137,7 +137,7 @@ def _clock_path(folder: Path, process: int) -> Path:
     return folder / f"clock.{process}.json"
 
 
-def _install_clock() -> None:
+def install_clock() -> None:
     from twisted.internet import reactor
 
     offset_s = 0.0
@@ -263,6 +263,6 @@ class FaultyModule(ProbedModule):
     def __init__(self, config: StickyConfig, api: ModuleApi) -> None:
         setattr(synapse_sticky.wiring, "Homeserver", FaultyHomeserver)  # noqa: B010
         setattr(synapse_sticky.handlers.deferral.synapse, "SynapseWriter", FaultyWriter)  # noqa: B010
-        _install_clock()
+        install_clock()
         _install_panics()
         super().__init__(config, api)

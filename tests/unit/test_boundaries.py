@@ -66,8 +66,6 @@ TIMERS = {
 # Where something waits in its own way, and why. All else uses backoff.py.
 WAIT_BY_THEMSELVES = {
     "synapse_sticky/handlers/joins/confirmation/questions.py": "each destination has its own time",
-    "synapse_sticky/handlers/joins/confirmation/synapse.py": "lets others go on between many PDUs",
-    "synapse_sticky/handlers/joins/detection/synapse.py": "lets others go on between many members",
     "synapse_sticky/handlers/joins/destinations.py": "the time is the earliest of many pushes",
     "synapse_sticky/handlers/staging/parking/handler.py": "each parked PDU has its own time",
 }

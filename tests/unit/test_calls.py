@@ -106,3 +106,34 @@ def test_somebody_elses_replacement_passes_on_what_comes() -> None:
         return args, options
 
     assert in_place_of(anything, adding(anything))(1, 2, three=3) == ((11, 2), {"three": 13})
+
+
+def test_what_takes_the_same_is_called_as_it_is() -> None:
+    def same(one: int, two: int, *, three: int = 3) -> Any:
+        return three, two, one
+
+    def more(one: int, two: int, *, three: int = 3, **options: Any) -> Any:
+        return one, two, three, options
+
+    def another_default(one: int, two: int, *, three: int = 4) -> Any:
+        return one, two, three
+
+    original = Synapse().last_by_name
+    assert in_place_of(original, same) is same
+    assert same(1, 2) == (3, 2, 1)
+    assert inspect.signature(same) == inspect.signature(original)
+    assert in_place_of(original, more) is more
+    adapted = in_place_of(original, another_default)
+    assert adapted(1, 2) == (1, 2, 3), "the default is the original's"
+
+
+async def _sooner(one: int, two: int, three: int = 3) -> Any:
+    return one, two, three
+
+
+def test_what_gives_something_to_wait_for_still_does() -> None:
+    def sooner(one: int, two: int, three: int = 3) -> Any:
+        return _sooner(one, two, three)
+
+    placed = in_place_of(Synapse().later, sooner)
+    assert inspect.iscoroutinefunction(placed)

@@ -57,6 +57,7 @@ class Here(Settable):
         self.timers: list[Timer] = []
         self.woken: list[str] = []
         self.settled: list[bool] = []
+        self.failures_to_settle: list[Exception] = []
         self.callbacks: dict[str, Callable[..., Any]] = {}
         self.clock_ms = NOW_MS
         self.meanwhile: Callable[[], None] = lambda: None
@@ -100,6 +101,8 @@ class Here(Settable):
         return [Newcomer("there", "!room", 10, self.watch_until_ms)]
 
     async def settle(self, newcomer: Newcomer, *, still_watched: bool, **more: Any) -> None:
+        if self.failures_to_settle:
+            raise self.failures_to_settle.pop()
         self.settled.append(still_watched)
 
     async def transact_alone(self, what: str, function: Callable[..., Any]) -> None:
@@ -430,6 +433,22 @@ def test_one_room_that_fails_does_not_keep_the_others_from_their_end() -> None:
     here.callbacks["on_skipped"]("there")
     done(here.timers[0].function("there"))
     assert here.settled == [False, False]
+
+
+@pytest.mark.requirement("H1", "H2", "P7")
+@pytest.mark.parametrize("still_watched", [False, True])
+def test_an_end_that_cannot_be_written_is_written_again(still_watched: bool) -> None:
+    here = Here(NOW_MS + HOUR_MS if still_watched else NOW_MS, [])
+    start(here)
+    here.failures_to_settle = [sqlite3.IntegrityError("for the test")]
+    next_batch = functools.partial(here.callbacks["serve_backlog_from"], "there", 50)
+    with pytest.raises(LeftToSynapseError):
+        done(next_batch())
+    assert here.settled == []
+    assert here.timers[0].delay_ms <= 1_201, "it looks again"
+    here.clock_ms += 1_201
+    assert done(next_batch()) is None
+    assert here.settled == [still_watched]
 
 
 @pytest.mark.requirement("F3")

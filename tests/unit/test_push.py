@@ -293,7 +293,7 @@ def test_everything_goes_out_again_once_if_a_newcomer_has_lost_something() -> No
     push = push_of(1, 2, 101)
     acknowledge_all(push, push.choose(50, NOW_MS + GRACE_MS))
     push.mark_delivered("$2")
-    push.lacks(push.unconfirmed()[:1], NOW_MS)
+    push.mark_lost(push.unconfirmed()[:1], NOW_MS)
     assert [sent.event_id for sent in push.unconfirmed()] == ["$101"]
     push.mark_delivered("$101")
     assert push.choose(50, NOW_MS) == ["$1"]
@@ -301,28 +301,28 @@ def test_everything_goes_out_again_once_if_a_newcomer_has_lost_something() -> No
     push.mark_delivered("$1")
     push.update(own(1, 2, 101), NOW_MS, 10)
     assert not push.is_open
-    assert push.start_over()
+    assert push.restart_if_lost()
     push.update(own(1, 2, 101), NOW_MS, 10)
     assert push.choose(50, NOW_MS) == ["$2", "$101"], "the first one has been sent again already"
     acknowledge_all(push, ["$2", "$101"])
-    push.lacks(push.unconfirmed(), NOW_MS)
+    push.mark_lost(push.unconfirmed(), NOW_MS)
     push.update(own(1, 2, 101), NOW_MS, 10)
     assert not push.is_open, "whatever the newcomer says"
-    assert not push.start_over()
+    assert not push.restart_if_lost()
 
 
 @pytest.mark.requirement("L3", "P7")
 def test_what_was_acknowledged_goes_out_again_once_if_the_newcomer_was_away() -> None:
     push = push_of(1, 2, 3)
     acknowledge_all(push, push.choose(2, NOW_MS))
-    push.has(["$1"], NOW_MS)
+    push.mark_present(["$1"], NOW_MS)
     push.suspect_loss()
-    push.has(["$2"], NOW_MS)
+    push.mark_present(["$2"], NOW_MS)
     assert push.unconfirmed() == []
     assert push.choose(1, NOW_MS) == ["$2"]
     acknowledge_all(push, ["$2"])
     push.suspect_loss()
-    push.has(["$2"], NOW_MS)
+    push.mark_present(["$2"], NOW_MS)
     assert push.choose(50, NOW_MS) == ["$3"]
 
 
@@ -332,7 +332,7 @@ def test_patience_begins_anew_with_what_came_before_and_not_with_what_came_later
     push.choose(50, NOW_MS)
     for number, event_id in enumerate(("$1", "$2", "$3")):
         push.acknowledge(event_id, NOW_MS + number)
-    push.has(["$2"], NOW_MS + 1_000)
+    push.mark_present(["$2"], NOW_MS + 1_000)
     patient_from_ms = {sent.event_id: sent.patient_from_ms for sent in push.unconfirmed()}
     assert patient_from_ms == {"$1": NOW_MS, "$3": NOW_MS + 1_000}
 
@@ -341,18 +341,18 @@ def test_patience_begins_anew_with_what_came_before_and_not_with_what_came_later
 def test_one_who_joins_again_lacks_what_came_since_and_what_was_not_confirmed() -> None:
     before = push_of(1, 2, 3, 4)
     acknowledge_all(before, before.choose(50, NOW_MS))
-    before.has(["$1", "$3"], NOW_MS)
+    before.mark_present(["$1", "$3"], NOW_MS)
     before.update(own(1, 2, 3, 4), NOW_MS, 10)
     assert before.position == 2
     push = push_of(window=10)
-    push.follow(before.position, before, NOW_MS + 5_000)
+    push.continue_from(before.position, before, NOW_MS + 5_000)
     push.update(own(2, 3, 4, 5), NOW_MS, 10)
     assert push.acknowledge("$2", NOW_MS)
     assert push.choose(50, NOW_MS + 4_999) == [], "an acknowledgement does not bring it forward"
     assert push.next_due_ms(NOW_MS) == NOW_MS + 5_000
     assert push.choose(50, NOW_MS + 5_000) == ["$4", "$5"]
     # Unless it says that it has lost even that.
-    push.start_anew()
+    push.restart_in_full()
     push.update(own(1, 2, 3, 4, 5), NOW_MS, 10)
     assert push.choose(50, NOW_MS + 5_000) == ["$1", "$3"]
 
@@ -385,7 +385,7 @@ def test_whatever_happens_all_is_delivered_and_the_window_kept() -> None:
                     delivered.add(sent.event_id)
                     push.mark_delivered(sent.event_id)
                 elif chance.random() < 0.5:
-                    push.lacks([sent], now_ms)
+                    push.mark_lost([sent], now_ms)
                     delivered.add(sent.event_id)
             now_ms += chance.randint(1, 2_000)
         assert delivered == {event_id for _, event_id, _ in events}, seed

@@ -15,7 +15,7 @@ from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
 from synapse_sticky.backoff import Backoff
-from synapse_sticky.handlers.joins.confirmation.asking import Answer, Kind
+from synapse_sticky.handlers.joins.confirmation.asking import Answer, AnswerKind
 from synapse_sticky.handlers.joins.confirmation.confirmation import Confirmation
 from synapse_sticky.handlers.joins.confirmation.places import (
     MOST_AT_ONCE,
@@ -160,7 +160,7 @@ class World:
             self.clock.run(min(self.clock.clock_ms + 1_000, until_ms))
             for push in self.pushes.values():
                 self.update(push)
-                if not push.is_open and push.start_over():
+                if not push.is_open and push.restart_if_lost():
                     self.update(push)
                 if push.worth_sending(self.clock.clock_ms):
                     self.send(push)
@@ -207,13 +207,15 @@ class World:
             self.unanswered.append(Deferred())
             await self.unanswered[-1]
         self.asked.append((self.clock.clock_ms, "many", tuple(event_ids)))
-        return self.many() or Answer(Kind.SAYS, [e for e in event_ids if self.has(e)])
+        return self.many() or Answer(AnswerKind.SAYS, [e for e in event_ids if self.has(e)])
 
     async def has_event(self, destination: str, event_id: str) -> Answer:
         self.asked.append((self.clock.clock_ms, "one", (event_id,)))
         if (answer := self.one()) is not None:
             return answer
-        return Answer(Kind.SAYS, [event_id]) if self.has(event_id) else Answer(Kind.LACKS)
+        return (
+            Answer(AnswerKind.SAYS, [event_id]) if self.has(event_id) else Answer(AnswerKind.LACKS)
+        )
 
     def questions(self) -> int:
         return len(self.asked)
@@ -289,14 +291,14 @@ def test_being_slow_is_no_loss() -> None:
 
 
 ANSWERS = {
-    "lacks": Answer(Kind.LACKS),
-    "has": Answer(Kind.SAYS, ["$0.1"]),
-    "silent": Answer(Kind.SILENT, reason="404 to /event"),
-    "refuses": Answer(Kind.REFUSES),
-    "too large": Answer(Kind.TOO_LARGE),
-    "busy": Answer(Kind.BUSY),
-    "unreachable": Answer(Kind.UNREACHABLE),
-    "says nothing": Answer(Kind.SAYS),
+    "lacks": Answer(AnswerKind.LACKS),
+    "has": Answer(AnswerKind.SAYS, ["$0.1"]),
+    "silent": Answer(AnswerKind.SILENT, reason="404 to /event"),
+    "refuses": Answer(AnswerKind.REFUSES),
+    "too large": Answer(AnswerKind.TOO_LARGE),
+    "busy": Answer(AnswerKind.BUSY),
+    "unreachable": Answer(AnswerKind.UNREACHABLE),
+    "says nothing": Answer(AnswerKind.SAYS),
 }
 
 
@@ -319,18 +321,18 @@ def test_whatever_it_answers_nothing_is_sent_more_than_twice(many: str, one: str
 
 
 @pytest.mark.requirement("P7")
-@pytest.mark.parametrize("kind", [Kind.SILENT, Kind.REFUSES])
+@pytest.mark.parametrize("kind", [AnswerKind.SILENT, AnswerKind.REFUSES])
 def test_without_an_answer_acknowledgements_are_believed_at_a_pace(
-    kind: Kind, caplog: pytest.LogCaptureFixture
+    kind: AnswerKind, caplog: pytest.LogCaptureFixture
 ) -> None:
     world = World(2, 260)
     world.many = lambda: Answer(kind, reason="404 to /backfill")
-    world.begin().run(10_000 if kind is Kind.SILENT else 40_000)
+    world.begin().run(10_000 if kind is AnswerKind.SILENT else 40_000)
     assert world.is_over()
     assert set(world.times_sent.values()) == {1}
     warnings = [r for r in caplog.records if r.levelname == "WARNING"]
-    assert len(warnings) == (kind is Kind.SILENT)
-    if kind is Kind.SILENT:
+    assert len(warnings) == (kind is AnswerKind.SILENT)
+    if kind is AnswerKind.SILENT:
         assert world.questions() == 1
         # A plain Synapse that takes 40 a second never has a hundred of a room staged.
         world = World(1, 260, takes_ms=25)
@@ -347,7 +349,7 @@ def test_without_an_answer_acknowledgements_are_believed_at_a_pace(
 @pytest.mark.requirement("P7", "H2")
 def test_who_cannot_be_reached_is_asked_ever_less_often() -> None:
     world = World(20, 10)
-    world.many = lambda: Answer(Kind.UNREACHABLE)
+    world.many = lambda: Answer(AnswerKind.UNREACHABLE)
     world.begin().run(HOUR_MS // 2)
     assert world.questions() <= 50
     assert set(world.times_sent.values()) == {1}
@@ -360,7 +362,7 @@ def test_who_cannot_be_reached_is_asked_ever_less_often() -> None:
 @pytest.mark.requirement("P7", "H2")
 def test_who_is_busy_has_lost_nothing() -> None:
     world = World(20, 10)
-    world.many = lambda: Answer(Kind.BUSY)
+    world.many = lambda: Answer(AnswerKind.BUSY)
     world.begin().run(300_000)
     world.many = lambda: None
     assert world.run(120_000).is_over()

@@ -20,7 +20,7 @@ from synapse_sticky.handlers.joins.push import Push
 from synapse_sticky.handlers.joins.rooms import PushedRooms
 from synapse_sticky.handlers.joins.sent import GRACE_MS, Sent
 from synapse_sticky.handlers.joins.tables import Newcomer
-from synapse_sticky.handlers.joins.watches import Watches
+from synapse_sticky.handlers.joins.watch_quota import WatchQuota
 from tests.unit.test_joins import HOUR_MS, NOW_MS, Here
 from tests.unit.test_limits import done
 from tests.unit.test_questions import Clock, Timer
@@ -308,15 +308,31 @@ def test_while_the_index_is_made_anew_the_look_at_newcomers_waits() -> None:
 @pytest.mark.requirement("H1")
 def test_newcomers_are_counted_by_room_and_hour(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    watches = Watches(2)
-    admit = functools.partial(watches.admit, "!room")
-    assert [admit(NOW_MS + n) for n in range(4)] == [True, True, False, False]
-    assert watches.admit("!other", NOW_MS)
+    quota = WatchQuota(2)
+    admit = functools.partial(quota.admit, "!room")
+    for _ in range(10):
+        assert admit("0", NOW_MS), "one that joins again and again is one"
+    joining = [admit(f"{n}", NOW_MS + n) for n in range(1, 4)]
+    assert joining == [True, False, False]
+    assert quota.admit("!other", "0", NOW_MS)
     assert len(caplog.records) == 1, "it is said once an hour"
-    assert not admit(NOW_MS + HOUR_MS - 1)
-    assert admit(NOW_MS + HOUR_MS)
-    assert admit(NOW_MS - HOUR_MS), "the clock was set back"
-    assert not Watches(0).admit("!room", NOW_MS)
+    assert not admit("4", NOW_MS + HOUR_MS - 1)
+    assert admit("1", NOW_MS + HOUR_MS - 1), "it is watched already"
+    assert admit("4", NOW_MS + HOUR_MS)
+    assert admit("5", NOW_MS - HOUR_MS), "the clock was set back"
+    assert not WatchQuota(0).admit("!room", "0", NOW_MS)
+
+
+@pytest.mark.requirement("H1", "H3")
+def test_what_is_remembered_of_newcomers_is_bounded() -> None:
+    quota = WatchQuota(30_000)
+    for room in range(5):
+        for n in range(30_000):
+            assert quota.admit(f"!{room}", f"{n}", NOW_MS)
+    assert sum(len(hour.admitted) for hour in quota._hours.values()) == 90_000
+    for room in range(20_000):
+        quota.admit(f"!more{room}", "0", NOW_MS)
+    assert len(quota._hours) == 10_000
 
 
 @pytest.mark.requirement("H3")
@@ -350,7 +366,7 @@ def test_what_was_not_read_is_not_finished() -> None:
     rooms.update(push)
     late = [crowd.send() for _ in range(4)]
     acknowledged = [late[0], late[2], late[3]]
-    rooms.named(push, acknowledged)
+    rooms.take_in_named(push, acknowledged)
     for event_id in acknowledged:
         assert push.acknowledge(event_id, NOW_MS)
     push.mark_delivered(late[0])

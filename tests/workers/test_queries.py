@@ -38,19 +38,28 @@ _PARKING = {
 }
 _SLIDING = {"store_page", "read_page", "newly_joined"}
 _EVERYWHERE = {
-    *("read_rows", "load", "fill_index", "expire", "migrate_sliding", "migrate_parking"),
+    *("read_rows", "load", "fill_index", "expire", "wait"),
+    *("load_sliding", "migrate_sliding", "load_parking", "migrate_parking"),
 }
 _OF_ITS_KIND = {
     "main": _SLIDING,
-    "persister": {"migrate_deferral", "deferred", "release", "drop_deferred"},
+    "persister": {"load_deferral", "migrate_deferral", "deferred", "release", "drop_deferred"},
     "sender": {
         *("state_position", "newcomers", "left_behind", "memberships", "earliest_members"),
         *("state_changes", "own_depths"),
-        *("record_joins", "last_rows", "backlog", "settle", "is_joined"),
-        *("migrate_joins", "read_joins", "check_destination", "ask", "referenced"),
+        *("record_joins", "last_rows", "backlog", "settle", "is_joined", "is_known"),
+        *(
+            "load_joins",
+            "migrate_joins",
+            "read_joins",
+            "check_destination",
+            "look_at_newcomers",
+            "ask",
+            "referenced",
+        ),
     },
     "receiver": {
-        *("migrate_deferral", "look_for_deferred", "count_deferred"),
+        *("load_deferral", "migrate_deferral", "look_for_deferred", "count_deferred"),
         *("read_staged", "prune_staged", "next_staged", "is_joined"),
         *_PARKING,
     },

@@ -5,15 +5,13 @@ Fails open: what the index cannot answer, the database does.
 
 from collections.abc import Awaitable, Callable, Collection
 from functools import partial
-from typing import Protocol
-
-import attr
+from itertools import chain
+from typing import NamedTuple, Protocol
 
 from synapse_sticky.index import IndexFollower, Position
 
 
-@attr.s(auto_attribs=True, frozen=True, slots=True)
-class Question:
+class Question(NamedTuple):
     """Which deliverable events of these rooms, unexpired at ``now_ms``, come after one position of
     the sticky events stream (exclusive) and up to another (inclusive)?
 
@@ -80,7 +78,7 @@ class DeliveryHandler:
             limit,
         )
         # One event in doubt is the doubt of those alone who would get it.
-        if self._follower.doubts(e for event_ids in by_room.values() for e in event_ids):
+        if self._follower.doubts(chain.from_iterable(by_room.values())):
             return None
         if last is not None and count == limit:
             return by_room, _end_of_page(after, up_to, last)

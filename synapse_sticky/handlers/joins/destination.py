@@ -2,7 +2,7 @@
 
 import attr
 
-from synapse_sticky.backoff import Backoff
+from synapse_sticky.backoff import FORGIVEN_AFTER_MS, Backoff
 from synapse_sticky.handlers.joins.due import DueTimes
 from synapse_sticky.handlers.joins.push import Push
 from synapse_sticky.homeserver import Cancellable
@@ -11,8 +11,6 @@ CHECK_MIN_MS = 1_000
 """The time between the first checks of a destination."""
 
 _RETRY = Backoff(CHECK_MIN_MS, 60_000)
-_FORGIVEN_AFTER_MS = 600_000
-"""A failure that long ago does not count any more."""
 
 
 @attr.s(auto_attribs=True, slots=True)
@@ -25,7 +23,7 @@ class Failures:
 
     def add(self, now_ms: int) -> int:
         """One more. Gives for how many ms the push is left alone."""
-        is_again = now_ms - self.last_ms < _FORGIVEN_AFTER_MS
+        is_again = now_ms - self.last_ms < FORGIVEN_AFTER_MS
         self.count = self.count + 1 if is_again else 1
         delay_ms = _RETRY.after(self.count)
         self.last_ms, self.retry_ms = now_ms, now_ms + delay_ms
@@ -44,11 +42,12 @@ class Looks:
 class Destination:
     """What one destination is pushed; all of it is by room ID.
 
-    failures: of those that failed.
-    looks: of those that were looked at in vain.
+    failures: of the pushes that failed.
+    looks: of the pushes that were looked at in vain.
     sends: when something is to be sent. Of those that are due, the one due first has its turn.
     checks: when a push is to be looked at that has nothing to send.
-    unrecorded: those with acknowledgements since Synapse recorded how far its ordinary queue got.
+    unrecorded: the rooms of which events were acknowledged since Synapse recorded how far its
+        ordinary queue got.
     has_backlog: may Synapse's backlog have what no push has taken over?
     check_interval_ms: how long after a check the next one is due. It doubles with each check, and
         is reset by progress.
@@ -66,7 +65,7 @@ class Destination:
     check_interval_ms: int = CHECK_MIN_MS
     next_check_ms: int = 0
 
-    def progressed(self) -> None:
+    def check_soon(self) -> None:
         """There may be something to do now: the next check is due soon."""
         self.check_interval_ms = CHECK_MIN_MS
         self.next_check_ms = 0

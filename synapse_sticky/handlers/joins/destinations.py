@@ -10,6 +10,7 @@ from synapse_sticky.handlers.joins.destination import (
     Failures,
     Looks,
 )
+from synapse_sticky.handlers.joins.federation import LONGEST_BACKOFF_MS
 from synapse_sticky.handlers.joins.push import WATCH_AFTER_RECORD_MS, Push
 from synapse_sticky.handlers.joins.rooms import PushedRooms
 from synapse_sticky.homeserver import Homeserver
@@ -21,9 +22,6 @@ logger = bounded(__name__)
 T = TypeVar("T")
 
 _CHECK_MAX_MS = 60_000
-_LONGEST_MS = 600_000
-"""A back-off may have been read while the clock was behind: it is looked at again by then."""
-
 _LOOK = Backoff(CHECK_MIN_MS, _CHECK_MAX_MS, spread=0)
 
 
@@ -56,11 +54,6 @@ class Destinations:
         """All destinations that something is pushed to, or watched for."""
         return list(self._destinations)
 
-    def pushes_of(self, destination: str) -> list[Push]:
-        """All pushes of the destination."""
-        state = self._destinations.get(destination)
-        return list(state.pushes.values()) if state else []
-
     def find(self, destination: str, room_id: str) -> Push | None:
         """The push of the room to the destination, None if there is none."""
         state = self._destinations.get(destination)
@@ -72,8 +65,8 @@ class Destinations:
         state.pushes[push.room_id] = push
         self._rooms.add(push)
         state.forget(push.room_id)
-        state.progressed()
-        self.touch(push)
+        state.check_soon()
+        self.update_times(push)
 
     def remove(self, push: Push) -> None:
         """Removes the push, which must be there."""
@@ -91,16 +84,16 @@ class Destinations:
         """Is the push still there, and not another one to the same room?"""
         return self.find(push.destination, push.room_id) is push
 
-    def progressed(self, destination: str) -> None:
+    def check_soon(self, destination: str) -> None:
         """There may be something to do for the destination now: its next check is due soon."""
         if (state := self._destinations.get(destination)) is not None:
-            state.progressed()
+            state.check_soon()
 
     def _clock_set(self, by_ms: int) -> None:
         for state in self._destinations.values():
             state.clock_set(by_ms)
             for push in state.pushes.values():
-                self.touch(push)
+                self.update_times(push)
 
     # Synapse's own side of a destination
 
@@ -110,7 +103,7 @@ class Destinations:
         return state is None or state.has_backlog
 
     def note_backlog(self, destination: str, *, has_backlog: bool) -> None:
-        """Says so for ``has_backlog``. It is always so for a destination without pushes."""
+        """Sets what ``has_backlog`` gives; for a destination without pushes that is always True."""
         if (state := self._destinations.get(destination)) is not None:
             state.has_backlog = has_backlog
 
@@ -128,7 +121,7 @@ class Destinations:
         unrecorded, state.unrecorded = state.unrecorded, {}
         for room_id in unrecorded:
             state.pushes[room_id].catch_up_recorded(self._homeserver.now_ms())
-            self.touch(state.pushes[room_id])
+            self.update_times(state.pushes[room_id])
 
     def skipped(self, destination: str) -> None:
         """The ordinary queue may have left out any event: all pushes are dirty."""
@@ -166,12 +159,12 @@ class Destinations:
     def _failed(self, push: Push, error: Exception) -> None:
         if not self.is_current(push):
             return
-        of_rooms = self._destinations[push.destination].failures
-        failures = of_rooms.setdefault(push.room_id, Failures())
+        state = self._destinations[push.destination]
+        failures = state.failures.setdefault(push.room_id, Failures())
         delay_ms = failures.add(self._homeserver.now_ms())
-        self.touch(push)
+        self.update_times(push)
         logger.error(
-            "Could not look after what %s is pushed of %s, trying again in %d ms: %s: %s",
+            "Could not push to %s what it lacks of %s, trying again in %d ms: %s: %s",
             push.destination,
             push.room_id,
             delay_ms,
@@ -200,8 +193,8 @@ class Destinations:
 
     # Whose turn it is. Work follows what is due, not the number of rooms (H3)
 
-    def touch(self, push: Push) -> None:
-        """What there is to do for the push has changed."""
+    def update_times(self, push: Push) -> None:
+        """What there is to do for the push may have changed: finds out when it is due."""
         if not self.is_current(push):
             return
         state = self._destinations[push.destination]
@@ -223,11 +216,11 @@ class Destinations:
         looks = state.looks.get(push.room_id)
         return looks.next_ms if looks is not None else now_ms
 
-    def news(self, push: Push) -> None:
-        """The same as ``touch``; a look at the push may be worth it now."""
+    def look_now(self, push: Push) -> None:
+        """The same as ``update_times``, and looks in vain do not delay the next one any more."""
         if self.is_current(push):
             self._destinations[push.destination].looks.pop(push.room_id, None)
-            self.touch(push)
+            self.update_times(push)
 
     def looked_in_vain(self, push: Push) -> None:
         """The push had nothing to send. The next look is later each time."""
@@ -236,11 +229,11 @@ class Destinations:
         looks = self._destinations[push.destination].looks.setdefault(push.room_id, Looks())
         looks.count += 1
         looks.next_ms = self._homeserver.now_ms() + _LOOK.after(looks.count)
-        self.touch(push)
+        self.update_times(push)
 
     def is_behind(self, push: Push) -> bool:
-        """Does something wait for Synapse to ask, or for the newcomer's first acknowledgement? Then
-        a new event has its turn after that."""
+        """Is something due already, or does something wait for the newcomer's first
+        acknowledgement? Then a new event has its turn after that."""
         state = self._destinations.get(push.destination)
         send_ms = state.sends.get(push.room_id) if state else None
         is_due = send_ms is not None and send_ms <= self._homeserver.now_ms()
@@ -248,7 +241,7 @@ class Destinations:
 
     def in_turn(self, destination: str) -> Iterator[Push]:
         """The pushes to look at, one after the other, each once. After each, whoever looked has to
-        say what came of it (``touch`` or ``looked_in_vain``)."""
+        say what came of it (``update_times`` or ``looked_in_vain``)."""
         seen: set[str] = set()
         while (room_id := self._first_due(destination, seen)) is not None:
             seen.add(room_id)
@@ -300,7 +293,7 @@ class Destinations:
         try:
             retry_at_ms = await self._check(destination)
             retry_ms = retry_at_ms - self._homeserver.now_ms()
-            delay_ms = max(delay_ms, min(retry_ms, _LONGEST_MS))
+            delay_ms = max(delay_ms, min(retry_ms, LONGEST_BACKOFF_MS))
         finally:
             if self._destinations.get(destination) is state:
                 state.check_interval_ms = min(state.check_interval_ms * 2, _CHECK_MAX_MS)

@@ -8,6 +8,10 @@ import attr
 from synapse_sticky.handlers.joins.detection.reader import HandledDestinations
 from synapse_sticky.homeserver import Cursor
 
+LONGEST_BACKOFF_MS = 600_000
+"""A destination's back-off is read again after this time at the latest. The clock may have been
+behind when it was read first."""
+
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
 class Batch:
@@ -28,7 +32,7 @@ BacklogSource = Callable[[str, int], Awaitable[Batch | None]]
 
 
 class LeftToSynapseError(Exception):
-    """The module cannot say what to send: Synapse's own selection has to do."""
+    """The module cannot say what to send: Synapse's own selection serves."""
 
 
 class Federation(HandledDestinations, Protocol):
@@ -58,8 +62,8 @@ class Federation(HandledDestinations, Protocol):
 
     def on_refused(self, callback: Callable[[str, set[str], list[str]], None]) -> None:
         """Calls back with a destination, the rooms of a transaction, and the IDs of the events that
-        the destination named with an error in its answer to it. Of events that it left out nobody
-        hears."""
+        the destination named with an error in its answer to it. Does not call back about events
+        that the answer leaves out."""
 
     def on_skipped(self, callback: Callable[[str], None]) -> None:
         """Calls back with a destination once Synapse, in catch-up, has skipped events to it. The

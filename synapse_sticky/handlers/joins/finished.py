@@ -1,4 +1,4 @@
-"""Which own events of a room a push is done with, though it is not done with an earlier one."""
+"""The own events that a push is done with while an earlier one is still open."""
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence

@@ -17,7 +17,7 @@ from synapse_sticky.logs import bounded
 logger = bounded(__name__)
 
 STEP = 5
-"""So many pushes are looked at before others have their turn."""
+"""After this many pushes that took work, whatever else is due has its turn."""
 
 
 class Grace:
@@ -76,9 +76,9 @@ class Grace:
                 logger.exception("Could not look at what %s lacks of %s", push.destination, room_id)
             if not self._rooms.is_whole:
                 break
-            # One that needs nothing costs a hundredth.
+            # A push that needs no work costs about a hundredth of one that does.
             if looked >= STEP or number % (100 * STEP) == 0:
                 looked = 0
                 await self._homeserver.give_way()
         if not self._rooms.is_whole:
-            self.begin([room_id])  # nobody knows what is missing; the rest is looked at later
+            self.begin([room_id])  # the index is made anew: the rest is looked at later

@@ -7,7 +7,8 @@ bookkeeping. An event counts as delivered once the newcomer has acknowledged it 
 backlog also has events that a destination missed while it could not be reached. They are pushed in
 the same way.
 
-Fails open: if this cannot say what to send, Synapse's own selection does. A room that fails waits.
+Fails open: if the module cannot say what to send, Synapse's own selection does. If the push of one
+room fails, it is left alone for a while, and the others go on.
 """
 
 from collections.abc import Collection, Sequence
@@ -38,10 +39,10 @@ if TYPE_CHECKING:
 logger = bounded(__name__)
 
 _MOST_NAMED = 200
-"""So many events of an answer to /send are read: a transaction has 50."""
+"""Of an answer to /send this many event IDs are read at most: a transaction has 50."""
 
 _STEP = 20
-"""So many pushes are looked at before others have their turn (H3)."""
+"""After this many pushes, whatever else is due has its turn (H3)."""
 
 
 class JoinsHandler:
@@ -89,7 +90,7 @@ class JoinsHandler:
             config,
         )
         self._reader = JoinReader(homeserver, changes, federation, table, self._newcomers.joined)
-        self._purged = PurgedRooms(homeserver, rooms, self._destinations, table)
+        self._purged = PurgedRooms(homeserver, rooms, self._pushed, self._destinations, table)
         self._is_loaded = False
 
     def install(self) -> None:
@@ -110,7 +111,8 @@ class JoinsHandler:
             NewerLayoutError: a later version of the module made the tables.
         """
         await migrate(self._homeserver, self._table)
-        # In this order: a join that another process stores in between is found twice, not never.
+        # The position is read first. Another process may store a join before the newcomers are
+        # read: then this process finds it twice. In the other order it would miss the join.
         position = await self._reader.stored_position()
         for newcomer in await self._table.newcomers():
             if self._federation.handles(newcomer.destination):
@@ -134,7 +136,7 @@ class JoinsHandler:
         none for now. Synapse calls it whenever it is the backlog's turn.
 
         Raises:
-            LeftToSynapseError: nothing is loaded, or all rooms fail: its own selection has to do.
+            LeftToSynapseError: nothing is loaded, or all rooms fail: Synapse itself has to select.
         """
         if not self._is_loaded or not self._follower.is_whole:
             raise LeftToSynapseError
@@ -143,15 +145,16 @@ class JoinsHandler:
             for number, push in enumerate(self._destinations.in_turn(destination), 1):
                 batch = await self._destinations.apart(push, partial(self._batch_of, limit=limit))
                 if batch is not None:
-                    self._destinations.news(push)
-                    self._destinations.progressed(destination)
+                    self._destinations.look_now(push)
+                    self._destinations.check_soon(destination)
                     return batch
                 self._destinations.looked_in_vain(push)
                 if number % _STEP == 0:
                     await self._homeserver.give_way()
         finally:
             self._destinations.schedule(destination)
-        # Else Synapse would send all that is under way of the others once more.
+        # If only some rooms fail, they wait: Synapse's own selection would also resend what is
+        # under way in the other rooms.
         if self._destinations.all_fail(destination):
             raise LeftToSynapseError
         return None
@@ -172,7 +175,7 @@ class JoinsHandler:
                 self._newcomers.add(destination, room_id, position=position, watch_until_ms=0)
             elif position < push.backlog_position:
                 push.reopen_from(position)
-                self._destinations.news(push)
+                self._destinations.look_now(push)
 
     async def _batch_of(self, push: Push, limit: int) -> Batch | None:
         await self._ask_if_dirty(push)
@@ -187,7 +190,7 @@ class JoinsHandler:
             return None
         push.is_blocked = False
         self._pushed.update(push)
-        if not push.is_open and push.start_over():
+        if not push.is_open and push.restart_if_lost():
             logger.info("%s pruned events of %s, sending all again", push.destination, push.room_id)
             self._pushed.update(push)
         if not push.is_open:
@@ -238,13 +241,16 @@ class JoinsHandler:
             )
         push.settle()
         self._newcomers.note(push)
-        await self._end(push, still_watched=watched)
+        try:
+            await self._end(push, still_watched=watched)
+        except Exception:
+            push.is_settled = False  # its row does not say so
+            raise
 
     async def _end(self, push: Push, *, still_watched: bool) -> None:
         if not self._destinations.is_current(push):
             return  # the server has joined anew meanwhile
-        if not still_watched:
-            self._destinations.remove(push)
+        dirty_marks = push.dirty_marks
         newcomer = Newcomer(
             push.destination, push.room_id, push.position, push.stored_watch_until_ms
         )
@@ -253,6 +259,10 @@ class JoinsHandler:
             still_watched=still_watched,
             clear_backlog_txn=self._federation.clear_backlog_txn,
         )
+        # If the write fails, the push is still there, and it is written again.
+        is_as_written = self._destinations.is_current(push) and push.dirty_marks == dirty_marks
+        if is_as_written and not still_watched:
+            self._destinations.remove(push)
 
     # What happens meanwhile
 
@@ -262,12 +272,13 @@ class JoinsHandler:
 
     async def _wake(self, destination: str) -> None:
         self._federation.wake(destination)
-        # While a destination cannot be reached, Synapse asks for no batch. New events are left to
-        # the ordinary queue meanwhile, but not while the push is dirty: then they would all be due.
+        # While a destination cannot be reached, Synapse asks for no batch. As long as a push is
+        # dirty, each new event is due at once. So the database is asked here: from then on new
+        # events are left to the ordinary queue.
         for number, push in enumerate(self._destinations.all_due(destination), 1):
             if push.is_dirty(self._homeserver.now_ms()):
                 await self._destinations.apart(push, self._ask_if_dirty)
-                self._destinations.touch(push)
+                self._destinations.update_times(push)
             if number % _STEP == 0:
                 await self._homeserver.give_way()
 
@@ -295,15 +306,16 @@ class JoinsHandler:
         self._destinations.schedule(destination)
 
     def _new_events(self, rooms: Collection[str]) -> None:
-        """The ordinary queue has them first. Until its time is over, no newcomer is looked at."""
+        """Synapse's ordinary queue sends new events first. Pushes are looked at after its time."""
         self._grace.begin(self._pushed.with_new(rooms))
 
     def _look_after_grace(self, push: Push) -> bool:
-        """Did that take some work? A push that waits for Synapse to ask will find them then."""
+        """Has the push take in new events; gives whether that took some work. A push that has
+        something to send already takes them in when Synapse next asks for a batch."""
         if self._destinations.is_behind(push) or not self._pushed.may_lack(push):
             return False
         self._pushed.update(push)
-        self._destinations.news(push)
+        self._destinations.look_now(push)
         self._destinations.schedule(push.destination)
         return True
 
@@ -315,11 +327,11 @@ class JoinsHandler:
         for room_id, event_ids in by_room.items():
             if (push := self._destinations.find(destination, room_id)) is None:
                 continue
-            self._pushed.named(push, event_ids)
+            self._pushed.take_in_named(push, event_ids)
             if sum(push.acknowledge(event_id, now_ms) for event_id in event_ids):
                 self._confirmation.begin(push)
             self._destinations.acknowledged(push)
-            self._destinations.news(push)
+            self._destinations.look_now(push)
         self._destinations.schedule(destination)
 
     def _refused(self, destination: str, rooms: Collection[str], event_ids: Sequence[str]) -> None:
@@ -327,17 +339,17 @@ class JoinsHandler:
         for room_id in rooms:
             if (push := self._destinations.find(destination, room_id)) is None:
                 continue
-            self._pushed.named(push, event_ids)
+            self._pushed.take_in_named(push, event_ids)
             if count := push.refuse(event_ids, self._homeserver.now_ms()):
                 logger.info("%s refuses %d events of %s", destination, count, push.room_id)
-            self._destinations.news(push)
+            self._destinations.look_now(push)
         self._destinations.schedule(destination)
 
     def _progressed(self, push: Push) -> None:
-        self._destinations.news(push)
+        self._destinations.look_now(push)
         self._federation.wake(push.destination)
 
     def _asking_ended(self, push: Push) -> None:
-        self._destinations.progressed(push.destination)
-        self._destinations.news(push)
+        self._destinations.check_soon(push.destination)
+        self._destinations.look_now(push)
         self._destinations.schedule(push.destination)

@@ -12,7 +12,7 @@ from synapse_sticky.handlers.joins.earlier import EarlierPushes
 from synapse_sticky.handlers.joins.federation import Federation
 from synapse_sticky.handlers.joins.push import Push
 from synapse_sticky.handlers.joins.rooms import PushedRooms
-from synapse_sticky.handlers.joins.watches import Watches
+from synapse_sticky.handlers.joins.watch_quota import WatchQuota
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.index import IndexFollower
 from synapse_sticky.logs import bounded
@@ -41,7 +41,7 @@ class Newcomers:
         self._confirmation = confirmation
         self._backoff = Backoff(config.retry_min_ms, config.retry_max_ms)
         self._earlier = EarlierPushes()
-        self._watches = Watches(config.watched)
+        self._quota = WatchQuota(config.watched)
 
     def joined(
         self, mine: Sequence[ServerJoin], own: Sequence[ServerJoin], watch_until_ms: int
@@ -66,7 +66,7 @@ class Newcomers:
         for push in self._rooms.pushes(room_id):
             if push.is_blocked:
                 push.is_blocked = False
-                self._destinations.news(push)
+                self._destinations.look_now(push)
                 self._federation.wake(push.destination)
 
     def _add_newcomer(self, destination: str, room_id: str, watch_until_ms: int) -> None:
@@ -77,8 +77,8 @@ class Newcomers:
             self.note(before)
         position, not_before_ms = self._earlier.begin(destination, room_id, now_ms)
         push = self.add(destination, room_id, position=0, watch_until_ms=watch_until_ms)
-        push.follow(position, before, not_before_ms)
-        self._destinations.touch(push)
+        push.continue_from(position, before, not_before_ms)
+        self._destinations.update_times(push)
         # While the index is made anew nobody knows what the newcomer should have.
         is_known = position > 0 and self._follower.is_whole
         has = self._rooms.own_before(room_id, position) if is_known else []
@@ -100,13 +100,13 @@ class Newcomers:
         now_ms = self._homeserver.now_ms()
         before = self._destinations.find(destination, room_id)
         is_watched = before is not None and now_ms < before.watch_until_ms
-        if not is_watched and now_ms < watch_until_ms and not self._watches.admit(room_id, now_ms):
+        is_to_be_watched = not is_watched and now_ms < watch_until_ms
+        if is_to_be_watched and not self._quota.admit(room_id, destination, now_ms):
             push.watch_until_ms, push.is_believed = now_ms, True
         self._destinations.add(push)
         return push
 
     def note(self, push: Push) -> None:
-        """For the case that the newcomer leaves and joins again: the push is done with all before
-        its position."""
+        """Remembers up to where the push is done, in case the newcomer leaves and joins again."""
         now_ms = self._homeserver.now_ms()
         self._earlier.note(push.destination, push.room_id, push.position, now_ms)

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from synapse_sticky.backoff import Backoff, Retrying
 from synapse_sticky.handlers.joins.destinations import Destinations
+from synapse_sticky.handlers.joins.rooms import PushedRooms
 from synapse_sticky.handlers.joins.tables import NewcomerTable
 from synapse_sticky.homeserver import Homeserver
 
@@ -20,10 +21,12 @@ class PurgedRooms:
         self,
         homeserver: Homeserver,
         rooms: "Rooms",
+        pushed: PushedRooms,
         destinations: Destinations,
         table: NewcomerTable,
     ) -> None:
         self._rooms = rooms
+        self._pushed = pushed
         self._destinations = destinations
         self._table = table
         self._purged: set[str] = set()
@@ -51,6 +54,5 @@ class PurgedRooms:
             except Exception:
                 self._purged.add(room_id)
                 raise
-            for destination in self._destinations.names():
-                if (push := self._destinations.find(destination, room_id)) is not None:
-                    self._destinations.remove(push)
+            for push in self._pushed.pushes(room_id):
+                self._destinations.remove(push)

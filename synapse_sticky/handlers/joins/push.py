@@ -7,7 +7,7 @@ pushes: any other entry of Synapse's backlog gets a push, too.
 from collections.abc import Callable, Collection, Iterable, Mapping
 
 from synapse_sticky.backoff import Backoff
-from synapse_sticky.handlers.joins.answered import Answered
+from synapse_sticky.handlers.joins.confirmable import Confirmable
 from synapse_sticky.handlers.joins.confirmation.asking import Asked
 from synapse_sticky.handlers.joins.finished import Finished
 from synapse_sticky.handlers.joins.sent import GRACE_MS, MOST_SENDS, FirstContact, Sent
@@ -24,7 +24,7 @@ OwnEvent = tuple[int, str, str]
 """``(stream_id, event_id, sender)``"""
 
 
-class Push(Answered):
+class Push(Confirmable):
     """What a destination lacks of a room.
 
     backlog_position: what Synapse's backlog has for as long as the push lasts. If the module is
@@ -39,7 +39,7 @@ class Push(Answered):
     dirty_marks: how often the push became dirty: once by the join, and once more each time that the
         ordinary queue leaves something out.
     is_blocked: whether nothing may be sent for now.
-    is_believed: whether its acknowledgements have to do, as it is one of too many newcomers.
+    is_believed: whether its acknowledgements suffice, as it is one of too many newcomers.
     probe: an event that the newcomer had when it was in the room before. It is asked for once.
     """
 
@@ -76,16 +76,16 @@ class Push(Answered):
         self._last_own = self._last_seen = self._again_up_to = 0
         self._backoff = backoff
         self._unsent: dict[str, Sent] = {}
-        """The first of the other open events: they are due, or left to the ordinary queue."""
+        """Open events that were never sent: each is due, or left to the ordinary queue."""
         self._sent_often: dict[int, None] = {}
-        """The stream IDs of events that no answer has sent again."""
+        """The stream IDs of events that are not resent any more, whatever the newcomer answers."""
 
-    def follow(self, position: int, before: "Push | None", not_before_ms: int) -> None:
-        """The newcomer was in the room before. Up to ``position`` it has all own events, and after
-        it what ``before`` knows, if that push still was there. Nothing is sent until
-        ``not_before_ms`` (ms since the epoch)."""
+    def continue_from(self, position: int, before: "Push | None", not_before_ms: int) -> None:
+        """The newcomer was in the room before, and has all own events before ``position``. If the
+        push ``before`` is still there, the newcomer also has what that push is done with. Nothing
+        is sent until ``not_before_ms`` (ms since the epoch)."""
         self.position = self._start = max(self.position, position)
-        self._contact.floor_ms = not_before_ms
+        self._contact.not_before_ms = not_before_ms
         if before is not None:
             self._finished = before.finished.after(position)
 
@@ -99,8 +99,8 @@ class Push(Answered):
         """What was sent, or named in an answer, and is open."""
         return self._sent.values()
 
-    def start_anew(self) -> None:
-        """The newcomer lacks what it had when it was in the room before."""
+    def restart_in_full(self) -> None:
+        """The newcomer lost what it had from before: all is sent again."""
         self.position = self._start = self.backlog_position
         self._finished = Finished()
         self.is_settled = False
@@ -190,9 +190,9 @@ class Push(Answered):
             # in a busy room.
             self._unsent[event_id] = Sent(stream_id, event_id, left_until_ms)
 
-    def named(self, stream_id: int, event_id: str, now_ms: int) -> None:
-        """An answer of the newcomer names this own event of the room, which may be later than all
-        that ``update`` has taken in."""
+    def take_in_named(self, stream_id: int, event_id: str, now_ms: int) -> None:
+        """Takes in an own event of the room that an answer of the newcomer names. It may be later
+        than all that ``update`` has taken in."""
         is_known = event_id in self._sent or event_id in self._unsent
         if not is_known and stream_id >= self.position and stream_id not in self._finished:
             self._expect(stream_id, event_id, now_ms, now_ms + GRACE_MS)
@@ -200,8 +200,8 @@ class Push(Answered):
     def choose(self, limit: int, now_ms: int) -> list[str]:
         """The event IDs to send now, oldest first; they count as sent from here on.
 
-        A newcomer that is still joining answers, and acknowledges nothing. Until it does, each
-        attempt is of one event, and of another one each time.
+        A newcomer that is still joining answers /send, but acknowledges nothing. Until its first
+        acknowledgement, each attempt sends one event, and not the same one as the last attempt.
         """
         if not self._may_send(now_ms):
             return []
@@ -217,6 +217,7 @@ class Push(Answered):
         for sent in chosen:
             if self._unsent.pop(sent.event_id, None) is not None:
                 self._sent[sent.event_id] = sent
+                # What is resent after a loss counts as sent and answered once.
                 sent.attempts = sent.answers = int(sent.stream_id <= self._again_up_to)
             sent.send(now_ms, self._backoff)
             if sent.attempts >= MOST_SENDS:
@@ -265,7 +266,8 @@ class Push(Answered):
         return sent
 
     def clock_set(self, by_ms: int) -> None:
-        """The clock was set by so much: what is due keeps its distance. The watch is stored."""
+        """The clock was set by so much. All due times move along. The end of the watch stays, as
+        it is stored."""
         self._contact.clock_set(by_ms)
         for sent in (*self._sent.values(), *self._unsent.values()):
             sent.clock_set(by_ms)
@@ -288,8 +290,9 @@ class Push(Answered):
             self._unsent.pop(event_id, None)
             self._finished.add(stream_id)
 
-    def start_over(self) -> bool:
-        """Must everything be resent that was sent once? It must if the newcomer lost something.
+    def restart_if_lost(self) -> bool:
+        """If the newcomer has lost something, everything that was sent once is due again. Gives
+        whether that is so.
 
         The newcomer may have fetched what it pruned, because another event refers to it. Then it
         answers that it has the event. But it does not take the event for sticky until this server

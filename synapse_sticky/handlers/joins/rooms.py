@@ -1,7 +1,7 @@
 """The rooms that something is pushed of: their pushes, and what the index has of their own events.
 
-Who knows only of new events in a room finds here what they mean: events of other servers mean
-nothing, whatever their number and that of the newcomers (H1, H3).
+The index says only that a room has new events. This file finds out whether own events are among
+them. If not, nothing is done, however many events and newcomers there are (H1, H3).
 """
 
 from collections.abc import Collection
@@ -14,7 +14,7 @@ from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.index import IndexFollower
 
 _PAGE = 64
-"""So many events that were never sent a push takes in at once: more than a transaction has."""
+"""A push takes in this many events at once that were never sent: more than a transaction has."""
 
 
 @attr.s(auto_attribs=True, slots=True)
@@ -39,7 +39,7 @@ class PushedRooms:
     def __init__(self, homeserver: Homeserver, follower: IndexFollower, window: int) -> None:
         """
         Args:
-            window: of all servers of a room together.
+            window: how many events all servers of a room together may have under way to a newcomer.
         """
         self._homeserver = homeserver
         self._follower = follower
@@ -107,7 +107,7 @@ class PushedRooms:
         return found
 
     def _forget(self, room: _Room, now_ms: int) -> None:
-        """What was seen long ago, but not what ``with_new`` would take for new."""
+        """Forgets what was seen long ago, but nothing that ``with_new`` would then take for new."""
         for stream_id, seen_ms in list(room.seen_ms.items()):
             if now_ms - seen_ms <= GRACE_MS or stream_id >= room.look_from:
                 break
@@ -146,7 +146,8 @@ class PushedRooms:
 
     def open_events(self, push: Push) -> tuple[list[OwnEvent], int | None]:
         """The room's own events that the push is not done with, ascending: all that were sent, and
-        a page of the others. If there are more, up to which stream ID it has all."""
+        a page of the others. If there are more, also gives up to which stream ID none is left
+        out."""
         rows: list[OwnEvent] = []
         known = {sent.event_id for sent in push.sent}
         at, unknown = push.position, 0
@@ -173,7 +174,7 @@ class PushedRooms:
         rows = [row for event_id in later if (row := self._follower.index.get(event_id))]
         return sorted((row[0], row[2], row[3]) for row in rows if row[4] > now_ms)
 
-    def named(self, push: Push, event_ids: Collection[str]) -> None:
+    def take_in_named(self, push: Push, event_ids: Collection[str]) -> None:
         """An answer names these events: has the push take in those of its room's own ones. Work
         follows the answer."""
         if not self._follower.is_whole:
@@ -182,4 +183,4 @@ class PushedRooms:
         for event_id in event_ids:
             row = self._follower.index.get(event_id)
             if row and row[1] == push.room_id and row[4] > now_ms and row[3].endswith(own):
-                push.named(row[0], event_id, now_ms)
+                push.take_in_named(row[0], event_id, now_ms)

@@ -11,20 +11,21 @@ PATIENT_ATTEMPTS = 3
 """An event that failed more often than this does not count for the window any more."""
 
 PACE_MS = 1_400
-"""Where an acknowledgement has to do, the event counts as staged for so long after it, or for
+"""Where the acknowledgement suffices, the event counts as staged for this long after it, or for
 longer (``Sent.pace_ms``). A plain Synapse takes some 40 events a second, and all servers together
 send a window of 48 in this time."""
 
-_TO_TAKE_BY_TO_STAGE = 5
+_PROCESSING_PER_STAGING = 5
 
 MOST_SENDS = 2
-"""No answer of the newcomer, whatever it says, has an event sent more often than this. To leave the
-event out of the answer to /send is to say nothing of it."""
+"""No answer of the newcomer makes the module send an event more often than this. An answer to /send
+that leaves the event out does not count as an answer for it."""
 
 PATIENCE_MS = 30_000
-"""How long the newcomer may lack an event that it acknowledged, until it is taken to have lost it.
-It takes what it has acknowledged in no certain order. So a later event that it has proves nothing,
-and the time begins anew with each event that it has taken of what it acknowledged until then."""
+"""How long the newcomer may lack an event that it acknowledged. After that the event counts as
+lost. The newcomer may process what it acknowledged in any order, so it proves nothing that it has a
+later event. The time begins anew whenever it turns out to have another event that it acknowledged
+no later."""
 
 
 @attr.s(auto_attribs=True, slots=True)
@@ -77,7 +78,7 @@ class Sent:
         return self.attempts > 0 and not self.is_refused
 
     def pace_ms(self) -> int:
-        """How long the acknowledged event counts as staged where its acknowledgement has to do.
+        """How long the acknowledged event counts as staged where its acknowledgement suffices.
 
         A plain Synapse acknowledges a transaction once it has staged its PDUs, and takes about five
         times as long to process them, however fast it is.
@@ -85,7 +86,7 @@ class Sent:
         if self.sent_ms is None or self.acknowledged_ms is None:
             return PACE_MS
         staging_ms = self.acknowledged_ms - self.sent_ms
-        return min(max(PACE_MS, _TO_TAKE_BY_TO_STAGE * staging_ms), PATIENCE_MS)
+        return min(max(PACE_MS, _PROCESSING_PER_STAGING * staging_ms), PATIENCE_MS)
 
     def clock_set(self, by_ms: int) -> None:
         """The clock was set by so much: all times keep their distance."""
@@ -110,9 +111,10 @@ class FirstContact:
     backoff: Backoff
     is_made: bool = False
     tries: int = 0
-    floor_ms: int = 0
     not_before_ms: int = 0
-    """Until both nothing is sent."""
+    """Nothing is sent until then, as the newcomer's last push began a short time ago."""
+    retry_at_ms: int = 0
+    """Nothing is sent until then, as the last attempt was in vain."""
 
     @property
     def is_awaited(self) -> bool:
@@ -122,21 +124,21 @@ class FirstContact:
     @property
     def may_send_ms(self) -> int:
         """From when on something may be sent."""
-        return max(self.floor_ms, self.not_before_ms)
+        return max(self.not_before_ms, self.retry_at_ms)
 
     def clock_set(self, by_ms: int) -> None:
         """The clock was set by so much: all times keep their distance."""
-        self.floor_ms += by_ms
         self.not_before_ms += by_ms
+        self.retry_at_ms += by_ms
 
     def try_again(self, now_ms: int) -> None:
         """Something is sent; later each time, until the newcomer acknowledges it."""
         if not self.is_made:
             self.tries += 1
-            self.not_before_ms = now_ms + self.backoff.after(self.tries)
+            self.retry_at_ms = now_ms + self.backoff.after(self.tries)
 
     def make(self) -> bool:
         """The newcomer has acknowledged something. Is it the first time?"""
         is_first = not self.is_made
-        self.is_made, self.not_before_ms = True, 0
+        self.is_made, self.retry_at_ms = True, 0
         return is_first

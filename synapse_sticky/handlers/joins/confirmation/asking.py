@@ -7,13 +7,13 @@ from typing import Protocol
 import attr
 
 
-class Kind(Enum):
-    """Of an answer."""
+class AnswerKind(Enum):
+    """What an answer says."""
 
     SAYS = "says what it has"
     LACKS = "lacks the event"
     SILENT = "does not say"
-    """No answer of this server to such a question will ever say anything."""
+    """The server will not answer such a question later either."""
     TOO_LARGE = "says more than is read"
     REFUSES = "refuses to say"
     BUSY = "cannot say now"
@@ -29,7 +29,7 @@ class Answer:
     reason: why it says nothing, for the log.
     """
 
-    kind: Kind
+    kind: AnswerKind
     event_ids: Collection[str] = ()
     reason: str = ""
 
@@ -41,7 +41,7 @@ class Asking(Protocol):
         self, destination: str, room_id: str, event_ids: Collection[str], limit: int
     ) -> Answer:
         """Asks which of the room's events it has (federation ``/backfill``). It may answer with
-        ``limit`` events. What it does not name it may have all the same."""
+        ``limit`` events. It may also have events that its answer does not name."""
 
     async def has_event(self, destination: str, event_id: str) -> Answer:
         """Asks for one event (federation ``/event``)."""
@@ -58,7 +58,7 @@ class Asked:
     limit: how many events an answer may have.
     is_doubted: whether the newcomer is to be asked for the oldest event by itself.
     last_ms: when there was an answer last.
-    took_ms: how long the newcomer takes for an event.
+    took_ms: how long the newcomer takes to process an event.
     """
 
     in_vain: int = 0
@@ -68,9 +68,9 @@ class Asked:
     last_ms: int = 0
     took_ms: float = 0
 
-    def takes(self, found: int, now_ms: int) -> float:
-        """The newcomer has taken so many events since the last answer: how long it takes for
-        one."""
+    def note_taken(self, found: int, now_ms: int) -> float:
+        """The newcomer has processed ``found`` events since the last answer. Gives how long it
+        takes for one."""
         took_ms = max(now_ms - self.last_ms, 0) / found
         self.took_ms = (self.took_ms + took_ms) / 2 if self.took_ms else took_ms
         self.last_ms = now_ms

@@ -2,14 +2,14 @@
 
 A plain Synapse that has a hundred PDUs of a room staged prunes those that others reference, and
 leaves the tips (L3). So the newcomer is asked for referenced events only, for many at once, and
-never for the last one: for that its acknowledgement has to do.
+never for the last one: for that its acknowledgement suffices.
 """
 
 from collections.abc import Awaitable, Callable
 
 from synapse_sticky._core import MAX_STICKY_DURATION_MS
 from synapse_sticky.backoff import Backoff
-from synapse_sticky.handlers.joins.confirmation.asking import Answer, Asking, Kind
+from synapse_sticky.handlers.joins.confirmation.asking import Answer, AnswerKind, Asked, Asking
 from synapse_sticky.handlers.joins.confirmation.questions import APART_MS, Questions
 from synapse_sticky.handlers.joins.push import Push
 from synapse_sticky.handlers.joins.sent import PACE_MS, PATIENCE_MS, Sent
@@ -26,12 +26,13 @@ LATER_MS = 2_000
 
 _IN_VAIN = Backoff(SOON_MS, 30_000)
 _IN_VAIN_AND_NOTHING_WAITS = Backoff(LATER_MS, 60_000)
-_SEEDS = 50
+_MOST_ASKED_FOR = 50
 _LEAST_LIMIT = 10
 _REFUSALS_TO_BELIEVE = 3
 _MOST_BELIEVED = 10_000
 _UNASKED_MS = 60_000
-"""How long the acknowledgements of a destination are believed that waited in line for too long."""
+"""A destination that waited in line for too long is asked nothing for this long. Meanwhile its
+acknowledgements suffice."""
 
 
 class Confirmation:
@@ -74,8 +75,8 @@ class Confirmation:
         )
         self._silent: dict[str, int] = {}
         self._overdue: dict[str, int] = {}
-        """Until when the acknowledgements of a destination are believed (ms of the steady time):
-        as it does not say what it has, or as it waited in line for too long."""
+        """Until when a destination's acknowledgements suffice (ms of the steady time). One in
+        ``_silent`` does not say what it has; one in ``_overdue`` waited in line for too long."""
 
     def begin(self, push: Push, delay_ms: int | None = None) -> None:
         """Asks in the background, unless that is under way for this push.
@@ -96,13 +97,13 @@ class Confirmation:
         if push is None:
             return None
         self._update(push)
-        delay_ms = self._believed(push) if push.is_believed else await self._confirm(push)
+        delay_ms = self._believe_one(push) if push.is_believed else await self._confirm(push)
         if self._find(destination, room_id) is not push:
             return None
         if push.worth_sending(self._homeserver.now_ms()):
             self._on_progress(push)
         if delay_ms is None:
-            push.asked = type(push.asked)()
+            push.asked = Asked()
             self._on_end(push)
         return delay_ms
 
@@ -129,7 +130,7 @@ class Confirmation:
         rest = [sent.event_id for sent in waiting if sent not in asked]
         now_ms = self._homeserver.now_ms()
         if not asked:
-            push.has(rest, now_ms)
+            push.mark_present(rest, now_ms)
             return None
         late = [s for s in asked if now_ms - s.patient_from_ms > PATIENCE_MS]
         if late and push.asked.is_doubted:
@@ -137,18 +138,18 @@ class Confirmation:
         return await self._ask_for_many(push, asked, rest)
 
     async def _ask_for_many(self, push: Push, asked: list[Sent], rest: list[str]) -> int | None:
-        """Asks for these events; the acknowledgements of the rest have to do."""
-        event_ids = [sent.event_id for sent in asked[:_SEEDS]]
+        """Asks for these events. For the rest, the acknowledgements suffice."""
+        event_ids = [sent.event_id for sent in asked[:_MOST_ASKED_FOR]]
         limit = len(event_ids) * max(self._servers(push.room_id), 1) + _LEAST_LIMIT
         answer = await self._asking.has_events(
             push.destination, push.room_id, event_ids, min(limit, push.asked.limit)
         )
-        if answer.kind is not Kind.SAYS:
+        if answer.kind is not AnswerKind.SAYS:
             return self._without_answer(push, answer)
         now_ms = self._homeserver.now_ms()
         self._questions.reached(push.destination)
-        push.has(rest, now_ms)
-        found = push.has(answer.event_ids, now_ms)
+        push.mark_present(rest, now_ms)
+        found = push.mark_present(answer.event_ids, now_ms)
         left_ms = [
             sent.patient_from_ms + PATIENCE_MS - now_ms
             for sent in asked
@@ -161,22 +162,22 @@ class Confirmation:
             return APART_MS
         if not found or not push.has_waiting(now_ms):
             return max(min(self._in_vain(push), min(left_ms) + 1), APART_MS)
-        took_ms = push.asked.takes(found, now_ms)
+        took_ms = push.asked.note_taken(found, now_ms)
         push.asked.in_vain = push.asked.refusals = 0
         return min(max(int(took_ms * push.missing_for_half(now_ms)), APART_MS), 10 * SOON_MS)
 
     async def _ask_for_one(self, push: Push, late: list[Sent]) -> int | None:
-        """Asks for the oldest of the events that the newcomer should have for long."""
+        """Asks for the oldest of the events that the newcomer should have had for a long time."""
         answer = await self._asking.has_event(push.destination, late[0].event_id)
         now_ms = self._homeserver.now_ms()
         push.asked.is_doubted = False
-        if answer.kind is Kind.SAYS:
-            # There are answers that leave out what is there.
+        if answer.kind is AnswerKind.SAYS:
+            # The newcomer has it, though its answer about many events left it out.
             push.asked.refusals += 1
             is_enough = push.asked.refusals >= _REFUSALS_TO_BELIEVE
-            push.has([sent.event_id for sent in late[: None if is_enough else 1]], now_ms)
-        elif answer.kind is Kind.LACKS:
-            push.lacks(late, now_ms)
+            push.mark_present([sent.event_id for sent in late[: None if is_enough else 1]], now_ms)
+        elif answer.kind is AnswerKind.LACKS:
+            push.mark_lost(late, now_ms)
         else:
             return self._without_answer(push, answer)
         self._questions.reached(push.destination)
@@ -185,44 +186,44 @@ class Confirmation:
     async def _ask_for_probe(self, push: Push, event_id: str) -> int | None:
         """The newcomer was in the room before: does it still have what it got then?"""
         answer = await self._asking.has_event(push.destination, event_id)
-        if answer.kind in {Kind.BUSY, Kind.UNREACHABLE}:
+        if answer.kind in {AnswerKind.BUSY, AnswerKind.UNREACHABLE}:
             return self._without_answer(push, answer)
         push.probe = None
-        if answer.kind is Kind.LACKS:
+        if answer.kind is AnswerKind.LACKS:
             logger.info("%s lacks what it had of %s", push.destination, push.room_id)
-            push.start_anew()
+            push.restart_in_full()
             self._update(push)
-        elif answer.kind is Kind.SILENT:
+        elif answer.kind is AnswerKind.SILENT:
             return self._without_answer(push, answer)
         return APART_MS
 
     # Without an answer
 
     def _without_answer(self, push: Push, answer: Answer) -> int | None:
-        if answer.kind is Kind.UNREACHABLE:
+        if answer.kind is AnswerKind.UNREACHABLE:
             return self._cannot_reach(push)
-        if answer.kind is Kind.BUSY:
+        if answer.kind is AnswerKind.BUSY:
             self._questions.put_off(push.destination)
             return self._in_vain(push)
         self._questions.reached(push.destination)
-        if answer.kind is Kind.SILENT:
+        if answer.kind is AnswerKind.SILENT:
             self._note_silence(push.destination, answer.reason)
             push.probe = None
             return self._believe_all(push)
-        if answer.kind is Kind.TOO_LARGE and push.asked.limit > _LEAST_LIMIT:
+        if answer.kind is AnswerKind.TOO_LARGE and push.asked.limit > _LEAST_LIMIT:
             push.asked.limit = _LEAST_LIMIT
             return APART_MS
         push.asked.refusals += 1
         if push.asked.refusals < _REFUSALS_TO_BELIEVE:
             return self._in_vain(push)
-        # No answer will come: the acknowledgement has to do.
+        # No answer will come: the acknowledgements suffice.
         for sent in push.unconfirmed():
             push.mark_delivered(sent.event_id)
         return None
 
     def _cannot_reach(self, push: Push, until_ms: int = 0) -> int:
-        """No event is asked for until the destination can be reached, and what it acknowledged up
-        to now it may have lost."""
+        """Asks for nothing until the destination can be reached. It may have lost what it has
+        acknowledged up to now."""
         self._questions.put_off(push.destination, until_ms)
         push.suspect_loss()
         for room_id in self._questions.rooms(push.destination):
@@ -241,7 +242,7 @@ class Confirmation:
             destination,
             reason,
         )
-        self._note(self._silent, destination, MAX_STICKY_DURATION_MS)
+        self._believe_for(self._silent, destination, MAX_STICKY_DURATION_MS)
 
     def _note_overdue(self, destination: str) -> None:
         logger.info(
@@ -249,16 +250,16 @@ class Confirmation:
             " believed for now",
             destination,
         )
-        self._note(self._overdue, destination, _UNASKED_MS)
+        self._believe_for(self._overdue, destination, _UNASKED_MS)
 
-    def _note(self, until_ms: dict[str, int], destination: str, duration_ms: int) -> None:
+    def _believe_for(self, until_ms: dict[str, int], destination: str, duration_ms: int) -> None:
         until_ms.pop(destination, None)
         until_ms[destination] = self._homeserver.steady_ms() + duration_ms
         if len(until_ms) > _MOST_BELIEVED:
             del until_ms[next(iter(until_ms))]
 
     def _is_believed(self, destination: str) -> bool:
-        """Is it asked nothing?"""
+        """Is the destination asked nothing, as its acknowledgements suffice?"""
         return self._is_silent(destination) or self._is_overdue(destination)
 
     def _is_silent(self, destination: str) -> bool:
@@ -267,13 +268,13 @@ class Confirmation:
     def _is_overdue(self, destination: str) -> bool:
         return self._overdue.get(destination, 0) > self._homeserver.steady_ms()
 
-    def _believed(self, push: Push) -> int | None:
+    def _believe_one(self, push: Push) -> int | None:
         now_ms = self._homeserver.now_ms()
         next_ms = _believe(push, now_ms)
         return None if next_ms is None else max(next_ms - now_ms, APART_MS)
 
     def _believe_all(self, push: Push) -> int | None:
-        """This takes no question, so it is done for all rooms of the destination."""
+        """Believes the acknowledgements of all the destination's rooms: that takes no question."""
         rooms = self._questions.rooms(push.destination)
         others = [p for r in rooms if (p := self._find(push.destination, r)) and p is not push]
         now_ms = self._homeserver.now_ms()
@@ -282,7 +283,7 @@ class Confirmation:
             if other.worth_sending(now_ms):
                 self._on_progress(other)
         times_ms = [_believe(push, now_ms)]
-        if push.probe is not None:  # it is asked for once there may be a place
+        if push.probe is not None:  # it is asked for once the destination is asked again
             left_ms = self._overdue.get(push.destination, 0) - self._homeserver.steady_ms()
             times_ms.append(now_ms + left_ms if left_ms > 0 else None)
         next_ms = min((ms for ms in times_ms if ms is not None), default=None)

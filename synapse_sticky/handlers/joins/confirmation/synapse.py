@@ -11,7 +11,7 @@ from synapse.http.client import BodyExceededMaxSize
 from synapse.http.matrixfederationclient import JsonParser
 from twisted.internet import defer
 
-from synapse_sticky.handlers.joins.confirmation.asking import Answer, Kind
+from synapse_sticky.handlers.joins.confirmation.asking import Answer, AnswerKind
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.database import found_txn
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, attributes, method, table
@@ -67,16 +67,18 @@ class SynapseAsking:
         found = set()
         for number, pdu in enumerate(answer[:limit]):
             if number % _HASHED_AT_ONCE == 0:
-                await self._homeserver.sleep_ms(0)
+                await self._homeserver.give_way()
             found.add(self._own_event_id(pdu, room_version))
-        return Answer(Kind.SAYS, found.intersection(event_ids))
+        return Answer(AnswerKind.SAYS, found.intersection(event_ids))
 
     async def has_event(self, destination: str, event_id: str) -> Answer:
         path = f"{_PREFIX}/event/{urllib.parse.quote(event_id, safe='')}"
         answer = await self._ask(destination, path, None, _OneEvent())
         if isinstance(answer, Answer):
             return answer
-        return Answer(Kind.SAYS, [event_id]) if answer else Answer(Kind.REFUSES, reason="no PDU")
+        if not answer:
+            return Answer(AnswerKind.REFUSES, reason="no PDU")
+        return Answer(AnswerKind.SAYS, [event_id])
 
     async def referenced(self, event_ids: Collection[str]) -> set[str]:
         def read_txn(txn: Cursor) -> set[str]:
@@ -88,7 +90,7 @@ class SynapseAsking:
     async def _ask(
         self, destination: str, path: str, args: dict[str, list[str]] | None, parser: JsonParser
     ) -> Answer | list[Any]:
-        """The PDUs of the answer, or what it says otherwise."""
+        """The PDUs of the answer; an ``Answer`` that says why if it has none."""
         try:
             # With a timeout of its own, Synapse's client does not ask again. A failed question must
             # not back the destination off: then Synapse would send nothing else there either.
@@ -105,17 +107,19 @@ class SynapseAsking:
         except RequestSendFailed as e:
             return _of_failure(e)
         except FederationDeniedError:
-            return Answer(Kind.REFUSES, reason="this server may not ask it")
+            return Answer(AnswerKind.REFUSES, reason="this server may not ask it")
         pdus = answer.get("pdus")
-        return pdus if isinstance(pdus, list) else Answer(Kind.SILENT, reason="it has no PDUs")
+        if not isinstance(pdus, list):
+            return Answer(AnswerKind.SILENT, reason="it has no PDUs")
+        return pdus
 
     def _own_event_id(self, pdu: Any, room_version: Any) -> str:
-        """The event ID of one of this server's PDUs, which is a hash of it; empty for all else."""
+        """The event ID of one of this server's PDUs, which is its hash; "" for any other PDU."""
         try:
             if pdu["sender"].endswith(f":{self._homeserver.server_name}"):
                 return make_event_from_dict(pdu, room_version=room_version).event_id
         except Exception:
-            return ""  # whatever another server takes for a PDU
+            return ""  # another server may send anything in the place of a PDU
         return ""
 
 
@@ -123,10 +127,10 @@ def _of_error(error: HttpResponseException, path: str) -> Answer:
     is_of_one = path.startswith(f"{_PREFIX}/event/")
     reason = f"{error.code} to {'/event' if is_of_one else '/backfill'}"
     if error.code == _NOT_FOUND and is_of_one and _is_not_found(error.response):
-        return Answer(Kind.LACKS)
+        return Answer(AnswerKind.LACKS)
     if error.code in _NOT_ROUTED:
-        return Answer(Kind.SILENT, reason=reason)
-    return Answer(Kind.REFUSES, reason=reason)
+        return Answer(AnswerKind.SILENT, reason=reason)
+    return Answer(AnswerKind.REFUSES, reason=reason)
 
 
 def _is_not_found(body: bytes) -> bool:
@@ -141,10 +145,10 @@ def _is_not_found(body: bytes) -> bool:
 def _of_failure(failure: RequestSendFailed) -> Answer:
     cause = failure.inner_exception
     if isinstance(cause, BodyExceededMaxSize):
-        return Answer(Kind.TOO_LARGE)
+        return Answer(AnswerKind.TOO_LARGE)
     if not failure.can_retry:
         # It is no JSON.
-        return Answer(Kind.SILENT, reason=f"the answer cannot be understood: {cause!r}"[:200])
-    # 429 and 5xx pass with time, and so does slowness: nothing is lost by it.
+        return Answer(AnswerKind.SILENT, reason=f"the answer cannot be understood: {cause!r}"[:200])
+    # A newcomer that answers 429 or 5xx, or that is slow, is there, and has lost nothing.
     is_there = isinstance(cause, (HttpResponseException, TimeoutError, defer.TimeoutError))
-    return Answer(Kind.BUSY if is_there else Kind.UNREACHABLE)
+    return Answer(AnswerKind.BUSY if is_there else AnswerKind.UNREACHABLE)

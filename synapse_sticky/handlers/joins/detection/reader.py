@@ -6,7 +6,7 @@ the stored position stays before it: the next run reads from there.
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import attr
 
@@ -24,22 +24,22 @@ logger = bounded(__name__)
 _BACKOFF = Backoff(5_000, 60_000)
 _STORE_EVERY_MS = 60_000
 _STORE_AT_LEAST_EVERY_MS = FORGET_INSTANCE_AFTER_MS // 4
-"""Another process that starts takes one with an old position for one that is not there any more."""
+"""A process that starts forgets every other process that has not stored a position for longer than
+``FORGET_INSTANCE_AFTER_MS``."""
 
-_STORE_EVERY = 1_000
-"""So many positions without a change of state are read again after a restart. That costs a query,
-while a write for each minute in which anybody says anything would cost more."""
+_STORE_EVERY_POSITIONS = 1_000
+"""The position is stored each minute only if it has moved this far. After a restart, what was not
+stored is read again. That costs one query, while a write in each minute would cost more."""
 
 _MAX_STRAGGLERS = 1_000
 _LARGE = 1_000
-"""A room with more changes in a page is read apart, so that the others do not wait for it (H1)."""
+"""A room with more changes in a page is read by itself, so that no other waits for it (H1)."""
 _MOST_LARGE = 1_000
 _RECORDED_AT_ONCE = 50
-"""Newcomers; no transaction has others wait for long (H1)."""
+"""A transaction stores this many newcomers at most, so that no other waits for long (H1)."""
 
 
-@attr.s(auto_attribs=True, frozen=True, slots=True)
-class ServerJoin:
+class ServerJoin(NamedTuple):
     """A server has newly joined a room (P3)."""
 
     destination: str
@@ -95,8 +95,8 @@ class HandledDestinations(Protocol):
 
 
 @attr.s(frozen=True, eq=False, slots=True)
-class _Left:
-    """What could not be done of a page: one room's changes, or one newcomer of a room.
+class _Pending:
+    """What is still to be done of a page: one room's changes, or one newcomer of a room.
 
     after: where the page began.
     """
@@ -136,7 +136,7 @@ class JoinReader:
         self._reading = Retrying(
             homeserver, "read_joins", "Could not read who joined", self._read, _BACKOFF
         )
-        self._stragglers: Stragglers[_Left] = Stragglers(
+        self._stragglers: Stragglers[_Pending] = Stragglers(
             homeserver,
             "read_joins_of_one",
             "Could not read who joined:",
@@ -144,7 +144,7 @@ class JoinReader:
             _BACKOFF,
             _MAX_STRAGGLERS,
         )
-        self._large: dict[_Left, None] = {}
+        self._large: dict[_Pending, None] = {}
         self._reading_large = Retrying(
             homeserver,
             "read_joins_of_large",
@@ -178,7 +178,7 @@ class JoinReader:
             self._position = up_to
 
     def _is_to_be_stored(self, position: int) -> bool:
-        is_far = position - self._stored >= _STORE_EVERY
+        is_far = position - self._stored >= _STORE_EVERY_POSITIONS
         since_ms = self._homeserver.steady_ms() - self._stored_ms
         return since_ms > (_STORE_EVERY_MS if is_far else _STORE_AT_LEAST_EVERY_MS)
 
@@ -191,8 +191,8 @@ class JoinReader:
     async def _read_page(self, after: int, up_to: int) -> None:
         position, rooms = await self._changes.page(after=after, up_to=up_to)
         # A room that fails is not tried at every page.
-        left = [left.what for left in self._stragglers.items()]
-        failing = {what.room_id for what in left if isinstance(what, RoomChanges)}
+        stragglers = [pending.what for pending in self._stragglers.items()]
+        failing = {what.room_id for what in stragglers if isinstance(what, RoomChanges)}
         waiting = [room for room in rooms if room.room_id in failing]
         rooms = self._put_apart(after, [room for room in rooms if room.room_id not in failing])
 
@@ -201,21 +201,22 @@ class JoinReader:
             await self._take_in(some, after, position if is_all else None)
 
         stuck = await apart(rooms, take_in)
-        self._leave(after, stuck)
-        self._stragglers.add((_Left(after, room), _StillFailingError()) for room in waiting)
+        self._keep_for_retry(after, stuck)
+        self._stragglers.add((_Pending(after, room), _StillFailingError()) for room in waiting)
         # Without a join, the position of this process is worth a write now and then only.
         if self._homeserver.steady_ms() - self._stored_ms > _STORE_EVERY_MS:
-            await self._record([], self._not_past_what_is_left(position))
+            await self._record([], self._before_pending(position))
         self._position = position
 
     def _put_apart(self, after: int, rooms: Sequence[RoomChanges]) -> list[RoomChanges]:
-        """Has the large ones of the rooms read apart, one at a time; gives the others."""
+        """Has large rooms read by themselves, one at a time; gives the others."""
         others = []
+        known = {(pending.after, pending.what.room_id) for pending in self._large}
         for room in rooms:
-            if (after, room.room_id) in {(left.after, left.what.room_id) for left in self._large}:
+            if (after, room.room_id) in known:
                 continue  # the page is read once more, as the rest of it failed
             if room.count > _LARGE and len(self._large) < _MOST_LARGE:
-                self._large[_Left(after, room)] = None
+                self._large[_Pending(after, room)] = None
                 self._reading_large.wake()
             else:
                 others.append(room)
@@ -223,19 +224,19 @@ class JoinReader:
 
     async def _read_large(self) -> None:
         while self._large:
-            left = next(iter(self._large))
+            pending = next(iter(self._large))
             try:
-                await self._try_again(left)
+                await self._try_again(pending)
             except Exception as e:
                 if is_outage(e):
                     raise
-                self._stragglers.add([(left, e)])
-            del self._large[left]
+                self._stragglers.add([(pending, e)])
+            del self._large[pending]
 
-    def _leave(
+    def _keep_for_retry(
         self, after: int, stuck: Iterable[tuple[RoomChanges | ServerJoin, Exception]]
     ) -> None:
-        self._stragglers.add((_Left(after, what), error) for what, error in stuck)
+        self._stragglers.add((_Pending(after, what), error) for what, error in stuck)
 
     async def _take_in(
         self, rooms: Sequence[RoomChanges], after: int, position: int | None
@@ -255,13 +256,13 @@ class JoinReader:
             if position is None or not is_all:
                 await self._record(some, self._stored)
             else:
-                await self._record(some, self._not_past_what_is_left(position))
+                await self._record(some, self._before_pending(position))
             recorded += len(some)
 
         stuck = []
         for portion in portions(mine, _RECORDED_AT_ONCE):
             stuck += await apart(portion, record)
-        self._leave(after, stuck)
+        self._keep_for_retry(after, stuck)
         self._on_joins([], own, 0)
 
     async def _record(self, joins: Sequence[ServerJoin], position: int) -> None:
@@ -275,15 +276,16 @@ class JoinReader:
         self._stored, self._stored_ms = position, self._homeserver.steady_ms()
         self._on_joins(joins, [], watch_until_ms)
 
-    def _not_past_what_is_left(self, position: int) -> int:
-        left = chain(self._stragglers.items(), self._large)
-        return min((one.after for one in left), default=position)
+    def _before_pending(self, position: int) -> int:
+        """The position, or an earlier one that something is pending from."""
+        all_pending = chain(self._stragglers.items(), self._large)
+        return min((pending.after for pending in all_pending), default=position)
 
-    async def _try_again(self, left: _Left) -> None:
-        if isinstance(left.what, ServerJoin):
-            await self._record([left.what], self._stored)
+    async def _try_again(self, pending: _Pending) -> None:
+        if isinstance(pending.what, ServerJoin):
+            await self._record([pending.what], self._stored)
         else:
-            await self._take_in([left.what], left.after, None)
+            await self._take_in([pending.what], pending.after, None)
 
 
 class _StillFailingError(Exception):

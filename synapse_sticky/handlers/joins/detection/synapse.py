@@ -68,11 +68,11 @@ class _Join:
 class _Joins:
     """The joins of some positions, and what is in them.
 
-    late: the positions with an outlier.
+    with_outlier: the positions with an outlier.
     """
 
     joins: list[_Join] = attr.Factory(list)
-    late: set[int] = attr.Factory(set)
+    with_outlier: set[int] = attr.Factory(set)
     room_ids: set[str] = attr.Factory(set)
     servers: set[str] = attr.Factory(set)
 
@@ -81,7 +81,7 @@ class _Joins:
         self.room_ids.add(join.room_id)
         self.servers.add(join.server)
         if join.outlier:
-            self.late.add(join.stream_id)
+            self.with_outlier.add(join.stream_id)
 
 
 _Earliest = Mapping[tuple[str, str], Sequence[tuple[str, int]]]
@@ -150,14 +150,16 @@ class SynapseStateChanges:
         # unless it was in the room before, and they joined while it was away.
         stayed_at = await self._servers_at_leave(room_of, own_joins, not_before_ms)
         joins = await self._joins(room_of.keys() - (own_joins - stayed_at.keys()), not_before_ms)
-        stayed_at |= await self._servers_at_leave(room_of, joins.late - own_joins, not_before_ms)
+        stayed_at |= await self._servers_at_leave(
+            room_of, joins.with_outlier - own_joins, not_before_ms
+        )
         earliest = await self._earliest(joins)
 
         found = {ServerJoin(here, room_of[stream_id]): None for stream_id in sorted(own_joins)}
         firsts = []
         for number, join in enumerate(joins.joins, 1):
             if number % _AT_ONCE == 0:
-                await self._homeserver.sleep_ms(0)
+                await self._homeserver.give_way()
             stayed = stayed_at.get(join.stream_id)
             if stayed is not None and join.server not in stayed:
                 found[ServerJoin(join.server, join.room_id)] = None
@@ -167,7 +169,9 @@ class SynapseStateChanges:
         # Synapse fetched an outlier as part of the state. If it is older than this server's own
         # join, /send_join named its server, and Synapse has sent that server everything since.
         depths = await self._own_depths({join.room_id for join in firsts if join.outlier})
-        for join in firsts:
+        for number, join in enumerate(firsts, 1):
+            if number % _AT_ONCE == 0:
+                await self._homeserver.give_way()
             own_depth = depths.get(join.room_id)
             if not join.outlier or own_depth is None or join.depth > own_depth:
                 found[ServerJoin(join.server, join.room_id)] = None
@@ -209,8 +213,8 @@ class SynapseStateChanges:
     async def _earliest(self, joins: _Joins) -> _Earliest:
         """The earliest members of the rooms and servers of these joins, and maybe of others.
 
-        Only a member who has been joined since before a join proves that its server is no newcomer.
-        Others may have joined along with it, in changes yet to be read.
+        A member who joined before one of these joins proves that the server is no newcomer there. A
+        member who joined after it proves nothing: that join may be in changes yet to be read.
         """
         if not joins.joins:
             return {}

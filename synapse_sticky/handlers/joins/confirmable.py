@@ -6,8 +6,8 @@ from synapse_sticky.handlers.joins.finished import Finished
 from synapse_sticky.handlers.joins.sent import MOST_SENDS, Sent
 
 
-class Answered:
-    """The part of a push that follows what the newcomer says.
+class Confirmable:
+    """The part of a push that follows what the newcomer is found to have.
 
     delivered_count: how many events it was found to have, or believed to have.
     """
@@ -27,16 +27,17 @@ class Answered:
         return sorted(waiting, key=lambda s: s.stream_id)
 
     def mark_delivered(self, event_id: str) -> None:
-        """The event is delivered: the newcomer has it, or its acknowledgement has to do."""
+        """The event is delivered: the newcomer has it, or its acknowledgement suffices."""
         sent = self._sent.pop(event_id, None)
         if sent is not None:
             self._finished.add(sent.stream_id)
             self._highest_delivered = max(self._highest_delivered, sent.stream_id)
             self.delivered_count += 1
 
-    def has(self, event_ids: Iterable[str], now_ms: int) -> int:
-        """The newcomer says that it has some copy of these events. Gives how many it was not yet
-        known to have. What may have been lost is resent: the copy may be one that it fetched."""
+    def mark_present(self, event_ids: Iterable[str], now_ms: int) -> int:
+        """The newcomer says that it has some copy of these events, or their acknowledgements
+        suffice. Gives how many of them were open. An event that may have been lost is resent: the
+        newcomer may only have fetched its copy."""
         found = [sent for e in event_ids if (sent := self._sent.get(e))]
         taken = [sent.acknowledged_ms for sent in found if sent.acknowledged_ms is not None]
         for sent in found:
@@ -49,9 +50,9 @@ class Answered:
                 sent.patient_from_ms = now_ms
         return len(found)
 
-    def lacks(self, events: Iterable[Sent], now_ms: int) -> None:
-        """The newcomer acknowledged the events, and has lost them. They are resent, unless they
-        have been sent often enough."""
+    def mark_lost(self, events: Iterable[Sent], now_ms: int) -> None:
+        """The newcomer acknowledged the events, and has lost them. They are resent. Those that have
+        been sent often enough count as delivered."""
         for sent in list(events):
             if sent.attempts >= MOST_SENDS:
                 self.mark_delivered(sent.event_id)
@@ -61,7 +62,7 @@ class Answered:
 
     def suspect_loss(self) -> None:
         """The newcomer cannot be reached, and may have lost what it acknowledged. If it later says
-        that it has such an event, it may only have fetched the event (see ``start_over``)."""
+        that it has such an event, it may only have fetched the event (see ``restart_if_lost``)."""
         for sent in self._sent.values():
             sent.is_suspect = sent.acknowledged_ms is not None and sent.attempts < MOST_SENDS
 

@@ -132,8 +132,15 @@ CHECK = "cli.synapse"
 """What ``synapse-sticky check`` needs to read a configuration."""
 
 _PLACES = "homeserver.sticky_rows"
-_ROWS = (_PLACES, "index.synapse:rows")
-_PERSISTED = "index.synapse:persisted"
+_WHOLE = "homeserver.whole"
+_ROWS = (_PLACES, _WHOLE, "index.synapse:rows")
+_OPTIONAL = (
+    "index.synapse:persisted",
+    "index.redactions.synapse:bans",
+    "index.redactions.synapse:erasure",
+    "index.cut_short.synapse",
+)
+"""What duties make use of where it fits, and do without where it does not."""
 _PURGES = "index.synapse:purges"
 _RECEIVED = "homeserver.received"
 _CHANGES = ("homeserver.stream", "index.synapse:changes", _PURGES)
@@ -228,7 +235,7 @@ DUTIES: Mapping[str, Duty] = {
             (
                 Part(
                     (
-                        *(_MEMBERS, _PURGES, "homeserver.staged", _RECEIVED),
+                        *(_MEMBERS, _PURGES, _WHOLE, "homeserver.staged", _RECEIVED),
                         *(f"{_STAGING}.parking.synapse", f"{_STAGING}.batches.synapse"),
                         f"{_STAGING}.parking.origins.synapse",
                     ),
@@ -255,7 +262,7 @@ DUTIES: Mapping[str, Duty] = {
         ),
         _whole(
             "deferral",
-            (*_CHANGES, _PLACES, _RECEIVED, "handlers.deferral.synapse"),
+            (*_CHANGES, _PLACES, _WHOLE, _RECEIVED, "handlers.deferral.synapse"),
             "a flood of another server delays the sticky events of all others",
             lambda place: place.writes,
         ),
@@ -311,7 +318,8 @@ def _every_seam() -> Iterator[Seam]:
     yield from remaining.SEAMS
     yield from unignored.SEAMS
     yield from retention.SEAMS
-    yield from seams_of(_PERSISTED)
+    for file in _OPTIONAL:
+        yield from seams_of(file)
     yield from seams_of(CHECK)
     for layer in access.SEAMS.values():
         yield from layer

@@ -28,6 +28,7 @@ _EXTENSIONS = f"{_TYPES}.SlidingSyncResult.Extensions"
 _MS = timedelta(milliseconds=1)
 
 _JOINED = method(STORE, "async get_rooms_for_user(user_id, /) -> frozenset")
+_ERASED = method(STORE, "async are_users_erased(user_ids, /) -> Mapping")
 
 LAYERS: Mapping[str, tuple[str, str]] = {
     "delivery": ("sync_section", "sync_response"),
@@ -57,6 +58,7 @@ SEAMS: Mapping[str, tuple[Seam, ...]] = {
             is_replaced=True,
         ),
         method(STORE, "async get_events(event_ids, /) -> dict"),
+        _ERASED,
         Attribute(f"{_SYNC}.SyncConfig", "user"),
         Attribute(f"{_SYNC}.SyncResult", "joined"),
         *attributes(f"{_SYNC}.JoinedSyncResult", "room_id", "sticky"),
@@ -105,13 +107,16 @@ def fitting_layers(duty: str) -> tuple[list[str], list[str]]:
 async def still_sticky(
     store: Any, event_ids: Collection[str], now_ms: int | None = None
 ) -> set[str]:
-    """Those of the events that were not redacted meanwhile (S5); ``store`` is the main data store.
-    With ``now_ms`` those that have expired by their own account are left out as well (S4).
+    """Those of the events that were not redacted meanwhile, nor their senders' data erased (S5);
+    ``store`` is the main data store. With ``now_ms`` those that have expired by their own account
+    are left out as well (S4).
 
     Synapse's table keeps the row of an event that is redacted later.
     """
     events = await store.get_events(event_ids)
-    return {e for e, event in events.items() if _is_sticky(event, now_ms)}
+    sticky = {e: event.sender for e, event in events.items() if _is_sticky(event, now_ms)}
+    erased = await store.are_users_erased({*sticky.values()}) if sticky else {}
+    return {event_id for event_id, sender in sticky.items() if not erased.get(sender)}
 
 
 def _is_sticky(event: Any, now_ms: int | None) -> bool:

@@ -15,6 +15,7 @@ from synapse_sticky.backoff import Alarm, Backoff
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.homeserver.position import Position
 from synapse_sticky.index.noted import NotedRows
+from synapse_sticky.index.redacted import Redacted
 from synapse_sticky.index.rereads import Rereads
 from synapse_sticky.index.stream import StickyRow, Stream
 from synapse_sticky.logs import bounded
@@ -61,6 +62,7 @@ class IndexFollower:
         self._changed: set[str] = set()
         self._purged: set[str] = set()
         self._rereads = Rereads()
+        self._redacted = Redacted(self.stream)
         self._rechecking: set[str] = set()
         self._progress = homeserver.new_signal()
         self._has_failed = False
@@ -84,6 +86,7 @@ class IndexFollower:
         self.stream.on_event_changed(self._event_changed)
         self.stream.on_room_purged(self._room_purged)
         self.stream.on_retention_changed(self._retention_changed)
+        self.stream.on_user_redacted(self._user_redacted)
         self._expiry.ring_in(_EXPIRE_EVERY_MS)
         # What expires by that is over, also if the clock is set back later.
         self._hs.on_clock_set(lambda _: self._expiry.ring_in(0))
@@ -171,6 +174,7 @@ class IndexFollower:
             self._following.is_running
             or self._changed
             or self._rereads
+            or self._redacted
             or not self.index.in_step(self.stream.positions())
         ) and not self._take_in_noted():
             self._following.wake()
@@ -180,7 +184,7 @@ class IndexFollower:
         nothing is asked. Gives whether nothing is left to do."""
         following, index = self._following, self.index
         is_busy = following.is_running or following.is_failing or self._changed or self._rereads
-        if is_busy or not self.is_whole or not index.positions():
+        if is_busy or self._redacted or not self.is_whole or not index.positions():
             return False
         positions = self.stream.positions()
         after, up_to = _span(index, positions)
@@ -224,10 +228,20 @@ class IndexFollower:
         self._rereads.add(room_id)
         self._poke()
 
-    def _look_up_anew(self, room_id: str) -> None:
-        up_to = max(self.stream.positions().values(), default=0)
-        for _, _, event_id in self.index.events_in_rooms([room_id], 0, {}, up_to, {}, 0, None):
-            self._changed.add(event_id)
+    def _user_redacted(self, room_id: str, user_id: str) -> None:
+        self._noted.clear()
+        if room_id:
+            self._look_up_anew(room_id, user_id)
+        if not room_id or self._following.is_running:
+            self._redacted.add(room_id, user_id)
+        self._poke()
+
+    def _look_up_anew(self, room_id: str, user_id: str | None = None) -> None:
+        index, up_to = self.index, max(self.stream.positions().values(), default=0)
+        for _, _, event_id in index.events_in_rooms([room_id], 0, {}, up_to, {}, 0, None):
+            row = index.get(event_id)
+            if user_id is None or (row is not None and row[3] == user_id):
+                self._changed.add(event_id)
 
     async def _follow(self) -> None:
         # New rows are taken in between: events may change faster than they are looked up.
@@ -244,6 +258,7 @@ class IndexFollower:
             for room_id in self._purged:
                 self._look_up_anew(room_id)
             self._purged.clear()
+            await self._redacted.look_for(self._look_up_anew)
             await self._recheck()
         except BaseException:
             self._has_failed = True
@@ -279,12 +294,7 @@ class IndexFollower:
         deliverable = [r for r in rows if r.deliverable]
         if not deliverable:
             return
-        index.insert(
-            [
-                (r.stream_id, r.instance_name, r.room_id, r.event_id, r.sender, r.expires_at_ms)
-                for r in deliverable
-            ]
-        )
+        index.insert([row.for_index for row in deliverable])
         self._untold |= {r.room_id for r in deliverable}
         if self.is_whole:
             self._tell_of_rooms()

@@ -11,7 +11,8 @@ class StickyRow:
     """One row of the sticky events stream.
 
     expires_at_ms: when it ends for this server, which may keep the room's events for less long.
-    deliverable: False while the event is soft-failed, and for good once it is redacted or gone.
+    deliverable: False while the event is soft-failed, and for good once it is redacted or gone, or
+        its sender's data erased.
     """
 
     stream_id: int
@@ -21,6 +22,12 @@ class StickyRow:
     sender: str
     expires_at_ms: int
     deliverable: bool
+
+    @property
+    def for_index(self) -> tuple[int, str, str, str, str, int]:
+        """What the index keeps of it."""
+        place = (self.stream_id, self.instance_name, self.room_id)
+        return (*place, self.event_id, self.sender, self.expires_at_ms)
 
 
 class Stream(Protocol):
@@ -46,6 +53,10 @@ class Stream(Protocol):
     async def rows_in_room(self, room_id: str, *, after: int, limit: int) -> list[StickyRow]:
         """The room's unexpired rows with ``after < stream_id``, ascending, at most ``limit``."""
 
+    async def rooms_of(self, user_id: str) -> list[str]:
+        """The rooms with unexpired rows of this user's, by their IDs. It reads all rows, which is
+        for rare use."""
+
     async def last_rows(self, room_id: str) -> dict[str, int]:
         """The last stream ID that each writer has given to an unexpired row of the room's own
         events, by instance name: as the database has it, which this process may see later."""
@@ -69,3 +80,7 @@ class Stream(Protocol):
 
     async def forget_gone(self, room_id: str) -> None:
         """Deletes the room's rows whose events are gone."""
+
+    def on_user_redacted(self, callback: Callable[[str, str], None]) -> None:
+        """Calls back with the ID of a room, or none for all rooms, and of a user: all that the user
+        has sent there may be redacted at once, or the user's data erased (S5)."""

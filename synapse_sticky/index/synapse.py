@@ -14,6 +14,8 @@ from synapse_sticky.homeserver.fitting import misfits
 from synapse_sticky.homeserver.retention import Retention
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, method, table
 from synapse_sticky.homeserver.sticky_rows import stream_ids_txn
+from synapse_sticky.homeserver.whole import still_whole
+from synapse_sticky.index.redactions.synapse import UserRedactions
 from synapse_sticky.index.stream import StickyRow
 from synapse_sticky.logs import bounded
 
@@ -21,7 +23,6 @@ logger = bounded(__name__)
 
 SEAMS = {
     "rows": (
-        method(STORE, "async get_events(event_ids, /, *, allow_rejected) -> dict"),
         table(
             "sticky_events",
             "stream_id integer, instance_name text, room_id text, event_id text, sender text, "
@@ -30,6 +31,7 @@ SEAMS = {
         table("event_json", "event_id text, internal_metadata text"),
         table("redactions", "redacts text"),
         table("room_ban_redactions", "room_id text, user_id text"),
+        table("erased_users", "user_id text"),
     ),
     "changes": (
         method(STORE, "_invalidate_local_get_event_cache(event_id)", is_replaced=True),
@@ -67,7 +69,8 @@ _COLUMNS = """
         EXISTS (SELECT 1 FROM redactions AS r WHERE r.redacts = se.event_id) OR EXISTS (
             SELECT 1 FROM room_ban_redactions AS b
             WHERE b.room_id = se.room_id AND b.user_id = se.sender
-        ) {retention}
+        ),
+        EXISTS (SELECT 1 FROM erased_users AS eu WHERE eu.user_id = se.sender) {retention}
     FROM sticky_events AS se
     INNER JOIN event_json AS ej ON ej.event_id = se.event_id
 """
@@ -85,6 +88,7 @@ class SynapseStickyStream:
         self._listeners: dict[str, list[Callable[[str], None]]] = {}
         self._persisted_event: str | None = None
         self._takes_new_rows = False
+        self._user_redactions = UserRedactions(homeserver)
 
     # Who asks for rows needs nothing of this.
     @cached_property
@@ -142,17 +146,28 @@ class SynapseStickyStream:
         found = await self._homeserver.transact("read_rows", read_txn)
 
         # A redaction counts only where Synapse itself applies it: it may be invalid.
-        still_sticky = set()
-        if disputed := [row[3] for row in found if row[7]]:
-            events = await self._store.get_events(disputed, allow_rejected=False)
-            still_sticky = {
-                event_id for event_id, event in events.items() if event.sticky_duration()
-            }
-        return [self._row_of(row, not row[7] or row[3] in still_sticky) for row in found]
+        disputed = [row[3] for row in found if row[7] and not row[8]]
+        whole = await still_whole(self._homeserver, disputed)
+        still_sticky = {event_id for event_id, event in whole.items() if event.sticky_duration()}
+        return [
+            self._row_of(row, not row[8] and (not row[7] or row[3] in still_sticky))
+            for row in found
+        ]
+
+    async def rooms_of(self, user_id: str) -> list[str]:
+        def read_txn(txn: Cursor) -> list[str]:
+            # There is no index by sender.
+            txn.execute(
+                "SELECT DISTINCT room_id FROM sticky_events WHERE sender = ? AND ? < expires_at",
+                (user_id, self._homeserver.now_ms()),
+            )
+            return [room_id for (room_id,) in txn.fetchall()]
+
+        return await self._homeserver.transact("rooms_of_sender", read_txn)
 
     def _row_of(self, row: tuple[Any, ...], is_sticky: bool) -> StickyRow:
         stream_id, instance_name, room_id, event_id, sender, expires_at_ms, metadata = row[:7]
-        ends_ms = self._retention.row_ends_ms(expires_at_ms, row[8:])
+        ends_ms = self._retention.row_ends_ms(expires_at_ms, row[9:])
         is_soft_failed = json.loads(metadata).get("soft_failed", False)
         is_deliverable = is_sticky and not is_soft_failed
         return StickyRow(
@@ -196,7 +211,8 @@ class SynapseStickyStream:
             orderings = [event.internal_metadata.stream_ordering for event in events]
             at_these, found_at = in_list("se.event_stream_ordering", orderings)
             txn.execute(f"{self._columns} WHERE {in_rooms} AND {at_these}", (*rooms, *found_at))
-            return [self._row_of(row, is_sticky=True) for row in txn.fetchall() if not row[7]]
+            found = [row for row in txn.fetchall() if not row[7] and not row[8]]
+            return [self._row_of(row, is_sticky=True) for row in found]
         except Exception as e:
             if Cause.of_database(e) is not None:
                 raise  # the transaction is no good any more, and Synapse may try it again
@@ -268,6 +284,9 @@ class SynapseStickyStream:
             )
 
         await self._homeserver.transact("forget_gone", delete_txn)
+
+    def on_user_redacted(self, callback: Callable[[str, str], None]) -> None:
+        self._user_redactions.on_redacted(callback)
 
     def _after(self, name: str, callback: Callable[[str], None]) -> None:
         """Calls back with what the store's method of this name was called with."""

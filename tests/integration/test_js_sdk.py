@@ -42,6 +42,22 @@ def test_js_sdk_sees_the_members_of_a_call(servers: Servers) -> None:
         sdk.wait_until_it_sees({})  # the newer one has expired
 
 
+@pytest.mark.slow
+@pytest.mark.requirement("S5", "P3")
+def test_js_sdk_does_not_see_who_was_banned_with_redactions(servers: Servers) -> None:
+    program = installed()
+    redacting = {"extra": {"experimental_features": {"msc4293_enabled": True}}}
+    a, b = servers(redacting, redacting)
+    alice, carol, bob = a.user("alice"), a.user("carol"), b.user("bob")
+    room_id = room_of(alice, carol, via=a)
+    alices, _ = send_member(alice, room_id, 1), send_member(carol, room_id, 1)
+    ban = {"user_id": carol.user_id, "org.matrix.msc4293.redact_events": True}
+    alice.request("POST", f"rooms/{quote(room_id)}/ban", ban)
+    command = [*program, b.base_url, bob.user_id, room_id, a.name]
+    with Sdk(command, access_token(bob)) as sdk:
+        sdk.wait_until_it_sees({alices: alice})
+
+
 def send_member(user: Client, room_id: str, number: int, duration_ms: int = HOUR_MS) -> str:
     """Says as MatrixRTC's clients do that the user is in the room's call."""
     content = {

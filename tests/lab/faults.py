@@ -22,7 +22,7 @@ from synapse.replication.tcp.streams._base import StickyEventsStream
 
 import synapse_sticky.handlers.deferral.synapse
 import synapse_sticky.wiring
-from synapse_sticky import StickyEventsModule, _core
+from synapse_sticky import _core
 from synapse_sticky.config import StickyConfig
 from synapse_sticky.handlers.deferral.handler import NewStickyEvent
 from synapse_sticky.handlers.deferral.synapse import SynapseWriter
@@ -31,6 +31,7 @@ from synapse_sticky.homeserver import Homeserver as Process
 from synapse_sticky.homeserver.received import Received
 from tests.lab import starter
 from tests.lab.homeserver import Homeserver
+from tests.lab.probe import ProbedModule
 
 FAULTY_MODULE = "tests.lab.faults.FaultyModule"
 _FILE = "fault.json"
@@ -259,7 +260,7 @@ class FaultyWriter(SynapseWriter):
         super().defer_by(faulty_defer_txn)
 
 
-class FaultyModule(StickyEventsModule):
+class FaultyModule(ProbedModule):
     def __init__(self, config: StickyConfig, api: ModuleApi) -> None:
         setattr(synapse_sticky.wiring, "Homeserver", FaultyHomeserver)  # noqa: B010
         setattr(synapse_sticky.handlers.deferral.synapse, "SynapseWriter", FaultyWriter)  # noqa: B010

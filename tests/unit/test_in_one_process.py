@@ -76,6 +76,7 @@ def replaced_on(hs: Any) -> dict[tuple[str, str], Any]:
             hs.get_federation_client(),
             hs.get_event_client_serializer(),
         ),
+        *hs.get_datastores().databases,
     )
     names = {seam.name for seam in REPLACED}
     return {

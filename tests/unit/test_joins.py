@@ -54,6 +54,7 @@ class Here(Settable):
         )
         self.watch_until_ms = watch_until_ms
         self.in_database = max(own, default=0)
+        self.redacted: set[str] = set()
         self.timers: list[Timer] = []
         self.woken: list[str] = []
         self.settled: list[bool] = []
@@ -133,6 +134,14 @@ class Here(Settable):
 
     def positions(self) -> dict[str, int]:
         return {"here": 10}
+
+    async def rows_at(self, stream_ids: Mapping[str, int]) -> list[StickyRow]:
+        rows = {event_id: self.index.get(event_id) for event_id in stream_ids}
+        return [
+            StickyRow(row[0], "here", *row[1:], event_id not in self.redacted)
+            for event_id, row in rows.items()
+            if row is not None
+        ]
 
     async def last_rows(self, room_id: str) -> dict[str, int]:
         self.asked[room_id] += 1
@@ -290,6 +299,19 @@ def test_before_a_batch_the_database_is_asked() -> None:
     start(here)
     batch = done(here.callbacks["serve_backlog_from"]("there", 50))
     assert batch.event_ids == ["$12"], "the later one is the ordinary queue's"
+
+
+@pytest.mark.requirement("S5", "P3")
+def test_what_the_database_has_as_redacted_is_not_pushed() -> None:
+    """Another process has redacted it: the index of this one has yet to hear of that."""
+    here = Here(NOW_MS + HOUR_MS, [12, 13, 14])
+    start(here)
+    here.redacted = {"$12", "$13"}
+    next_batch = functools.partial(here.callbacks["serve_backlog_from"], "there", 50)
+    assert done(next_batch()).event_ids == ["$14"]
+    done(here.callbacks["on_acknowledged"]("there", [("!room", "$14")]))
+    here.clock_ms += HOUR_MS // 2
+    assert done(next_batch()) is None
 
 
 @pytest.mark.requirement("P3", "E2")

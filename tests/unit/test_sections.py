@@ -48,6 +48,9 @@ class FakeStore:
     async def get_events_as_list(self, event_ids: Collection[str]) -> list[EventBase]:
         return [event for event in self.events.values() if event.event_id in event_ids]
 
+    async def are_users_erased(self, user_ids: Collection[str]) -> dict[str, bool]:
+        return dict.fromkeys(user_ids, False)
+
 
 def _event(room_id: str, is_sticky: bool = True) -> EventBase:
     fields: dict[str, Any] = {

@@ -19,6 +19,7 @@ from synapse_sticky.homeserver.received import Received
 from synapse_sticky.homeserver.retention import Retention, earlier_end_ms
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, attributes, method, table
 from synapse_sticky.homeserver.sticky_rows import stream_ids_txn
+from synapse_sticky.homeserver.whole import still_whole
 from synapse_sticky.logs import bounded
 
 logger = bounded(__name__)
@@ -34,7 +35,6 @@ SEAMS = (
         "synapse.config._base.ShardedWorkerHandlingConfig",
         "should_handle(instance_name, key, /) -> bool",
     ),
-    method(STORE, "async get_events(event_ids, /) -> dict"),
     method(STORE, "get_sticky_events_stream_token() -> MultiWriterStreamToken"),
     method(STORE, "get_sticky_events_stream_id_generator() -> MultiWriterIdGenerator"),
     method(
@@ -238,10 +238,10 @@ class SynapseWriter:
         return await self._homeserver.transact("existing", self._existing_txn, event_ids)
 
     async def still_sticky(self, event_ids: Collection[str]) -> set[str]:
-        events = await self._store.get_events(event_ids)
+        whole = await still_whole(self._homeserver, event_ids)
         return {
             event_id
-            for event_id, event in events.items()
+            for event_id, event in whole.items()
             if event.sticky_duration() is not None and not event.internal_metadata.is_soft_failed()
         }
 

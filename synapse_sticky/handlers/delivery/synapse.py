@@ -26,6 +26,7 @@ SEAMS = (
         is_replaced=True,
     ),
     method(STORE, "async get_events(event_ids, /) -> dict"),
+    method(STORE, "async are_users_erased(user_ids, /) -> Mapping"),
 )
 
 

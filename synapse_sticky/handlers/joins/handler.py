@@ -225,16 +225,21 @@ class JoinsHandler:
         if not push.is_open:
             await self._ending.settle(push)
             return None
-        await self._skip_erased(push)
+        await self._skip_gone(push)
         event_ids = push.choose(limit, self._homeserver.now_ms())
         if not event_ids:
             return None
         return Batch(push.room_id, push.backlog_position - 1, event_ids)
 
-    async def _skip_erased(self, push: Push) -> None:
+    async def _skip_gone(self, push: Push) -> None:
+        """What is redacted, or of an erased user (P6), as the database has it: this process may not
+        know yet, and a newcomer keeps the first copy that it gets (S5)."""
+        if not push.has_waiting(self._homeserver.now_ms()):
+            return
         own, _ = self._pushed.open_events(push)
-        erased = await self._rooms.erased({sender for _, _, sender in own})
-        push.skip((position, event_id) for position, event_id, sender in own if sender in erased)
+        rows = await self._follower.stream.rows_at({event_id: at for at, event_id, _ in own})
+        left = {row.event_id for row in rows if row.deliverable}
+        push.skip((at, event_id) for at, event_id, _ in own if event_id not in left)
 
     # What happens meanwhile
 

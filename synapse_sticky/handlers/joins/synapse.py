@@ -14,6 +14,7 @@ from synapse_sticky.handlers.joins.federation import BacklogSource, LeftToSynaps
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.homeserver.retention import Retention
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, attributes, method
+from synapse_sticky.homeserver.whole import still_whole
 from synapse_sticky.logs import bounded
 
 if TYPE_CHECKING:
@@ -231,12 +232,16 @@ class SynapseFederation(SynapseBacklog):
         self._homeserver.replace(self._store, name, self.leaving_out_deleted_rooms)
 
     async def _kept(self, found: tuple[Any, Any, Any] | None) -> tuple[Any, Any, Any] | None:
-        """What Synapse has selected, without events that this server does not keep any more."""
-        if found is None or not self._retention.is_on:
-            return found
+        """What Synapse has selected, without events that this server does not keep any more, and
+        without those that are redacted by what the database says: Synapse asks its cache (S5)."""
+        if found is None:
+            return None
         room_id, position, event_ids = found
-        kept = await self._retention.kept(event_ids)
-        return room_id, position, [event_id for event_id in event_ids if event_id in kept]
+        if self._retention.is_on:
+            kept = await self._retention.kept(event_ids)
+            event_ids = [event_id for event_id in event_ids if event_id in kept]
+        whole = await still_whole(self._homeserver, event_ids)
+        return room_id, position, [event_id for event_id in event_ids if event_id in whole]
 
     async def may_receive(self, room_id: str, destination: str) -> bool:
         if not self._is_whitelisted(destination):

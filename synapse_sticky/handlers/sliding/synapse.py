@@ -14,6 +14,7 @@ from synapse_sticky.handlers.sliding.handler import SlidingPage, SlidingRequest
 from synapse_sticky.handlers.sliding.joined.synapse import SynapseJoinedRooms
 from synapse_sticky.handlers.sliding.pages import Shown
 from synapse_sticky.homeserver import Homeserver
+from synapse_sticky.homeserver.access import still_sticky
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, attributes, method
 from synapse_sticky.homeserver.tokens import position_of, token_of
 from synapse_sticky.homeserver.unignored import Unignored, together
@@ -58,6 +59,8 @@ SEAMS = (
         "always_include_ids) -> list[FilteredEvent]",
     ),
     Attribute("synapse.events.utils.FilteredEvent", "event"),
+    method(STORE, "async get_events(event_ids, /) -> dict"),
+    method(STORE, "async are_users_erased(user_ids, /) -> Mapping"),
     method(STORE, "async get_events_as_list(event_ids, /) -> list[EventBase]"),
     method(STORE, "get_sticky_events_stream_token() -> MultiWriterStreamToken"),
     method(
@@ -156,9 +159,10 @@ class SynapseSliding:
 
     async def visible(self, user_id: str, event_ids: Collection[str]) -> list[Any]:
         """These events as the user may see them, history visibility aside (C1): not those of users
-        whom they ignore (D6), nor what was redacted meanwhile (S5)."""
+        whom they ignore (D6), nor what was redacted or erased meanwhile (S5)."""
+        left = await still_sticky(self._store, event_ids)
         events = await self._store.get_events_as_list(event_ids)
-        sticky = [event for event in events if event.sticky_duration() is not None]
+        sticky = [event for event in events if event.event_id in left]
         return await visibility.filter_and_transform_events_for_client(
             self._storage, user_id, sticky, always_include_ids=frozenset(event_ids)
         )

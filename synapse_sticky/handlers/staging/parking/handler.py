@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Protocol
 from synapse_sticky.handlers.staging.held import Held
 from synapse_sticky.handlers.staging.parking.pdus import ParkedPdu
 from synapse_sticky.handlers.staging.parking.purged import PurgedRooms
+from synapse_sticky.handlers.staging.parking.redacted import RedactedSenders
 from synapse_sticky.handlers.staging.parking.tables import ParkedTable
 from synapse_sticky.handlers.staging.parking.trying import FIRST_TRY_MS, Origins, Trying
 from synapse_sticky.handlers.staging.parking.writing import ParkedWriter, ToPark
@@ -101,12 +102,14 @@ class ParkingHandler:
         self._writer = ParkedWriter(homeserver, table, staging, held, self._on_parked)
         self._stream = stream
         self._purged = PurgedRooms(homeserver, table, self._writer, staging.known_txn)
+        self._redacted = RedactedSenders(homeserver)
         self._trying = Trying(homeserver, rooms, staging, table, origins, self._purged.note)
 
     def install(self) -> None:
         """Takes effect from the next PDU on."""
         self._staging.park_by(self.fail)
         self._stream.on_room_purged(self._purged.note)
+        self._stream.on_user_redacted(self._redacted.note)
         self._trying.install()
 
     async def load(self) -> None:
@@ -124,6 +127,7 @@ class ParkingHandler:
         await self._writer.load()
         self._staging.begin_on_staged_pdus()
         if self._staging.receives:
+            self._redacted.load()
             self._trying.within(0)
 
     # Parking

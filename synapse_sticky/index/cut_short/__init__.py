@@ -1,0 +1,1 @@
+"""What a crash left out of such a redaction is done at the start (S5, E4)."""

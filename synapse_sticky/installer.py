@@ -55,6 +55,7 @@ class Installer:
         self._loading = loading
         self._report = LimitReport(homeserver.steady_ms)
         self._deferred = DeferredTable(homeserver)
+        self._parked = ParkedTable(homeserver)
         self._held = Held()
         self._received = Received(homeserver)
         self._made_follower: IndexFollower | None = None
@@ -184,7 +185,7 @@ class Installer:
         from synapse_sticky.homeserver.rooms import Rooms
 
         homeserver, held = self._homeserver, self._held
-        staging, table = SynapseStaging(homeserver, held, self._received), ParkedTable(homeserver)
+        staging, table = SynapseStaging(homeserver, held, self._received), self._parked
         rooms, origins, stream = (
             Rooms(homeserver),
             SynapseOrigins(homeserver),
@@ -200,7 +201,7 @@ class Installer:
 
         # After parking, and so around it: parking knows by then when a PDU was received.
         homeserver, received = self._homeserver, self._received
-        parts = (SynapseReceiving(homeserver, received), received, ParkedTable(homeserver))
+        parts = (SynapseReceiving(homeserver, received), received, self._parked)
         ReceivedHandler(homeserver, *parts).install()
 
     def _install_parking_first_joins(self) -> None:

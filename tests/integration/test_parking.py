@@ -91,8 +91,9 @@ def test_all_come_back_once_it_answers(servers: Servers, peer: Peer, long_back_o
     wait_until_entered(server, scene.room_id, sent)
 
 
-@pytest.mark.requirement("S2", "L3")
-def test_received_is_when_it_was_received(servers: Servers, peer: Peer) -> None:
+@pytest.mark.requirement("S2", "L3", "E4")
+@pytest.mark.parametrize("restarts", [False, True])
+def test_received_is_when_it_was_received(servers: Servers, peer: Peer, restarts: bool) -> None:
     """It is dated three hours ahead, and what is before it is withheld for long."""
     (server,) = servers({"module_name": FAULTY_MODULE})
     scene = enter(server, peer)
@@ -103,6 +104,8 @@ def test_received_is_when_it_was_received(servers: Servers, peer: Peer) -> None:
     scene.send(pdu)
     wait_until(lambda: parked(server) == {event_id}, "it to be parked")
     after_ms = time.time() * 1000
+    if restarts:
+        server.restart()
     set_clock(server, 50 * 60)
     fetched_ms = time.time() * 1000 + 50 * 60_000
     peer.override = lambda method, path: None

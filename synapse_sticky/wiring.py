@@ -56,6 +56,7 @@ class Wiring:
         self._loading = Loading(self._homeserver, self._set_loaded)
         self._installer = Installer(self._homeserver, config, self._loading)
         self._columns, self._misfits[TABLES] = read_columns(self._homeserver.hs.config)
+        self._homeserver.columns = self._columns
         try:
             for duty in DUTIES.values():
                 self._begin(duty)

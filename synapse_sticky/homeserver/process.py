@@ -15,6 +15,7 @@ from synapse.module_api.errors import ConfigError
 from synapse_sticky.homeserver.calls import in_place_of
 from synapse_sticky.homeserver.clock import OnSet, SetClock
 from synapse_sticky.homeserver.database import is_postgres
+from synapse_sticky.homeserver.fitting import Columns
 from synapse_sticky.homeserver.place import Place
 from synapse_sticky.homeserver.seams import HOMESERVER, Attribute, attributes, method
 from synapse_sticky.homeserver.signal import Signal
@@ -81,7 +82,7 @@ class Homeserver:
     """This process of the homeserver.
 
     ``hs`` is Synapse's own object, for files named ``synapse.py`` only; ``store`` is its main data
-    store.
+    store; ``columns`` are those of its database, once the start has read them.
 
     Raises:
         ConfigError: the running Synapse lacks what the module stands on.
@@ -95,6 +96,7 @@ class Homeserver:
         self.server_name = api.server_name
         self.place = Place(self.hs.config)
         self.instance_name = self.place.name
+        self.columns: Columns | None = None
         self.is_postgres = is_postgres(self.store.database_engine)
         # Whoever imports it earlier decides on which one it is.
         from twisted.internet import reactor

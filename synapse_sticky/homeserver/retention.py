@@ -69,7 +69,7 @@ class Retention:
         config: Any = getattr(homeserver.hs.config, "retention", None)
         if not getattr(config, "retention_enabled", False):
             return
-        if problems := misfits(SEAMS):
+        if problems := misfits(SEAMS, homeserver.columns):
             logger.warning("No retention ends a sticky event earlier: %s", "; ".join(problems))
             return
         self.is_on = True

@@ -175,7 +175,7 @@ class SynapseStickyStream:
         )
 
     def on_persisted(self, callback: Callable[[Collection[StickyRow]], None]) -> None:
-        if misfits(SEAMS["persisted"]):
+        if misfits(SEAMS["persisted"], self._homeserver.columns):
             return
 
         def persisted(rows: list[StickyRow]) -> None:

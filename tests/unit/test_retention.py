@@ -16,7 +16,8 @@ from synapse_sticky.handlers.deferral.synapse import SynapseWriter
 from synapse_sticky.handlers.delivery.ttl.synapse import SynapseTelling
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.received import Received
-from synapse_sticky.homeserver.retention import earlier_end_ms
+from synapse_sticky.homeserver.retention import SEAMS, Retention, earlier_end_ms
+from synapse_sticky.homeserver.seams import Table
 from synapse_sticky.index import IndexFollower, StickyRow
 from synapse_sticky.index.gone import GoneRows
 from synapse_sticky.index.rereads import Rereads
@@ -157,6 +158,20 @@ def test_without_retention_a_policy_is_nothing(tmp_path: Path) -> None:
     assert told == []
     assert done(stream._retention.kept([event_id])) == {event_id}
     homeserver.close()
+
+
+@pytest.mark.requirement("H5")
+def test_tables_of_another_kind_end_nothing_earlier(
+    homeserver: Homeserver, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing asks for a column that is not there, least of all where Synapse persists events."""
+    columns = {seam.name: dict(seam.columns) for seam in SEAMS if isinstance(seam, Table)}
+    homeserver.columns = columns
+    assert Retention(homeserver).is_on
+    columns["room_retention"]["longest"] = columns["room_retention"].pop("max_lifetime")
+    retention = Retention(homeserver)
+    assert (retention.is_on, retention.columns) == (False, "")
+    assert "table room_retention has no column max_lifetime" in caplog.text
 
 
 @pytest.mark.requirement("H3")

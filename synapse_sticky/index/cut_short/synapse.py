@@ -72,7 +72,7 @@ class CutShort:
         config: Any = self._homeserver.hs.config
         if not getattr(config.experimental, "msc4293_enabled", True):
             return
-        if problems := misfits(SEAMS):
+        if problems := misfits(SEAMS, self._homeserver.columns):
             logger.error(
                 "This Synapse does not fit: %s. So a ban that redacts, and is cut short by a crash,"
                 " does not redact.",

@@ -132,9 +132,10 @@ CHECK = "cli.synapse"
 """What ``synapse-sticky check`` needs to read a configuration."""
 
 _PLACES = "homeserver.sticky_rows"
-_WHOLE = "homeserver.whole"
-_ROWS = (_PLACES, _WHOLE, "index.synapse:rows")
+_ROWS = (_PLACES, "index.synapse:rows")
 _OPTIONAL = (
+    "homeserver.whole:events",
+    "homeserver.whole:users",
     "index.synapse:persisted",
     "index.redactions.synapse:bans",
     "index.redactions.synapse:erasure",
@@ -235,7 +236,7 @@ DUTIES: Mapping[str, Duty] = {
             (
                 Part(
                     (
-                        *(_MEMBERS, _PURGES, _WHOLE, "homeserver.staged", _RECEIVED),
+                        *(_MEMBERS, _PURGES, "homeserver.staged", _RECEIVED),
                         *(f"{_STAGING}.parking.synapse", f"{_STAGING}.batches.synapse"),
                         f"{_STAGING}.parking.origins.synapse",
                     ),
@@ -262,7 +263,7 @@ DUTIES: Mapping[str, Duty] = {
         ),
         _whole(
             "deferral",
-            (*_CHANGES, _PLACES, _WHOLE, _RECEIVED, "handlers.deferral.synapse"),
+            (*_CHANGES, _PLACES, _RECEIVED, "handlers.deferral.synapse"),
             "a flood of another server delays the sticky events of all others",
             lambda place: place.writes,
         ),

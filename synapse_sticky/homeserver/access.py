@@ -75,6 +75,7 @@ SEAMS: Mapping[str, tuple[Seam, ...]] = {
             is_replaced=True,
         ),
         method(STORE, "async get_events(event_ids, /) -> dict"),
+        _ERASED,
         Attribute(f"{_TYPES}.SlidingSyncConfig", "user"),
         Attribute(f"{_EXTENSIONS}.StickyEventsExtension", "room_id_to_sticky_events"),
         Attribute("synapse.events.utils.FilteredEvent", "event"),
@@ -92,6 +93,7 @@ SEAMS: Mapping[str, tuple[Seam, ...]] = {
         Attribute(_EXTENSIONS, "sticky_events"),
         Attribute(f"{_EXTENSIONS}.StickyEventsExtension", "room_id_to_sticky_events"),
         method(STORE, "async get_events(event_ids, /) -> dict"),
+        _ERASED,
         Attribute("synapse.events.utils.FilteredEvent", "event"),
     ),
 }

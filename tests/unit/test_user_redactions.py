@@ -15,6 +15,7 @@ from twisted.internet.defer import Deferred, ensureDeferred
 import tests.unit.process
 from synapse_sticky.handlers.joins.federation import LeftToSynapseError
 from synapse_sticky.handlers.joins.synapse import SynapseFederation
+from synapse_sticky.homeserver import access
 from synapse_sticky.homeserver.rooms import Rooms
 from synapse_sticky.homeserver.whole import still_whole
 from synapse_sticky.index import StickyRow
@@ -166,6 +167,18 @@ def test_erased(processes: tuple[Process, Process]) -> None:
         assert [row.deliverable for row in rows] == [False, True]
 
 
+@pytest.mark.requirement("H5")
+def test_whoever_guards_events_needs_to_know_who_is_erased() -> None:
+    """Else a guard would fail each sync, where its layer should be off."""
+    guards_events = {"sync_response", "sliding_section", "sliding_response"}
+    asks = {
+        layer
+        for layer, seams in access.SEAMS.items()
+        if any(seam.name == "are_users_erased" for seam in seams)
+    }
+    assert asks == guards_events
+
+
 def test_the_database_is_asked_whatever_is_cached(processes: tuple[Process, Process]) -> None:
     persister, other = processes
     room = Room(persister.homeserver)
@@ -175,6 +188,29 @@ def test_the_database_is_asked_whatever_is_cached(processes: tuple[Process, Proc
     done(write_row(persister, room.member(BOB, "ban", ALICE, redacts=True)))
     assert done(still_whole(other.homeserver, [event.event_id, "$unknown"])) == {}
     assert done(still_whole(other.homeserver, [])) == {}
+
+
+class Without:
+    """The same object, without one of its attributes."""
+
+    def __init__(self, whole: Any, name: str) -> None:
+        self._whole, self._name = whole, name
+
+    def __getattr__(self, name: str) -> Any:
+        if name == self._name:
+            raise AttributeError(name)
+        return getattr(self._whole, name)
+
+
+@pytest.mark.requirement("H5")
+def test_without_synapses_way_past_its_cache_the_cache_counts(
+    processes: tuple[Process, Process], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process, _ = processes
+    event = Room(process.homeserver).sticky(BOB)
+    monkeypatch.setattr(process.homeserver, "store", Without(process.store, "_get_events_from_db"))
+    whole = done(still_whole(process.homeserver, [event.event_id, "$unknown"]))
+    assert whole.keys() == {event.event_id}
 
 
 @pytest.mark.requirement("P2")
@@ -250,7 +286,7 @@ def test_a_synapse_that_does_it_in_another_way(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(redactions, "misfits", lambda seams: ["it is not there"])
+    monkeypatch.setattr(redactions, "misfits", lambda seams, columns: ["it is not there"])
     persister, _ = processes
     event = Room(persister.homeserver).sticky(BOB)
     persister.start()

@@ -17,6 +17,7 @@ from synapse_sticky.backoff import Backoff, Retrying
 from synapse_sticky.homeserver.fitting import misfits
 from synapse_sticky.homeserver.process import Homeserver
 from synapse_sticky.homeserver.seams import STORE, Attribute, method
+from synapse_sticky.homeserver.whole import SEAMS as WHOLE
 from synapse_sticky.homeserver.whole import is_user_redacted_txn
 from synapse_sticky.index.cut_short.synapse import CutShort
 from synapse_sticky.logs import bounded
@@ -31,6 +32,7 @@ SEAMS = {
         method(_POOL, "async simple_upsert(table, keyvalues)", is_replaced=True),
         method(_POOL, "async simple_update(table, keyvalues)", is_replaced=True),
         method(STORE, "_invalidate_local_get_event_cache_room_id(room_id, /)"),
+        *WHOLE["users"],
     ),
     "erasure": (
         Attribute(STORE, "is_user_erased"),
@@ -97,7 +99,7 @@ class UserRedactions:
         if len(self._listeners) > 1:
             return
         for what, install in (("bans", self._follow_bans), ("erasure", self._follow_erasure)):
-            problems = misfits(SEAMS[what])
+            problems = misfits(SEAMS[what], self._homeserver.columns)
             if problems:
                 logger.error(
                     "This Synapse does not fit: %s. So %s.", "; ".join(problems), WITHOUT[what]

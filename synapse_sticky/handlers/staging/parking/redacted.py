@@ -9,7 +9,7 @@ import json
 
 from synapse_sticky.backoff import Alarm, Backoff, Retrying
 from synapse_sticky.homeserver import Cursor, Homeserver
-from synapse_sticky.homeserver.whole import is_user_redacted_txn
+from synapse_sticky.homeserver.whole import can_tell_of_users, is_user_redacted_txn
 from synapse_sticky.logs import bounded
 
 logger = bounded(__name__)
@@ -43,7 +43,7 @@ class RedactedSenders:
 
     def load(self) -> None:
         """The table is there."""
-        self._is_loaded = True
+        self._is_loaded = can_tell_of_users(self._homeserver)
 
     def note(self, room_id: str, user_id: str) -> None:
         """All of the user's events in the room may be redacted."""

@@ -46,7 +46,7 @@ _HOUR_MS = 3_600_000
 
 EventsOf = Callable[[Collection[str], Collection[str], Position], Awaitable[dict[str, list[str]]]]
 """Senders, rooms and a position of the sticky events stream to the senders' unexpired events up to
-it, by room."""
+it, by room. It bounds how many."""
 
 
 @attr.s(auto_attribs=True, slots=True)

@@ -171,3 +171,19 @@ def test_the_events_of_senders_are_looked_for_in_steps() -> None:
     assert {e for ids in found.values() for e in ids} == expected
     done(find({"@1:there"}, {f"!{n}" for n in range(5_000)}, Position(4_000)))
     assert turns >= 10
+
+
+@pytest.mark.requirement("H3", "D2")
+def test_of_a_flooder_the_newest_events_are_given() -> None:
+    index = StickyIndex("here")
+    numbers = range(1, 20_001)
+    index.insert([(n, "here", f"!{n % 3}", f"${n}", "@a:there", 10_000) for n in numbers])
+
+    async def give_way() -> None:
+        pass
+
+    here: Any = SimpleNamespace(now_ms=lambda: 9_000, give_way=give_way, index=index)
+    rooms = ["!2", "!0", "!1"]
+    found = done(EventsOfSenders(here, here).find({"@a:there"}, rooms, Position(19_000)))
+    newest = range(18_001, 19_001)
+    assert found == {f"!{room}": [f"${n}" for n in newest if n % 3 == room] for room in range(3)}

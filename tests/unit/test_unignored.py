@@ -138,6 +138,25 @@ def test_a_failure_fails_no_sync(
     assert "Could not find what" in caplog.text
 
 
+@pytest.mark.requirement("H5")
+def test_a_synapse_that_does_not_fit_is_told_of_once(
+    homeserver: Homeserver,  # noqa: F811
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr("synapse.handlers.sync.SyncHandler.sticky_events_by_room")
+    syncs = Syncs(homeserver, "@unfit:here")
+    syncs.unignored.add_to_sync()
+    first = syncs.ignore("@a:there")
+    syncs.sync(first)
+    syncs.ignore()
+    assert syncs.sync(first) == []
+    (line,) = [r for r in caplog.records if r.name == unignored.__name__]
+    assert line.levelname == "ERROR"
+    assert "sticky_events_by_room" in line.getMessage()
+    assert "does not get the sticky events that were kept back" in line.getMessage()
+
+
 def test_each_event_is_there_once() -> None:
     by_room = {"!a": ["$3", "$4"], "!b": ["$5"]}
     more = {"!a": ["$1", "$3"], "!c": ["$2"]}

@@ -3,7 +3,7 @@ the sticky events that were kept from them (D6).
 
 A sync that goes on from before the change gets these events beside what is new. What a user ignores
 is noted at each sync, in memory: who takes it back while the process restarts may miss them. A
-Synapse without one of the parts is left as it is.
+Synapse without one of the parts is left as it is, and the log says so.
 """
 
 from collections import OrderedDict
@@ -46,7 +46,7 @@ _HOUR_MS = 3_600_000
 
 EventsOf = Callable[[Collection[str], Collection[str], Position], Awaitable[dict[str, list[str]]]]
 """Senders, rooms and a position of the sticky events stream to the senders' unexpired events up to
-it, by room."""
+it, by room. It bounds how many."""
 
 
 @attr.s(auto_attribs=True, slots=True)
@@ -70,7 +70,14 @@ class Unignored:
         self._homeserver = homeserver
         self._store = homeserver.store
         self._events_of = events_of
-        self._is_there = not misfits(SEAMS)
+        problems = misfits(SEAMS)
+        self._is_there = not problems
+        if problems:
+            logger.error(
+                "This Synapse does not fit: %s. So a user who ignores another one no more does not"
+                " get the sticky events that were kept back.",
+                "; ".join(problems),
+            )
         self._users: OrderedDict[str, _User] = OrderedDict()
 
     async def events(

@@ -132,11 +132,8 @@ def test_the_effective_lifetime(
     set_policy(homeserver, max_lifetime)
     event_id = persist(homeserver, 1, age_ms=1_000)
     (row,) = done(stream.rows_of([event_id]))
-    ends_ms = done(
-        stream._retention.ends_ms(
-            ROOM, homeserver.now_ms() + HOUR_MS - 1_000, row_sent_ms(homeserver)
-        )
-    )
+    alone_ms = homeserver.now_ms() + HOUR_MS - 1_000
+    ends_ms = done(stream._retention.ends_ms(ROOM, alone_ms, row_sent_ms(homeserver)))
     assert row.expires_at_ms == ends_ms == row_sent_ms(homeserver) + lifetime_ms
     homeserver.close()
 
@@ -332,7 +329,7 @@ def test_what_synapse_selects_itself_is_looked_at(homeserver: Homeserver) -> Non
 
 
 @pytest.mark.requirement("L4")
-def test_a_deferred_event_ends_by_it(homeserver: Homeserver) -> None:
+def test_a_deferred_event_ends_by_it(homeserver: Homeserver, follower: IndexFollower) -> None:
     set_policy(homeserver, 10_000)
     asked: list[NewStickyEvent] = []
 
@@ -340,13 +337,20 @@ def test_a_deferred_event_ends_by_it(homeserver: Homeserver) -> None:
         asked.extend(events)
         return [event.event_id for event in events]
 
-    SynapseWriter(homeserver, Received(homeserver)).defer_by(defer_txn)
+    writer = SynapseWriter(homeserver, Received(homeserver))
+    writer.defer_by(defer_txn)
     over, left = persist(homeserver, 1, age_ms=10_000), persist(homeserver, 2, age_ms=4_000)
     assert [event.event_id for event in asked] == [left]
-    assert asked[0].expires_at_ms == homeserver.now_ms() + 6_000
-    # What is not kept waits for nothing. The rows are Synapse's own, as ever.
-    rows = run_sql(homeserver, "SELECT event_id FROM sticky_events")
-    assert rows == [(over,)]
+    # What is not kept waits for nothing. The rows are Synapse's own, as ever, with their own ends.
+    done(homeserver.transact("release", writer.enter_txn, asked))
+    sent_ms = dict(run_sql(homeserver, "SELECT event_id, expires_at - 3600000 FROM sticky_events"))
+    assert {e: homeserver.now_ms() - ms for e, ms in sent_ms.items()} == {over: 10_000, left: 4_000}
+    assert follower.in_step()
+    # A policy that is lengthened gives it back.
+    for policy_ms, then in ((10_000, 1), (3_000, 0), (20_000, 2)):
+        set_policy(homeserver, policy_ms)
+        done(follower._expire())
+        assert len(shown(follower)) == then
 
 
 def test_rows_without_events_go_with_a_purge(homeserver: Homeserver) -> None:

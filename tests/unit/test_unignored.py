@@ -138,6 +138,25 @@ def test_a_failure_fails_no_sync(
     assert "Could not find what" in caplog.text
 
 
+@pytest.mark.requirement("H5")
+def test_a_synapse_that_does_not_fit_is_told_of_once(
+    homeserver: Homeserver,  # noqa: F811
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr("synapse.handlers.sync.SyncHandler.sticky_events_by_room")
+    syncs = Syncs(homeserver, "@unfit:here")
+    syncs.unignored.add_to_sync()
+    first = syncs.ignore("@a:there")
+    syncs.sync(first)
+    syncs.ignore()
+    assert syncs.sync(first) == []
+    (line,) = [r for r in caplog.records if r.name == unignored.__name__]
+    assert line.levelname == "ERROR"
+    assert "sticky_events_by_room" in line.getMessage()
+    assert "does not get the sticky events that were kept back" in line.getMessage()
+
+
 def test_each_event_is_there_once() -> None:
     by_room = {"!a": ["$3", "$4"], "!b": ["$5"]}
     more = {"!a": ["$1", "$3"], "!c": ["$2"]}
@@ -171,3 +190,19 @@ def test_the_events_of_senders_are_looked_for_in_steps() -> None:
     assert {e for ids in found.values() for e in ids} == expected
     done(find({"@1:there"}, {f"!{n}" for n in range(5_000)}, Position(4_000)))
     assert turns >= 10
+
+
+@pytest.mark.requirement("H3", "D2")
+def test_of_a_flooder_the_newest_events_are_given() -> None:
+    index = StickyIndex("here")
+    numbers = range(1, 20_001)
+    index.insert([(n, "here", f"!{n % 3}", f"${n}", "@a:there", 10_000) for n in numbers])
+
+    async def give_way() -> None:
+        pass
+
+    here: Any = SimpleNamespace(now_ms=lambda: 9_000, give_way=give_way, index=index)
+    rooms = ["!2", "!0", "!1"]
+    found = done(EventsOfSenders(here, here).find({"@a:there"}, rooms, Position(19_000)))
+    newest = range(18_001, 19_001)
+    assert found == {f"!{room}": [f"${n}" for n in newest if n % 3 == room] for room in range(3)}

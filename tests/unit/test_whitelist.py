@@ -71,6 +71,13 @@ def start(world: World, process: ThisProcess, allowed: Sequence[str] | None) -> 
     return federation.woken
 
 
+def rename(process: ThisProcess, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A process of this name sends to all servers."""
+    monkeypatch.setattr(process, "instance_name", name)
+    shards = process.hs.config.worker.federation_shard_config
+    monkeypatch.setattr(shards, "instances", [name])
+
+
 def backlog(world: World) -> set[tuple[str, str, int]]:
     select = "SELECT destination, room_id, sticky_events_stream_position"
     return {*world.execute(f"{select} FROM destination_rooms_sticky_events_backlog")}
@@ -111,3 +118,46 @@ def test_what_could_not_be_looked_up_is_looked_up_again(rooms: World, process: T
     # Another run, as this one was killed.
     assert start(rooms, process, [HERE, "one"]) == ["one"]
     assert backlog(rooms) == {("one", "!own", 0)}
+
+
+@pytest.mark.requirement("H7")
+@pytest.mark.parametrize("now", [[HERE, "one"], None])
+def test_a_new_or_renamed_process_goes_by_what_the_others_know(
+    rooms: World, process: ThisProcess, monkeypatch: pytest.MonkeyPatch, now: list[str] | None
+) -> None:
+    assert start(rooms, process, [HERE, "two:8448"]) == []
+    rename(process, monkeypatch, "renamed")
+    assert start(rooms, process, now) == ["one"]
+    assert backlog(rooms) == {("one", "!own", 0)}
+    # That was once.
+    assert start(rooms, process, now) == []
+
+
+@pytest.mark.requirement("H7")
+@pytest.mark.parametrize("now", [[HERE, "one"], None])
+def test_a_new_process_may_look_after_the_others(
+    rooms: World, process: ThisProcess, monkeypatch: pytest.MonkeyPatch, now: list[str] | None
+) -> None:
+    start(rooms, process, [HERE, "two:8448"])
+    assert start(rooms, process, now) == ["one"]
+    rename(process, monkeypatch, "second")
+    assert start(rooms, process, now) == ["one"]
+
+
+@pytest.mark.requirement("H7")
+@pytest.mark.parametrize("always", [None, [HERE, "one"]])
+def test_a_new_process_beside_a_list_that_stays_sends_nothing(
+    rooms: World,
+    process: ThisProcess,
+    monkeypatch: pytest.MonkeyPatch,
+    always: list[str] | None,
+) -> None:
+    assert start(rooms, process, always) == []
+    rename(process, monkeypatch, "second")
+    assert start(rooms, process, always) == []
+    # It has stored its own: the first process has another one meanwhile.
+    monkeypatch.undo()
+    start(rooms, process, [HERE])
+    rename(process, monkeypatch, "second")
+    assert start(rooms, process, always) == []
+    assert backlog(rooms) == set()

@@ -4,7 +4,6 @@ from collections.abc import Callable, Collection, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any, Final
 
-import attr
 from synapse.api.constants import StickyEvent
 from synapse.module_api import EventBase, LoggingTransaction
 from synapse.types import StreamKeyType
@@ -154,7 +153,8 @@ class SynapseWriter:
     def _kept_txn(
         self, txn: Cursor, new: Sequence[NewStickyEvent], events: Sequence[EventBase]
     ) -> list[NewStickyEvent]:
-        """Those of the new events that this server keeps, each with its end by that (S2)."""
+        """Those of the new events that this server keeps (S2). Each has the end of its own: whoever
+        reads the rows goes by the policy of then, which may be longer."""
         if not new or not self._retention.is_on:
             return list(new)
         sent_ms = {event.event_id: event.origin_server_ts for event in events}
@@ -165,7 +165,7 @@ class SynapseWriter:
             lifetime_ms = lifetimes_ms.get(event.room_id)
             ends_ms = earlier_end_ms(event.expires_at_ms, sent_ms[event.event_id], lifetime_ms)
             if now_ms < ends_ms:
-                kept.append(attr.evolve(event, expires_at_ms=ends_ms))
+                kept.append(event)
         return kept
 
     def _is_own(self, event: EventBase) -> bool:

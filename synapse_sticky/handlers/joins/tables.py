@@ -11,6 +11,10 @@ from synapse_sticky.homeserver.layout import Migrations, Waiting
 FORGET_INSTANCE_AFTER_MS = 2 * 3600 * 1000
 """Joins of an hour ago are of no interest any more."""
 
+_REPLACED = ""
+"""No process has this name. Its whitelist is the last one that was replaced: a new process may look
+only after the others have stored that of the same restart."""
+
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
 class Newcomer:
@@ -127,29 +131,43 @@ class NewcomerTable:
         await self._homeserver.transact("record_joins", write_txn)
 
     async def whitelist(self) -> tuple[bool, list[str] | None]:
-        """Is the federation whitelist of this process' last start known? And its servers, None if
-        there was none."""
+        """Whether this process has stored a federation whitelist, and the servers that it allowed;
+        None if it allowed all.
 
-        def read_txn(txn: Cursor) -> list[tuple[str]]:
-            txn.execute(
-                "SELECT allowed FROM synapse_sticky_whitelists WHERE instance_name = ?",
-                (self._homeserver.instance_name,),
-            )
-            return txn.fetchall()
+        For a process that has stored none, as it is new or has another name: the servers that all
+        whitelists of the others allowed, those that they had before included. None if there are
+        none.
+        """
 
-        for (allowed,) in await self._homeserver.transact("whitelist", read_txn):
-            return True, json.loads(allowed)
-        return False, None
+        def read_txn(txn: Cursor) -> dict[str, str]:
+            txn.execute("SELECT instance_name, allowed FROM synapse_sticky_whitelists")
+            return dict(txn.fetchall())
 
-    async def store_whitelist(self, allowed: Collection[str] | None) -> None:
-        """Stores the federation whitelist of this start; None if there is none."""
-        dumped = json.dumps(None if allowed is None else sorted(allowed))
+        stored = await self._homeserver.transact("whitelist", read_txn)
+        own = stored.get(self._homeserver.instance_name)
+        if own is not None:
+            return True, json.loads(own)
+        lists = [set(a) for a in map(json.loads, stored.values()) if a is not None]
+        return False, sorted(set.intersection(*lists)) if lists else None
+
+    async def store_whitelist(
+        self, allowed: Collection[str] | None, replaces: tuple[Collection[str] | None] | None
+    ) -> None:
+        """Stores the federation whitelist of this start; None if there is none.
+
+        Args:
+            replaces: the one that this process has stored before; None if it has stored none.
+        """
+        rows = [(self._homeserver.instance_name, allowed)]
+        if replaces is not None:
+            rows.append((_REPLACED, *replaces))
+        dumped = [(name, json.dumps(None if a is None else sorted(a))) for name, a in rows]
 
         def write_txn(txn: Cursor) -> None:
-            txn.execute(
+            txn.execute_batch(
                 "INSERT INTO synapse_sticky_whitelists (instance_name, allowed) VALUES (?, ?)"
                 " ON CONFLICT (instance_name) DO UPDATE SET allowed = EXCLUDED.allowed",
-                (self._homeserver.instance_name, dumped),
+                dumped,
             )
 
         await self._homeserver.transact("store_whitelist", write_txn)

@@ -2,7 +2,7 @@
 
 Synapse notes nothing of what it would have sent to a server outside the whitelist. So such a server
 is pushed all own unexpired sticky events of the rooms that it is in. The whitelist changes at a
-start only.
+start only. A process that starts for the first time goes by what the others have stored.
 """
 
 from collections.abc import Collection
@@ -63,13 +63,13 @@ class Whitelist:
 
     async def _look(self) -> None:
         allowed = self._rooms.whitelist()
-        is_known, before = await self._table.whitelist()
-        if is_known and before is not None and before != allowed:
+        is_own, before = await self._table.whitelist()
+        if before is not None and before != allowed:
             for room_id in await self._rooms.rooms_with_own_events():
                 await self._enter(room_id, set(before))
         # After that: whatever ends this run meanwhile, the next one finds them once more.
-        if not is_known or before != allowed:
-            await self._table.store_whitelist(allowed)
+        if not is_own or before != allowed:
+            await self._table.store_whitelist(allowed, (before,) if is_own else None)
 
     async def _enter(self, room_id: str, before: Collection[str]) -> None:
         servers = [

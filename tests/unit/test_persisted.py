@@ -135,7 +135,7 @@ def test_redacted_in_the_same_transaction(homeserver: Counting, follower: IndexF
 def test_a_synapse_that_persists_in_another_way(
     homeserver: Counting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(synapse, "misfits", lambda seams: ["it is not there"])
+    monkeypatch.setattr(synapse, "misfits", lambda seams, columns: ["it is not there"])
     follower = follow(homeserver)
     event = sticky_event(homeserver, 1)
     insert(homeserver, [event])

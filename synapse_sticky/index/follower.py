@@ -62,7 +62,7 @@ class IndexFollower:
         self._changed: set[str] = set()
         self._purged: set[str] = set()
         self._rereads = Rereads()
-        self._redacted = Redacted(self.stream)
+        self._redacted = Redacted(self.stream, homeserver.give_way)
         self._rechecking: set[str] = set()
         self._progress = homeserver.new_signal()
         self._has_failed = False
@@ -107,9 +107,14 @@ class IndexFollower:
 
         It may be redacted or gone. It is looked up; ``catch_up`` waits for that.
         """
-        if not self._changed and not self._rechecking:
+        if not self._changed and not self._rechecking and not self._redacted:
             return False
-        return any(e in self._changed or e in self._rechecking for e in event_ids)
+        return any(map(self._is_in_doubt, event_ids))
+
+    def _is_in_doubt(self, event_id: str) -> bool:
+        if event_id in self._changed or event_id in self._rechecking:
+            return True
+        return self._redacted.concern(self.index.get(event_id))
 
     def has_taken_in(self, last_rows: Mapping[str, int]) -> bool:
         """Has the index taken in the rows of each writer up to this stream ID?"""
@@ -218,7 +223,7 @@ class IndexFollower:
         # Rare: whatever of the room is known gets looked up anew; once more after a page that is
         # being read, as that may have been read before.
         self._noted.clear()
-        self._look_up_anew(room_id)
+        self._changed.update(self._events_of(room_id))
         if self._following.is_running:
             self._purged.add(room_id)
         self._poke()
@@ -230,23 +235,18 @@ class IndexFollower:
 
     def _user_redacted(self, room_id: str, user_id: str) -> None:
         self._noted.clear()
-        if room_id:
-            self._look_up_anew(room_id, user_id)
-        if not room_id or self._following.is_running:
-            self._redacted.add(room_id, user_id)
+        self._redacted.add(room_id, user_id)
         self._poke()
 
-    def _look_up_anew(self, room_id: str, user_id: str | None = None) -> None:
-        index, up_to = self.index, max(self.stream.positions().values(), default=0)
-        for _, _, event_id in index.events_in_rooms([room_id], 0, {}, up_to, {}, 0, None):
-            row = index.get(event_id)
-            if user_id is None or (row is not None and row[3] == user_id):
-                self._changed.add(event_id)
+    def _events_of(self, room_id: str) -> list[str]:
+        up_to = max(self.stream.positions().values(), default=0)
+        found = self.index.events_in_rooms([room_id], 0, {}, up_to, {}, 0, None)
+        return [event_id for _, _, event_id in found]
 
     async def _follow(self) -> None:
         # New rows are taken in between: events may change faster than they are looked up.
         await self._follow_once()
-        while self._changed or self._rereads:
+        while self._changed or self._rereads or self._redacted:
             await self._follow_once()
 
     async def _follow_once(self) -> None:
@@ -256,9 +256,9 @@ class IndexFollower:
             await self._take_in()
             await self._rereads.read(self.stream, self.index, partial(self._insert, self.index))
             for room_id in self._purged:
-                self._look_up_anew(room_id)
+                self._changed.update(self._events_of(room_id))
             self._purged.clear()
-            await self._redacted.look_for(self._look_up_anew)
+            await self._redacted.look_for(self.index, self._events_of, self._changed)
             await self._recheck()
         except BaseException:
             self._has_failed = True

@@ -63,6 +63,9 @@ class Process(Here):
     def new_signal(self) -> Silence:
         return Silence()
 
+    async def give_way(self) -> None:
+        """Nobody else has anything to do."""
+
     def take_turns(self) -> None:
         """Lets happen what other threads asked for."""
         turns, self.turns = self.turns, []

@@ -13,12 +13,14 @@ from synapse.events import EventBase
 from twisted.internet.defer import Deferred, ensureDeferred
 
 import tests.unit.process
+from synapse_sticky._core import StickyIndex
 from synapse_sticky.handlers.joins.federation import LeftToSynapseError
 from synapse_sticky.handlers.joins.synapse import SynapseFederation
 from synapse_sticky.homeserver import access
 from synapse_sticky.homeserver.rooms import Rooms
 from synapse_sticky.homeserver.whole import still_whole
 from synapse_sticky.index import StickyRow
+from synapse_sticky.index.redacted import Redacted
 from synapse_sticky.index.redactions import synapse as redactions
 from tests.unit.processes import ALICE, BOB, MALLORY, ROOM, Process, Room, make_homeserver
 from tests.unit.test_limits_in_synapse import done, run_sql
@@ -278,6 +280,29 @@ def test_while_a_page_is_being_read(room_id: str) -> None:
     assert follower.in_step()
     assert "$1" not in follower.index
     assert "$2" in follower.index
+
+
+@pytest.mark.requirement("H3")
+def test_many_bans_of_a_room_cost_one_look() -> None:
+    """A stranger bans whom he likes in his room, also who has sent nothing."""
+    index, looks, changed = StickyIndex("here"), list[str](), set[str]()
+    rows = [(n, "master", "!room", f"${n}", f"@{n}:there", 2**53) for n in range(1, 2_001)]
+    index.insert(rows)
+    stream: Any = Reading()
+    redacted = Redacted(stream, tests.unit.process.Process().give_way)
+    for number in range(1, 1_001):
+        redacted.add("!room", f"@{number}:there")
+    assert redacted.concern(index.get("$1"))
+    assert not redacted.concern(index.get("$1001"))
+
+    def events_of(room_id: str) -> list[str]:
+        looks.append(room_id)
+        return [event_id for _, _, _, event_id, _, _ in rows]
+
+    done(redacted.look_for(index, events_of, changed))
+    assert looks == ["!room"]
+    assert changed == {f"${number}" for number in range(1, 1_001)}
+    assert not redacted
 
 
 @pytest.mark.requirement("H5")

@@ -14,8 +14,8 @@ from synapse_sticky._core import StickyIndex
 from synapse_sticky.backoff import Alarm, Backoff
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.homeserver.position import Position
+from synapse_sticky.index.doubts import Doubts
 from synapse_sticky.index.noted import NotedRows
-from synapse_sticky.index.redacted import Redacted
 from synapse_sticky.index.rereads import Rereads
 from synapse_sticky.index.stream import StickyRow, Stream
 from synapse_sticky.logs import bounded
@@ -60,9 +60,8 @@ class IndexFollower:
         self._untold: set[str] = set()
         self._listeners: list[RoomsListener] = []
         self._changed: set[str] = set()
-        self._purged: set[str] = set()
         self._rereads = Rereads()
-        self._redacted = Redacted(self.stream, homeserver.give_way)
+        self._doubts = Doubts(self.stream, homeserver.give_way)
         self._rechecking: set[str] = set()
         self._progress = homeserver.new_signal()
         self._has_failed = False
@@ -86,7 +85,7 @@ class IndexFollower:
         self.stream.on_event_changed(self._event_changed)
         self.stream.on_room_purged(self._room_purged)
         self.stream.on_retention_changed(self._retention_changed)
-        self.stream.on_user_redacted(self._user_redacted)
+        self.stream.on_user_redacted(self._have_changed)
         self._expiry.ring_in(_EXPIRE_EVERY_MS)
         # What expires by that is over, also if the clock is set back later.
         self._hs.on_clock_set(lambda _: self._expiry.ring_in(0))
@@ -107,14 +106,14 @@ class IndexFollower:
 
         It may be redacted or gone. It is looked up; ``catch_up`` waits for that.
         """
-        if not self._changed and not self._rechecking and not self._redacted:
+        if not self._changed and not self._rechecking and not self._doubts:
             return False
         return any(map(self._is_in_doubt, event_ids))
 
     def _is_in_doubt(self, event_id: str) -> bool:
         if event_id in self._changed or event_id in self._rechecking:
             return True
-        return self._redacted.concern(self.index.get(event_id))
+        return self._doubts.concern(self.index.get(event_id))
 
     def has_taken_in(self, last_rows: Mapping[str, int]) -> bool:
         """Has the index taken in the rows of each writer up to this stream ID?"""
@@ -179,7 +178,7 @@ class IndexFollower:
             self._following.is_running
             or self._changed
             or self._rereads
-            or self._redacted
+            or self._doubts
             or not self.index.in_step(self.stream.positions())
         ) and not self._take_in_noted():
             self._following.wake()
@@ -189,7 +188,7 @@ class IndexFollower:
         nothing is asked. Gives whether nothing is left to do."""
         following, index = self._following, self.index
         is_busy = following.is_running or following.is_failing or self._changed or self._rereads
-        if is_busy or self._redacted or not self.is_whole or not index.positions():
+        if is_busy or self._doubts or not self.is_whole or not index.positions():
             return False
         positions = self.stream.positions()
         after, up_to = _span(index, positions)
@@ -220,33 +219,22 @@ class IndexFollower:
             self._poke()
 
     def _room_purged(self, room_id: str) -> None:
-        # Rare: whatever of the room is known gets looked up anew; once more after a page that is
-        # being read, as that may have been read before.
-        self._noted.clear()
-        self._changed.update(self._events_of(room_id))
-        if self._following.is_running:
-            self._purged.add(room_id)
-        self._poke()
+        self._have_changed(room_id, "")
 
     def _retention_changed(self, room_id: str) -> None:
         self._noted.clear()
         self._rereads.add(room_id)
         self._poke()
 
-    def _user_redacted(self, room_id: str, user_id: str) -> None:
+    def _have_changed(self, room_id: str, user_id: str) -> None:
         self._noted.clear()
-        self._redacted.add(room_id, user_id)
+        self._doubts.add(room_id, user_id)
         self._poke()
-
-    def _events_of(self, room_id: str) -> list[str]:
-        up_to = max(self.stream.positions().values(), default=0)
-        found = self.index.events_in_rooms([room_id], 0, {}, up_to, {}, 0, None)
-        return [event_id for _, _, event_id in found]
 
     async def _follow(self) -> None:
         # New rows are taken in between: events may change faster than they are looked up.
         await self._follow_once()
-        while self._changed or self._rereads or self._redacted:
+        while self._changed or self._rereads or self._doubts:
             await self._follow_once()
 
     async def _follow_once(self) -> None:
@@ -255,10 +243,8 @@ class IndexFollower:
         try:
             await self._take_in()
             await self._rereads.read(self.stream, self.index, partial(self._insert, self.index))
-            for room_id in self._purged:
-                self._changed.update(self._events_of(room_id))
-            self._purged.clear()
-            await self._redacted.look_for(self.index, self._events_of, self._changed)
+            # After the page: that may have been read before they changed.
+            await self._doubts.look_for(self.index, self._changed)
             await self._recheck()
         except BaseException:
             self._has_failed = True

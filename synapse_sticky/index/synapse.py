@@ -39,7 +39,7 @@ SEAMS = {
         method(STORE, "process_replication_rows(stream_name)", is_replaced=True),
     ),
     "purges": (
-        method(STORE, "_invalidate_local_get_event_cache_room_id(room_id)", is_replaced=True),
+        method(STORE, "_invalidate_caches_for_room_events(room_id)", is_replaced=True),
         table("sticky_events", "room_id text, event_id text"),
         table("events", "event_id text"),
     ),
@@ -270,7 +270,9 @@ class SynapseStickyStream:
         return invalidate_caches_for_event
 
     def on_room_purged(self, callback: Callable[[str], None]) -> None:
-        self._after("_invalidate_local_get_event_cache_room_id", callback)
+        # Not the store's function by which it drops a room's events from its cache: a ban that
+        # redacts calls that one, too, and concerns one user only.
+        self._after("_invalidate_caches_for_room_events", callback)
 
     def on_retention_changed(self, callback: Callable[[str], None]) -> None:
         self._retention.on_changed(callback)

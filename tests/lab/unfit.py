@@ -19,7 +19,7 @@ from tests.mutations import Mutation, mutations
 
 CHANGES: dict[str, tuple[tuple[str, str, str], ...]] = {
     "index": (
-        ("_invalidate_local_get_event_cache_room_id", "renamed", "room_id"),
+        ("_invalidate_caches_for_room_events", "renamed", "room_id"),
         ("add_replication_callback", "sync or async", ""),
     ),
     "delivery": (

@@ -49,6 +49,7 @@ from synapse_sticky.handlers.delivery.synapse import SynapseDelivery
 from synapse_sticky.homeserver import Cancellable, Homeserver, Signal
 from synapse_sticky.homeserver.access import Access
 from synapse_sticky.index import IndexFollower, StickyRow, follower
+from synapse_sticky.index.redactions import synapse as redactions
 from synapse_sticky.index.synapse import SynapseStickyStream
 from tests.lab.postgres import Postgres
 from tests.unit.test_limits import done
@@ -458,7 +459,7 @@ class World:
 
         def purge_txn(txn: Any) -> None:
             self.store.db_pool.simple_delete_txn(txn, "sticky_events", {"room_id": room_id})
-            txn.call_after(self.store._invalidate_local_get_event_cache_room_id, room_id)
+            txn.call_after(self.store._invalidate_caches_for_room_events, room_id)
 
         self._transact(purge_txn)
 
@@ -509,7 +510,9 @@ class World:
         self._transact(ban_txn)
         theirs = {e.event_id for e in self.events if (e.room_id, e.sender) == (room_id, user_id)}
         self.redacted |= theirs
-        self.store._invalidate_local_get_event_cache_room_id(room_id)
+        # As replication does, of what the process that persists events tells all others.
+        told = f"{redactions.__name__}.user_redactions"
+        self.store._attempt_to_invalidate_cache(told, (room_id, user_id))
 
     def pass_time(self, seconds: int) -> None:
         self.reactor.rightNow += seconds

@@ -100,7 +100,7 @@ def test_pdus_of_a_room_that_is_being_joined_stay(store: CountingStore, parking:
     """This server is not in the room yet. Its history may be purged, too."""
     done(parking.handler.load())
     parking.park(KEPT, 0)
-    store.store._invalidate_local_get_event_cache_room_id(KEPT)
+    store.store._invalidate_caches_for_room_events(KEPT)
     done(parking.handler._trying.try_due())
     assert parking.parked() == [KEPT]
 

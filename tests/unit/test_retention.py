@@ -359,7 +359,7 @@ def test_rows_without_events_go_with_a_purge(homeserver: Homeserver) -> None:
     gone, stays = persist(homeserver, 1), persist(homeserver, 2)
     for table in ("events", "event_json"):
         run_sql(homeserver, f"DELETE FROM {table} WHERE event_id = ?", gone)
-    homeserver.store._invalidate_local_get_event_cache_room_id("!another:there")
+    homeserver.store._invalidate_caches_for_room_events("!another:there")
     assert len(run_sql(homeserver, "SELECT event_id FROM sticky_events")) == 2
-    homeserver.store._invalidate_local_get_event_cache_room_id(ROOM)
+    homeserver.store._invalidate_caches_for_room_events(ROOM)
     assert run_sql(homeserver, "SELECT event_id FROM sticky_events") == [(stays,)]

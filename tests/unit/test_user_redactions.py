@@ -20,7 +20,7 @@ from synapse_sticky.homeserver import access
 from synapse_sticky.homeserver.rooms import Rooms
 from synapse_sticky.homeserver.whole import still_whole
 from synapse_sticky.index import StickyRow
-from synapse_sticky.index.redacted import Redacted
+from synapse_sticky.index.doubts import Doubts
 from synapse_sticky.index.redactions import synapse as redactions
 from tests.unit.processes import ALICE, BOB, MALLORY, ROOM, Process, Room, make_homeserver
 from tests.unit.test_limits_in_synapse import done, run_sql
@@ -282,27 +282,45 @@ def test_while_a_page_is_being_read(room_id: str) -> None:
     assert "$2" in follower.index
 
 
+class Turns:
+    """Counts how often others had their turn."""
+
+    def __init__(self) -> None:
+        self.given = 0
+
+    async def give_way(self) -> None:
+        self.given += 1
+
+
 @pytest.mark.requirement("H3")
-def test_many_bans_of_a_room_cost_one_look() -> None:
+def test_many_bans_of_a_room_cost_one_look_in_steps() -> None:
     """A stranger bans whom he likes in his room, also who has sent nothing."""
-    index, looks, changed = StickyIndex("here"), list[str](), set[str]()
-    rows = [(n, "master", "!room", f"${n}", f"@{n}:there", 2**53) for n in range(1, 2_001)]
-    index.insert(rows)
+    index, changed, turns = StickyIndex("here"), set[str](), Turns()
+    index.insert([(n, "master", "!room", f"${n}", f"@{n}:there", 2**53) for n in range(1, 2_001)])
     stream: Any = Reading()
-    redacted = Redacted(stream, tests.unit.process.Process().give_way)
-    for number in range(1, 1_001):
-        redacted.add("!room", f"@{number}:there")
-    assert redacted.concern(index.get("$1"))
-    assert not redacted.concern(index.get("$1001"))
+    doubts = Doubts(stream, turns.give_way)
+    for number in range(501, 1_501):
+        doubts.add("!room", f"@{number}:there")
+    assert doubts.concern(index.get("$501"))
+    assert not doubts.concern(index.get("$500"))
+    done(doubts.look_for(index, changed))
+    assert changed == {f"${number}" for number in range(501, 1_501)}
+    assert turns.given == 2_000 / 500
+    assert not doubts
 
-    def events_of(room_id: str) -> list[str]:
-        looks.append(room_id)
-        return [event_id for _, _, _, event_id, _, _ in rows]
 
-    done(redacted.look_for(index, events_of, changed))
-    assert looks == ["!room"]
+@pytest.mark.requirement("H3")
+def test_a_purged_room_is_looked_through_in_steps() -> None:
+    index, changed, turns = StickyIndex("here"), set[str](), Turns()
+    index.insert([(n, "master", "!room", f"${n}", ALICE, 2**53) for n in range(1, 1_001)])
+    index.insert([(1_001, "master", "!other", "$1001", ALICE, 2**53)])
+    stream: Any = Reading()
+    doubts = Doubts(stream, turns.give_way)
+    doubts.add("!room", "")
+    assert [doubts.concern(index.get(event_id)) for event_id in ("$7", "$1001")] == [True, False]
+    done(doubts.look_for(index, changed))
     assert changed == {f"${number}" for number in range(1, 1_001)}
-    assert not redacted
+    assert turns.given == 2
 
 
 @pytest.mark.requirement("H5")

@@ -109,10 +109,8 @@ class UserRedactions:
 
     def _hear(self, room_id: str, user_id: str) -> None:
         if room_id:
-            # As Synapse does where it persists the ban. By the function of the class: what stands
-            # in its place on the store looks at the events of all the room's users.
-            of_class: Any = super(type(self._store), self._store)
-            of_class._invalidate_local_get_event_cache_room_id(room_id)
+            # As Synapse does where it persists the ban.
+            self._store._invalidate_local_get_event_cache_room_id(room_id)
         for listener in self._listeners:
             try:
                 listener(room_id, user_id)

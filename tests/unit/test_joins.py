@@ -73,6 +73,7 @@ class Here(Settable):
         self.backlogged: list[tuple[str, int]] = []
         self.failing: dict[str, Exception] = {}
         self.asked: Counter[str] = Counter()
+        self.looked_up: list[set[str]] = []
 
     def now_ms(self) -> int:
         return self.clock_ms + self.set_by_ms
@@ -136,6 +137,7 @@ class Here(Settable):
         return {"here": 10}
 
     async def rows_at(self, stream_ids: Mapping[str, int]) -> list[StickyRow]:
+        self.looked_up.append(set(stream_ids))
         rows = {event_id: self.index.get(event_id) for event_id in stream_ids}
         return [
             StickyRow(row[0], "here", *row[1:], event_id not in self.redacted)
@@ -312,6 +314,23 @@ def test_what_the_database_has_as_redacted_is_not_pushed() -> None:
     done(here.callbacks["on_acknowledged"]("there", [("!room", "$14")]))
     here.clock_ms += HOUR_MS // 2
     assert done(next_batch()) is None
+
+
+@pytest.mark.requirement("H3", "S5")
+def test_the_database_is_asked_only_of_what_would_be_pushed() -> None:
+    """Not of what was sent and is not confirmed yet, which may be thousands; and once more for
+    what takes the place of events that are gone."""
+    here = Here(NOW_MS + HOUR_MS, list(range(11, 41)))
+    start(here)
+    next_batch = here.callbacks["serve_backlog_from"]
+    (first,) = done(next_batch("there", 4)).event_ids
+    done(here.callbacks["on_acknowledged"]("there", [("!room", first)]))
+    here.redacted = {f"${n}" for n in range(12, 16)}
+    here.looked_up.clear()
+    assert done(next_batch("there", 4)).event_ids == ["$16", "$17", "$18", "$19"]
+    assert here.looked_up == [here.redacted, {"$16", "$17", "$18", "$19"}]
+    assert done(next_batch("there", 4)).event_ids == ["$20", "$21", "$22", "$23"]
+    assert here.looked_up[2:] == [{"$20", "$21", "$22", "$23"}]
 
 
 @pytest.mark.requirement("P3", "E2")

@@ -225,21 +225,15 @@ class JoinsHandler:
         if not push.is_open:
             await self._ending.settle(push)
             return None
-        await self._skip_gone(push)
-        event_ids = push.choose(limit, self._homeserver.now_ms())
-        if not event_ids:
-            return None
-        return Batch(push.room_id, push.backlog_position - 1, event_ids)
-
-    async def _skip_gone(self, push: Push) -> None:
-        """What is redacted, or of an erased user (P6), as the database has it: this process may not
-        know yet, and a newcomer keeps the first copy that it gets (S5)."""
-        if not push.has_waiting(self._homeserver.now_ms()):
-            return
-        own, _ = self._pushed.open_events(push)
-        rows = await self._follower.stream.rows_at({event_id: at for at, event_id, _ in own})
-        left = {row.event_id for row in rows if row.deliverable}
-        push.skip((at, event_id) for at, event_id, _ in own if event_id not in left)
+        # What is redacted, or of an erased user (P6), is left out by what the database has: this
+        # process may not know yet, and a newcomer keeps the first copy that it gets (S5).
+        while planned := push.next_events(limit, self._homeserver.now_ms()):
+            rows = await self._follower.stream.rows_at(planned)
+            whole = {row.event_id for row in rows if row.deliverable}
+            push.skip((at, event_id) for event_id, at in planned.items() if event_id not in whole)
+            if event_ids := push.choose(limit, self._homeserver.now_ms(), whole):
+                return Batch(push.room_id, push.backlog_position - 1, event_ids)
+        return None
 
     # What happens meanwhile
 

@@ -201,12 +201,15 @@ class Push(Confirmable):
         if not is_known and stream_id >= self.position and stream_id not in self._finished:
             self._expect(stream_id, event_id, now_ms, now_ms + GRACE_MS)
 
-    def choose(self, limit: int, now_ms: int) -> list[str]:
-        """The event IDs to send now, oldest first; they count as sent from here on.
+    def next_events(self, limit: int, now_ms: int) -> dict[str, int]:
+        """What can be sent now, at most ``limit`` events, oldest first: stream IDs by event ID.
 
         A newcomer that is still joining answers /send, but acknowledges nothing. Until its first
         acknowledgement, each attempt sends one event, and not the same one as the last attempt.
         """
+        return {sent.event_id: sent.stream_id for sent in self._next(limit, now_ms)}
+
+    def _next(self, limit: int, now_ms: int) -> list[Sent]:
         if not self._may_send(now_ms):
             return []
         due = [s for s in self._unsent.values() if s.due_ms <= now_ms]
@@ -215,7 +218,15 @@ class Push(Confirmable):
         if not self._contact.is_made:
             candidates.sort(key=lambda s: (s.attempts, s.stream_id))
             free = min(free, 1)
-        chosen = candidates[:free]
+        return candidates[:free]
+
+    def choose(self, limit: int, now_ms: int, among: Collection[str] | None = None) -> list[str]:
+        """The event IDs to send now, those of ``next_events``; they count as sent from here on.
+
+        Args:
+            among: if given, only these.
+        """
+        chosen = [s for s in self._next(limit, now_ms) if among is None or s.event_id in among]
         if chosen:
             self._contact.try_again(now_ms)
         for sent in chosen:

@@ -138,7 +138,7 @@ class PushedRooms:
         if not self._follower.is_whole:
             return  # what is missing in it is not gone
         now_ms = self._homeserver.now_ms()
-        rows, read_up_to = self.open_events(push)
+        rows, read_up_to = self._open_events(push)
         pushing = self._follower.index.server_count(push.room_id, now_ms)
         room = self._rooms.get(push.room_id)
 
@@ -156,7 +156,7 @@ class PushedRooms:
             whole_up_to=min(self._whole_up_to(), read_up_to or NO_END),
         )
 
-    def open_events(self, push: Push) -> tuple[list[OwnEvent], int | None]:
+    def _open_events(self, push: Push) -> tuple[list[OwnEvent], int | None]:
         """The room's own events that the push is not done with, ascending: all that were sent, and
         a page of the others. If there are more, also gives up to which stream ID none is left
         out."""

@@ -1,10 +1,10 @@
 """One that cannot be done costs only itself (H1): many are done at once, or else each by itself.
 
 ``apart`` finds the ones that fail. ``Stragglers`` tries them again, each by itself, while all
-others go on.
+others go on. ``each`` goes through what was noted, one by one.
 """
 
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
 from typing import Generic, TypeVar
 
 from synapse_sticky.backoff import Backoff, Clock, Retrying
@@ -52,6 +52,28 @@ async def apart(
             return [(items[0], e)]
     half = len(items) // 2
     return [*await apart(items[:half], do), *await apart(items[half:], do)]
+
+
+async def each(noted: MutableMapping[T, None], do: Callable[[T], Awaitable[None]]) -> None:
+    """Takes out what is noted by now, and does it, one after the other.
+
+    One that fails is noted again, and the others go on. An outage ends the round.
+
+    Raises:
+        Exception: the last failure, for whoever tries again.
+    """
+    problem: Exception | None = None
+    for item in [*noted]:
+        # Out before it is done, as it may be noted once more meanwhile.
+        del noted[item]
+        try:
+            await do(item)
+        except Exception as e:  # noqa: BLE001 - raised below, after the others
+            noted[item], problem = None, e
+            if is_outage(e):
+                break
+    if problem is not None:
+        raise problem
 
 
 class Stragglers(Generic[T]):

@@ -8,7 +8,7 @@ from typing import Any
 import attr
 import pytest
 
-from synapse_sticky.apart import Stragglers, apart
+from synapse_sticky.apart import Stragglers, apart, each
 from synapse_sticky.backoff import Backoff
 from synapse_sticky.config import ExtremitiesConfig, FederationConfig
 from synapse_sticky.handlers.deferral.handler import NewStickyEvent
@@ -55,6 +55,27 @@ def test_each_by_itself(bad: tuple[int, ...]) -> None:
     assert work.done == [n for n in range(50) if n not in bad]
     assert work.attempts <= 1 + 12 * len(bad)
     assert work.attempts < 100
+
+
+@pytest.mark.requirement("H1")
+def test_each_that_was_noted_in_turn() -> None:
+    noted = dict.fromkeys(range(5))
+    work = Work(1, 3)
+
+    async def do(item: int) -> None:
+        await work([item])
+        if item == 2:
+            noted[2] = None  # once more, meanwhile
+
+    with pytest.raises(sqlite3.IntegrityError):
+        done(each(noted, do))
+    assert work.done == [0, 2, 4]
+    assert [*noted] == [1, 2, 3]
+    work.error = AWAY
+    with pytest.raises(sqlite3.OperationalError):
+        done(each(noted, do))
+    assert work.done == [0, 2, 4], "the outage ends the round"
+    assert [*noted] == [2, 3, 1]
 
 
 @pytest.mark.requirement("H2")

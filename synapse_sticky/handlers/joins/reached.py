@@ -6,12 +6,12 @@ memory for it is gone with a restart, or after a back-off of more than an hour. 
 too, what is sticky enters the backlog.
 """
 
+from synapse_sticky.apart import each
 from synapse_sticky.backoff import Backoff, Retrying
 from synapse_sticky.handlers.joins.confirmation.confirmation import Confirmation
 from synapse_sticky.handlers.joins.destinations import Destinations
 from synapse_sticky.handlers.joins.federation import Federation
 from synapse_sticky.homeserver import Homeserver
-from synapse_sticky.homeserver.causes import is_outage
 
 _BACKOFF = Backoff(1_000, 60_000)
 
@@ -50,18 +50,7 @@ class Reached:
 
     async def _look(self) -> None:
         # One after the other: after an outage of this server they are many.
-        problem: Exception | None = None
-        for destination in [*self._reached]:
-            # Out before it is looked at, as it may be gone and come back meanwhile.
-            del self._reached[destination]
-            try:
-                await self._send_on(destination)
-            except Exception as e:  # noqa: BLE001 - raised below, after the other destinations
-                self._reached[destination], problem = None, e
-                if is_outage(e):
-                    break
-        if problem is not None:
-            raise problem
+        await each(self._reached, self._send_on)
 
     async def _send_on(self, destination: str) -> None:
         await self._federation.add_if_never_reached(destination)

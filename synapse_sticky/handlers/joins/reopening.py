@@ -5,13 +5,13 @@ room again. Whoever an ACL still denies costs no look at the database (H3).
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from synapse_sticky.apart import each
 from synapse_sticky.backoff import Backoff, Retrying
 from synapse_sticky.handlers.joins.confirmation.confirmation import Confirmation
 from synapse_sticky.handlers.joins.destinations import Destinations
 from synapse_sticky.handlers.joins.federation import Federation
 from synapse_sticky.handlers.joins.rooms import PushedRooms
 from synapse_sticky.homeserver import Homeserver
-from synapse_sticky.homeserver.causes import is_outage
 
 if TYPE_CHECKING:
     from synapse_sticky.homeserver.rooms import Rooms
@@ -57,18 +57,7 @@ class Reopening:
             self._looking.wake()
 
     async def _look(self) -> None:
-        problem: Exception | None = None
-        for room_id in [*self._changed]:
-            # Out before it is looked at, as it may change again meanwhile.
-            del self._changed[room_id]
-            try:
-                await self._look_at(room_id)
-            except Exception as e:  # noqa: BLE001 - raised below, after the other rooms
-                self._changed[room_id], problem = None, e
-                if is_outage(e):
-                    break
-        if problem is not None:
-            raise problem
+        await each(self._changed, self._look_at)
 
     async def _look_at(self, room_id: str) -> None:
         held = [p for p in self._pushed.pushes(room_id) if p.is_blocked or p.is_refused]

@@ -5,9 +5,9 @@ starts, and follows the stream from there. Whoever asks more of it than it has t
 the database.
 """
 
-import itertools
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
+from itertools import chain, islice
 from typing import TypeVar
 
 from synapse_sticky._core import StickyIndex
@@ -101,19 +101,18 @@ class IndexFollower:
         single events whether they may have changed since."""
         return self._is_started and self._is_true_up_to(self.stream.positions())
 
-    def doubts(self, event_ids: Iterable[str]) -> bool:
-        """May any of these events have changed since the index took it in?
+    def doubts(self, groups: Collection[Collection[str]]) -> bool:
+        """May any event of these groups of event IDs have changed since the index took it in?
 
         It may be redacted or gone. It is looked up; ``catch_up`` waits for that.
         """
-        if not self._changed and not self._rechecking and not self._doubts:
+        # Each sync with new events asks, so sets do what they can.
+        for suspects in (self._changed, self._rechecking):
+            if suspects and not suspects.isdisjoint(chain.from_iterable(groups)):
+                return True
+        if not self._doubts:
             return False
-        return any(map(self._is_in_doubt, event_ids))
-
-    def _is_in_doubt(self, event_id: str) -> bool:
-        if event_id in self._changed or event_id in self._rechecking:
-            return True
-        return self._doubts.concern(self.index.get(event_id))
+        return any(map(self._doubts.concern, map(self.index.get, chain.from_iterable(groups))))
 
     def has_taken_in(self, last_rows: Mapping[str, int]) -> bool:
         """Has the index taken in the rows of each writer up to this stream ID?"""
@@ -160,7 +159,7 @@ class IndexFollower:
         for event_id in event_ids:
             if (row := self.index.get(event_id)) is None:
                 unknown.append(event_id)
-            elif self.doubts([event_id]):
+            elif self.doubts([[event_id]]):
                 doubtful[event_id] = row[0]
             else:
                 found[event_id] = StickyRow(row[0], "", row[1], row[2], row[3], row[4], True)
@@ -297,7 +296,7 @@ class IndexFollower:
     async def _recheck(self) -> None:
         """Looks up some of what has changed."""
         # What changes while it is read has to be read once more.
-        self._rechecking = set(itertools.islice(self._changed, _PAGE))
+        self._rechecking = set(islice(self._changed, _PAGE))
         self._changed -= self._rechecking
         # No page is being read now: the next one will have what is not here as it is by then.
         known = {e: row[0] for e in self._rechecking if (row := self.index.get(e))}

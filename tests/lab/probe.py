@@ -33,6 +33,6 @@ class _Probe(Resource):
         event_id = args[b"event_id"][0].decode()
         answer = {
             "known": event_id in self._follower.index,
-            "in_step": self._follower.in_step() and not self._follower.doubts([event_id]),
+            "in_step": self._follower.in_step() and not self._follower.doubts([[event_id]]),
         }
         return json.dumps(answer).encode()

@@ -101,7 +101,7 @@ class Process:
         """Is it in the index, and is it whole in what Synapse loads?"""
         (loaded,) = done(self.store.get_events_as_list([event.event_id]))
         in_index = event.event_id in self.follower.index
-        assert not self.follower.doubts([event.event_id])
+        assert not self.follower.doubts([[event.event_id]])
         assert in_index is (loaded.sticky_duration() is not None)
         return in_index
 

@@ -5,7 +5,6 @@ Fails open: what the index cannot answer, the database does.
 
 from collections.abc import Awaitable, Callable, Collection
 from functools import partial
-from itertools import chain
 from typing import NamedTuple, Protocol
 
 from synapse_sticky.index import IndexFollower, Position
@@ -78,7 +77,7 @@ class DeliveryHandler:
             limit,
         )
         # One event in doubt is the doubt of those alone who would get it.
-        if self._follower.doubts(chain.from_iterable(by_room.values())):
+        if self._follower.doubts(by_room.values()):
             return None
         if last is not None and count == limit:
             return by_room, _end_of_page(after, up_to, last)

@@ -58,7 +58,7 @@ def page() -> str:
     config = StickyConfig()
     top = [field for field in attr.fields(StickyConfig) if "check" in field.metadata]
     sections = [field for field in attr.fields(StickyConfig) if "section" in field.metadata]
-    parts = [_HEAD, "## At the top\n", _table("", StickyConfig, config, top)]
+    parts = [_HEAD, "## At the top\n", _table(StickyConfig, config, top)]
     plain = [field.name for field in sections if _is_plain(getattr(config, field.name))]
     names = ", ".join(f"`{name}`" for name in plain)
     text = f"{names} have `enabled` (true or false, by default true), and nothing else."
@@ -68,7 +68,7 @@ def page() -> str:
             default = getattr(config, field.name)
             about = _OLD.get(field.name) or _about(type(default))
             parts.append(f"## {field.name}\n\n{about}\n")
-            parts.append(_table(field.name, type(default), default, attr.fields(type(default))))
+            parts.append(_table(type(default), default, attr.fields(type(default))))
     parts.append(_END.format(ALL_OPTIONS.read_text()))
     return "\n".join(parts)
 
@@ -90,11 +90,11 @@ def _about(section: type) -> str:
     return textwrap.fill(_sentence(" ".join(about.split())), _WIDTH)
 
 
-def _table(path: str, section: type, default: Any, fields: Any) -> str:
+def _table(section: type, default: Any, fields: Any) -> str:
     _, said = _docs(section)
     lines = ["| option | default | allowed | meaning |", "|---|---|---|---|"]
     for field in fields:
-        name = ".".join(filter(None, (path, field.name.removesuffix("_ms"))))
+        name = field.name.removesuffix("_ms")
         value = _shown(field.name, getattr(default, field.name))
         meaning = said[field.name].rstrip(".")
         lines.append(f"| `{name}` | `{value}` | {_allowed(field)} | {_sentence(meaning)} |")

@@ -9,6 +9,7 @@ PLATFORMS ?=
 PYTHONS ?=
 WAYS ?=
 WHEELS := .venv-wheels
+DOCS := .venv-docs
 # What looks at the workflows. Lint goes on without it where it is not to be had within this time, unless NEED_TOOLS=yes.
 ZIZMOR := zizmor==1.32.0
 ACTIONLINT := github.com/rhysd/actionlint/cmd/actionlint@v1.7.12
@@ -17,7 +18,7 @@ NEED_TOOLS ?= no
 RUST_SOURCES := Cargo.toml Cargo.lock $(shell find rust/src -name '*.rs')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-workers lint bench compat conformance conformance-plain fuzz soak suite wheels wheels-check wheels-twice test-install release-check format clean
+.PHONY: help demo test test-slow test-workers lint bench compat conformance conformance-plain fuzz soak suite wheels wheels-check wheels-twice test-install release-check docs pictures format clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -35,7 +36,7 @@ test-slow: $(VENV)/.built ## The tests that take half a minute each, and the sam
 test-workers: $(VENV)/.built ## The conformance and integration suites and more on a Synapse of ten processes, with Postgres and Valkey: an hour
 	$(BIN)/python -m pytest --workers -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder tests/workers tests/conformance tests/integration $(PYTEST_ARGS)
 
-lint: $(VENV)/.built ## ruff, mypy, stubtest, rustfmt, clippy; whether docs/conformance.md is true; zizmor and actionlint on the workflows
+lint: $(VENV)/.built ## ruff, mypy, stubtest, rustfmt, clippy; whether the generated pages are true; zizmor and actionlint on the workflows
 	@cargo fmt --version >/dev/null 2>&1 || { echo "rustfmt is missing: rustup component add rustfmt"; exit 1; }
 	@cargo clippy --version >/dev/null 2>&1 || { echo "clippy is missing: rustup component add clippy"; exit 1; }
 	$(BIN)/ruff check .
@@ -48,6 +49,7 @@ lint: $(VENV)/.built ## ruff, mypy, stubtest, rustfmt, clippy; whether docs/conf
 	cargo clippy --quiet --all-targets --all-features -- -D warnings
 	$(BIN)/python -m tests.conformance.page --check
 	$(BIN)/python -m tests.compat --check
+	$(BIN)/python -m tests.site.configuration --check
 	@timeout $(TOOLS_WITHIN_S) $(BIN)/pip install --quiet --disable-pip-version-check $(ZIZMOR) || \
 		{ echo "zizmor is not to be had from PyPI, so it is left out"; test $(NEED_TOOLS) = no; }
 	test ! -x $(BIN)/zizmor || $(BIN)/zizmor --offline --quiet --no-progress .github
@@ -105,13 +107,22 @@ test-install: $(VENV)/.built ## What docs/install.md says, with the wheel in dis
 release-check: $(VENV)/.built ## Runs each command of CI and of a release dry, and says what the next release lacks
 	$(BIN)/python -m tests.release check
 
+docs: $(VENV)/.built $(DOCS)/.built ## The documentation site, in the folder site; fails at a dead link
+	$(BIN)/python -m tests.site.configuration
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+	@echo "site/index.html"
+
+pictures: ## Draws the pictures of docs/how-it-works.md, where graphviz is
+	@command -v dot >/dev/null || { echo "dot is not there: install graphviz"; exit 1; }
+	for picture in docs/pictures/*.dot; do dot -Tsvg $$picture -o $${picture%.dot}.svg || exit 1; done
+
 format: $(VENV)/.built ## Formats Python and Rust
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 	cargo fmt
 
 clean: ## Removes everything that was built
-	rm -rf $(VENV) .venv-compat .venv-install $(WHEELS) dist target synapse_sticky/_core*.so
+	rm -rf $(VENV) .venv-compat .venv-install $(WHEELS) $(DOCS) dist site target synapse_sticky/_core*.so
 
 # The environment: the module itself (its Python files used where they are, its Rust core built),
 # Synapse, and what linting and testing need. The core can be told to panic here, and in no wheel.
@@ -130,4 +141,11 @@ $(WHEELS)/.built: pyproject.toml
 	test -x $(WHEELS)/bin/python || $(PYTHON) -m venv $(WHEELS)
 	$(WHEELS)/bin/python -m pip install --quiet --disable-pip-version-check 'pip>=25.1'
 	$(WHEELS)/bin/python -m pip install --quiet --disable-pip-version-check --group wheels
+	touch $@
+
+# What makes the site.
+$(DOCS)/.built: pyproject.toml
+	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check 'pip>=25.1'
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check --group docs
 	touch $@

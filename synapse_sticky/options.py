@@ -60,12 +60,13 @@ def integer(at_least: int, at_most: int) -> Check:
 
 def number(at_least: float, at_most: float) -> Check:
     """A number within bounds."""
+    allowed = f"a number from {at_least:,.10g} to {at_most:,.10g}"
 
     def check(value: object) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"a number from {at_least:g} to {at_most:g}")
+            raise ValueError(allowed)
         if not at_least <= value <= at_most:
-            raise ValueError(f"a number from {at_least:g} to {at_most:g}")
+            raise ValueError(allowed)
         return float(value)
 
     return check

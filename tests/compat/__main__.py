@@ -1,7 +1,8 @@
 """Tries the module on several versions of Synapse: ``python -m tests.compat [VERSION ...]``.
 
 Without a version, all that are listed and the newest that pip finds. What came of them is kept in
-docs/compat, and README's table is written anew. Exits with 1 if anything was not as it should be.
+docs/compat, and the table of docs/versions.md is written anew. Exits with 1 if anything was not as
+it should be.
 """
 
 import argparse
@@ -142,10 +143,14 @@ def main() -> None:
     parser.add_argument("versions", nargs="*", metavar="VERSION", help="of Synapse")
     only = parser.add_mutually_exclusive_group()
     only.add_argument(
-        "--table", action="store_true", help="only write README's table, of what is kept"
+        "--table",
+        action="store_true",
+        help="only write the table of docs/versions.md, of what is kept",
     )
     only.add_argument(
-        "--check", action="store_true", help="only say whether README's table is of what is kept"
+        "--check",
+        action="store_true",
+        help="only say whether the table of docs/versions.md is of what is kept",
     )
     options = parser.parse_args()
     if options.check:

@@ -1,4 +1,4 @@
-"""What came of each version of Synapse, as the repository keeps it, and README's table of it."""
+"""What came of each version of Synapse, as the repository keeps it, and a table of it."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from tests.compat import LISTED, is_expected_to_fit
 from tests.compat.environment import PROJECT
 
 FOLDER = PROJECT / "docs" / "compat"
-README = PROJECT / "README.md"
+PAGE = PROJECT / "docs" / "versions.md"
 BEGIN = "<!-- The table of make compat -->"
 END = "<!-- The end of the table of make compat -->"
 PASSED = "passed"
@@ -66,7 +66,7 @@ class Result:
 
     def row(self) -> str:
         """Its row of the table."""
-        cells = [f"[{self.synapse}](docs/compat/{self.synapse}.json)", self._verdict()]
+        cells = [f"[{self.synapse}](compat/{self.synapse}.json)", self._verdict()]
         if is_expected_to_fit(self.synapse):
             cells += ["yes" if self.story.get(p) == PASSED else "**no**" for p in STORY]
         else:
@@ -121,44 +121,44 @@ def kept() -> list[Result]:
 
 
 def table(results: list[Result]) -> str:
-    """README's table."""
+    """the table of docs/versions.md."""
     names = [part.replace("_", " ") for part in STORY]
     lines = [f"| Synapse | check | {' | '.join(names)} |", "|---" * (2 + len(names)) + "|"]
     return "\n".join([*lines, *(result.row() for result in results)])
 
 
 def with_table(text: str, results: list[Result]) -> str:
-    """The text of README, with the table between its markers.
+    """The text of the page, with the table between its markers.
 
     Raises:
         ValueError: the markers are not there.
     """
     if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"README.md has not one {BEGIN} and one {END}")
+        raise ValueError(f"docs/versions.md has not one {BEGIN} and one {END}")
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
     return f"{before}{BEGIN}\n\n{table(results)}\n\n{END}{after}"
 
 
 def write_table() -> None:
-    """Writes the table into README.
+    """Writes the table into the page.
 
     Raises:
         ValueError: its markers are not there.
     """
-    README.write_text(with_table(README.read_text(), kept()))
+    PAGE.write_text(with_table(PAGE.read_text(), kept()))
 
 
 def stale() -> list[str]:
-    """Why README's table is not to be believed."""
+    """Why the table of docs/versions.md is not to be believed."""
     results = kept()
     versions = {result.synapse for result in results}
     found = [f"Nothing is kept of Synapse {v}: make compat" for v in LISTED if v not in versions]
-    text = README.read_text()
+    text = PAGE.read_text()
     try:
         agrees = text == with_table(text, results)
     except ValueError as e:
         return [*found, str(e)]
     if not agrees:
-        found.append("README.md's table is stale: python -m tests.compat --table")
+        found.append("docs/versions.md's table is stale: python -m tests.compat --table")
     return found

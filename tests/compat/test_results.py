@@ -95,22 +95,22 @@ def test_other_output_is_no_check(printed: str) -> None:
 def test_a_table_that_is_not_of_what_is_kept_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    readme = tmp_path / "README.md"
+    page = tmp_path / "versions.md"
     monkeypatch.setattr(results, "FOLDER", tmp_path / "compat")
-    monkeypatch.setattr(results, "README", readme)
+    monkeypatch.setattr(results, "PAGE", page)
     monkeypatch.setattr(results, "LISTED", ("1.163.9", "1.163.10"))
-    readme.write_text(f"before\n{BEGIN}\n{END}\nafter\n")
+    page.write_text(f"before\n{BEGIN}\n{END}\nafter\n")
     result_of(check("1.163.10", 0), ALL_PASSED).keep()
     results.write_table()
     assert results.stale() == ["Nothing is kept of Synapse 1.163.9: make compat"]
     result_of(check("1.163.9", 0), ALL_PASSED).keep()
-    assert results.stale() == ["README.md's table is stale: python -m tests.compat --table"]
+    assert results.stale() == ["docs/versions.md's table is stale: python -m tests.compat --table"]
     results.write_table()
     assert results.stale() == []
     assert [result.synapse for result in results.kept()] == ["1.163.9", "1.163.10"]
-    text = readme.read_text()
+    text = page.read_text()
     assert text == f"before\n{BEGIN}\n\n{table(results.kept())}\n\n{END}\nafter\n"
-    readme.write_text("no markers")
-    assert results.stale() == [f"README.md has not one {BEGIN} and one {END}"]
+    page.write_text("no markers")
+    assert results.stale() == [f"docs/versions.md has not one {BEGIN} and one {END}"]
     with pytest.raises(ValueError, match="has not one"):
         with_table("no markers", [])

@@ -1,4 +1,4 @@
-"""What README's small print says of other parts of Synapse is so."""
+"""What the small print of docs/guarantees.md says of other parts of Synapse is so."""
 
 import json
 import threading

@@ -5,6 +5,7 @@ The homeserver, its clock and the other servers are made up.
 
 import functools
 import gc
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from twisted.internet import defer
 
 from synapse_sticky.backoff import Backoff
 from synapse_sticky.config import JoinsConfig
+from synapse_sticky.handlers.joins.destinations import Destinations
 from synapse_sticky.handlers.joins.due import DueTimes
 from synapse_sticky.handlers.joins.finished import Finished
 from synapse_sticky.handlers.joins.handler import JoinsHandler
@@ -184,6 +186,36 @@ def test_who_does_not_answer_costs_nothing_more_with_each_event() -> None:
         for event_id in batch.event_ids:
             crowd.acknowledge(event_id, server)
     assert found == sent
+
+
+@pytest.mark.requirement("H1", "H3")
+def test_an_event_is_not_even_compared_with_who_is_known_to_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compared = Counter[str]()
+    is_behind = Destinations.is_behind
+
+    def counting(self: Destinations, push: Push) -> bool:
+        compared[push.destination] += 1
+        return is_behind(self, push)
+
+    monkeypatch.setattr(Destinations, "is_behind", counting)
+    crowd = Crowd(100)
+    crowd.settle_all()
+    first = crowd.send()
+    crowd.run(GRACE_MS + 100)  # they lack it
+    crowd.send()
+    crowd.run(GRACE_MS + 100)  # and are found to wait
+    compared.clear()
+    for _ in range(20):
+        crowd.send()
+        crowd.run(GRACE_MS + 100)
+    assert compared.total() == 0
+    assert first in crowd.batch("server7").event_ids
+    crowd.acknowledge(first, "server7")
+    crowd.send()
+    crowd.run(GRACE_MS + 100)
+    assert compared == {"server7": 1}, "something has changed for this one"
 
 
 @pytest.mark.requirement("F3", "P7")

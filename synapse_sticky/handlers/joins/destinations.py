@@ -204,6 +204,7 @@ class Destinations:
         """What there is to do for the push may have changed: finds out when it is due."""
         if not self.is_current(push):
             return
+        self._rooms.note_changed(push)
         state = self._destinations[push.destination]
         now_ms = self._homeserver.now_ms()
         earliest_ms = max(self._retry_ms(push), now_ms)
@@ -246,8 +247,9 @@ class Destinations:
         acknowledgement? Then a new event has its turn after that."""
         state = self._destinations.get(push.destination)
         send_ms = state.sends.get(push.room_id) if state else None
-        is_due = send_ms is not None and send_ms <= self._homeserver.now_ms()
-        return is_due or (send_ms is not None and push.awaits_contact)
+        if send_ms is None:
+            return False
+        return push.awaits_contact or send_ms <= self._homeserver.now_ms()
 
     def in_turn(self, destination: str) -> Iterator[Push]:
         """The pushes to look at, one after the other, each once. After each, whoever looked has to

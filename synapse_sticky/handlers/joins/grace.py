@@ -69,16 +69,18 @@ class Grace:
 
     async def _look_at(self, room_id: str) -> None:
         looked = 0
-        for number, push in enumerate(self._rooms.pushes(room_id), 1):
+        for number, push in enumerate(self._rooms.for_new_events(room_id), 1):
             try:
                 looked += self._look(push)
             except Exception:
                 logger.exception("Could not look at what %s lacks of %s", push.destination, room_id)
+                looked += 1
+            # A push that needs no work costs about a hundredth of one that does.
+            if looked < STEP and number % (100 * STEP):
+                continue
+            looked = 0
+            await self._homeserver.give_way()
             if not self._rooms.is_whole:
                 break
-            # A push that needs no work costs about a hundredth of one that does.
-            if looked >= STEP or number % (100 * STEP) == 0:
-                looked = 0
-                await self._homeserver.give_way()
         if not self._rooms.is_whole:
             self.begin([room_id])  # the index is made anew: the rest is looked at later

@@ -269,8 +269,10 @@ class JoinsHandler:
     def _look_after_grace(self, push: Push) -> bool:
         """Has the push take in new events; gives whether that took some work. A push that has
         something to send already takes them in when Synapse next asks for a batch."""
-        is_held = push.is_blocked or self._destinations.is_behind(push)
-        if is_held or not self._pushed.may_lack(push):
+        if push.is_blocked or self._destinations.is_behind(push):
+            self._pushed.note_behind(push)
+            return False
+        if not self._pushed.may_lack(push):
             return False
         self._pushed.update(push)
         self._destinations.look_now(push)

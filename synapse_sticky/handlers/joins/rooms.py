@@ -21,6 +21,7 @@ _PAGE = 64
 class _Room:
     """
     pushes: by destination.
+    behind: the destinations of those that no new event concerns until something else changes.
     look_from: the own events before this stream ID are known.
     newest: the highest stream ID that was seen of an own event.
     seen_ms: when those were seen that the ordinary queue still has time for, by stream ID.
@@ -29,6 +30,7 @@ class _Room:
     look_from: int
     newest: int = 0
     pushes: dict[str, Push] = attr.Factory(dict)
+    behind: set[str] = attr.Factory(set)
     seen_ms: dict[int, int] = attr.Factory(dict)
 
 
@@ -67,6 +69,7 @@ class PushedRooms:
         room = self._rooms.get(push.room_id)
         if room is not None and room.pushes.get(push.destination) is push:
             del room.pushes[push.destination]
+            room.behind.discard(push.destination)
             if not room.pushes:
                 del self._rooms[push.room_id]
 
@@ -74,6 +77,24 @@ class PushedRooms:
         """All pushes of the room."""
         room = self._rooms.get(room_id)
         return list(room.pushes.values()) if room else []
+
+    def for_new_events(self, room_id: str) -> list[Push]:
+        """The pushes of the room that a new event may concern, as far as that is known."""
+        room = self._rooms.get(room_id)
+        if room is None:
+            return []
+        return [push for name, push in room.pushes.items() if name not in room.behind]
+
+    def note_behind(self, push: Push) -> None:
+        """A new event has its turn after what the push waits for, until ``note_changed``."""
+        room = self._rooms.get(push.room_id)
+        if room is not None and room.pushes.get(push.destination) is push:
+            room.behind.add(push.destination)
+
+    def note_changed(self, push: Push) -> None:
+        """What the push waits for may be another thing now."""
+        if (room := self._rooms.get(push.room_id)) is not None:
+            room.behind.discard(push.destination)
 
     def may_lack(self, push: Push) -> bool:
         """May a new event of the room be the push's business?"""

@@ -37,6 +37,9 @@ _LARGE = 1_000
 _MOST_LARGE = 1_000
 _RECORDED_AT_ONCE = 50
 """A transaction stores this many newcomers at most, so that no other waits for long (H1)."""
+_LOOKED_AT_ONCE = 200
+"""Of so many joins it is found out whether they are this process's, before others have their turn
+(H3)."""
 
 
 class ServerJoin(NamedTuple):
@@ -248,7 +251,11 @@ class JoinReader:
         # Earlier joins do not matter: what was sent before them has expired by now.
         not_before_ms = self._homeserver.now_ms() - MAX_STICKY_DURATION_MS
         joins = await self._changes.server_joins(rooms, not_before_ms=not_before_ms)
-        mine = [join for join in joins if self._destinations.handles(join.destination)]
+        mine: list[ServerJoin] = []
+        for portion in portions(joins, _LOOKED_AT_ONCE):
+            mine += [join for join in portion if self._destinations.handles(join.destination)]
+            if len(portion) == _LOOKED_AT_ONCE:
+                await self._homeserver.give_way()
         here = self._homeserver.server_name
         changed = [join.room_id for join in joins if join.destination == here]
         changed += [room.room_id for room in rooms if room.has_new_acl]
@@ -265,8 +272,8 @@ class JoinReader:
             recorded += len(some)
 
         stuck = []
-        for portion in portions(mine, _RECORDED_AT_ONCE):
-            stuck += await apart(portion, record)
+        for newcomers in portions(mine, _RECORDED_AT_ONCE):
+            stuck += await apart(newcomers, record)
         self._keep_for_retry(after, stuck)
         if changed:
             self._on_joins([], changed, 0)

@@ -1,6 +1,7 @@
 """The changes of rooms' state in Synapse's database, and who was in a room before them."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import attr
 from synapse.api.constants import EventTypes, Membership
@@ -71,10 +72,15 @@ class _Joins:
     with_outlier: the positions with an outlier.
     """
 
-    joins: list[_Join] = attr.Factory(list)
+    joins: deque[_Join] = attr.Factory(deque)
     with_outlier: set[int] = attr.Factory(set)
     room_ids: set[str] = attr.Factory(set)
     servers: set[str] = attr.Factory(set)
+
+    def taken_out(self) -> Iterator[_Join]:
+        """Each join in turn. Letting go of all of them at once would take long, too (H3)."""
+        while self.joins:
+            yield self.joins.popleft()
 
     def add(self, join: _Join) -> None:
         self.joins.append(join)
@@ -162,7 +168,7 @@ class SynapseStateChanges:
 
         found = {ServerJoin(here, room_of[stream_id]): None for stream_id in sorted(own_joins)}
         firsts = []
-        for number, join in enumerate(joins.joins, 1):
+        for number, join in enumerate(joins.taken_out(), 1):
             if number % _AT_ONCE == 0:
                 await self._homeserver.give_way()
             stayed = stayed_at.get(join.stream_id)

@@ -138,7 +138,7 @@ def again_and_again(lab: Lab, size: int) -> Figures:
 
 CASES = (
     Case("questions: 260 events in one room", one_room, _goals(65, seconds=10, by_pace=1.2)),
-    Case("questions: the same of two servers", two_servers, _goals(65, by_pace=1.8)),
+    Case("questions: the same of two servers", two_servers, _goals(65, seconds=10)),
     Case("questions: 80 rooms, 5 events in each", many_rooms, _goals(200, seconds=15)),
     Case(
         "questions: 260 events, the newcomer does not say what it has",

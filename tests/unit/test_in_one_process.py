@@ -12,13 +12,14 @@ from synapse.app.homeserver import SynapseHomeServer
 from synapse.config.homeserver import HomeServerConfig
 from synapse.module_api.errors import ConfigError
 
-from synapse_sticky import StickyEventsModule, metrics, plan, wiring
+from synapse_sticky import StickyEventsModule, plan, wiring
 from synapse_sticky.duties import Duty, all_seams
 from synapse_sticky.homeserver import Homeserver, process
 from synapse_sticky.homeserver.fitting import resolve
 from synapse_sticky.homeserver.process import require_sticky_events
 from synapse_sticky.homeserver.seams import Method
 from synapse_sticky.index.synapse import SynapseStickyStream
+from synapse_sticky.metrics import DUTY
 from tests.unit.configuration import configuration
 from tests.unit.test_limits_in_synapse import Reactor, done, run_synchronously
 
@@ -196,8 +197,8 @@ def test_what_nobody_thought_of_does_not_stop_the_start(
     assert replaced_on(hs) == {}
     assert entries_on(hs) == set()
     assert caplog.text.count("synapse-sticky is off: ") == 1
-    assert metrics.DUTY.labels("extremities", "unfit")._value.get() == 1
-    assert metrics.DUTY.labels("access", "unfit")._value.get() == 1
+    assert DUTY.labels("odd", "extremities", "unfit")._value.get() == 1
+    assert DUTY.labels("odd", "access", "unfit")._value.get() == 1
     with pytest.raises(ConfigError, match="nobody thought of this"):
         StickyEventsModule(StickyEventsModule.parse_config({"strict": True}), hs.get_module_api())
     assert replaced_on(hs) == {}

@@ -14,7 +14,7 @@ from synapse_sticky.handlers.deferral import tables
 from synapse_sticky.handlers.deferral.handler import DeferralHandler, NewStickyEvent
 from synapse_sticky.handlers.deferral.tables import DeferredTable
 from synapse_sticky.limits import LimitReport, federation_limiter
-from tests.unit.settable import Settable
+from tests.unit.settable import METRICS, Settable
 
 NOW_MS = 1_800_000_000_000
 HOUR_MS = 3_600_000
@@ -258,7 +258,7 @@ def unloaded(
         per_room=None,
     )
     hs: Any = here
-    report = LimitReport(here.now_ms)
+    report = LimitReport(here.now_ms, METRICS.limits)
     handler = DeferralHandler(hs, hs, DeferredTable(hs), hs, config, report)
     handler.install()
     return handler
@@ -471,7 +471,7 @@ def test_what_was_purged_while_nobody_heard_of_it_is_dropped_at_the_start() -> N
 
 def test_report_is_sampled(caplog: pytest.LogCaptureFixture) -> None:
     now_ms = NOW_MS
-    report = LimitReport(lambda: now_ms)
+    report = LimitReport(lambda: now_ms, METRICS.limits)
     caplog.set_level(logging.INFO)
     for _ in range(100):
         report.refused("per_server", "there", "in !room", 1_234, 50)
@@ -483,11 +483,11 @@ def test_report_is_sampled(caplog: pytest.LogCaptureFixture) -> None:
     report.refused("per_server", "there", "in !room", 1_234, 50)
     assert "refused 5000 sticky events of there" in caplog.records[2].getMessage()
     # What is only observed is told apart.
-    observing = LimitReport(lambda: now_ms, observes=True)
+    observing = LimitReport(lambda: now_ms, METRICS.observed)
     observing.deferred("per_sender", "there", "!room", 7, 3_500, "@a:there")
     observing.refused("max_deferred_per_server", "there", "in !room", None, 2)
     observing.refused("per_user", "@alice:here", "", 500, 1)
-    observing.expired(["$1", "$2"])
+    observing.expired(["$1", "$2"], ["per_sender", "per_server"])
     assert [record.getMessage() for record in caplog.records[3:]] == [
         "per_sender: 1 sticky events of there would be deferred in !room, this one by '@a:there'; 7"
         " of its events would be deferred, the last for about 3500 ms",

@@ -17,6 +17,8 @@ from tests.lab.scene import Scene, enter
 _LIMIT = {"per_second": 5, "burst_count": 10}
 _HELD = {"per_second": 0.001, "burst_count": 1}
 _SHORT_MS = 4_000
+_SHORTLY_MS = 15_000
+"""Enough for a newcomer to be noticed and sent to."""
 _FORKS = 15
 
 DEFERS = {**limits("defer", per_sender=_LIMIT), "local": {"per_user": _HELD | {"burst_count": 40}}}
@@ -92,9 +94,10 @@ class Story:
             bob.send_sticky(room_id)
         self.wait("observed_total", 'outcome="refused"')
         # One that acknowledges nothing.
-        with self.newcomer(scene, override=_acknowledges_nothing):
+        other = enter(self.defers, self.peer)
+        other.alice.send_sticky(other.room_id, _SHORTLY_MS)
+        with self.newcomer(other, override=_acknowledges_nothing):
             self.wait("pushed_events_total", 'step="resent"')
-            alice.send_sticky(room_id, _SHORT_MS)
             self.wait("pushed_events_total", 'step="given_up"')
         # One that is asked too much.
         with self.newcomer(scene, override=_answers_no_question):

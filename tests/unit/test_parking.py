@@ -200,10 +200,11 @@ def test_what_is_staged_again_stays_parked_until_it_has_ended(
     # It failed again, or was sent again: neither is a new one.
     assert park(table, "a.test", "$1", due_ms=7) == [True]
     assert asyncio.run(table.ahead())[0] == 50
-    asyncio.run(
-        table.stage_again("a.test", ROOM, [], ended=[first, second], due_ms={}, stage_txn=stage_txn)
-    )
-    assert asyncio.run(table.ahead())[0] is None
+    assert asyncio.run(table.ahead())[1] == 2
+    ended = {"ended": [first, second], "due_ms": {}, "stage_txn": stage_txn}
+    assert asyncio.run(table.stage_again("a.test", ROOM, [], **ended)) == {"$1", "$2"}
+    assert asyncio.run(table.stage_again("a.test", ROOM, [], **ended)) == set(), "counted once"
+    assert asyncio.run(table.ahead()) == (None, 0)
 
 
 @pytest.mark.requirement("L3", "L6")

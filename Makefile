@@ -58,10 +58,11 @@ lint: $(VENV)/.built ## ruff, mypy, stubtest, rustfmt, clippy; whether the gener
 	test ! -x $(BIN)/actionlint || $(BIN)/actionlint
 	@! git grep -nE '(pypi[.]org|pythonhosted[.]org|crates[.]io)' -- ':!Makefile' | grep -v '^Cargo.lock:[0-9]*:source = "registry+' || { echo "A registry's host is named"; exit 1; }
 
-bench: $(VENV)/.built ## Benchmarks: the Rust core; delivery beside SQL; /sync; refusing beside accepting; what each event costs; what it costs others when much goes wrong; newcomers, also plain ones and with busy cores; workers
+bench: $(VENV)/.built ## Benchmarks: the Rust core; delivery beside SQL; /sync; what metrics cost it; refusing beside accepting; what each event costs; what it costs others when much goes wrong; newcomers, also plain ones and with busy cores; workers
 	cargo bench --quiet
 	$(BIN)/python -m benchmarks.delivery
 	$(BIN)/python -m benchmarks.sync
+	$(BIN)/python -m benchmarks.metrics
 	$(BIN)/python -m benchmarks.receipt
 	$(BIN)/python -m benchmarks.flood
 	$(BIN)/python -m benchmarks.events

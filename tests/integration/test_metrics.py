@@ -21,6 +21,9 @@ pytestmark = [
     pytest.mark.skipif(not prometheus.is_here(), reason=prometheus.MISSING),
 ]
 
+MOST_LINES = 150
+"""Of the whole story, with its 400 events, in one process."""
+
 Told = tuple[Prometheus, list[Homeserver]]
 
 
@@ -89,6 +92,15 @@ def test_prometheus_takes_the_rules(told: Told) -> None:
     (group,) = running.get("rules")["groups"]
     assert {rule["health"] for rule in group["rules"]} == {"ok"}
     assert len(group["rules"]) == len(alerts())
+
+
+def test_the_log_does_not_grow_with_traffic(told: Told) -> None:
+    _, (defers, observes) = told
+    entered = defers.query("SELECT COUNT(*) FROM events WHERE type = 'org.example.call'")
+    assert entered[0][0] > 350
+    for server in (defers, observes):
+        found = story.lines(server)
+        assert 10 < len(found) < MOST_LINES, "\n".join(found)
 
 
 def test_what_has_happened_is_alerted(told: Told) -> None:

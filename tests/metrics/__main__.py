@@ -31,7 +31,10 @@ def main() -> None:
                 began_s = time.time()
                 say("The story is told.")
                 story.Story(lab, *servers, peer).tell()
-                draw(running, servers[0].name, began_s, time.time())
+                took_s = time.time() - began_s
+                draw(running, servers[0].name, began_s, began_s + took_s)
+                for server in servers:
+                    say(f"{len(story.lines(server))} lines of the log within {took_s:.0f} s")
         finally:
             peer.close()
     say(f"Drew {PATH.relative_to(ROOT)}")

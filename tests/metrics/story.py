@@ -18,7 +18,7 @@ _LIMIT = {"per_second": 2, "burst_count": 5}
 _HELD = {"per_second": 0.001, "burst_count": 1}
 _SHORT_MS = 4_000
 _SHORTLY_MS = 15_000
-"""Enough for a newcomer to be noticed and sent to, or for a few events of a sender to be released."""
+"""Enough for a newcomer to be sent to, or for a few events of a sender to be released."""
 _FORKS = 15
 
 DEFERS = {**limits("defer", per_sender=_LIMIT), "local": {"per_user": _HELD | {"burst_count": 40}}}
@@ -32,6 +32,11 @@ def servers(lab: Lab) -> tuple[Homeserver, Homeserver]:
         {"config": OBSERVES, "metrics": True},
     )
     return one, other
+
+
+def lines(server: Homeserver) -> list[str]:
+    """What the module has logged there, without tracebacks."""
+    return [line for line in server.output().splitlines() if " synapse_sticky" in line[:80]]
 
 
 @attr.s(auto_attribs=True)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from prometheus_client import REGISTRY
 from synapse.app.homeserver import SynapseHomeServer
 from synapse.config.homeserver import HomeServerConfig
 from synapse.module_api.errors import ConfigError
@@ -122,7 +123,10 @@ def test_after_its_shutdown_it_is_let_go_and_the_other_goes_on(tmp_path: Path) -
         load_module(hs)
     before = replaced_on(staying)
     assert replaced_on(going)
+    assert is_shown("going")
     done(going.shutdown())
+    assert not is_shown("going")
+    assert is_shown("staying")
     assert replaced_on(going) == {}
     assert entries_on(going) == set()
     assert replaced_on(staying) == before
@@ -134,6 +138,12 @@ def test_after_its_shutdown_it_is_let_go_and_the_other_goes_on(tmp_path: Path) -
     # No timer of the module's is left either: Synapse cancels those that it knows of.
     reactor: Any = going.get_reactor()
     assert not reactor.getDelayedCalls()
+
+
+def is_shown(server_name: str) -> bool:
+    """Do the metrics say that it has duties?"""
+    labels = {"server_name": server_name, "duty": "delivery", "state": "on"}
+    return REGISTRY.get_sample_value("synapse_sticky_duty", labels) == 1
 
 
 def entries_on(hs: Any) -> set[str]:

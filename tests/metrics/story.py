@@ -145,15 +145,13 @@ class Story:
 
     def _extremities(self) -> None:
         enter(self.defers, self.peer).flood(_FORKS, chained=False)
-        # Here nobody has the power.
-        scene = enter(self.defers, self.peer)
-        levels = {
-            "users": {scene.alice.user_id: 0},
-            "events_default": 0,
-            "events": {"org.matrix.dummy_event": 50},
-        }
-        scene.alice.send_state(scene.room_id, "m.room.power_levels", levels)
-        scene.flood(_FORKS, chained=False)
+        # Here nobody has the power, which a creator has for ever in later versions of rooms.
+        alice, eve = self.defers.user("alice"), self.peer.user("eve")
+        room_id = alice.create_room(room_version="11")
+        room = self.peer.join(self.defers, room_id, eve)
+        levels = {"users": {alice.user_id: 0}, "events": {"org.matrix.dummy_event": 50}}
+        alice.send_state(room_id, "m.room.power_levels", levels)
+        Scene(self.defers, self.peer, alice, eve, room).flood(_FORKS, chained=False)
         self.wait("dummy_events_total")
         self.wait("rooms_left_out_total")
 

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Collection
 from typing import Any
 
 import pytest
+from prometheus_client import REGISTRY
 from twisted.internet.defer import ensureDeferred
 
 from synapse_sticky._core import Limiter, ReleaseQueue
@@ -14,6 +15,7 @@ from synapse_sticky.handlers.deferral import tables
 from synapse_sticky.handlers.deferral.handler import DeferralHandler, NewStickyEvent
 from synapse_sticky.handlers.deferral.tables import DeferredTable
 from synapse_sticky.limits import LimitReport, federation_limiter
+from synapse_sticky.metrics import EARLIER
 from tests.unit.settable import METRICS, Settable
 
 NOW_MS = 1_800_000_000_000
@@ -467,6 +469,27 @@ def test_what_was_purged_while_nobody_heard_of_it_is_dropped_at_the_start() -> N
     for _ in range(4):
         here.release()
     assert table(here) <= {"$50", "$60"}
+
+
+@pytest.mark.requirement("E3")
+def test_what_is_released_is_counted_by_the_limit_that_deferred_it() -> None:
+    def released(limit: str) -> float:
+        labels = {"server_name": "here", "limit": limit}
+        return REGISTRY.get_sample_value("synapse_sticky_released_total", labels) or 0
+
+    here, before = Here(), released("per_server")
+    handler = deferral(here, 1, 1)
+    assert len(here.persist(handler, range(4))) == 3
+    here.pass_ms(1_000)
+    assert released("per_server") == before + 1
+    # Another run has not noted which limit it was.
+    here.due.clear()
+    handler, earlier = deferral(here, 1, 1), released(EARLIER)
+    here.pass_ms(1_000)
+    here.pass_ms(1_000)
+    assert len(handler._waiting) == 0
+    assert released(EARLIER) == earlier + 2
+    assert released("per_server") == before + 1
 
 
 def test_report_is_sampled(caplog: pytest.LogCaptureFixture) -> None:

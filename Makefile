@@ -18,7 +18,7 @@ NEED_TOOLS ?= no
 RUST_SOURCES := Cargo.toml Cargo.lock $(shell find rust/src -name '*.rs')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-workers lint bench compat conformance conformance-plain fuzz soak suite wheels wheels-check wheels-twice test-install release-check docs pictures format clean
+.PHONY: help demo test test-slow test-workers lint bench compat conformance conformance-plain fuzz soak suite metrics wheels wheels-check wheels-twice test-install release-check docs pictures format clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -58,10 +58,11 @@ lint: $(VENV)/.built ## ruff, mypy, stubtest, rustfmt, clippy; whether the gener
 	test ! -x $(BIN)/actionlint || $(BIN)/actionlint
 	@! git grep -nE '(pypi[.]org|pythonhosted[.]org|crates[.]io)' -- ':!Makefile' | grep -v '^Cargo.lock:[0-9]*:source = "registry+' || { echo "A registry's host is named"; exit 1; }
 
-bench: $(VENV)/.built ## Benchmarks: the Rust core; delivery beside SQL; /sync; refusing beside accepting; what each event costs; what it costs others when much goes wrong; newcomers, also plain ones and with busy cores; workers
+bench: $(VENV)/.built ## Benchmarks: the Rust core; delivery beside SQL; /sync; what metrics cost it; refusing beside accepting; what each event costs; what it costs others when much goes wrong; newcomers, also plain ones and with busy cores; workers
 	cargo bench --quiet
 	$(BIN)/python -m benchmarks.delivery
 	$(BIN)/python -m benchmarks.sync
+	$(BIN)/python -m benchmarks.metrics
 	$(BIN)/python -m benchmarks.receipt
 	$(BIN)/python -m benchmarks.flood
 	$(BIN)/python -m benchmarks.events
@@ -90,6 +91,10 @@ soak: $(VENV)/.built ## Four servers, floods, joins, redactions, crashes, strang
 
 suite: $(VENV)/.built ## Synapse's own tests of the sticky sections, with the module; pip fetches them
 	$(BIN)/python -m tests.suite
+
+metrics: $(VENV)/.built ## The dashboard and docs/metrics.svg, its queries on a live lab; needs Debian's prometheus, and matplotlib
+	$(BIN)/python contrib/grafana/make.py
+	$(BIN)/python -m tests.metrics
 
 wheels: $(WHEELS)/.built ## Wheels for manylinux and musllinux, x86_64 and aarch64, and an sdist, audited; or PLATFORMS="manylinux-x86_64 sdist"; dist
 	$(WHEELS)/bin/python -m tests.wheels build $(PLATFORMS)

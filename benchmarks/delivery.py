@@ -204,7 +204,7 @@ class Synapse:
         self.theirs: Callable[..., Awaitable[Answer]] = self.store.get_sticky_events_in_rooms
         homeserver = Homeserver(self.hs.get_module_api())
         self.follower = IndexFollower(homeserver, SynapseStickyStream(homeserver))
-        DeliveryHandler(self.follower, SynapseDelivery(homeserver)).install()
+        DeliveryHandler(homeserver, self.follower, SynapseDelivery(homeserver)).install()
         self.ours: Callable[..., Awaitable[Answer]] = self.store.get_sticky_events_in_rooms
         assert self.ours != self.theirs
         # As Synapse does when it starts.

@@ -53,7 +53,8 @@ class Installer:
         self._homeserver = homeserver
         self._config = config
         self._loading = loading
-        self._report = LimitReport(homeserver.steady_ms)
+        self._report = LimitReport(homeserver.steady_ms, homeserver.metrics.limits)
+        self._observes = LimitReport(homeserver.steady_ms, homeserver.metrics.observed)
         self._deferred = DeferredTable(homeserver)
         self._parked = ParkedTable(homeserver)
         self._held = Held()
@@ -106,7 +107,7 @@ class Installer:
         from synapse_sticky.handlers.delivery.synapse import SynapseDelivery
 
         delivery = SynapseDelivery(self._homeserver)
-        DeliveryHandler(self.follower, delivery).install()
+        DeliveryHandler(self._homeserver, self.follower, delivery).install()
         if self._homeserver.place.serves("client"):
             self._unignored.add_to_sync()
 
@@ -229,14 +230,13 @@ class Installer:
         deferral.install()
         self._loading.duties["deferral"] = deferral.load
         if config.mode is Mode.OBSERVE:
-            report = LimitReport(homeserver.steady_ms, observes=True)
-            Observer(homeserver, writer, stream, config, report).install()
+            Observer(homeserver, writer, stream, config, self._observes).install()
 
     def _install_sending_limit(self) -> None:
         from synapse_sticky.handlers.sending.synapse import SynapseSending
 
         homeserver, local = self._homeserver, self._config.local
-        report = LimitReport(homeserver.steady_ms, observes=local.mode is LocalMode.OBSERVE)
+        report = self._observes if local.mode is LocalMode.OBSERVE else self._report
         SendingHandler(homeserver, SynapseSending(homeserver), local, report).install()
 
     def _install_sending_parameter(self) -> None:

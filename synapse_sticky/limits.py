@@ -3,15 +3,15 @@ report of what the limits did."""
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import attr
 from synapse.module_api.errors import Codes, SynapseError
 
-from synapse_sticky import metrics
 from synapse_sticky._core import Limiter
 from synapse_sticky.config import FederationConfig, LimitConfig, LocalConfig, Mode
 from synapse_sticky.logs import bounded
+from synapse_sticky.metrics import LimitMetrics
 
 logger = bounded(__name__)
 
@@ -114,12 +114,14 @@ class LimitReport:
 
     Args:
         now_ms: gives the time in ms.
-        observes: whether the limits are not applied, and the lines say what would be done (H6).
+        metrics: counts the same. If it observes, the limits are not applied, and the lines say what
+            would be done (H6).
     """
 
-    def __init__(self, now_ms: Callable[[], int], *, observes: bool = False) -> None:
+    def __init__(self, now_ms: Callable[[], int], metrics: LimitMetrics) -> None:
         self._now_ms = now_ms
-        self._observes = observes
+        self._metrics = metrics
+        self.observes = metrics.observes
         self._subjects: OrderedDict[tuple[str, str, str], _Subject] = OrderedDict()
 
     def refused(
@@ -133,10 +135,10 @@ class LimitReport:
             where: the rooms; may be empty.
             retry_after_ms: how long they were asked to wait; None if that cannot be told.
         """
-        metrics.REFUSED.labels(limit).inc(count)
+        self._metrics.count("refused", limit, count)
         answer = ""
         if retry_after_ms is not None:
-            would_be = "would be " if self._observes else ""
+            would_be = "would be " if self.observes else ""
             answer = f"{would_be}asked to retry in {retry_after_ms} ms"
         self._report("refused", limit, who, where, answer, count)
 
@@ -157,15 +159,19 @@ class LimitReport:
             sender: is named if the limit is the sender's. The line is still one for all senders of
                 the server, which may make up any number of them.
         """
-        metrics.DEFERRED.labels(limit).inc()
-        are = "would be" if self._observes else "are"
+        self._metrics.count("deferred", limit)
+        are = "would be" if self.observes else "are"
         outlook = f"{server_count} of its events {are} deferred, the last for about {delay_ms} ms"
         whose = f", this one by {sender!r}" if limit == "per_sender" else ""
         self._report("deferred", limit, server, f"in {room_id}{whose}", outlook, 1)
 
-    def expired(self, event_ids: Sequence[str]) -> None:
-        """Deferred events expired before their turn."""
-        metrics.EXPIRED.inc(len(event_ids))
+    def released(self, limits: Iterable[str]) -> None:
+        """Deferred events were delivered; gets the limit of each. That has no line in the log."""
+        self._metrics.count_each("released", limits)
+
+    def expired(self, event_ids: Sequence[str], limits: Iterable[str]) -> None:
+        """Deferred events expired before their turn; gets the limit of each."""
+        self._metrics.count_each("expired", limits)
         example = f"before their turn, such as {event_ids[0]}"
         self._report("expired", "deferred", "other servers", example, "", len(event_ids))
 
@@ -186,7 +192,7 @@ class LimitReport:
             self._subjects.popitem(last=False)
         where = f" {where}" if where else ""
         outlook = f"; {outlook}" if outlook else ""
-        if self._observes:
+        if self.observes:
             done = "expire" if what == "expired" else f"be {what}"
             text = "%s: %d sticky events of %s would %s%s%s"
             logger.info(text, limit, count, who, done, where, outlook)

@@ -6,8 +6,8 @@ from typing import Any
 from synapse.module_api import ModuleApi
 from synapse.module_api.errors import ConfigError
 
-from synapse_sticky import metrics
 from synapse_sticky.config import StickyConfig, Strict, parse
+from synapse_sticky.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class StickyEventsModule:
             if config.strict is not Strict.NO:
                 raise ConfigError(f"synapse-sticky does not fit this Synapse: {e}") from e
             logger.exception("synapse-sticky is off: this Synapse lacks what every duty needs")
-            metrics.set_duties(config.states_if_nothing_fits())
+            Metrics(api.server_name).set_duties(config.states_if_nothing_fits())
 
     @staticmethod
     def parse_config(config: dict[str, Any]) -> StickyConfig:

@@ -10,7 +10,6 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Generic, TypeVar
 
-from synapse_sticky import metrics
 from synapse_sticky._core import PanickedError
 from synapse_sticky.backoff import Backoff, Retrying
 from synapse_sticky.homeserver import Homeserver
@@ -88,8 +87,8 @@ class Renewed(Generic[T]):
 
     def _begin_anew(self, message: str) -> None:
         self._is_noted = True
-        metrics.PANICS.labels(self._duty).inc()
-        metrics.set_broken(self._duty, True)
+        self._homeserver.metrics.panicked(self._duty)
+        self._homeserver.metrics.set_broken(self._duty, True)
         self.filling.set_back(f"{self._duty} is unfit: {message}")
 
     async def _run(self) -> None:
@@ -104,7 +103,7 @@ class Renewed(Generic[T]):
             raise PanickedError("It has panicked while it was filled")
         if not self.is_whole:
             self.is_whole = True
-            metrics.set_broken(self._duty, False)
+            self._homeserver.metrics.set_broken(self._duty, False)
             logger.info("%s is on again", self._duty)
             self._on_whole()
 

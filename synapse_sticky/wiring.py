@@ -6,7 +6,6 @@ from contextlib import suppress
 from synapse.module_api import ModuleApi
 from synapse.module_api.errors import ConfigError
 
-from synapse_sticky import metrics
 from synapse_sticky.config import LISTED_TWICE, StickyConfig, Strict
 from synapse_sticky.duties import DUTIES, Duty, State, shared_misfits
 from synapse_sticky.homeserver import Homeserver
@@ -16,6 +15,7 @@ from synapse_sticky.homeserver.seams import SeamMismatchError
 from synapse_sticky.index import IndexFollower
 from synapse_sticky.installer import Installer
 from synapse_sticky.loading import Loading
+from synapse_sticky.metrics import Metrics
 from synapse_sticky.plan import (
     ACCESS,
     TABLES,
@@ -47,7 +47,7 @@ class Wiring:
         # What the running Synapse lacks, by who needs it.
         self._misfits: dict[str, list[str]] = {}
         if problems := shared_misfits():
-            self._all_unfit(problems)
+            self._all_unfit(problems, Metrics(api.server_name))
             return
         self._homeserver = Homeserver(api)
         if hasattr(self._homeserver.store, _LOADED):
@@ -68,7 +68,7 @@ class Wiring:
         self._tell()
         self._loading.begin()
 
-    def _all_unfit(self, problems: list[str]) -> None:
+    def _all_unfit(self, problems: list[str], metrics: Metrics) -> None:
         if self._config.strict is not Strict.NO:
             raise SeamMismatchError(problems)
         logger.error("synapse-sticky is off, as this Synapse does not fit: %s", "; ".join(problems))
@@ -115,7 +115,7 @@ class Wiring:
 
     def _set(self, name: str, state: State) -> None:
         self.states[name] = state
-        metrics.set_duty(name, state.value)
+        self._homeserver.metrics.set_duty(name, state.value)
 
     def _set_loaded(self, name: str, state: State) -> None:
         # Another part of it may not fit.

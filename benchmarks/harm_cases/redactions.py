@@ -75,7 +75,8 @@ def beside_redactions(lab: Lab, size: int) -> Figures:
     """So many events of one room are being looked up, while users of other rooms sync."""
     sync_s = _sync_s(lab)
     stream = _Slow(*(row(n, f"!{n % _ROOMS}") for n in range(1, _EVENTS + 1)))
-    handler: Any = DeliveryHandler(following(_Patient(), stream), None)  # type: ignore[arg-type]
+    patient = _Patient()
+    handler: Any = DeliveryHandler(patient, following(patient, stream), None)  # type: ignore[arg-type]
     rooms = frozenset(f"!{n}" for n in range(1, 51))
     question = Question(rooms, Position(_EVENTS - 60, {}), Position(_EVENTS, {}), NOW_MS, 100)
     redacted = [f"${n}" for n in range(_ROOMS, _EVENTS, _ROOMS)][: _IN_DOUBT * size]

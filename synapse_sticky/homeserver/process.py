@@ -19,6 +19,7 @@ from synapse_sticky.homeserver.fitting import Columns
 from synapse_sticky.homeserver.place import Place
 from synapse_sticky.homeserver.seams import HOMESERVER, Attribute, attributes, method
 from synapse_sticky.homeserver.signal import Signal
+from synapse_sticky.metrics import Metrics
 from synapse_sticky.versions import synapse_version
 
 if TYPE_CHECKING:
@@ -82,7 +83,8 @@ class Homeserver:
     """This process of the homeserver.
 
     ``hs`` is Synapse's own object, for files named ``synapse.py`` only; ``store`` is its main data
-    store; ``columns`` are those of its database, once the start has read them.
+    store; ``columns`` are those of its database, once the start has read them; ``metrics`` is what
+    the duties count with.
 
     Raises:
         ConfigError: the running Synapse lacks what the module stands on.
@@ -94,6 +96,7 @@ class Homeserver:
         self.store: Any = self.hs.get_datastores().main
         require_sticky_events(self.hs.config)
         self.server_name = api.server_name
+        self.metrics = Metrics(self.server_name)
         self.place = Place(self.hs.config)
         self.instance_name = self.place.name
         self.columns: Columns | None = None
@@ -259,6 +262,7 @@ class Homeserver:
         """Takes out whatever was put in. Synapse goes on without the module."""
         self._clock.close()
         self.undo_to(0)
+        self.metrics.close()
 
 
 def take_turn_txn(txn: Cursor) -> None:

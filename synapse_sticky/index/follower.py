@@ -19,7 +19,7 @@ from synapse_sticky.index.noted import NotedRows
 from synapse_sticky.index.rereads import Rereads
 from synapse_sticky.index.stream import StickyRow, Stream
 from synapse_sticky.logs import bounded
-from synapse_sticky.renewal import OnPanic, Renewed
+from synapse_sticky.renewal import Renewed
 
 logger = bounded(__name__)
 
@@ -43,13 +43,13 @@ class IndexFollower:
     """
 
     def __init__(self, homeserver: Homeserver, stream: Stream) -> None:
-        self._hs = homeserver
+        self._hs, server_name = homeserver, homeserver.server_name
         self.stream = stream
         self._index = Renewed(
             homeserver,
             "index",
-            partial(_new_index, homeserver.server_name),
-            self._follow,
+            lambda on_panic: StickyIndex(server_name, on_panic=on_panic),
+            homeserver.metrics.timed("index", "read", self._follow),
             problem="Could not read the sticky events stream",
             backoff=_BACKOFF,
             on_whole=self._tell_of_rooms,
@@ -315,13 +315,13 @@ class IndexFollower:
         self._rereads.tick()
         if self._rereads:
             self._poke()
+        self._hs.metrics.set("index_rows", len(self.index))
+        after, up_to = _span(self.index, self.stream.positions())
+        self._hs.metrics.set("index_lag", 0 if self.in_step() else up_to - after)
         if self.index.expire(self._hs.now_ms(), _PAGE) == _PAGE:
             # In small steps, so that a mass expiry does not hold the reactor up.
             self._expiry.ring_in(10)
-
-
-def _new_index(server_name: str, on_panic: OnPanic) -> StickyIndex:
-    return StickyIndex(server_name, on_panic=on_panic)
+        self._hs.metrics.set("active_events", len(self.index))
 
 
 def _span(index: StickyIndex, positions: Mapping[str, int]) -> tuple[int, int]:

@@ -29,6 +29,7 @@ from synapse_sticky.handlers.staging.pdu import StagedPdu, prev_event_ids_of
 from synapse_sticky.handlers.staging.pruning.handler import PruningHandler
 from synapse_sticky.index import Position
 from synapse_sticky.limits import LimitReport, Refusal
+from tests.unit.settable import METRICS
 
 FIELD = "msc4354_sticky"
 NOW_MS = 1_800_000_000_000
@@ -134,7 +135,7 @@ def test_transaction(body: Any) -> None:
     homeserver: Any = _Homeserver()
     area: Any = _Receipt()
     deferred: Any = _Deferred()
-    report = LimitReport(homeserver.now_ms)
+    report = LimitReport(homeserver.now_ms, METRICS.limits)
     handler = ReceiptHandler(homeserver, area, deferred, config, report)
     results: list[Refusal | None] = []
     for name in ("one", "two"):

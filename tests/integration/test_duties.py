@@ -384,9 +384,9 @@ def unfit_parts(server: Homeserver, duty: str) -> list[str]:
 
 def in_state(server: Homeserver, duty: str, state: str) -> bool:
     """Does the metric say so, and nothing else?"""
-    text = "".join(server.metrics())
+    counters = server.counters()
     said = {
-        other: f'synapse_sticky_duty{{duty="{duty}",state="{other}"}} 1.0\n' in text
+        other: counters.get(f'synapse_sticky_duty{{duty="{duty}",state="{other}"}}') == 1
         for other in ("on", "off", "unfit", "native")
     }
     return said.pop(state) and not any(said.values())

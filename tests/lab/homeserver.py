@@ -5,6 +5,7 @@ import hashlib
 import hmac
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -38,6 +39,8 @@ _CLOCKWORK = (
 )
 _START_ATTEMPTS = 5
 PROBE_PATH = "/_synapse/client/sticky_probe"
+
+_SERVER_LABEL = re.compile(r'(?<={)server_name="[^"]*",?|,server_name="[^"]*"')
 
 
 class StartError(AssertionError):
@@ -340,12 +343,13 @@ class Homeserver:
         return [requests.get(url, timeout=60).text]
 
     def counters(self) -> dict[str, float]:
-        """What its processes count, together, by name and labels."""
+        """What its processes count, together, by name and labels; without ``server_name``."""
         total: dict[str, float] = {}
         for text in self.metrics():
             for line in text.splitlines():
                 if not line.startswith("#"):
                     name, value = line.rsplit(" ", 1)
+                    name = _SERVER_LABEL.sub("", name).replace("{}", "")
                     total[name] = total.get(name, 0.0) + float(value)
         return total
 

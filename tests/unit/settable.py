@@ -2,10 +2,15 @@
 
 from collections.abc import Callable
 
+from synapse_sticky.metrics import Metrics
+
+METRICS = Metrics("here")
+
 
 class Settable:
     """``set_by_ms``: how far the wall clock is from the time that passes when a test says."""
 
+    metrics = METRICS
     set_by_ms = 0
     _listeners: tuple[Callable[[int], None], ...] = ()
 

@@ -20,6 +20,7 @@ from synapse_sticky.handlers.joins.detection.reader import JoinReader, RoomChang
 from synapse_sticky.handlers.receipt.handler import ReceiptHandler
 from synapse_sticky.limits import LimitReport
 from tests.unit.process import Process, Timer
+from tests.unit.settable import METRICS
 from tests.unit.test_limits import HOUR_MS, done, table
 from tests.unit.test_panics import Sink, Stream, deferring, following, row
 
@@ -411,7 +412,7 @@ def _observing(process: Process) -> tuple[Callable[[], object], Callable[[], int
         raise AWAY
 
     setattr(process, "still_sticky", still_sticky)  # noqa: B010
-    observer = Observer(hs, hs, hs, FederationConfig(), LimitReport(process.now_ms))
+    observer = Observer(hs, hs, hs, FederationConfig(), LimitReport(process.now_ms, METRICS.limits))
     observer.install()
     event = NewStickyEvent("$1", "!room", "@eve:there", process.now + HOUR_MS, 1)
     observer._waiting.add(event, "there")
@@ -427,7 +428,7 @@ def _extremities(process: Process) -> tuple[Callable[[], object], Callable[[], i
 
 def _receipt(process: Process) -> tuple[Callable[[], object], Callable[[], int]]:
     hs: Any = process
-    report = LimitReport(process.now_ms)
+    report = LimitReport(process.now_ms, METRICS.limits)
     receipt = ReceiptHandler(hs, Sink(), DeferredTable(hs), FederationConfig(), report)
     asked = 0
 

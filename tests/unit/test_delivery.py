@@ -282,7 +282,7 @@ class World:
         self.store.get_sticky_events_in_rooms = self._count
         self.follower = IndexFollower(self.process, self.stream)
         delivery = SynapseDelivery(self.process)
-        DeliveryHandler(self.follower, delivery).install()
+        DeliveryHandler(self.process, self.follower, delivery).install()
         try:
             yield self
             self.settle()

@@ -8,17 +8,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from prometheus_client import REGISTRY
 from synapse.app.homeserver import SynapseHomeServer
 from synapse.config.homeserver import HomeServerConfig
 from synapse.module_api.errors import ConfigError
 
-from synapse_sticky import StickyEventsModule, metrics, plan, wiring
+from synapse_sticky import StickyEventsModule, plan, wiring
 from synapse_sticky.duties import Duty, all_seams
 from synapse_sticky.homeserver import Homeserver, process
 from synapse_sticky.homeserver.fitting import resolve
 from synapse_sticky.homeserver.process import require_sticky_events
 from synapse_sticky.homeserver.seams import Method
 from synapse_sticky.index.synapse import SynapseStickyStream
+from synapse_sticky.metrics import DUTY
 from tests.unit.configuration import configuration
 from tests.unit.test_limits_in_synapse import Reactor, done, run_synchronously
 
@@ -121,7 +123,10 @@ def test_after_its_shutdown_it_is_let_go_and_the_other_goes_on(tmp_path: Path) -
         load_module(hs)
     before = replaced_on(staying)
     assert replaced_on(going)
+    assert is_shown("going")
     done(going.shutdown())
+    assert not is_shown("going")
+    assert is_shown("staying")
     assert replaced_on(going) == {}
     assert entries_on(going) == set()
     assert replaced_on(staying) == before
@@ -133,6 +138,12 @@ def test_after_its_shutdown_it_is_let_go_and_the_other_goes_on(tmp_path: Path) -
     # No timer of the module's is left either: Synapse cancels those that it knows of.
     reactor: Any = going.get_reactor()
     assert not reactor.getDelayedCalls()
+
+
+def is_shown(server_name: str) -> bool:
+    """Do the metrics say that it has duties?"""
+    labels = {"server_name": server_name, "duty": "delivery", "state": "on"}
+    return REGISTRY.get_sample_value("synapse_sticky_duty", labels) == 1
 
 
 def entries_on(hs: Any) -> set[str]:
@@ -196,8 +207,8 @@ def test_what_nobody_thought_of_does_not_stop_the_start(
     assert replaced_on(hs) == {}
     assert entries_on(hs) == set()
     assert caplog.text.count("synapse-sticky is off: ") == 1
-    assert metrics.DUTY.labels("extremities", "unfit")._value.get() == 1
-    assert metrics.DUTY.labels("access", "unfit")._value.get() == 1
+    assert DUTY.labels("odd", "extremities", "unfit")._value.get() == 1
+    assert DUTY.labels("odd", "access", "unfit")._value.get() == 1
     with pytest.raises(ConfigError, match="nobody thought of this"):
         StickyEventsModule(StickyEventsModule.parse_config({"strict": True}), hs.get_module_api())
     assert replaced_on(hs) == {}

@@ -303,6 +303,28 @@ def test_before_a_batch_the_database_is_asked() -> None:
     assert batch.event_ids == ["$12"], "the later one is the ordinary queue's"
 
 
+@pytest.mark.requirement("E3")
+def test_the_outcome_of_a_newcomer_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    here = Here(NOW_MS + HOUR_MS, [12])
+    handler = install(here)
+    assert handler._destinations.open_count() == handler._destinations.oldest_s() == 0
+    done(handler.load())
+    here.clock_ms += 5_000
+    next_batch = functools.partial(here.callbacks["serve_backlog_from"], "there", 50)
+    assert done(next_batch()).event_ids == ["$12"]
+    assert handler._destinations.open_count() == 1
+    assert handler._destinations.oldest_s() == 5
+    # It acknowledges nothing.
+    here.clock_ms += HOUR_MS
+    here.in_database = 10
+    assert done(next_batch()) is None
+    assert here.settled == [False]
+    assert handler._destinations.open_count() == handler._destinations.oldest_s() == 0
+    told = "there did not take 1 own sticky events of !room while they were sticky"
+    assert caplog.messages == [told]
+
+
 @pytest.mark.requirement("S5", "P3")
 def test_what_the_database_has_as_redacted_is_not_pushed() -> None:
     """Another process has redacted it: the index of this one has yet to hear of that."""

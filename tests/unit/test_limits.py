@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Collection
 from typing import Any
 
 import pytest
+from prometheus_client import REGISTRY
 from twisted.internet.defer import ensureDeferred
 
 from synapse_sticky._core import Limiter, ReleaseQueue
@@ -14,7 +15,8 @@ from synapse_sticky.handlers.deferral import tables
 from synapse_sticky.handlers.deferral.handler import DeferralHandler, NewStickyEvent
 from synapse_sticky.handlers.deferral.tables import DeferredTable
 from synapse_sticky.limits import LimitReport, federation_limiter
-from tests.unit.settable import Settable
+from synapse_sticky.metrics import EARLIER
+from tests.unit.settable import METRICS, Settable
 
 NOW_MS = 1_800_000_000_000
 HOUR_MS = 3_600_000
@@ -258,7 +260,7 @@ def unloaded(
         per_room=None,
     )
     hs: Any = here
-    report = LimitReport(here.now_ms)
+    report = LimitReport(here.now_ms, METRICS.limits)
     handler = DeferralHandler(hs, hs, DeferredTable(hs), hs, config, report)
     handler.install()
     return handler
@@ -469,9 +471,30 @@ def test_what_was_purged_while_nobody_heard_of_it_is_dropped_at_the_start() -> N
     assert table(here) <= {"$50", "$60"}
 
 
+@pytest.mark.requirement("E3")
+def test_what_is_released_is_counted_by_the_limit_that_deferred_it() -> None:
+    def released(limit: str) -> float:
+        labels = {"server_name": "here", "limit": limit}
+        return REGISTRY.get_sample_value("synapse_sticky_released_total", labels) or 0
+
+    here, before = Here(), released("per_server")
+    handler = deferral(here, 1, 1)
+    assert len(here.persist(handler, range(4))) == 3
+    here.pass_ms(1_000)
+    assert released("per_server") == before + 1
+    # Another run has not noted which limit it was.
+    here.due.clear()
+    handler, earlier = deferral(here, 1, 1), released(EARLIER)
+    here.pass_ms(1_000)
+    here.pass_ms(1_000)
+    assert len(handler._waiting) == 0
+    assert released(EARLIER) == earlier + 2
+    assert released("per_server") == before + 1
+
+
 def test_report_is_sampled(caplog: pytest.LogCaptureFixture) -> None:
     now_ms = NOW_MS
-    report = LimitReport(lambda: now_ms)
+    report = LimitReport(lambda: now_ms, METRICS.limits)
     caplog.set_level(logging.INFO)
     for _ in range(100):
         report.refused("per_server", "there", "in !room", 1_234, 50)
@@ -483,11 +506,11 @@ def test_report_is_sampled(caplog: pytest.LogCaptureFixture) -> None:
     report.refused("per_server", "there", "in !room", 1_234, 50)
     assert "refused 5000 sticky events of there" in caplog.records[2].getMessage()
     # What is only observed is told apart.
-    observing = LimitReport(lambda: now_ms, observes=True)
+    observing = LimitReport(lambda: now_ms, METRICS.observed)
     observing.deferred("per_sender", "there", "!room", 7, 3_500, "@a:there")
     observing.refused("max_deferred_per_server", "there", "in !room", None, 2)
     observing.refused("per_user", "@alice:here", "", 500, 1)
-    observing.expired(["$1", "$2"])
+    observing.expired(["$1", "$2"], ["per_sender", "per_server"])
     assert [record.getMessage() for record in caplog.records[3:]] == [
         "per_sender: 1 sticky events of there would be deferred in !room, this one by '@a:there'; 7"
         " of its events would be deferred, the last for about 3500 ms",

@@ -33,6 +33,7 @@ from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.received import Received
 from synapse_sticky.limits import LimitReport, Refusal
 from tests.unit.configuration import configuration
+from tests.unit.settable import METRICS
 from tests.unit.test_causes import of_postgres
 
 FIELD = "msc4354_sticky"
@@ -356,7 +357,7 @@ def test_a_server_with_too_much_deferred_or_staged_is_refused(
     config = FederationConfig(
         Mode.DEFER, LimitConfig(2.0, 1), None, None, None, max_deferred_per_server=3
     )
-    report = LimitReport(homeserver.now_ms)
+    report = LimitReport(homeserver.now_ms, METRICS.limits)
     # The table of a first start is not there yet.
     ReceiptHandler(homeserver, SynapseReceipt(homeserver), deferred, config, report).install()
     now_ms = homeserver.now_ms()

@@ -11,6 +11,7 @@ import pytest
 from synapse_sticky import limits
 from synapse_sticky.limits import LimitReport
 from synapse_sticky.logs import MOST_A_MINUTE, Bounded, bounded
+from tests.unit.settable import METRICS
 
 PACKAGE = Path(limits.__file__).parent
 
@@ -78,7 +79,7 @@ def test_an_hour_of_names_made_up_is_a_bounded_number_of_lines(log: Log) -> None
 def test_a_thousand_servers_past_a_limit_are_a_bounded_number_of_lines(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    report = LimitReport(lambda: 0)
+    report = LimitReport(lambda: 0, METRICS.limits)
     with caplog.at_level(logging.INFO):
         for number in range(1_000):
             report.refused("per_server", f"{number}.example", "", 1_000, 1)

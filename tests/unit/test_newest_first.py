@@ -15,6 +15,7 @@ from synapse_sticky.handlers.deferral.tables import DeferredTable
 from synapse_sticky.handlers.deferral.waiting import Waiting
 from synapse_sticky.handlers.sending.handler import LocalSend, SendingHandler
 from synapse_sticky.limits import LimitReport, Refusal
+from tests.unit.settable import METRICS
 from tests.unit.test_limits import HOUR_MS, NOW_MS, Here, Transaction, deferral, done
 
 GATEWAY = "@gateway-7:there"
@@ -107,7 +108,7 @@ def test_keys_that_can_be_read() -> None:
 def waiting(here: Here, **options: Any) -> Waiting:
     config = FederationConfig(**options)
     hs: Any = here
-    return Waiting(hs, config, LimitReport(here.now_ms))
+    return Waiting(hs, config, LimitReport(here.now_ms, METRICS.limits))
 
 
 @pytest.mark.requirement("L7")
@@ -150,7 +151,7 @@ def test_exempt_local_user() -> None:
     here = Here()
     hs: Any = here
     config = LocalConfig(exempt_users=("@gateway-*:here",))
-    handler = SendingHandler(hs, hs, config, LimitReport(here.now_ms))
+    handler = SendingHandler(hs, hs, config, LimitReport(here.now_ms, METRICS.limits))
 
     async def no() -> bool:
         return False

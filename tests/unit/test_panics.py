@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from prometheus_client import REGISTRY
 
-from synapse_sticky import metrics
 from synapse_sticky._core import (
     Limiter,
     PanickedError,
@@ -28,6 +27,7 @@ from synapse_sticky.limits import LimitReport
 from synapse_sticky.renewal import Renewed
 from tests.lab.faults import panic_in
 from tests.unit.process import Process
+from tests.unit.settable import METRICS
 from tests.unit.test_limits import HOUR_MS, NOW_MS, done, table
 
 ROOT = Path(__file__).parents[2]
@@ -37,18 +37,19 @@ pytestmark = pytest.mark.requirement("H1")
 
 
 def is_unfit(duty: str) -> bool:
-    labels = {"duty": duty, "state": "unfit"}
+    labels = {"server_name": "here", "duty": duty, "state": "unfit"}
     return REGISTRY.get_sample_value("synapse_sticky_duty", labels) == 1
 
 
 def panics(duty: str) -> float:
-    return REGISTRY.get_sample_value("synapse_sticky_panics_total", {"duty": duty}) or 0
+    labels = {"server_name": "here", "duty": duty}
+    return REGISTRY.get_sample_value("synapse_sticky_panics_total", labels) or 0
 
 
 @pytest.fixture(autouse=True)
 def _all_are_on() -> None:
     for duty in ("index", "receipt", "deferral", "sending"):
-        metrics.set_duty(duty, "on")
+        METRICS.set_duty(duty, "on")
 
 
 # The core
@@ -303,7 +304,9 @@ def deferring(process: Process) -> DeferralHandler:
         per_server=limit, per_server_in_room=None, per_sender=None, per_room=None
     )
     hs: Any = process
-    handler = DeferralHandler(hs, hs, DeferredTable(hs), hs, config, LimitReport(process.now_ms))
+    handler = DeferralHandler(
+        hs, hs, DeferredTable(hs), hs, config, LimitReport(process.now_ms, METRICS.limits)
+    )
     handler.install()
     done(handler.load())
     return handler
@@ -360,7 +363,7 @@ def test_local_users_send_while_the_limiter_is_made_anew() -> None:
     process = Process()
     hs: Any = process
     config = LocalConfig(per_user=LimitConfig(0.001, 1))
-    sending = SendingHandler(hs, Sink(), config, LimitReport(process.now_ms))
+    sending = SendingHandler(hs, Sink(), config, LimitReport(process.now_ms, METRICS.limits))
 
     async def no() -> bool:
         return False
@@ -409,7 +412,7 @@ def test_transactions_are_accepted_while_the_limiter_is_made_anew() -> None:
     process = Process()
     hs: Any = process
     config = FederationConfig(mode=Mode.REJECT, per_server=LimitConfig(0.001, 1))
-    report = LimitReport(process.now_ms)
+    report = LimitReport(process.now_ms, METRICS.limits)
     receipt = ReceiptHandler(hs, Sink(), DeferredTable(hs), config, report)
     sent = 0
 

@@ -78,7 +78,7 @@ def received(
         tries += 1
         raise error
 
-    async def fail(pdu: Any, staged: Any, why: str, verdict: Verdict) -> None:
+    async def fail(pdu: Any, staged: Any, why: str, verdict: Verdict, reason: str) -> None:
         failed.append((why, verdict))
 
     async def there(event_ids: Any) -> set[str]:
@@ -273,7 +273,7 @@ def test_what_nobody_knows_is_tried_three_times(
         # After a restart, or in another process.
         handler = loaded(homeserver, table)
         fail(handler, "$1", UNKNOWN, "nobody knows (57014)")
-        due_ms = asyncio.run(table.next_due_ms())
+        due_ms = asyncio.run(table.ahead())[0]
         assert due_ms is not None
         delays_ms.append(due_ms - homeserver.now)
         # Another of the room neither brings it forward, nor puts it off.

@@ -13,13 +13,13 @@ from synapse.module_api import ModuleApi
 from synapse.rest.client import room as servlets
 from synapse.types import MultiWriterStreamToken
 
-from synapse_sticky import metrics
 from synapse_sticky.cli.check import look
 from synapse_sticky.config import StickyConfig, Strict, parse
 from synapse_sticky.duties import DUTIES, State
 from synapse_sticky.handlers.joins.handler import JoinsHandler
 from synapse_sticky.handlers.staging.first_joins.synapse import FirstJoins
 from synapse_sticky.homeserver.seams import Import, SeamMismatchError
+from synapse_sticky.metrics import DUTY
 from synapse_sticky.wiring import Wiring
 from tests.mutations import with_member
 from tests.unit.configuration import Files
@@ -159,7 +159,7 @@ def test_local_users_are_limited_also_where_the_parameter_cannot_be_checked(
     monkeypatch.delattr(servlets.RoomSendEventRestServlet, "_do")
     # What is missing is to be seen, though the rest is done.
     assert not_on(start(api, started)) == {"sending": "unfit"}
-    assert metrics.DUTY.labels("sending", "unfit")._value.get() == 1
+    assert DUTY.labels("parts", "sending", "unfit")._value.get() == 1
     assert replaced(api)
     assert caplog.text.count("sending (parameter) is off, as this Synapse does not fit: ") == 1
     started.pop()._homeserver.close()
@@ -243,5 +243,5 @@ def test_what_still_loads_is_told_as_such(
         assert states[duty] == "on"
     assert "joins is on" not in lines
     assert states["joins"] == State.OFF.value
-    assert metrics.DUTY.labels("joins", "off")._value.get() == 1
+    assert DUTY.labels("parts", "joins", "off")._value.get() == 1
     assert caplog.text.count("Could not load joins, which is off until then") == 1

@@ -342,11 +342,13 @@ def test_what_the_ordinary_queue_delivered_is_not_pushed() -> None:
 def test_expired_and_redacted_events_are_forgotten() -> None:
     push = push_of(1, 2, 3)
     push.choose(2, NOW_MS)
-    push.update(own(3), NOW_MS, 10)
+    assert push.update(own(3), NOW_MS, 10) == 2, "both were sent in vain"
     assert push.position == 3
     assert push.choose(50, NOW_MS + 2_000) == ["$3"]
-    push.update([], NOW_MS, 10)
+    push.acknowledge("$3", NOW_MS)
+    assert push.update([], NOW_MS, 10) == 0
     assert not push.is_open
+    assert push.expired_count == 2
 
 
 def test_position_follows_what_is_done() -> None:
@@ -380,9 +382,11 @@ def test_a_lower_backlog_starts_over_from_there() -> None:
 @pytest.mark.requirement("L3")
 def test_everything_goes_out_again_once_if_a_newcomer_has_lost_something() -> None:
     push = push_of(1, 2, 101)
-    acknowledge_all(push, push.choose(50, NOW_MS + GRACE_MS))
+    chosen = push.choose(50, NOW_MS + GRACE_MS)
+    assert push.count_resent(chosen) == 0
+    acknowledge_all(push, chosen)
     push.mark_delivered("$2")
-    push.mark_lost(push.unconfirmed()[:1], NOW_MS)
+    assert push.mark_lost(push.unconfirmed()[:1], NOW_MS) == 0
     assert [sent.event_id for sent in push.unconfirmed()] == ["$101"]
     push.mark_delivered("$101")
     assert push.choose(50, NOW_MS) == ["$1"]
@@ -393,8 +397,9 @@ def test_everything_goes_out_again_once_if_a_newcomer_has_lost_something() -> No
     assert push.restart_if_lost()
     push.update(own(1, 2, 101), NOW_MS, 10)
     assert push.choose(50, NOW_MS) == ["$2", "$101"], "the first one has been sent again already"
+    assert push.count_resent(["$2", "$101"]) == 2
     acknowledge_all(push, ["$2", "$101"])
-    push.mark_lost(push.unconfirmed(), NOW_MS)
+    assert push.mark_lost(push.unconfirmed(), NOW_MS) == 2, "it is given up"
     push.update(own(1, 2, 101), NOW_MS, 10)
     assert not push.is_open, "whatever the newcomer says"
     assert not push.restart_if_lost()

@@ -18,6 +18,7 @@ from synapse_sticky.handlers.receipt.handler import ReceiptHandler
 from synapse_sticky.handlers.receipt.synapse import SynapseReceipt, transaction_of
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.limits import LimitReport, Refusal
+from tests.unit.settable import METRICS
 from tests.unit.staging import STAGING, CountingStore, has_no_scan, prepared
 from tests.unit.test_limits_in_synapse import (
     FIELD,
@@ -122,7 +123,7 @@ class Checked:
 
     def __init__(self, store: CountingStore) -> None:
         self.store, self.sent = store, 0
-        receipt, report = SynapseReceipt(store), LimitReport(store.now_ms)
+        receipt, report = SynapseReceipt(store), LimitReport(store.now_ms, METRICS.limits)
         config = FederationConfig(max_staged_per_server_in_room=LIMIT)
         self.handler = ReceiptHandler(store, receipt, DeferredTable(store), config, report)
         self.handler.install()
@@ -252,7 +253,7 @@ def test_exempt_user_is_not_refused_for_the_limit_on_a_sender(
         per_sender=LimitConfig(0.001, 1),
         exempt_users=("@gateway-*:there",),
     )
-    report = LimitReport(homeserver.now_ms)
+    report = LimitReport(homeserver.now_ms, METRICS.limits)
     ReceiptHandler(homeserver, receipt, DeferredTable(homeserver), config, report).install()
 
     def is_refused(number: int, sender: str) -> bool:

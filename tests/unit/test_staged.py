@@ -13,7 +13,7 @@ from synapse_sticky.handlers.staging.held import Held
 from synapse_sticky.handlers.staging.pruning.handler import PruningHandler
 from synapse_sticky.handlers.staging.pruning.synapse import SynapsePruning
 from synapse_sticky.handlers.staging.turns.handler import PAGE, TurnsHandler
-from synapse_sticky.handlers.staging.turns.room import StagedRoom, WaitingPdu
+from synapse_sticky.handlers.staging.turns.room import PRUNE_FROM, StagedRoom, WaitingPdu
 from synapse_sticky.handlers.staging.turns.synapse import SynapseTurns
 from synapse_sticky.handlers.staging.turns.waiting import WaitingOrigins
 from tests.unit.staging import STAGING, CountingStore, has_no_scan, prepared
@@ -246,3 +246,19 @@ def test_a_choice_looks_at_few_of_many_origins(monkeypatch: pytest.MonkeyPatch) 
         now_ms += STEP_MS
     assert len(set(chosen)) == 5_000
     assert keys <= 5_000 * 6
+
+
+@pytest.mark.requirement("E3", "L3")
+def test_what_is_kept_from_pruning_is_counted_once() -> None:
+    room, before = StagedRoom(), ""
+    for number in range(PRUNE_FROM + 10):
+        # Every other one is sticky, and each is referred to but the last.
+        until_ms = HOUR_MS if number % 2 else 0
+        room.add(WaitingPdu("a", f"${number}", number, number, (before,), until_ms))
+        before = f"${number}"
+        if number < PRUNE_FROM - 1:
+            assert room.take_kept() == 0, "plain Synapse would not prune yet"
+    assert room.take_kept() == PRUNE_FROM // 2 + 4
+    assert room.take_kept() == 0
+    room.add(WaitingPdu("a", "$next", HOUR_MS, HOUR_MS, (before,), HOUR_MS))
+    assert room.take_kept() == 1

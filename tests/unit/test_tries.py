@@ -71,7 +71,7 @@ def test_only_tries_for_a_reason_that_nobody_knows_count() -> None:
 
     def park(*counted_due_ms: int) -> tuple[Outcome, int | None]:
         outcome = asyncio.run(table.park(pdu, 3_600_000, 1, counted_due_ms))
-        return outcome, asyncio.run(table.next_due_ms())
+        return outcome, asyncio.run(table.ahead())[0]
 
     assert park() == (Outcome.PARKED, 1)
     assert park(20, 30) == (Outcome.STILL_PARKED, 20)

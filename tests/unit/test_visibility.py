@@ -23,6 +23,7 @@ from synapse_sticky.handlers.visibility.synapse import SynapseVisibility
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.homeserver.clock import SetClock
 from synapse_sticky.homeserver.seams import SeamMismatchError
+from synapse_sticky.metrics import Metrics
 from tests.unit.coroutines import result_of
 
 FOR_USERS = "filter_and_transform_events_for_client"
@@ -50,6 +51,7 @@ class ThisHomeserver(Homeserver):
     def __init__(self, store: Store, server_name: str = "here") -> None:
         self.store = store
         self.server_name = server_name
+        self.metrics = Metrics(server_name)
         self._undo = []
         self._clock = SetClock(lambda: 0, no_timer, no_timer)
 

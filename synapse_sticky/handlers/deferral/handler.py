@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Protocol
 
 import attr
 
-from synapse_sticky import metrics
 from synapse_sticky.apart import Stragglers, apart
 from synapse_sticky.backoff import Alarm, Backoff, Retrying
 from synapse_sticky.config import FederationConfig, Mode
@@ -119,7 +118,8 @@ class DeferralHandler:
             homeserver, config, report, fill=self._fill, on_whole=self._schedule
         )
         self._releasing = Retrying(
-            homeserver, "release", "Could not release sticky events", self._release, _BACKOFF
+            *(homeserver, "release", "Could not release sticky events"),
+            *(homeserver.metrics.timed("deferral", "release", self._release), _BACKOFF),
         )
         self._alarm = Alarm(homeserver, "release", self._releasing.run)
         self._stragglers: Stragglers[str] = Stragglers(
@@ -147,7 +147,8 @@ class DeferralHandler:
     def install(self) -> None:
         """Takes effect once the deferred events are loaded. In mode ``off`` none is added."""
         if self._config.mode is not Mode.OFF:
-            self._writer.defer_by(self.defer_txn)
+            timed = self._homeserver.metrics.timed_call
+            self._writer.defer_by(timed("deferral", "persist", self.defer_txn))
         self._stream.on_event_changed(self._event_changed)
         self._stream.on_room_purged(self._room_purged)
 
@@ -273,7 +274,7 @@ class DeferralHandler:
     async def _release_these(self, event_ids: Sequence[str]) -> None:
         still_sticky = await self._writer.still_sticky(event_ids)
         rooms = await self._table.release(event_ids, still_sticky, self._writer.enter_txn)
-        metrics.RELEASED.inc(len(still_sticky))
+        self._report.released(self._waiting.limits_of(still_sticky))
         # Not once more, if the database fails at the others of its batch.
         done = set(event_ids)
         self._taken = [event_id for event_id in self._taken if event_id not in done]
@@ -287,7 +288,7 @@ class DeferralHandler:
             self._expired = self._waiting.expire(EXPIRE_BATCH)
             if not self._expired:
                 return
-            self._report.expired(self._expired)
+            self._report.expired(self._expired, self._waiting.limits_of(self._expired))
         stuck = await apart(self._expired, self._table.drop)
         self._expired = []
         # Releasing one that has expired drops it, too.

@@ -11,7 +11,6 @@ A failure leaves the counts incomplete, and nothing else.
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
-from synapse_sticky import metrics
 from synapse_sticky.backoff import Alarm, Backoff, Retrying
 from synapse_sticky.config import FederationConfig
 from synapse_sticky.handlers.deferral.handler import (
@@ -105,10 +104,11 @@ class Observer:
         """Does what is due, but no more than a batch of each kind. The reactor has other work."""
         await self._drop_some()
         if expired := self._waiting.expire(EXPIRE_BATCH):
-            self._report.expired(expired)
+            self._report.expired(expired, self._waiting.limits_of(expired))
         # What is to be dropped is not to be released.
         if not self._dirty and len(expired) < EXPIRE_BATCH:
-            metrics.RELEASED.inc(len(self._waiting.take(RELEASE_BATCH)))
+            taken = self._waiting.take(RELEASE_BATCH)
+            self._report.released(self._waiting.limits_of(taken))
         self._ring()
 
     async def _drop_some(self) -> None:

@@ -11,17 +11,19 @@ from typing import TYPE_CHECKING
 
 import attr
 
-from synapse_sticky import metrics
 from synapse_sticky._core import Limiter, ReleaseQueue
 from synapse_sticky.config import FederationConfig
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.limits import LimitReport, federation_limiter, per_second
+from synapse_sticky.metrics import EARLIER
 from synapse_sticky.renewal import OnPanic, Renewed
 
 if TYPE_CHECKING:
     from synapse_sticky.handlers.deferral.handler import NewStickyEvent
 
 _MAX_DECISIONS = 10_000
+_MAX_LIMITS = 100_000
+"""Of how many events that wait it is remembered which limit deferred them; about 20 MB."""
 _REFUSED = "max_deferred_per_server"
 
 
@@ -105,13 +107,16 @@ class Waiting:
         self._lock = threading.Lock()
         # Decisions of transactions that are not through, by event ID: they may be tried again.
         self._decisions: OrderedDict[str, str | None] = OrderedDict()
-        self._shown = 0
+        # By event ID, for the metrics: the limit that deferred it.
+        self._limits: OrderedDict[str, str] = OrderedDict()
+        name = "observed_waiting" if report.observes else "deferred_waiting"
+        homeserver.metrics.show(name, self, len)
 
     async def _refill(self) -> None:
         if self._fill is not None:
             await self._fill()
-        with self._lock:
-            self._show()
+        else:
+            self._limits.clear()
 
     @property
     def is_whole(self) -> bool:
@@ -187,7 +192,14 @@ class Waiting:
             elif self.add(new.event, new.server):
                 self._deferred(new)
 
+    def limits_of(self, event_ids: Collection[str]) -> list[str]:
+        """Which limit deferred each of these events, that wait no more. Forgets that."""
+        return [self._limits.pop(event_id, EARLIER) for event_id in event_ids]
+
     def _deferred(self, new: PastLimit) -> None:
+        self._limits[new.event.event_id] = new.limit
+        while len(self._limits) > _MAX_LIMITS:
+            self._limits.popitem(last=False)
         count = self._queue.waiting(new.server)
         delay_ms = round(count * 1000 / per_second(self._config, new.limit))
         room_id, sender = new.event.room_id, new.event.sender
@@ -196,7 +208,7 @@ class Waiting:
     def add(self, event: "NewStickyEvent", server: str) -> bool:
         """Has the event wait. Gives False if it does already."""
         with self._lock:
-            added = self._queue.add(
+            return self._queue.add(
                 event.event_id,
                 event.room_id,
                 server,
@@ -206,37 +218,26 @@ class Waiting:
                 newness_ms=event.newness_ms,
                 is_exempt=self._is_exempt_user(event.sender),
             )
-            self._show()
-        return added
 
     def take(self, at_most: int) -> list[str]:
         """Takes out the events whose turn it is, and charges them. Gives their IDs, in order."""
         with self._lock:
             core = self._core.it
-            taken = core.queue.take(core.limiter, self._homeserver.now_ms(), at_most)
-            self._show()
-        return taken
+            return core.queue.take(core.limiter, self._homeserver.now_ms(), at_most)
 
     def expire(self, at_most: int) -> list[str]:
         """Takes out events that have expired. Gives their IDs."""
         with self._lock:
-            expired = self._queue.expire(self._homeserver.now_ms(), at_most)
-            self._show()
-        return expired
+            return self._queue.expire(self._homeserver.now_ms(), at_most)
 
     def remove(self, event_ids: Collection[str]) -> None:
         """Takes out these events."""
         with self._lock:
             for event_id in event_ids:
                 self._queue.remove(event_id)
-            self._show()
+                self._limits.pop(event_id, None)
 
     def next_due_ms(self) -> int | None:
         """When there may be an event to take or to expire, in ms since the epoch; None if no event
         waits."""
         return self._queue.next_due_ms(self._homeserver.now_ms())
-
-    def _show(self) -> None:
-        # By the difference, as the process may have another of these.
-        metrics.DEFERRED_NOW.inc(len(self._queue) - self._shown)
-        self._shown = len(self._queue)

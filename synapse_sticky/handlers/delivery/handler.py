@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Collection
 from functools import partial
 from typing import NamedTuple, Protocol
 
+from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.index import IndexFollower, Position
 
 
@@ -41,13 +42,14 @@ class Delivery(Protocol):
 class DeliveryHandler:
     """Answers what Synapse would ask its database at every sync of every user."""
 
-    def __init__(self, follower: IndexFollower, delivery: Delivery) -> None:
+    def __init__(self, homeserver: Homeserver, follower: IndexFollower, delivery: Delivery) -> None:
+        self._metrics = homeserver.metrics
         self._follower = follower
         self._delivery = delivery
 
     def install(self) -> None:
         """Takes effect from the next sync on."""
-        self._delivery.answer_from(self.answer)
+        self._delivery.answer_from(self._metrics.timed("delivery", "sync", self.answer))
 
     async def answer(self, question: Question) -> Answer | None:
         """The answer by the index; None to have the database asked."""
@@ -61,6 +63,7 @@ class DeliveryHandler:
             # Many are often woken by the same event: one of them reads it for all. So it is with
             # one that may have been redacted.
             answer = await self._follower.catch_up(partial(self._by_index, question))
+        self._metrics.answered("database" if answer is None else "index")
         return answer
 
     def _by_index(self, question: Question) -> Answer | None:

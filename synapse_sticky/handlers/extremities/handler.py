@@ -60,7 +60,7 @@ class ExtremitiesHandler:
         self._homeserver = homeserver
         self._extremities = extremities
         self._follower = follower
-        self._senders = Senders(homeserver.steady_ms, extremities)
+        self._senders = Senders(homeserver, extremities)
         self._per_round = max(1, config.per_minute * _ROUND_MS // _MINUTE_MS)
         # In the order in which the rooms have their turn.
         self._dirty: dict[str, None] = {}
@@ -70,7 +70,7 @@ class ExtremitiesHandler:
             homeserver,
             "merge_extremities",
             "Could not merge forward extremities",
-            self._run_round,
+            homeserver.metrics.timed("extremities", "round", self._run_round),
             _BACKOFF,
         )
         self._alarm = Alarm(homeserver, "merge_extremities", self._rounds.run)
@@ -161,6 +161,7 @@ class ExtremitiesHandler:
                 break
             sent += 1
             self._events_left -= 1
+            self._homeserver.metrics.merged()
         if sent:
             logger.info(
                 "Sent %d dummy events to %s: it has %d forward extremities",

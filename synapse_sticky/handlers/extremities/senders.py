@@ -1,10 +1,11 @@
 """Who sends a room's dummy events, and which rooms are left out as nobody here can (F2, H2)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import attr
 
+from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.logs import bounded
 
 logger = bounded(__name__)
@@ -78,8 +79,9 @@ class Senders:
     power levels change, or who of its local members has the power.
     """
 
-    def __init__(self, now_ms: Callable[[], int], dummy_events: DummyEvents) -> None:
-        self._now_ms = now_ms
+    def __init__(self, homeserver: Homeserver, dummy_events: DummyEvents) -> None:
+        self._now_ms = homeserver.steady_ms
+        self._metrics = homeserver.metrics
         self._dummy_events = dummy_events
         self._verdicts: dict[str, _Verdict] = {}
 
@@ -150,6 +152,7 @@ class Senders:
         else:
             logger.info("Nobody here can send a dummy event to %s, left out for an hour", room_id)
         verdict.until_ms, verdict.basis = now_ms + _HOUR_MS, able.basis
+        self._metrics.left_out()
         # Of several, Synapse may find one who can: a rule of its operator's may be about users.
         if len(able.users) <= 1:
             verdict.is_told = True

@@ -11,10 +11,11 @@ class Confirmable:
     """The part of a push that follows what the newcomer answers.
 
     delivered_count: how many events it was found to have, or believed to have.
+    expired_count: how many events were sent and expired, or were redacted, unacknowledged.
     """
 
     def __init__(self, backoff: Backoff) -> None:
-        self.delivered_count = 0
+        self.delivered_count = self.expired_count = 0
         self.is_settled = False
         self._backoff = backoff
         self._contact = FirstContact(backoff)
@@ -103,15 +104,18 @@ class Confirmable:
                 sent.patient_from_ms = now_ms
         return len(found)
 
-    def mark_lost(self, events: Iterable[Sent], now_ms: int) -> None:
+    def mark_lost(self, events: Iterable[Sent], now_ms: int) -> int:
         """The newcomer acknowledged the events, and has lost them. They are resent. Those that have
-        been sent often enough count as delivered."""
+        been sent often enough count as delivered; gives how many these are."""
+        given_up = 0
         for sent in list(events):
             if sent.sends >= MOST_SENDS:
                 self.mark_delivered(sent.event_id)
+                given_up += 1
             else:
                 self._has_lost = True
                 self._resend(sent, now_ms)
+        return given_up
 
     def suspect_loss(self) -> None:
         """The newcomer cannot be reached, and may have lost what it acknowledged. If it later says

@@ -50,6 +50,10 @@ class Destinations:
         self._check = check
         self._wake = wake
         self._destinations: dict[str, Destination] = {}
+        # By destination and room, the oldest first: those that may lack something, and since when.
+        self._open: dict[tuple[str, str], int] = {}
+        homeserver.metrics.show("newcomers_open", self, Destinations.open_count)
+        homeserver.metrics.show("newcomer_oldest_seconds", self, Destinations.oldest_s)
         homeserver.on_clock_set(self._clock_set)
 
     def names(self) -> list[str]:
@@ -75,8 +79,18 @@ class Destinations:
         state.check_soon()
         self.update_times(push)
 
+    def open_count(self) -> int:
+        """How many pushes are not settled: their newcomers may lack something."""
+        return len(self._open)
+
+    def oldest_s(self) -> float:
+        """For how many seconds there has been a push that is not settled; 0 if there is none."""
+        since_ms = next(iter(self._open.values()), None)
+        return 0 if since_ms is None else (self._homeserver.steady_ms() - since_ms) / 1_000
+
     def remove(self, push: Push) -> None:
         """Removes the push, which must be there."""
+        self._open.pop((push.destination, push.room_id), None)
         state = self._destinations[push.destination]
         del state.pushes[push.room_id]
         self._rooms.remove(push)
@@ -205,6 +219,11 @@ class Destinations:
         if not self.is_current(push):
             return
         self._rooms.note_changed(push)
+        if push.is_settled:
+            self._open.pop((push.destination, push.room_id), None)
+        else:
+            key = push.destination, push.room_id
+            self._open.setdefault(key, self._homeserver.steady_ms())
         state = self._destinations[push.destination]
         now_ms = self._homeserver.now_ms()
         earliest_ms = max(self._retry_ms(push), now_ms)

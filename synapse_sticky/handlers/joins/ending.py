@@ -54,6 +54,13 @@ class Ending:
         if push.probe is not None and now_ms < push.stored_watch_until_ms:
             return  # the newcomer may yet say that it lacks everything
         watched = now_ms < push.watch_until_ms
+        if push.expired_count:
+            logger.info(
+                "%s did not take %d own sticky events of %s while they were sticky",
+                push.destination,
+                push.expired_count,
+                push.room_id,
+            )
         if push.delivered_count:
             logger.info(
                 "%s has the %d own sticky events of %s",

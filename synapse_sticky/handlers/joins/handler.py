@@ -110,8 +110,9 @@ class JoinsHandler:
 
     def install(self) -> None:
         """Takes effect once the newcomers of an earlier run are loaded."""
-        self._federation.serve_backlog_from(self.next_batch)
-        self._federation.on_acknowledged(self._acknowledged)
+        timed = self._homeserver.metrics.timed
+        self._federation.serve_backlog_from(timed("joins", "push", self.next_batch))
+        self._federation.on_acknowledged(timed("joins", "acknowledged", self._acknowledged))
         self._federation.on_refused(self._refusals.refused)
         self._federation.on_reachable(self._reached.note)
         self._federation.on_skipped(self._skipped)
@@ -232,6 +233,9 @@ class JoinsHandler:
             whole = {row.event_id for row in rows if row.deliverable}
             push.skip((at, event_id) for event_id, at in planned.items() if event_id not in whole)
             if event_ids := push.choose(limit, self._homeserver.now_ms(), whole):
+                resent = push.count_resent(event_ids)
+                self._homeserver.metrics.pushed("sent", len(event_ids) - resent)
+                self._homeserver.metrics.pushed("resent", resent)
                 return Batch(push.room_id, push.backlog_position - 1, event_ids)
         return None
 
@@ -288,7 +292,8 @@ class JoinsHandler:
             if (push := self._destinations.find(destination, room_id)) is None:
                 continue
             self._pushed.take_in_named(push, event_ids)
-            if sum(push.acknowledge(event_id, now_ms) for event_id in event_ids):
+            if count := sum(push.acknowledge(event_id, now_ms) for event_id in event_ids):
+                self._homeserver.metrics.pushed("acknowledged", count)
                 self._confirmation.begin(push)
             self._destinations.acknowledged(push)
             self._destinations.look_now(push)

@@ -136,7 +136,7 @@ class Push(Confirmable):
         """The destination lacks nothing before ``position``, and that is stored."""
         self.backlog_position = self._start = self.position
         self.is_settled = True
-        self.delivered_count = 0
+        self.delivered_count = self.expired_count = 0
 
     def update(
         self,
@@ -147,9 +147,9 @@ class Push(Confirmable):
         seen_ms: Callable[[int], int] | None = None,
         is_cut: bool = False,
         whole_up_to: int = NO_END,
-    ) -> None:
+    ) -> int:
         """Takes in the own unexpired events of the room, ascending, from ``position`` on. What is
-        no longer among them has expired or is gone.
+        no longer among them has expired or is gone. Gives how many of those were sent in vain.
 
         Args:
             own: may leave out what is finished.
@@ -176,7 +176,10 @@ class Push(Confirmable):
                 self._expect(stream_id, event_id, now_ms, since_ms + GRACE_MS)
         self._last_own = NO_END if is_cut else max(self._last_seen, last_id)
         self._last_seen = max(self._last_seen, last_id)
+        gone = [s for e, s in self._sent.items() if e not in present]
+        in_vain = sum(sent.acknowledged_ms is None for sent in gone)
         self._sent = {e: s for e, s in self._sent.items() if e in present}
+        self.expired_count += in_vain
         self._finished.join(open_ids, whole_up_to)
         if self.is_open:
             self.is_settled = False
@@ -184,6 +187,7 @@ class Push(Confirmable):
         elif self._finished and not is_cut:
             self.position = max(self.position, min(self._finished.last, whole_up_to) + 1)
         self._finished = self._finished.after(self.position)
+        return in_vain
 
     def _expect(self, stream_id: int, event_id: str, now_ms: int, left_until_ms: int) -> None:
         """The event is open if it is due, or if the push watches for it."""
@@ -240,6 +244,10 @@ class Push(Confirmable):
         while len(self._sent_often) > _MOST_REMEMBERED:
             del self._sent_often[next(iter(self._sent_often))]
         return [sent.event_id for sent in chosen]
+
+    def count_resent(self, event_ids: Iterable[str]) -> int:
+        """How many of these, which were just chosen, had been sent before."""
+        return sum(self._sent[event_id].attempts > 1 for event_id in event_ids)
 
     def _due(self, now_ms: int) -> list[Sent]:
         is_awaited = self._contact.is_awaited

@@ -83,6 +83,7 @@ class Refusals:
             if not push.is_blocked:
                 self._pushed.take_in_named(push, [*refused])
                 if count := push.refuse([*refused], now_ms):
+                    self._homeserver.metrics.pushed("refused", count)
                     logger.info("%s refuses %d events of %s for now", destination, count, room_id)
             for event_id, stream_id in refused.items():
                 push.refused(stream_id, event_id)

@@ -168,7 +168,7 @@ class PushedRooms:
                 return now_ms
             return room.seen_ms.get(stream_id, 0 if stream_id < room.look_from else now_ms)
 
-        push.update(
+        given_up = push.update(
             rows,
             now_ms,
             max(1, self._window // max(1, pushing)),
@@ -176,6 +176,7 @@ class PushedRooms:
             is_cut=read_up_to is not None,
             whole_up_to=min(self._whole_up_to(), read_up_to or NO_END),
         )
+        self._homeserver.metrics.pushed("given_up", given_up)
 
     def _open_events(self, push: Push) -> tuple[list[OwnEvent], int | None]:
         """The room's own events that the push is not done with, ascending: all that were sent, and

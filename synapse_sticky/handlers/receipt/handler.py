@@ -145,7 +145,8 @@ class ReceiptHandler:
     def install(self) -> None:
         """Takes effect from the next transaction on."""
         self._receipt.tell_staged(self._staged.staged)
-        self._receipt.check_transactions(self.check)
+        timed = self._homeserver.metrics.timed
+        self._receipt.check_transactions(timed("receipt", "transaction", self.check))
 
     async def check(self, transaction: Transaction) -> Refusal | None:
         """The refusal of the transaction, or None to accept it.

@@ -58,7 +58,8 @@ class SendingHandler:
 
     def install(self) -> None:
         """Takes effect from the next event on."""
-        self._sending.limit_sticky(self.check)
+        timed = self._homeserver.metrics.timed
+        self._sending.limit_sticky(timed("sending", "send", self.check))
 
     async def check(self, request: LocalSend) -> Refusal | None:
         """The refusal of the request; or None to accept it, which charges the user."""

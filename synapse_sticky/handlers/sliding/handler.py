@@ -135,7 +135,7 @@ class SlidingHandler:
 
     def install(self) -> None:
         """Takes effect from the next sync on."""
-        self._sliding_sync.page(self.page)
+        self._sliding_sync.page(self._homeserver.metrics.timed("sliding", "sync", self.page))
 
     async def load(self) -> None:
         """Makes the table of pages.

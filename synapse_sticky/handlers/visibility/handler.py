@@ -78,9 +78,12 @@ class VisibilityHandler:
         Raises:
             SeamMismatchError: see ``Visibility.allow``.
         """
+        timed = self._homeserver.metrics.timed
+        servers = timed("visibility", "servers", self.allowed_to_server)
+        users = timed("visibility", "users", self.allowed_to_user)
         self._visibility.allow(
-            servers=self.allowed_to_server if self._config.servers else None,
-            users=self.allowed_to_user if self._config.users else None,
+            servers=servers if self._config.servers else None,
+            users=users if self._config.users else None,
         )
 
     async def allowed_to_server(self, server: str, events: Sequence[HiddenEvent]) -> set[str]:

@@ -16,6 +16,7 @@ class AnswerKind(Enum):
     """The server will not answer such a question later either."""
     TOO_LARGE = "says more than is read"
     REFUSES = "refuses to say"
+    LIMITED = "answers 429"
     BUSY = "cannot say now"
     UNREACHABLE = "cannot be reached"
 

@@ -63,6 +63,7 @@ class Confirmation:
         """
         self._homeserver = homeserver
         self._asking = asking
+        self._metrics = homeserver.metrics
         self._is_on = is_on
         self._find = find
         self._retry_at_ms = retry_at_ms
@@ -71,7 +72,10 @@ class Confirmation:
         self._on_progress = on_progress
         self._on_end = on_end
         self._questions = Questions(
-            homeserver, self._ask, is_believed=self._is_believed, on_overdue=self._note_overdue
+            homeserver,
+            homeserver.metrics.timed("joins", "ask", self._ask),
+            is_believed=self._is_believed,
+            on_overdue=self._note_overdue,
         )
         self._silent: dict[str, int] = {}
         self._overdue: dict[str, int] = {}
@@ -139,7 +143,7 @@ class Confirmation:
         rest = [sent.event_id for sent in waiting if sent not in asked]
         now_ms = self._homeserver.now_ms()
         if not asked:
-            push.mark_present(rest, now_ms)
+            self._metrics.pushed("believed", push.mark_present(rest, now_ms))
             return None
         late = [s for s in asked if now_ms - s.patient_from_ms > PATIENCE_MS]
         if late and push.asked.is_doubted:
@@ -153,12 +157,14 @@ class Confirmation:
         answer = await self._asking.has_events(
             push.destination, push.room_id, event_ids, min(limit, push.asked.limit)
         )
+        self._metrics.asked(answer.kind.name.lower())
         if answer.kind is not AnswerKind.SAYS:
             return self._without_answer(push, answer)
         now_ms = self._homeserver.now_ms()
         self._questions.reached(push.destination)
-        push.mark_present(rest, now_ms)
+        self._metrics.pushed("believed", push.mark_present(rest, now_ms))
         found = push.mark_present(answer.event_ids, now_ms)
+        self._metrics.pushed("confirmed", found)
         left_ms = [
             sent.patient_from_ms + PATIENCE_MS - now_ms
             for sent in asked
@@ -178,15 +184,17 @@ class Confirmation:
     async def _ask_for_one(self, push: Push, late: list[Sent]) -> int | None:
         """Asks for the oldest of the events that the newcomer should have had for a long time."""
         answer = await self._asking.has_event(push.destination, late[0].event_id)
+        self._metrics.asked(answer.kind.name.lower())
         now_ms = self._homeserver.now_ms()
         push.asked.is_doubted = False
         if answer.kind is AnswerKind.SAYS:
             # The newcomer has it, though its answer about many events left it out.
             push.asked.refusals += 1
             is_enough = push.asked.refusals >= _REFUSALS_TO_BELIEVE
-            push.mark_present([sent.event_id for sent in late[: None if is_enough else 1]], now_ms)
+            event_ids = [sent.event_id for sent in late[: None if is_enough else 1]]
+            self._metrics.pushed("confirmed", push.mark_present(event_ids, now_ms))
         elif answer.kind is AnswerKind.LACKS:
-            push.mark_lost(late, now_ms)
+            self._metrics.pushed("given_up", push.mark_lost(late, now_ms))
         else:
             return self._without_answer(push, answer)
         self._questions.reached(push.destination)
@@ -195,7 +203,8 @@ class Confirmation:
     async def _ask_for_probe(self, push: Push, event_id: str) -> int | None:
         """The newcomer was in the room before: does it still have what it got then?"""
         answer = await self._asking.has_event(push.destination, event_id)
-        if answer.kind in {AnswerKind.BUSY, AnswerKind.UNREACHABLE}:
+        self._metrics.asked(answer.kind.name.lower())
+        if answer.kind in {AnswerKind.LIMITED, AnswerKind.BUSY, AnswerKind.UNREACHABLE}:
             return self._without_answer(push, answer)
         push.probe = None
         if answer.kind is AnswerKind.LACKS:
@@ -211,7 +220,7 @@ class Confirmation:
     def _without_answer(self, push: Push, answer: Answer) -> int | None:
         if answer.kind is AnswerKind.UNREACHABLE:
             return self._cannot_reach(push)
-        if answer.kind is AnswerKind.BUSY:
+        if answer.kind in {AnswerKind.LIMITED, AnswerKind.BUSY}:
             self._questions.put_off(push.destination)
             return self._in_vain(push)
         self._questions.reached(push.destination)
@@ -226,8 +235,10 @@ class Confirmation:
         if push.asked.refusals < _REFUSALS_TO_BELIEVE:
             return self._in_vain(push)
         # No answer will come: the acknowledgements suffice.
-        for sent in push.unconfirmed():
+        believed = push.unconfirmed()
+        for sent in believed:
             push.mark_delivered(sent.event_id)
+        self._metrics.pushed("believed", len(believed))
         return None
 
     def _cannot_reach(self, push: Push, until_ms: int = 0) -> int:
@@ -279,7 +290,7 @@ class Confirmation:
 
     def _believe_one(self, push: Push) -> int | None:
         now_ms = self._homeserver.now_ms()
-        next_ms = _believe(push, now_ms)
+        next_ms = self._believe(push, now_ms)
         return None if next_ms is None else max(next_ms - now_ms, APART_MS)
 
     def _believe_all(self, push: Push) -> int | None:
@@ -288,21 +299,22 @@ class Confirmation:
         others = [p for r in rooms if (p := self._find(push.destination, r)) and p is not push]
         now_ms = self._homeserver.now_ms()
         for other in others:
-            _believe(other, now_ms)
+            self._believe(other, now_ms)
             if other.worth_sending(now_ms):
                 self._on_progress(other)
-        times_ms = [_believe(push, now_ms)]
+        times_ms = [self._believe(push, now_ms)]
         if push.probe is not None:  # it is asked for once the destination is asked again
             left_ms = self._overdue.get(push.destination, 0) - self._homeserver.steady_ms()
             times_ms.append(now_ms + left_ms if left_ms > 0 else None)
         next_ms = min((ms for ms in times_ms if ms is not None), default=None)
         return None if next_ms is None else max(next_ms - now_ms, APART_MS)
 
-
-def _believe(push: Push, now_ms: int) -> int | None:
-    """What was acknowledged is delivered, at the pace of a plain Synapse. Gives when the next will
-    be (ms since the epoch); None if nothing is left."""
-    times = {s.event_id: (s.acknowledged_ms or 0) + s.pace_ms() for s in push.unconfirmed()}
-    for event_id in [event_id for event_id, ms in times.items() if ms <= now_ms]:
-        push.mark_delivered(event_id)
-    return min((ms for ms in times.values() if ms > now_ms), default=None)
+    def _believe(self, push: Push, now_ms: int) -> int | None:
+        """What was acknowledged is delivered, at the pace of a plain Synapse. Gives when the next
+        will be (ms since the epoch); None if nothing is left."""
+        times = {s.event_id: (s.acknowledged_ms or 0) + s.pace_ms() for s in push.unconfirmed()}
+        believed = [event_id for event_id, ms in times.items() if ms <= now_ms]
+        for event_id in believed:
+            push.mark_delivered(event_id)
+        self._metrics.pushed("believed", len(believed))
+        return min((ms for ms in times.values() if ms > now_ms), default=None)

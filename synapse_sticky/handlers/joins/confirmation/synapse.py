@@ -19,6 +19,7 @@ from synapse_sticky.homeserver.seams import HOMESERVER, STORE, attributes, metho
 _TIMEOUT_MS = 10_000
 _PREFIX = "/_matrix/federation/v1"
 _NOT_FOUND = 404
+_LIMITED = 429
 _HASHED_AT_ONCE = 20
 _NOT_ROUTED = (_NOT_FOUND, 405, 501)
 
@@ -149,6 +150,8 @@ def _of_failure(failure: RequestSendFailed) -> Answer:
     if not failure.can_retry:
         # It is no JSON.
         return Answer(AnswerKind.SILENT, reason=f"the answer cannot be understood: {cause!r}"[:200])
-    # A newcomer that answers 429 or 5xx, or that is slow, is there, and has lost nothing.
+    if isinstance(cause, HttpResponseException) and cause.code == _LIMITED:
+        return Answer(AnswerKind.LIMITED)
+    # A newcomer that answers 5xx, or that is slow, is there, and has lost nothing.
     is_there = isinstance(cause, (HttpResponseException, TimeoutError, defer.TimeoutError))
     return Answer(AnswerKind.BUSY if is_there else AnswerKind.UNREACHABLE)

@@ -140,7 +140,8 @@ class JoinReader:
         self._stored = 0
         self._stored_ms = 0
         self._reading = Retrying(
-            homeserver, "read_joins", "Could not read who joined", self._read, _BACKOFF
+            *(homeserver, "read_joins", "Could not read who joined"),
+            *(homeserver.metrics.timed("joins", "read", self._read), _BACKOFF),
         )
         self._stragglers: Stragglers[_Pending] = Stragglers(
             homeserver,

@@ -76,12 +76,13 @@ class Staging(Protocol):
 
         Args:
             fail: takes a PDU that Synapse drops, or has in memory only while it joins the room,
-                with the reason, and whether that passes. It waits for nothing but the database, and
-                is called while Synapse has the room's lock. It gets no PDU that is too large.
+                with the reason, whether that passes, and the reason's name. It waits for nothing
+                but the database, and is called while Synapse has the room's lock. It gets no PDU
+                that is too large.
         """
 
 
-Fail = Callable[[ParkedPdu, StagedPdu, str, Verdict], Awaitable[None]]
+Fail = Callable[[ParkedPdu, StagedPdu, str, Verdict, str], Awaitable[None]]
 
 
 class ParkingHandler:
@@ -97,6 +98,7 @@ class ParkingHandler:
         held: Held,
         stream: Stream,
     ) -> None:
+        self._homeserver = homeserver
         self._staging = staging
         self._table = table
         self._writer = ParkedWriter(homeserver, table, staging, held, self._on_parked)
@@ -107,7 +109,7 @@ class ParkingHandler:
 
     def install(self) -> None:
         """Takes effect from the next PDU on."""
-        self._staging.park_by(self.fail)
+        self._staging.park_by(self._homeserver.metrics.timed("parking", "park", self.fail))
         self._stream.on_room_purged(self._purged.note)
         self._stream.on_user_redacted(self._redacted.note)
         self._trying.install()
@@ -132,7 +134,14 @@ class ParkingHandler:
 
     # Parking
 
-    async def fail(self, pdu: ParkedPdu, staged: StagedPdu, why: str, verdict: Verdict) -> None:
+    async def fail(
+        self,
+        pdu: ParkedPdu,
+        staged: StagedPdu,
+        why: str,
+        verdict: Verdict,
+        reason: str = "unknown",
+    ) -> None:
         """Parks or drops a PDU that Synapse is about to drop, or has in memory only.
 
         There is one attempt to write it into the table; then it stays staged until that goes well.
@@ -140,11 +149,12 @@ class ParkingHandler:
         Args:
             why: for the log.
             verdict: whether the reason passes.
+            reason: the same as ``why``, for the metrics (``metrics.REASONS``).
         """
         if verdict is Verdict.REFUSED:
             await self._writer.drop(pdu, why)
         else:
-            await self._writer.park(ToPark(pdu, staged, why, verdict is Verdict.UNKNOWN))
+            await self._writer.park(ToPark(pdu, staged, why, verdict is Verdict.UNKNOWN, reason))
 
     def _on_parked(self) -> None:
         self._trying.within(FIRST_TRY_MS)

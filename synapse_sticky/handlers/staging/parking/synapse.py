@@ -78,7 +78,7 @@ _CAUSE = "org.matrix.msc4354.synapse_sticky.cause"
 _READS_CAUSE = "_synapse_sticky_reads_cause"
 """What the servlet, whose class all homeservers of a process share, does for one of them."""
 
-Fail = Callable[[ParkedPdu, StagedPdu, str, Verdict], Awaitable[None]]
+Fail = Callable[[ParkedPdu, StagedPdu, str, Verdict, str], Awaitable[None]]
 
 
 class SynapseStaging:
@@ -216,22 +216,23 @@ class SynapseStaging:
 
         return remove_received_event_from_staging
 
-    async def _verdict_on(self, pdu: EventBase, e: Exception) -> tuple[str, Verdict] | None:
-        """Why it was not persisted, and whether that passes; None if Synapse itself refuses it."""
+    async def _verdict_on(self, pdu: EventBase, e: Exception) -> tuple[str, Verdict, str] | None:
+        """Why it was not persisted, whether that passes, and the reason's name; None if Synapse
+        itself refuses it."""
         cause = self._cause_of(e)
         verdict = None if cause is None else cause.verdict()
         if verdict is Verdict.PASSES:
-            return f"it cannot be persisted for now: {cause}", verdict
+            return f"it cannot be persisted for now: {cause}", verdict, "database"
         if isinstance(e, SynapseError) and e.code == HTTPStatus.CONFLICT:
             # It did so in both of Synapse's attempts.
-            return "the room's state has become whole meanwhile", Verdict.PASSES
+            return "the room's state has become whole meanwhile", Verdict.PASSES, "state"
         if lacking := await self._lacking(pdu):
             # Synapse has not come to the PDU itself. One of these failed.
-            return f"its {lacking} cannot be fetched", Verdict.PASSES
+            return f"its {lacking} cannot be fetched", Verdict.PASSES, lacking
         if verdict is None:
             return None
         self._passed_over.failed(pdu.event_id, verdict)
-        return f"it cannot be persisted: {cause}", verdict
+        return f"it cannot be persisted: {cause}", verdict, "unknown"
 
     async def _fail(
         self,
@@ -240,12 +241,13 @@ class SynapseStaging:
         pdu: EventBase,
         why: str,
         verdict: Verdict = Verdict.PASSES,
+        reason: str = "joining",
     ) -> None:
         # Synapse checks the size late, after it has fetched the prev_events.
         if len(encode_canonical_json(pdu.get_pdu_json())) > _MAX_PDU_SIZE:
             return
         try:
-            await fail(_parked_pdu_of(origin, pdu), self._staged_pdu_of(pdu), why, verdict)
+            await fail(_parked_pdu_of(origin, pdu), self._staged_pdu_of(pdu), why, verdict, reason)
         except Exception:
             logger.exception("Could not park the sticky PDU %s", pdu.event_id)
 

@@ -252,13 +252,13 @@ class ParkedTable:
 
         return await self._homeserver.transact("forget_parked", write_txn)
 
-    async def next_due_ms(self) -> int | None:
-        """When the next parked PDU is to be tried; None if none is parked."""
+    async def ahead(self) -> tuple[int | None, int]:
+        """When the next parked PDU is to be tried, None if none is parked; and how many are."""
 
-        def read_txn(txn: Cursor) -> int | None:
-            txn.execute("SELECT MIN(due_ms) FROM synapse_sticky_incomplete")
-            row = txn.fetchone()
-            return row[0] if row else None
+        def read_txn(txn: Cursor) -> tuple[int | None, int]:
+            txn.execute("SELECT MIN(due_ms), COUNT(*) FROM synapse_sticky_incomplete")
+            due_ms, count = txn.fetchone() or (None, 0)
+            return due_ms, count
 
         return await self._homeserver.transact("next_parked_ms", read_txn)
 
@@ -288,8 +288,9 @@ class ParkedTable:
         ended: Sequence[ScheduledPdu],
         due_ms: Mapping[ScheduledPdu, int],
         stage_txn: StageTxn,
-    ) -> None:
-        """Stages these PDUs again, in this order. They stay parked, in case they fail again.
+    ) -> set[str]:
+        """Stages these PDUs again, in this order. They stay parked, in case they fail again. Gives
+        the IDs of those that this has deleted, and no other process before.
 
         A PDU that is not due any more when it was due is left as it is: another process has just
         staged it.
@@ -301,10 +302,16 @@ class ParkedTable:
             stage_txn: puts PDUs of the room into Synapse's staging area.
         """
 
-        def write_txn(txn: Cursor) -> None:
+        def write_txn(txn: Cursor) -> set[str]:
+            deleted = {pdu.event_id for pdu in ended}
+            if deleted:
+                where = "WHERE origin = ? AND room_id = ?"
+                sql = f"SELECT event_id FROM synapse_sticky_incomplete {where}"
+                txn.execute(sql, (origin, room_id))
+                deleted &= {event_id for (event_id,) in txn.fetchall()}
             txn.execute_batch(
                 "DELETE FROM synapse_sticky_incomplete WHERE origin = ? AND event_id = ?",
-                [(origin, pdu.event_id) for pdu in ended],
+                [(origin, event_id) for event_id in deleted],
             )
             pdus = []
             for scheduled in to_stage:
@@ -323,8 +330,9 @@ class ParkedTable:
                 [(then_ms, origin, pdu.event_id, pdu.due_ms) for pdu, then_ms in due_ms.items()],
             )
             stage_txn(txn, room_id, pdus)
+            return deleted
 
-        await self._homeserver.transact("stage_again", write_txn)
+        return await self._homeserver.transact("stage_again", write_txn)
 
 
 def _event_ids(of_json: str) -> tuple[str, ...]:

@@ -94,6 +94,7 @@ class Trying:
         self._table = table
         self._origins = origins
         self._note_absent = note_absent
+        self._try_due = homeserver.metrics.timed("parking", "try", self.try_due)
         self._timer: Cancellable | None = None
         self._timer_due_ms = 0
         self._is_trying = False
@@ -119,7 +120,7 @@ class Trying:
                 return
             self._timer.cancel()
         self._timer_due_ms = at_ms
-        self._timer = self._homeserver.call_later(delay_ms, "try_parked_pdus", self.try_due)
+        self._timer = self._homeserver.call_later(delay_ms, "try_parked_pdus", self._try_due)
 
     def _wake(self, origin: str) -> None:
         if self._paces.wake(origin, self._homeserver.steady_ms()):
@@ -154,7 +155,8 @@ class Trying:
 
     async def _wait_ms(self) -> int:
         """How long until there is something to do; negative if there is now."""
-        next_ms, look_ms = await self._table.next_due_ms(), self._paces.next_look_ms()
+        (next_ms, count), look_ms = await self._table.ahead(), self._paces.next_look_ms()
+        self._homeserver.metrics.set("parked_now", count)
         wait_ms = _POLL_MS if next_ms is None else next_ms - self._homeserver.now_ms()
         if wait_ms > LONGEST_MS:
             wait_ms = 0  # the clock was set back since
@@ -191,12 +193,13 @@ class Trying:
         if self._staging.is_joining(room_id) or not await self._rooms.is_in_room(room_id):
             # Until the room is joined Synapse would drop all, or have them in memory only.
             self._paces.forget((origin, room_id))
-            await self._table.stage_again(
+            expired = await self._table.stage_again(
                 *(origin, room_id, []),
                 ended=[pdu for pdu in parked if pdu.until_ms <= now_ms],
                 due_ms={pdu: _next_ms(pdu, now_ms, _ABSENT_MAX_MS) for pdu in parked},
                 stage_txn=self._staging.stage_txn,
             )
+            self._homeserver.metrics.unparked(0, len(expired))
             return False
         pace = self._paces.of((origin, room_id))
         # Before it is read what is persisted: else some would seem to have failed.
@@ -214,12 +217,14 @@ class Trying:
         # These are tried when they are due, and no more often.
         counted = [pdu for pdu in left if pdu.tries and pdu.is_due(now_ms)]
         due_ms.update((pdu, _next_ms(pdu, now_ms, LONGEST_MS // 2)) for pdu in counted)
-        await self._table.stage_again(
+        deleted = await self._table.stage_again(
             *(origin, room_id, [*to_stage, *counted]),
             ended=ended,
             due_ms=due_ms,
             stage_txn=self._staging.stage_txn,
         )
+        persisted = len(deleted & here.persisted)
+        self._homeserver.metrics.unparked(persisted, len(deleted) - persisted)
         if not left:
             self._paces.forget((origin, room_id))
         if to_stage or counted:

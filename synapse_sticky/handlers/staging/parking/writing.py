@@ -42,12 +42,14 @@ class ToPark:
 
     why: for the log.
     counts: whether this failure is one of the few after which it is given up.
+    reason: for the metrics.
     """
 
     pdu: ParkedPdu
     staged: StagedPdu
     why: str
     counts: bool = False
+    reason: str = "unknown"
 
 
 class ParkedWriter:
@@ -89,6 +91,7 @@ class ParkedWriter:
         self._is_off = True
         for to_park in self._waiting.values():
             logger.warning("Not parking the sticky PDU %s", to_park.pdu.event_id)
+            self._homeserver.metrics.dropped("unwritable")
         self._waiting.clear()
         self._held.release(*self._held.rooms())
 
@@ -109,6 +112,7 @@ class ParkedWriter:
                 self._waiting[key] = to_park
                 is_kept = True
         if not is_kept:
+            self._homeserver.metrics.dropped("unwritable")
             logger.warning(
                 "There is no table, or it cannot be written; not parking the sticky PDU %s: %s",
                 *(to_park.pdu.event_id, to_park.why),
@@ -120,6 +124,7 @@ class ParkedWriter:
     async def drop(self, pdu: ParkedPdu, why: str) -> None:
         """The PDU is given up."""
         logger.warning(_DROPPING, pdu.event_id, pdu.origin, why)
+        self._homeserver.metrics.dropped("refused")
         self._waiting.pop((pdu.origin, pdu.event_id), None)
         self._held.release((pdu.origin, pdu.event_id))
         if not self._is_loaded:
@@ -196,9 +201,11 @@ class ParkedWriter:
             if self._staging.verdict_of(e) in (Verdict.PASSES, Verdict.UNKNOWN):
                 raise
             logger.warning("Could not park the sticky PDU %s: %r", pdu.event_id, e)
+            self._homeserver.metrics.dropped("unwritable")
             return
         if outcome is Outcome.PARKED:
             logger.info("Parked the sticky PDU %s: %s", pdu.event_id, to_park.why)
+            self._homeserver.metrics.parked(to_park.reason)
             self._on_parked()
         elif outcome is Outcome.STILL_PARKED:
             # The operator knows; one that cannot be completed fails until it expires.
@@ -207,7 +214,9 @@ class ParkedWriter:
         elif outcome is Outcome.GIVEN_UP:
             why = f"{to_park.why} (tried {len(unknown.AFTER_MS) + 1} times)"
             logger.warning(_DROPPING, pdu.event_id, pdu.origin, why)
+            self._homeserver.metrics.dropped("tried_often")
         else:
+            self._homeserver.metrics.dropped("full")
             logger.warning(
                 "Too many sticky PDUs of %s are parked, not parking %s: %s",
                 *(pdu.origin, pdu.event_id, to_park.why),

@@ -133,7 +133,8 @@ class TurnsHandler:
 
     def install(self) -> None:
         """Takes effect from the next PDU on."""
-        self._area.choose_by(self.choose_txn)
+        timed = self._homeserver.metrics.timed_call
+        self._area.choose_by(timed("pruning", "turn", self.choose_txn))
         self._held.is_heeded = True
 
     def take_prunable(self, room_id: str) -> list[Key]:
@@ -147,6 +148,7 @@ class TurnsHandler:
         if known is None or not known.lock.acquire(blocking=False):
             return []
         try:
+            self._homeserver.metrics.kept_staged(known.room.take_kept())
             taken = known.room.prunable(self._homeserver.now_ms(), _MOST_PRUNED)
             for key in taken:
                 known.room.remove(key)

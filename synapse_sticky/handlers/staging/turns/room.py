@@ -96,6 +96,8 @@ class StagedRoom:
         self._sticky: list[tuple[int, Key]] = []
         self._plain: set[Key] = set()
         self._prunable: dict[Key, None] = {}
+        # Sticky ones that some depend on, and that were not counted yet.
+        self._kept: set[Key] = set()
         # Up to when PDUs count as pruned by plain Synapse, and how many gaps it would have left.
         self._cut_ms = -1
         self._gaps_left = 0
@@ -129,6 +131,14 @@ class StagedRoom:
         # After a clock was set back, some that had expired have not.
         some = islice(self._prunable, most)
         return [key for key in some if self._pdus[key].until_ms <= now_ms]
+
+    def take_kept(self) -> int:
+        """How many that are sticky plain Synapse would prune; each is counted once."""
+        if len(self._pdus) < PRUNE_FROM:
+            return 0
+        count = len(self._kept)
+        self._kept.clear()
+        return count
 
     # What is staged
 
@@ -173,6 +183,7 @@ class StagedRoom:
         else:
             del self._sticky[bisect_left(self._sticky, (pdu.until_ms, key))]
         self._prunable.pop(key, None)
+        self._kept.discard(key)
         for prev_event_id in pdu.prev_event_ids:
             dependents = self._dependents.get(prev_event_id, set())
             dependents.discard(key)
@@ -199,8 +210,12 @@ class StagedRoom:
             self._note_if_ready(self._pdus[key])
 
     def _note_if_prunable(self, key: Key) -> None:
-        if key in self._plain and key[1] in self._dependents:
+        if key[1] not in self._dependents:
+            return
+        if key in self._plain:
             self._prunable[key] = None
+        else:
+            self._kept.add(key)
 
     def _note_if_ready(self, pdu: WaitingPdu) -> None:
         if pdu.key not in self._in_ready and not self._waits(pdu):

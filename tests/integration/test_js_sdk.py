@@ -39,13 +39,16 @@ def test_who_joins_sees_the_members_of_the_call(
     wait_until_they_show([app], alice, carol)
     assert app.lines[-1]["in_timeline"] == []
 
-    newer = send_member(alice, room_id, _SHORT_MS)
+    newer = send_member(alice, room_id)
     wait_until_they_have([app], newer, carols)
     carol.redact(room_id, carols)
     wait_until_they_have([app], newer)
     wait_until_they_show([app], alice)
-    wait_until_they_have([app])  # the newer one has expired
-    wait_until_they_show([app])
+    short = send_member(carol, room_id, _SHORT_MS)
+    wait_until_they_have([app], newer, short)
+    wait_until_they_show([app], alice, carol)
+    wait_until_they_have([app], newer)  # the other has expired
+    wait_until_they_show([app], alice)
 
 
 @pytest.mark.slow

@@ -1,31 +1,18 @@
 """Programs of matrix-js-sdk, the client that people use: each prints whom it sees in a call."""
 
-import fcntl
-import functools
 import json
 import os
-import re
-import shutil
 import subprocess
-import textwrap
-from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import pytest
 
 from tests.lab.client import Client
+from tests.lab.js_sdk.installation import FOLDER, missing, tool
 
 WATCH = "watch.mjs"
 PARTICIPATE = "participate.mjs"
-
-_FOLDER = Path(__file__).parent
-_LOCK = _FOLDER / "package-lock.json"
-_STAMP = _FOLDER / "node_modules" / ".installed"  # git ignores it
-_OLDEST_NODE = 20
-_LONGEST_INSTALLATION_S = 300
-# What npm says of files that are wrong, and not of a registry that is not to be had.
-_OURS = ("EUSAGE", "EJSONPARSE", "EINTEGRITY")
 
 
 class JsSdk:
@@ -39,10 +26,12 @@ class JsSdk:
     """
 
     def __init__(self, user: Client, room_id: str, program: str = WATCH, **options: Any) -> None:
+        if (reason := missing()) is not None:
+            pytest.skip(f"matrix-js-sdk is not to be had: {reason}")
         token, device_id = _log_in(user)
         base = {"baseUrl": user.base_url, "userId": user.user_id, "deviceId": device_id}
         said = json.dumps({**base, "roomId": room_id, **options})
-        self._command = [_node(), str(_FOLDER / program), said]
+        self._command = [tool("node") or "", str(FOLDER / program), said]
         self._env = {**os.environ, "ACCESS_TOKEN": token}
         self.name = f"{program} of {user.user_id}, {options.get('sync', '/sync')}"
         self.lines: list[dict[str, list[str]]] = []
@@ -103,48 +92,3 @@ def _log_in(user: Client) -> tuple[str, str]:
     login = {"type": "m.login.password", "identifier": identifier, "password": "password"}
     answer = user.request("POST", "login", login)
     return answer["access_token"], answer["device_id"]
-
-
-def _node() -> str:
-    """Node, with the SDK installed; once for each package-lock.json."""
-    missing = _missing()
-    if missing is not None:
-        pytest.skip(f"matrix-js-sdk is not to be had: {missing}")
-    return _found("node")
-
-
-def _found(tool: str) -> str:
-    return shutil.which(tool) or ""
-
-
-@functools.cache
-def _missing() -> str | None:
-    """Why there is no SDK here; None if there is one, installed by now."""
-    for tool in ("node", "npm"):
-        if not _found(tool):
-            return f"{tool} is missing"
-    asked = [_found("node"), "--version"]
-    version = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
-    if int(version.lstrip("v").split(".")[0]) < _OLDEST_NODE:
-        return f"it needs Node {_OLDEST_NODE}, and this is {version.strip()}"
-    with (_FOLDER / "package.json").open() as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # tests run in several processes
-        if not _STAMP.exists() or _STAMP.read_text() != _LOCK.read_text():
-            return _install()
-    return None
-
-
-def _install() -> str | None:
-    """Installs what package-lock.json names. Gives what npm says if it cannot get it."""
-    run = functools.partial(subprocess.run, cwd=_FOLDER, capture_output=True, text=True)
-    try:
-        npm = run([_found("npm"), "ci"], timeout=_LONGEST_INSTALLATION_S)
-    except subprocess.TimeoutExpired:
-        return f"npm ci took more than {_LONGEST_INSTALLATION_S} s"
-    if npm.returncode == 0:
-        shutil.copy(_LOCK, _STAMP)
-        return None
-    codes = re.findall(r"^npm error code (\w+)", npm.stderr, re.MULTILINE)
-    assert not set(codes) & set(_OURS), f"npm ci failed:\n{npm.stdout}{npm.stderr}"
-    said = npm.stderr.replace("npm error ", "")
-    return f"npm ci failed: {textwrap.shorten(said, 200)}"

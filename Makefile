@@ -56,7 +56,7 @@ lint: $(VENV)/.built ## ruff, mypy, stubtest, rustfmt, clippy; whether the gener
 	@test -x $(BIN)/actionlint || GOBIN=$(abspath $(BIN)) timeout $(TOOLS_WITHIN_S) go install $(ACTIONLINT) || \
 		{ echo "actionlint is not to be had, which go installs, so it is left out"; test $(NEED_TOOLS) = no; }
 	test ! -x $(BIN)/actionlint || $(BIN)/actionlint
-	@! git grep -nE '(pypi[.]org|pythonhosted[.]org|crates[.]io)' -- ':!Makefile' | grep -v '^Cargo.lock:[0-9]*:source = "registry+' || { echo "A registry's host is named"; exit 1; }
+	@! git grep -nE '(pypi[.]org|pythonhosted[.]org|crates[.]io|npmjs[.](org|com))' -- ':!Makefile' | grep -v '^Cargo.lock:[0-9]*:source = "registry+' || { echo "A registry's host is named"; exit 1; }
 
 bench: $(VENV)/.built ## Benchmarks: the Rust core; delivery beside SQL; /sync; what metrics cost it; refusing beside accepting; what each event costs; what it costs others when much goes wrong; newcomers, also plain ones and with busy cores; workers
 	cargo bench --quiet
@@ -127,7 +127,7 @@ format: $(VENV)/.built ## Formats Python and Rust
 	cargo fmt
 
 clean: ## Removes everything that was built
-	rm -rf $(VENV) .venv-compat .venv-install $(WHEELS) $(DOCS) dist site target synapse_sticky/_core*.so
+	rm -rf $(VENV) .venv-compat .venv-install $(WHEELS) $(DOCS) dist site target synapse_sticky/_core*.so tests/lab/js_sdk/node_modules
 
 # The environment: the module itself (its Python files used where they are, its Rust core built),
 # Synapse, and what linting and testing need. The core can be told to panic here, and in no wheel.

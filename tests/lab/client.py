@@ -44,7 +44,7 @@ class Client:
 
     def __init__(self, base_url: str, user_id: str, access_token: str) -> None:
         self.user_id = user_id
-        self._base_url = base_url
+        self.base_url = base_url
         self.access_token = access_token
         self._session = requests.Session()
         self._session.trust_env = False  # the environment may name a proxy
@@ -52,7 +52,7 @@ class Client:
 
     def again(self) -> "Client":
         """The same device by another connection, for another thread."""
-        return Client(self._base_url, self.user_id, self.access_token)
+        return Client(self.base_url, self.user_id, self.access_token)
 
     def request(self, method: str, path: str, body: object = None, **query: Any) -> Any:
         """A request to the client-server API; ``path`` follows ``/_matrix/client/v3/``.
@@ -64,7 +64,7 @@ class Client:
             body = {}
         url = path if path.startswith("/") else f"/_matrix/client/v3/{path}"
         response = self._session.request(
-            method, self._base_url + url, json=body, params=query, timeout=90
+            method, self.base_url + url, json=body, params=query, timeout=90
         )
         if not response.ok:
             raise ApiError(response)

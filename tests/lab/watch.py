@@ -24,11 +24,22 @@ class Watcher:
 
     Args:
         sliding: by sliding sync, not by /sync.
+        taking: is given each answer, in the thread.
+        body: each request of sliding sync has this as well (``Client.sliding_sync``).
     """
 
-    def __init__(self, user: Client, *, sliding: bool = False) -> None:
+    def __init__(
+        self,
+        user: Client,
+        *,
+        sliding: bool = False,
+        taking: Callable[[Any], object] = lambda answer: None,
+        **body: Any,
+    ) -> None:
         self._user = user.again()
         self._sliding = sliding
+        self._taking = taking
+        self._body = body
         self.answers: list[Any] = []
         self._over = threading.Event()
         self._error: Exception | None = None
@@ -44,9 +55,13 @@ class Watcher:
         found: Callable[[Any, str], list[str]] = (
             sliding_sticky_events if self._sliding else sticky_events
         )
+        self.check()
+        return [event_id for answer in [*self.answers] for event_id in found(answer, room_id)]
+
+    def check(self) -> None:
+        """Raises what ``seen`` raises."""
         if self._error is not None:
             raise self._error
-        return [event_id for answer in [*self.answers] for event_id in found(answer, room_id)]
 
     def text(self) -> str:
         """All that it was told."""
@@ -72,9 +87,10 @@ class Watcher:
                     return
             else:
                 self.answers.append(answer)
+                self._taking(answer)
 
     def _next(self, answer: Any) -> Any:
         if self._sliding:
-            return self._user.sliding_sync(answer, timeout_ms=_POLL_MS)
+            return self._user.sliding_sync(answer, timeout_ms=_POLL_MS, **self._body)
         since = None if answer is None else answer["next_batch"]
         return self._user.sync(since, _POLL_MS, WITHOUT_TIMELINE)

@@ -9,6 +9,7 @@ import yaml
 from synapse.config.homeserver import HomeServerConfig
 from synapse.module_api.errors import ConfigError
 
+from synapse_sticky.admin.tables import ActionTable
 from synapse_sticky.config import LISTED_TWICE, StickyConfig
 from synapse_sticky.handlers.deferral.tables import DeferredTable
 from synapse_sticky.handlers.delivery.unignored.tables import UnignoredTable
@@ -41,7 +42,7 @@ SEAMS = (
 
 LAYOUTS: Sequence[type[HasLayout]] = (
     *(DeferredTable, NewcomerTable, PageTable, ParkedTable),
-    UnignoredTable,
+    *(UnignoredTable, ActionTable),
 )
 """All tables of the module."""
 

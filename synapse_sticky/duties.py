@@ -131,6 +131,9 @@ ALL = ("homeserver.process", "homeserver.place", "homeserver.signal")
 CHECK = "cli.synapse"
 """What ``synapse-sticky check`` needs to read a configuration."""
 
+_SIMULATE = "cli.simulate.synapse"
+"""What ``synapse-sticky simulate`` reads from a database."""
+
 _PLACES = "homeserver.sticky_rows"
 _ROWS = (_PLACES, "index.synapse:rows")
 _OPTIONAL = (
@@ -322,6 +325,7 @@ def _every_seam() -> Iterator[Seam]:
     for file in _OPTIONAL:
         yield from seams_of(file)
     yield from seams_of(CHECK)
+    yield from seams_of(_SIMULATE)
     for layer in access.SEAMS.values():
         yield from layer
     for duty in DUTIES.values():

@@ -36,7 +36,10 @@ MAY_IMPORT = {
     "installer": {"config", "handlers", "homeserver", "index", "limits", "loading"},
     "loading": {"backoff", "duties", "homeserver"},
     "plan": {"config", "duties", "homeserver"},
-    "cli": {"config", "duties", "handlers", "homeserver", "module", "plan", "versions"},
+    "cli": {
+        *("_core", "config", "duties", "handlers", "homeserver", "limits", "module", "options"),
+        *("plan", "versions"),
+    },
     "__main__": {"cli"},
     "duties": {"homeserver"},
     "handlers": OF_A_DUTY,

@@ -1,0 +1,69 @@
+"""The commands that need packages which Synapse does not: what they are, and what they need.
+
+To add one, write a file with a function ``command``, which imports click and gives a
+``click.Command``, and add it to ``EXTRA``. Neither that file nor what it imports at its top imports
+an extra there: every module of this package can be imported without any.
+"""
+
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import attr
+from packaging.version import Version
+
+from synapse_sticky.cli.simulate.command import command as simulate
+
+if TYPE_CHECKING:
+    import click
+
+_OLDEST_CLICK = "8.1"
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class ExtraCommand:
+    """A command.
+
+    load: imports the packages and gives the command.
+    extra: the one of this package that brings what it needs.
+    needs: the packages without which it cannot run.
+    """
+
+    name: str
+    summary: str
+    load: Callable[[], "click.Command"]
+    extra: str
+    needs: tuple[str, ...]
+
+    def lacks(self) -> str:
+        """What to install to run it; empty if nothing."""
+        if all(map(_is_there, self.needs)):
+            return ""
+        return (
+            f"synapse-sticky {self.name} needs {', '.join(self.needs)}. Install them into this"
+            f" environment: pip install 'synapse-sticky[{self.extra}]'"
+        )
+
+
+EXTRA: Sequence[ExtraCommand] = (
+    ExtraCommand(
+        "simulate",
+        "what limits would do to a flood",
+        simulate,
+        "simulate",
+        ("click", "rich", "plotext"),
+    ),
+)
+
+
+def has_click() -> bool:
+    """Is there a click that can be used?"""
+    try:
+        return _is_there("click") and Version(version("click")) >= Version(_OLDEST_CLICK)
+    except PackageNotFoundError:
+        return False  # somebody has put its files there
+
+
+def _is_there(package: str) -> bool:
+    return find_spec(package) is not None

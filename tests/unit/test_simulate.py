@@ -3,7 +3,6 @@
 import io
 import json
 import random
-import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from synapse_sticky.cli.simulate.outcome import Fate
 from synapse_sticky.cli.simulate.player import play
 from synapse_sticky.config import FederationConfig, LimitConfig, Mode
 from tests.unit.configuration import Files
-from tests.unit.test_check_database import migrate
 from tests.unit.test_limits import NOW_MS
 from tests.unit.test_observer import There, deferring
 
@@ -260,86 +258,6 @@ def test_what_does_not_go_together(
 ) -> None:
     assert main(["simulate", *arguments]) == 2
     assert said in capsys.readouterr().err
-
-
-EVENT = (
-    "INSERT INTO events (stream_ordering, topological_ordering, event_id, type, room_id, processed,"
-    " outlier, depth, origin_server_ts, received_ts, sender, rejection_reason)"
-    " VALUES (?, ?, ?, 'm.rtc.member', '!room', 1, ?, ?, ?, ?, ?, ?)"
-)
-JSON = (
-    "INSERT INTO event_json (event_id, room_id, internal_metadata, json) VALUES (?, '!room', ?, ?)"
-)
-
-
-def persist(
-    database: Path,
-    number: int,
-    *,
-    outlier: bool = False,
-    rejected: str | None = None,
-    soft_failed: bool = False,
-    field: object = {"duration_ms": 3_600_000},
-    ago_ms: int = 0,
-) -> None:
-    """An event is in Synapse's tables, as of ``NOW_MS``, or earlier."""
-    at_ms = NOW_MS + number - ago_ms
-    event_id, sender = f"$event{number}", "@mallory:there"
-    event = {"content": {"msc4354_sticky_key": "key"}, "msc4354_sticky": field}
-    with sqlite3.connect(database) as connection:
-        values = (number, 1, event_id, outlier, 1, at_ms, at_ms, sender, rejected)
-        connection.execute(EVENT, values)
-        metadata = json.dumps({"soft_failed": True} if soft_failed else {})
-        connection.execute(JSON, (event_id, metadata, json.dumps(event)))
-    connection.close()
-
-
-def test_what_a_database_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    files = Files(tmp_path)
-    path = files.write()
-    migrate(path)
-    capsys.readouterr()
-    assert main(["simulate", "--database", path]) == 2
-    assert "nothing to play" in capsys.readouterr().err
-    for number in range(1, 101):
-        persist(files.database, number)
-    persist(files.database, 101, outlier=True)
-    persist(files.database, 102, rejected="auth_error")
-    persist(files.database, 103, soft_failed=True)
-    persist(files.database, 104, field=None)
-    persist(files.database, 105, ago_ms=86_400_000)
-    before = files.database.read_bytes()
-    saved = tmp_path / "flood.jsonl"
-    found = simulated(
-        capsys,
-        *("--database", path, "--save-arrivals", str(saved)),
-        *("--since", f"{NOW_MS}", "--until", f"{NOW_MS + 1_000}"),
-    )
-    assert found["server_name"] == "here"
-    each = found["configurations"]["defaults"]["each"]
-    assert [one["event_id"] for one in each] == [f"$event{n}" for n in range(1, 101)]
-    assert [one["arrived_ms"] for one in each] == [NOW_MS + n for n in range(1, 101)]
-    assert [one["fate"] for one in each] == ["now"] * 60 + ["later"] * 40
-    assert files.database.read_bytes() == before
-    lines = [json.loads(line) for line in saved.read_text().splitlines()]
-    assert len({line["key"] for line in lines}) == 1
-    assert lines[0]["key"] is not None
-    assert "content" not in saved.read_text()
-
-
-@pytest.mark.requirement("H3")
-def test_more_of_a_database_than_is_looked_at(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    files = Files(tmp_path)
-    path = files.write()
-    migrate(path)
-    monkeypatch.setattr("synapse_sticky.cli.simulate.synapse._MOST", 10)
-    for number in range(1, 12):
-        persist(files.database, number)
-    span = ("--since", f"{NOW_MS}", "--until", f"{NOW_MS + 1_000}")
-    assert main(["simulate", "--database", path, *span]) == 2
-    assert "Give a shorter time" in capsys.readouterr().err
 
 
 def test_hostile_names_do_not_reach_the_terminal(

@@ -11,7 +11,7 @@ from synapse_sticky.handlers.deferral.handler import NewStickyEvent
 from synapse_sticky.handlers.deferral.key import key_of
 
 MOST = 100_000
-"""How many events are played at most. That takes some ten seconds, and some 100 MB."""
+"""How many events are played at most. That takes some seconds, and some 200 MB."""
 
 _NEVER_MS = 2**63 - 1
 

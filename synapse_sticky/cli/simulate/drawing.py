@@ -4,12 +4,13 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from synapse_sticky.cli.full import printable
 from synapse_sticky.cli.simulate.outcome import Fate, Outcome, Played, Sums
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-_POINTS = 200
+_POINTS = 400
 _HEIGHT = 16
 _MARKERS = "·ox"
 _UNITS = ((3_600_000, "h"), (60_000, "min"), (1_000, "s"))
@@ -78,13 +79,8 @@ def _servers(name: str, by_server: Mapping[str, Sums]) -> object:
     for server, sums in by_server.items():
         now = sums.by_fate.get(Fate.NOW.value, 0)
         delays = (time_of(sums.median_ms), time_of(sums.longest_ms))
-        table.add_row(escape(_printable(server)), str(sums.events), str(now), *delays)
+        table.add_row(escape(printable(server)), str(sums.events), str(now), *delays)
     return table
-
-
-def _printable(text: str) -> str:
-    """Strangers choose names. A terminal obeys some characters."""
-    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _curves(outcomes: Mapping[str, Outcome], width: int) -> str:
@@ -96,7 +92,7 @@ def _curves(outcomes: Mapping[str, Outcome], width: int) -> str:
     plotext.plotsize(min(width, 100), _HEIGHT)
     plotext.title("Events that clients have, after so many seconds")
     for (name, (times, counts)), marker in zip(_series(outcomes).items(), _MARKERS, strict=False):
-        plotext.plot(times, counts, label=_printable(name), marker=marker)
+        plotext.plot(times, counts, label=printable(name), marker=marker)
     return str(plotext.uncolorize(plotext.build()))
 
 
@@ -132,16 +128,19 @@ def draw(path: str, outcomes: Mapping[str, Outcome]) -> None:
     # The same picture has the same bytes.
     with mpl.rc_context({"svg.hashsalt": "synapse-sticky"}):
         figure = Figure(figsize=(9, 7), layout="constrained")
-        above, below = figure.subplots(2, 1, sharex=True)
+        above, below = figure.subplots(2, 1)
         for name, (times, counts) in _series(outcomes).items():
             above.plot(times, counts, label=name, drawstyle="steps-post")
+        above.set_xlabel("s after the first arrival")
         above.set_ylabel("events that clients have")
         above.legend()
-        for name, outcome in outcomes.items():
+        for number, (name, outcome) in enumerate(outcomes.items(), 1):
             delivered = [p for p in outcome.events.values() if p.delivered_ms is not None]
-            below.plot(*_delays(delivered, outcome.begin_ms), ".", markersize=3, label=name)
+            times, delays = _delays(delivered, outcome.begin_ms)
+            # The color of its curve above, where the first is of the arrivals.
+            below.plot(times, delays, ".", color=f"C{number}", markersize=3, label=name)
         below.set_ylabel("s until clients have an event")
-        below.set_xlabel("s after the first arrival, at which the event arrived")
+        below.set_xlabel("s after the first arrival, when the event arrived")
         below.legend()
         for axes in (above, below):
             axes.grid(alpha=0.3)

@@ -253,8 +253,8 @@ def _played(
 
     from synapse_sticky.cli.simulate.player import play
 
-    outcomes = {}
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    outcomes, console = {}, Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         for name, config in limits.items():
             bar = progress.add_task(name, total=len(arrivals))
             outcomes[name] = play(arrivals, config, server_name, lambda: progress.advance(bar))  # noqa: B023

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import attr
 from packaging.version import Version
 
+from synapse_sticky.cli.api.status import command as status
+from synapse_sticky.cli.api.why import command as why
 from synapse_sticky.cli.simulate.command import command as simulate
 
 if TYPE_CHECKING:
@@ -46,13 +48,17 @@ class ExtraCommand:
         )
 
 
+_TERMINAL = ("click", "rich")
+
 EXTRA: Sequence[ExtraCommand] = (
+    ExtraCommand("status", "how much is sticky, and how much waits", status, "cli", _TERMINAL),
+    ExtraCommand("why", "why an event has not been delivered", why, "cli", _TERMINAL),
     ExtraCommand(
         "simulate",
         "what limits would do to a flood",
         simulate,
         "simulate",
-        ("click", "rich", "plotext"),
+        (*_TERMINAL, "plotext"),
     ),
 )
 

@@ -7,6 +7,7 @@ from synapse_sticky.cli.base import BASE, BaseCommand
 from synapse_sticky.cli.extra import EXTRA, ExtraCommand
 from synapse_sticky.cli.plain import DESCRIPTION, PROGRAM
 from synapse_sticky.cli.report import NO_START
+from synapse_sticky.cli.texts import examples
 
 if TYPE_CHECKING:
     import click
@@ -111,13 +112,3 @@ def _of_extra(extra: ExtraCommand) -> "click.Command":
         add_help_option=False,
         context_settings={"ignore_unknown_options": True},
     )
-
-
-def examples(lines: Sequence[str]) -> str:
-    """The end of a command's help."""
-    return "\n".join(("\b", "Examples:", *(f"  {line}" for line in lines)))
-
-
-def printable(text: str) -> str:
-    """The text without the characters that a terminal obeys: strangers choose names."""
-    return "".join(c if c.isprintable() else "?" for c in text)

@@ -44,8 +44,8 @@ def command() -> "click.Command":
     """The command, for click."""
     import click
 
-    from synapse_sticky.cli.full import examples
     from synapse_sticky.cli.simulate.arrivals import UnusableError
+    from synapse_sticky.cli.texts import examples
 
     def simulate(**options: Any) -> int:
         try:

@@ -4,8 +4,8 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from synapse_sticky.cli.full import printable
 from synapse_sticky.cli.simulate.outcome import Fate, Outcome, Played, Sums
+from synapse_sticky.cli.texts import printable
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -128,11 +128,8 @@ def seams_of(file: str) -> tuple[Seam, ...]:
 ALL = ("homeserver.process", "homeserver.place", "homeserver.signal")
 """What every duty needs."""
 
-CHECK = "cli.synapse"
-"""What ``synapse-sticky check`` needs to read a configuration."""
-
-_SIMULATE = "cli.simulate.synapse"
-"""What ``synapse-sticky simulate`` reads from a database."""
+CHECK, SIMULATE = "cli.synapse", "cli.simulate.synapse"
+"""What ``synapse-sticky check`` and ``simulate`` need to read a configuration and a database."""
 
 _PLACES = "homeserver.sticky_rows"
 _ROWS = (_PLACES, "index.synapse:rows")
@@ -322,10 +319,8 @@ def _every_seam() -> Iterator[Seam]:
     yield from remaining.SEAMS
     yield from unignored.SEAMS
     yield from retention.SEAMS
-    for file in _OPTIONAL:
+    for file in (*_OPTIONAL, CHECK, SIMULATE):
         yield from seams_of(file)
-    yield from seams_of(CHECK)
-    yield from seams_of(_SIMULATE)
     for layer in access.SEAMS.values():
         yield from layer
     for duty in DUTIES.values():

@@ -14,6 +14,7 @@ import attr
 from packaging.version import Version
 
 from synapse_sticky.cli.api.status import command as status
+from synapse_sticky.cli.api.watch import command as watch
 from synapse_sticky.cli.api.why import command as why
 from synapse_sticky.cli.simulate.command import command as simulate
 
@@ -52,6 +53,7 @@ _TERMINAL = ("click", "rich")
 
 EXTRA: Sequence[ExtraCommand] = (
     ExtraCommand("status", "how much is sticky, and how much waits", status, "cli", _TERMINAL),
+    ExtraCommand("watch", "the same, renewed until Ctrl-C", watch, "cli", _TERMINAL),
     ExtraCommand("why", "why an event has not been delivered", why, "cli", _TERMINAL),
     ExtraCommand(
         "simulate",

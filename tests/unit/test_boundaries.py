@@ -68,6 +68,7 @@ TIMERS = {
 }
 # Where something waits in its own way, and why. All else uses backoff.py.
 WAIT_BY_THEMSELVES = {
+    "synapse_sticky/cli/api/watch.py": "it is a program of its own, without a reactor",
     "synapse_sticky/cli/drain.py": "it is a program of its own, without a reactor",
     "synapse_sticky/handlers/joins/confirmation/questions.py": "each destination has its own time",
     "synapse_sticky/handlers/joins/destinations.py": "the time is the earliest of many pushes",

@@ -226,6 +226,41 @@ def test_token_in_a_file(
     assert "There is no token" in capsys.readouterr().err
 
 
+def test_watch_goes_on_until_somebody_ends_it(
+    api: Api, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the server does not answer meanwhile."""
+    pauses: list[float] = []
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        deferred = {"events": len(pauses), "by_limit": {}, "servers": 1}
+        match len(pauses) % 4:
+            case 1:
+                api.answers(502, b"")
+            case 2 | 3:
+                api.answers(200, {**OVERVIEW, "deferred": deferred})
+            case _:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr("time.sleep", pause)
+    api.answers(200, OVERVIEW)
+    assert main(["watch", "--every", "7", "--json"]) == 0
+    printed = capsys.readouterr()
+    found = [json.loads(line)["deferred"]["events"] for line in printed.out.splitlines()]
+    assert found == [7, 2, 3]
+    assert "answered 502" in printed.err
+    assert pauses == [7] * 4
+    api.answers(200, OVERVIEW)
+    assert main(["watch"]) == 0
+    assert "sticky events" in capsys.readouterr().out
+    assert pauses[4:] == [5] * 4
+    # What is wrong from the beginning is said, and ends it.
+    api.answers(403, {"errcode": "M_FORBIDDEN", "error": "You are not"})
+    assert main(["watch"]) == 2
+    assert len(pauses) == 8
+
+
 def test_address() -> None:
     for wrong in ("localhost:8008", "ftp://localhost", "http://", "file:///etc/passwd", ""):
         with pytest.raises(AskingError, match="is no address"):

@@ -215,6 +215,22 @@ def test_two_configurations_side_by_side(
     assert simulated(capsys, "--arrivals", str(flood), *given[:4])["configurations"] == found
 
 
+def test_files_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    binary = tmp_path / "flood.jsonl"
+    binary.write_bytes(b"\xff\xfe")
+    nowhere = str(tmp_path / "none" / "file")
+    for arguments, said in (
+        (("--arrivals", str(binary)), "can't decode byte 0xff"),
+        (("--arrivals", nowhere), "No such file"),
+        (("--svg", nowhere), "No such file"),
+        (("--save-arrivals", nowhere), "No such file"),
+    ):
+        assert main(["simulate", *arguments]) == 2
+        printed = capsys.readouterr().err
+        assert said in printed
+        assert "itself failed" not in printed
+
+
 def test_exit_code_says_if_something_is_lost(tmp_path: Path) -> None:
     options = tmp_path / "options.yaml"
     options.write_text("federation: {per_sender: {per_second: 0.001, burst_count: 1}}")

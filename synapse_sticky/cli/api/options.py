@@ -13,12 +13,13 @@ if TYPE_CHECKING:
     from synapse_sticky.cli.api.client import Client
 
 URL, TOKEN = "SYNAPSE_STICKY_URL", "SYNAPSE_STICKY_TOKEN"
-_ACCESS = f"""
+ACCESS = f"""
 \b
 The token is that of a server admin. It is read from the environment variable
 {TOKEN}, or from a file (--token-file), and never from the command line, which
 others on the machine can see. {URL} stands for --url.
 """
+"""Belongs in each command's help."""
 
 
 def asking(
@@ -43,7 +44,7 @@ def asking(
 
     def run(url: str, token_file: str | None, as_json: bool, **options: Any) -> int:
         try:
-            answer = ask(_client(url, token_file), **options)
+            answer = ask(client_of(url, token_file), **options)
         except AskingError as e:
             raise click.ClickException(str(e)) from None
         if as_json:
@@ -55,13 +56,14 @@ def asking(
     return click.Command(
         name,
         callback=run,
-        params=[*params, *_options()],
-        help=f"{description}\n\n{_ACCESS}",
+        params=[*params, *options_of_all()],
+        help=f"{description}\n\n{ACCESS}",
         epilog=examples(lines),
     )
 
 
-def _options() -> "list[click.Parameter]":
+def options_of_all() -> "list[click.Parameter]":
+    """Where the API is, the token, and ``--json``: ``url``, ``token_file`` and ``as_json``."""
     import click
 
     return [
@@ -80,7 +82,12 @@ def _options() -> "list[click.Parameter]":
     ]
 
 
-def _client(url: str, token_file: str | None) -> "Client":
+def client_of(url: str, token_file: str | None) -> "Client":
+    """Whoever asks the API.
+
+    Raises:
+        AskingError: there is no token, or the address is none.
+    """
     import os
 
     from synapse_sticky.cli.api.client import AskingError, Client

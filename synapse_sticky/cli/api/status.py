@@ -8,6 +8,7 @@ from synapse_sticky.cli.texts import printable
 
 if TYPE_CHECKING:
     import click
+    from rich.table import Table
 
     from synapse_sticky.cli.api.client import Client
 
@@ -31,13 +32,19 @@ def _ask(client: "Client") -> Any:
 
 def _show(overview: Any) -> None:
     from rich.console import Console
+
+    Console().print(table_of(overview))
+
+
+def table_of(overview: Any) -> "Table":
+    """For people."""
     from rich.markup import escape
     from rich.table import Table
 
     table = Table("", "now", title=escape(printable(overview["server_name"])), title_justify="left")
     for name, value in _rows(overview):
-        table.add_row(name, escape(printable(value)))
-    Console().print(table)
+        table.add_row(escape(name), escape(printable(value)))
+    return table
 
 
 def _rows(overview: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -50,7 +50,7 @@ def command() -> "click.Command":
     def simulate(**options: Any) -> int:
         try:
             return _simulate(**options)
-        except UnusableError as e:
+        except (UnusableError, OSError, UnicodeDecodeError) as e:
             raise click.ClickException(str(e)) from None
 
     return click.Command(

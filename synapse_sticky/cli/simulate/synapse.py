@@ -4,12 +4,13 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import attr
 from synapse.api.constants import StickyEvent
 
 from synapse_sticky.cli.simulate.arrivals import Arrival, UnusableError, arrival, in_order
 from synapse_sticky.cli.synapse import Configuration
 from synapse_sticky.handlers.deferral.key import key_of
-from synapse_sticky.homeserver.database import is_postgres
+from synapse_sticky.homeserver.database import is_postgres, portions
 from synapse_sticky.homeserver.seams import table
 
 SEAMS = (
@@ -24,28 +25,19 @@ SEAMS = (
 _FIELD: str = StickyEvent.EVENT_FIELD_NAME
 _HOUR_MS = 3_600_000
 _MOST = 50_000
-"""So many events, sticky or not, are looked at. Each is up to 64 kB."""
+"""So many events, sticky or not, are looked at."""
+_AT_ONCE = 500
+"""Of so many the JSON is in memory at a time, up to 64 kB of each."""
 _PATIENCE_MS = 60_000
 
 # Only the time that the sender claims has an index. No event is sticky an hour after that time.
-_READ = """
-    SELECT e.event_id, e.room_id, e.sender, e.type, e.origin_server_ts, e.received_ts,
-        CASE WHEN j.json LIKE ? THEN j.json END, j.internal_metadata
-    FROM (
-        SELECT event_id, room_id, sender, type, origin_server_ts, received_ts, stream_ordering,
-            outlier, rejection_reason
-        FROM events WHERE ? < origin_server_ts AND origin_server_ts <= ?
-        ORDER BY origin_server_ts LIMIT ?
-    ) AS e
-    INNER JOIN event_json AS j ON j.event_id = e.event_id
-    WHERE NOT e.outlier AND e.rejection_reason IS NULL
-    ORDER BY e.received_ts, e.stream_ordering
+_EVENTS = """
+    SELECT event_id, room_id, sender, type, origin_server_ts, received_ts, stream_ordering,
+        outlier OR rejection_reason IS NOT NULL
+    FROM events WHERE ? < origin_server_ts AND origin_server_ts <= ?
+    ORDER BY origin_server_ts LIMIT ?
 """
-_COUNT = """
-    SELECT COUNT(*) FROM (
-        SELECT 1 FROM events WHERE ? < origin_server_ts AND origin_server_ts <= ? LIMIT ?
-    ) AS looked_at
-"""
+_JSON = "SELECT event_id, json, internal_metadata FROM event_json WHERE json LIKE ? AND event_id IN"
 
 
 def read_database(paths: Sequence[str], since_ms: int, until_ms: int) -> tuple[str, list[Arrival]]:
@@ -69,34 +61,61 @@ def read_database(paths: Sequence[str], since_ms: int, until_ms: int) -> tuple[s
             cursor.execute(f"SET LOCAL statement_timeout = {_PATIENCE_MS}")
         else:
             cursor.execute("PRAGMA query_only = ON")
-        cursor.execute(_COUNT, (*span, _MOST + 1))
-        if cursor.fetchone()[0] > _MOST:
-            raise UnusableError(
-                f"The server has more than {_MOST} events, sticky or not, of this time and the hour"
-                " before. Give a shorter time with --since and --until."
-            )
-        cursor.execute(_READ, (f'%"{_FIELD}"%', *span, _MOST))
+        cursor.execute(_EVENTS, (*span, _MOST + 1))
         rows = cursor.fetchall()
-    found = (one for one in _sticky(rows) if since_ms <= one.at_ms <= until_ms)
+        if len(rows) > _MOST:
+            raise UnusableError(
+                f"The server has more than {_MOST} events, sticky or not, of this time and an hour"
+                " before and after it. Give a shorter time with --since and --until."
+            )
+        events = [
+            event for event in (_Event(*row) for row in rows) if event.came(since_ms, until_ms)
+        ]
+        events.sort(key=lambda event: (event.received_ms, event.stream_ordering))
+        found = [one for portion in portions(events, _AT_ONCE) for one in _sticky(cursor, portion)]
     return configuration.server_name, in_order(found)
 
 
-def _sticky(rows: Sequence[Any]) -> Iterator[Arrival]:
-    for number, row in enumerate(rows):
-        event_id, room_id, sender, kind, sent_ms, received_ms, text, metadata = row
-        if text is None or received_ms is None or json.loads(metadata).get("soft_failed"):
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class _Event:
+    """A row of ``events``; times in ms since the epoch."""
+
+    event_id: str
+    room_id: str
+    sender: str
+    type: str
+    sent_ms: int
+    received_ms: int
+    stream_ordering: int
+    is_refused: bool
+
+    def came(self, since_ms: int, until_ms: int) -> bool:
+        """Was it persisted in this time, and not as an outlier or rejected?"""
+        is_known = self.received_ms is not None and not self.is_refused
+        return is_known and since_ms <= self.received_ms <= until_ms
+
+
+def _sticky(cursor: Any, events: Sequence[_Event]) -> Iterator[Arrival]:
+    """Those of the events that are sticky and not soft-failed, in their order."""
+    ids = [event.event_id for event in events]
+    cursor.execute(f"{_JSON} ({', '.join('?' * len(ids))})", (f'%"{_FIELD}"%', *ids))
+    json_of = {event_id: texts for event_id, *texts in cursor.fetchall()}
+    for event in events:
+        if event.event_id not in json_of:
             continue
-        event = json.loads(text)
-        field = event.get(_FIELD)
+        whole, metadata = map(json.loads, json_of[event.event_id])
+        field = whole.get(_FIELD)
+        if metadata.get("soft_failed") or not isinstance(field, Mapping):
+            continue
         one = arrival(
-            number,
-            received_ms,
-            room_id,
-            sender,
-            event_id=event_id,
-            duration_ms=field.get("duration_ms") if isinstance(field, Mapping) else None,
-            origin_server_ts=sent_ms,
-            key=key_of(kind, event.get("content")),
+            event.stream_ordering,
+            event.received_ms,
+            event.room_id,
+            event.sender,
+            event_id=event.event_id,
+            duration_ms=field.get("duration_ms"),
+            origin_server_ts=event.sent_ms,
+            key=key_of(event.type, whole.get("content")),
         )
         if one is not None:
             yield one

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from synapse_sticky import __version__
 from synapse_sticky.cli.base import BASE, BaseCommand
 from synapse_sticky.cli.extra import EXTRA, ExtraCommand
 from synapse_sticky.cli.plain import DESCRIPTION, PROGRAM
@@ -64,7 +65,8 @@ def group() -> "click.Group":
             with formatter.section("Commands"):
                 formatter.write_dl(rows)
 
-    return Commands(PROGRAM, help=DESCRIPTION, epilog=_COMPLETION)
+    commands = Commands(PROGRAM, help=DESCRIPTION, epilog=_COMPLETION)
+    return click.version_option(__version__, message="%(prog)s %(version)s")(commands)
 
 
 def _of_base(command: BaseCommand) -> "click.Command":

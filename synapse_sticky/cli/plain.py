@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable, Sequence
 
+from synapse_sticky import __version__
 from synapse_sticky.cli.base import BASE, Option
 from synapse_sticky.cli.extra import EXTRA
 from synapse_sticky.cli.report import NO_START
@@ -23,6 +24,7 @@ def prepare(arguments: Sequence[str]) -> Callable[[], int]:
         epilog=f"Other commands need more packages: {', '.join(extra.name for extra in EXTRA)}."
         " Each says which, if you run it.",
     )
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     for command in BASE:
         one = commands.add_parser(

@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "plan": {"config", "duties", "homeserver"},
     "cli": {
         *("_core", "config", "duties", "handlers", "homeserver", "limits", "module", "options"),
-        *("plan", "versions"),
+        *("__init__", "plan", "versions"),
     },
     "__main__": {"cli"},
     "duties": {"homeserver"},

@@ -64,6 +64,13 @@ def test_base_commands_need_no_extras(tmp_path: Path) -> None:
     assert (run.returncode, "--nonsense" in run.stderr) == (2, True)
 
 
+def test_version(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    said = f"synapse-sticky {synapse_sticky.__version__}\n"
+    assert capsys.readouterr().out == said
+    assert without_extras(tmp_path, MAIN, "--version").stdout == said
+
+
 def test_the_others_say_what_to_install(tmp_path: Path) -> None:
     for extra in EXTRA:
         for arguments in ([], ["--help"], ["-c", "file"]):
@@ -115,6 +122,7 @@ def test_both_have_the_same_base_commands(
         (["drain"], "Missing option '-c'"),
         (["simulate", "--rate", "fast"], "'fast' is not a valid float"),
         (["simulate", "--for", "1 minute"], "a string such as '30s', '5m' or '1h'"),
+        (["simulate", "--for", "60"], "a number with a unit, such as 30s"),
     ],
 )
 def test_wrong_arguments(

@@ -266,6 +266,7 @@ def test_a_wrong_configuration(
         (["-c", "a", "-c", "b", "-c", "c"], "At most two"),
         (["--arrivals", "-", "--database", "a"], "not both"),
         (["--database", "a", "--since", "yesterday"], "'yesterday' is no time"),
+        (["--database", "a", "--since", "3600"], "'3600' is no time"),
         (["--database", "a", "--since", "1h", "--until", "2h"], "is not before"),
     ],
 )

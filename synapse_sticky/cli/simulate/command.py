@@ -84,7 +84,7 @@ def _options() -> "list[click.Parameter]":
         return click.Option([*flags], metavar="FILE", type=kind, multiple=multiple, help=text)
 
     return [
-        file("-c", "--config", "configs", text="The limits; once or twice.", multiple=True),
+        file("-c", "--config-path", "configs", text="The limits; once or twice.", multiple=True),
         click.Option(
             ["--rate"],
             type=click.FloatRange(0.01, 100_000),
@@ -121,8 +121,9 @@ def _options() -> "list[click.Parameter]":
         click.Option(
             ["--until"],
             metavar="TIME",
-            default="0",
-            help="From the database: up to then; now if not given.",
+            default="now",
+            show_default=True,
+            help="From the database: up to then.",
         ),
         file(
             "--save-arrivals",
@@ -142,8 +143,10 @@ def _duration(ctx: "click.Context", param: "click.Parameter", value: str) -> int
     from synapse_sticky.options import duration
 
     try:
-        # The shell has no numbers.
-        checked: int = duration(1, 86_400_000)(int(value) if value.isdecimal() else value)
+        if value.isdecimal():
+            # In a configuration these are ms, which nobody would guess here.
+            raise ValueError("a number with a unit, such as 30s, 5m or 1h")
+        checked: int = duration(1, 86_400_000)(value)
     except ValueError as e:
         raise click.BadParameter(f"must be {e}") from None
     return checked
@@ -229,12 +232,15 @@ def _time(text: str) -> int:
     from synapse_sticky.cli.simulate.arrivals import UnusableError
     from synapse_sticky.options import duration
 
+    if text == "now":
+        return int(time.time() * 1000)
     if text.isdecimal() and len(text) > len("100000000000"):
         return int(text)
-    try:
-        return int(time.time() * 1000) - int(duration(0, 2**53)(text))
-    except ValueError:
-        pass
+    if not text.isdecimal():
+        try:
+            return int(time.time() * 1000) - int(duration(0, 2**53)(text))
+        except ValueError:
+            pass
     try:
         return int(datetime.fromisoformat(text).timestamp() * 1000)
     except ValueError:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import attr
 from packaging.version import Version
 
+from synapse_sticky.cli.api.actions import actions, end, exempt, hold, release
+from synapse_sticky.cli.api.lists import rooms, servers
 from synapse_sticky.cli.api.status import command as status
 from synapse_sticky.cli.api.watch import command as watch
 from synapse_sticky.cli.api.why import command as why
@@ -55,6 +57,13 @@ EXTRA: Sequence[ExtraCommand] = (
     ExtraCommand("status", "how much is sticky, and how much waits", status, "cli", _TERMINAL),
     ExtraCommand("watch", "the same, renewed until Ctrl-C", watch, "cli", _TERMINAL),
     ExtraCommand("why", "why an event has not been delivered", why, "cli", _TERMINAL),
+    ExtraCommand("rooms", "where something is sticky or waits", rooms, "cli", _TERMINAL),
+    ExtraCommand("servers", "whose events are sticky or wait", servers, "cli", _TERMINAL),
+    ExtraCommand("release", "deliver what waits", release, "cli", _TERMINAL),
+    ExtraCommand("exempt", "no limits for a time", exempt, "cli", _TERMINAL),
+    ExtraCommand("hold", "have a server's events wait for a time", hold, "cli", _TERMINAL),
+    ExtraCommand("actions", "what administrators have ordered", actions, "cli", _TERMINAL),
+    ExtraCommand("end", "end what was ordered", end, "cli", _TERMINAL),
     ExtraCommand(
         "simulate",
         "what limits would do to a flood",

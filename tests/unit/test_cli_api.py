@@ -71,6 +71,7 @@ class Api:
     """A server of HTTP that answers everything alike.
 
     asked: path and headers of each request.
+    ordered: method, path and body of those that are no GET.
     """
 
     url: str
@@ -78,6 +79,7 @@ class Api:
     body: bytes = b""
     headers: dict[str, str] = attr.Factory(dict)
     asked: list[tuple[str, dict[str, str]]] = attr.Factory(list)
+    ordered: list[tuple[str, str, Any]] = attr.Factory(list)
 
     def answers(self, status: int, body: object, **headers: str) -> None:
         self.status, self.headers = status, headers
@@ -89,7 +91,11 @@ def api(monkeypatch: pytest.MonkeyPatch) -> Iterator[Api]:
     made = Api("")
 
     class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
+        def _answer(self) -> None:
+            length = int(self.headers.get("Content-Length", "0"))
+            body = json.loads(self.rfile.read(length)) if length else None
+            if self.command != "GET":
+                made.ordered.append((self.command, self.path, body))
             made.asked.append((self.path, dict(self.headers)))
             self.send_response(made.status)
             for name, value in made.headers.items():
@@ -97,6 +103,8 @@ def api(monkeypatch: pytest.MonkeyPatch) -> Iterator[Api]:
             self.send_header("Content-Length", str(len(made.body)))
             self.end_headers()
             self.wfile.write(made.body)
+
+        do_GET = do_POST = do_DELETE = _answer  # noqa: N815  the standard library's names
 
         def log_message(self, format: str, *args: object) -> None: ...  # noqa: A002  its name
 
@@ -139,6 +147,105 @@ def test_why(api: Api, capsys: pytest.CaptureFixture[str]) -> None:
     parts = urlsplit(api.asked[0][0])
     assert unquote(parts.path.rpartition("/")[2]) == "$a/b"
     assert parse_qs(parts.query) == {"room_id": [room], "sender": [sender]}
+
+
+ACTION: dict[str, Any] = {
+    "action_id": "an ID",
+    "kind": "hold",
+    "server": "flood.example",
+    "room_id": None,
+    "sender": None,
+    "reason": "a flood",
+    "made_by": "@admin:here.example",
+    "made_ms": NOW_MS,
+    "until_ms": NOW_MS + 600_000,
+    "ended_by": None,
+    "ended_ms": None,
+    "in_force": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "body"),
+    [
+        (
+            ["hold", "--server", "flood.example", "--for", "10m", "--reason", "a flood"],
+            {"kind": "hold", "server": "flood.example", "for_ms": 600_000, "reason": "a flood"},
+        ),
+        (
+            ["exempt", "--sender", "@a:there", "--for", "1h"],
+            {"kind": "exempt", "sender": "@a:there", "for_ms": 3_600_000},
+        ),
+        (
+            ["release", "--server", "there", "--room", "!r"],
+            {"kind": "release", "server": "there", "room_id": "!r"},
+        ),
+    ],
+)
+def test_what_is_ordered(
+    api: Api, capsys: pytest.CaptureFixture[str], arguments: list[str], body: object
+) -> None:
+    api.answers(200, ACTION)
+    assert main(arguments) == 0
+    assert "hold of flood.example is in force" in capsys.readouterr().out
+    assert api.ordered == [("POST", "/_synapse/sticky/admin/v1/actions", body)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["release"], "--server or --room or --sender"),
+        (["exempt", "--for", "1h"], "--server or --sender"),
+        (["hold"], "Missing option '--server'"),
+        (["hold", "--server", "a", "--for", "60"], "with a unit"),
+        (["hold", "--server", "a", "--for", "8d"], "a duration from"),
+    ],
+)
+def test_what_is_not_ordered(
+    api: Api, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    assert main(arguments) == 2
+    assert said in capsys.readouterr().err
+    assert api.asked == []
+
+
+def test_end_and_actions(api: Api, capsys: pytest.CaptureFixture[str]) -> None:
+    ended = {**ACTION, "in_force": False, "ended_by": "@admin:here.example"}
+    api.answers(200, ended)
+    assert main(["end", "an ID/"]) == 0
+    assert "is over" in capsys.readouterr().out
+    assert api.ordered == [("DELETE", "/_synapse/sticky/admin/v1/actions/an%20ID%2F", None)]
+    api.answers(200, {"now_ms": NOW_MS, "actions": [ended], "next": "5; $(x)"})
+    assert main(["actions"]) == 0
+    said = capsys.readouterr().out
+    assert "flood" in said
+    assert "--from '5; $(x)'" in said
+
+
+def test_lists(api: Api, capsys: pytest.CaptureFixture[str]) -> None:
+    counts = {"active": 3, "deferred": 2, "parked": 1}
+    room = {"room_id": "!r", "name": "A name", "alias": None, **counts}
+    api.answers(200, {"now_ms": NOW_MS, "rooms": [room]})
+    assert main(["rooms", "--order-by", "deferred", "--limit", "5"]) == 0
+    assert "A name" in capsys.readouterr().out
+    event = {"event_id": "$e", "sender": "@a:b", "type": None, "state": "deferred"}
+    times = {"why": "per_sender", "since_ms": None, "ends_ms": NOW_MS}
+    api.answers(200, {"now_ms": NOW_MS, "room_id": "!r", "events": [{**event, **times}]})
+    assert main(["rooms", "!r/x", "--from", "d 1"]) == 0
+    assert "per_se" in capsys.readouterr().out
+    server = {"server": "there", **counts, "lacking": 4, "newcomer": 5, "is_refused": True}
+    states = {"failing_since_ms": NOW_MS, "next_try_ms": None}
+    api.answers(200, {"now_ms": NOW_MS, "servers": [{**server, **states}]})
+    assert main(["servers", "--order-by", "name"]) == 0
+    assert "429" in capsys.readouterr().out
+    assert main(["servers", "--reverse"]) == 0
+    base = "/_synapse/sticky/admin/v1"
+    assert [path for path, _ in api.asked] == [
+        f"{base}/rooms?order_by=deferred&dir=b&limit=5",
+        f"{base}/rooms/%21r%2Fx/events?limit=100&from=d+1",
+        f"{base}/servers?order_by=name&dir=f&limit=100",
+        f"{base}/servers?dir=f&limit=100",
+    ]
 
 
 def test_event_id_that_the_shell_has_taken(capsys: pytest.CaptureFixture[str]) -> None:

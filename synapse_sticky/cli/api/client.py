@@ -3,6 +3,7 @@
 import json
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from typing import Any, NoReturn
 from urllib.parse import quote, urlencode, urlsplit
 
@@ -59,11 +60,39 @@ class Client:
         Raises:
             AskingError: it is not to be had.
         """
+        asked = urlencode({name: value for name, value in query.items() if value is not None})
+        return self._ask("GET", path, query=f"?{asked}" if asked else "")
+
+    def post(self, *path: str, **body: object) -> Any:
+        """What comes of it.
+
+        Args:
+            body: those that are None are left out.
+
+        Raises:
+            AskingError: it was refused, or it is not known what came of it.
+        """
+        return self._ask("POST", path, {k: v for k, v in body.items() if v is not None})
+
+    def delete(self, *path: str) -> Any:
+        """What was ended.
+
+        Raises:
+            AskingError: it was refused, or it is not known what came of it.
+        """
+        return self._ask("DELETE", path)
+
+    def _ask(self, method: str, path: Sequence[str], body: object = None, query: str = "") -> Any:
         address = "/".join((self._base, *(quote(part, safe="") for part in path)))
-        asked = {name: value for name, value in query.items() if value is not None}
         request = urllib.request.Request(  # noqa: S310  the scheme was checked
-            f"{address}?{urlencode(asked)}" if asked else address,
-            headers={"Authorization": f"Bearer {self._token}", "Accept": "application/json"},
+            address + query,
+            None if body is None else json.dumps(body).encode(),
+            {
+                "Authorization": f"Bearer {self._token}",
+                "Accept": "application/json",
+                "Content-Type": "application/json",
+            },
+            method=method,
         )
         try:
             with self._opener.open(request, timeout=_PATIENCE_S) as response:

@@ -1,15 +1,12 @@
 """The command ``why``: the way of one event, and why it has not been delivered."""
 
-from collections.abc import Sequence
-from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from synapse_sticky.cli.api.options import asking
-from synapse_sticky.cli.texts import printable
+from synapse_sticky.cli.api.printing import say, show_next, show_rows, time_of
 
 if TYPE_CHECKING:
     import click
-    from rich.console import Console
 
     from synapse_sticky.cli.api.client import Client
 
@@ -65,44 +62,19 @@ def _ask(
 
 
 def _show(event: Any) -> None:
-    from rich.console import Console
-
-    console = Console()
     known = [f"{name} {event[name]}" for name in ("type", "sender", "room_id") if event[name]]
-    _say(console, f"{event['event_id']}{': ' if known else ''}{', '.join(known)}")
+    say(f"{event['event_id']}{': ' if known else ''}{', '.join(known)}")
     for reason in (event["verdict"], *event["reasons"]):
-        _say(console, f"{reason['code']}: {reason['text']}")
+        say(f"{reason['code']}: {reason['text']}")
         if reason["to_do"]:
-            _say(console, f"  {reason['to_do']}")
-    steps = [(s["name"], s["state"], _time(s["at_ms"]), s["text"]) for s in event["steps"]]
-    _show_rows(console, ("step", "state", "when", "what"), steps)
+            say(f"  {reason['to_do']}")
+    steps = ((s["name"], s["state"], time_of(s["at_ms"]), s["text"]) for s in event["steps"])
+    show_rows(("step", "state", "when", "what"), steps)
     if event["receivers"]:
-        receivers = [
-            (r["server"], r["state"], _time(r["failing_since_ms"]), _time(r["next_try_ms"]))
+        receivers = (
+            (r["server"], r["state"], time_of(r["failing_since_ms"]), time_of(r["next_try_ms"]))
             for r in event["receivers"]
-        ]
-        _show_rows(console, ("server", "state", "fails since", "next try"), receivers)
-        if (after := event.get("next")) is not None:
-            total = event["receivers_total"]
-            _say(console, f"Of {total} servers. Go on with --from {after}")
-
-
-def _show_rows(
-    console: "Console", titles: tuple[str, ...], rows: Sequence[tuple[str, ...]]
-) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(*titles)
-    for row in rows:
-        table.add_row(*(escape(printable(cell)) for cell in row))
-    console.print(table)
-
-
-def _say(console: "Console", text: str) -> None:
-    console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
-
-
-def _time(at_ms: int | None) -> str:
-    """In the time of this machine."""
-    return "" if at_ms is None else f"{datetime.fromtimestamp(at_ms / 1000):%Y-%m-%d %H:%M:%S}"
+        )
+        say(f"These are of {event['receivers_total']} other servers in the room:")
+        show_rows(("server", "state", "fails since", "next try"), receivers)
+        show_next(event)

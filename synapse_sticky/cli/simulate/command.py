@@ -9,6 +9,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from synapse_sticky.cli.durations import duration_of
+
 if TYPE_CHECKING:
     import click
 
@@ -75,7 +77,7 @@ def _options() -> "list[click.Parameter]":
             metavar="DURATION",
             default=default,
             show_default=True,
-            callback=_duration,
+            callback=duration_of,
             help=text,
         )
 
@@ -134,22 +136,6 @@ def _options() -> "list[click.Parameter]":
             ["--json", "as_json"], is_flag=True, help="Print one JSON object, with each event."
         ),
     ]
-
-
-def _duration(ctx: "click.Context", param: "click.Parameter", value: str) -> int:
-    """A duration as everywhere in the configuration, in ms."""
-    import click
-
-    from synapse_sticky.options import duration
-
-    try:
-        if value.isdecimal():
-            # In a configuration these are ms, which nobody would guess here.
-            raise ValueError("a number with a unit, such as 30s, 5m or 1h")
-        checked: int = duration(1, 86_400_000)(value)
-    except ValueError as e:
-        raise click.BadParameter(f"must be {e}") from None
-    return checked
 
 
 def _simulate(

@@ -16,7 +16,7 @@ from synapse_sticky.config import FederationConfig, Mode
 from synapse_sticky.handlers.deferral.observer import Observer
 from synapse_sticky.limits import LimitReport
 
-_NEVER_MS = 2**63 - 1
+_GRACE_MS = 60_000
 
 
 def play(
@@ -49,7 +49,8 @@ def play(
         homeserver.run_until(one.at_ms)
         clerk.arrived(one)
         on_played()
-    homeserver.run_until(_NEVER_MS)
+    # Whatever happens, nothing waits for longer.
+    homeserver.run_until(max(one.event.expires_at_ms for one in arrivals) + _GRACE_MS)
     return outcome
 
 
@@ -137,8 +138,7 @@ class _Homeserver:
             if timer.active():
                 self._now_ms = max(self._now_ms, due_ms)
                 timer.call()
-        if at_ms != _NEVER_MS:
-            self._now_ms = max(self._now_ms, at_ms)
+        self._now_ms = max(self._now_ms, at_ms)
 
 
 class _Timer:

@@ -127,8 +127,8 @@ def seams_of(file: str) -> tuple[Seam, ...]:
 ALL = ("homeserver.process", "homeserver.place", "homeserver.signal")
 """What every duty needs."""
 
-CHECK = "cli.synapse"
-"""What ``synapse-sticky check`` needs to read a configuration."""
+CHECK, SIMULATE = "cli.synapse", "cli.simulate.synapse"
+"""What ``synapse-sticky check`` and ``simulate`` need to read a configuration and a database."""
 
 ADMIN = (
     *("admin.listeners.synapse", "admin.events.synapse", "admin.rooms.synapse"),
@@ -328,7 +328,7 @@ def _every_seam() -> Iterator[Seam]:
     yield from changed.SEAMS
     yield from remaining.SEAMS
     yield from retention.SEAMS
-    for file in (*_OPTIONAL, CHECK, *ADMIN):
+    for file in (*_OPTIONAL, CHECK, SIMULATE, *ADMIN):
         yield from seams_of(file)
     for layer in access.SEAMS.values():
         yield from layer

@@ -12,6 +12,7 @@ from synapse_sticky._core import Limiter
 from synapse_sticky.config import FederationConfig, LimitConfig, LocalConfig, Mode
 from synapse_sticky.logs import bounded
 from synapse_sticky.metrics import LimitMetrics
+from synapse_sticky.orders import HELD
 
 logger = bounded(__name__)
 
@@ -164,6 +165,10 @@ class LimitReport:
         outlook = f"{server_count} of its events {are} deferred, the last for about {delay_ms} ms"
         whose = f", this one by {sender!r}" if limit == "per_sender" else ""
         self._report("deferred", limit, server, f"in {room_id}{whose}", outlook, 1)
+
+    def held(self) -> None:
+        """An event waits whose server an administrator holds: no limit, and no line in the log."""
+        self._metrics.count("deferred", HELD)
 
     def released(self, limits: Iterable[str]) -> None:
         """Deferred events were delivered; gets the limit of each. That has no line in the log."""

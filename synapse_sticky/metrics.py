@@ -21,7 +21,7 @@ LIMITS = (
     *("per_server", "per_server_in_room", "per_sender", "per_room", "per_user"),
     *("max_deferred_per_server", "max_staged_per_server_in_room"),
 )
-DEFERRING = ("per_server", "per_server_in_room", "per_sender", "per_room")
+DEFERRING = ("per_server", "per_server_in_room", "per_sender", "per_room", "hold")
 EARLIER: Final = "earlier_run"
 """The limit of events that were deferred before this process started: nobody has noted it."""
 

@@ -41,11 +41,14 @@ MAY_IMPORT = {
     "orders": set[str](),
     "loading": {"backoff", "duties", "homeserver"},
     "plan": {"config", "duties", "homeserver"},
-    "cli": {"admin", "config", "duties", "handlers", "homeserver", "module", "plan", "versions"},
+    "cli": {
+        *("_core", "admin", "config", "duties", "handlers", "homeserver", "limits", "module"),
+        *("__init__", "options", "plan", "versions"),
+    },
     "__main__": {"cli"},
     "duties": {"homeserver"},
     "handlers": OF_A_DUTY,
-    "limits": {"_core", "config", "logs", "metrics"},
+    "limits": {"_core", "config", "logs", "metrics", "orders"},
     "metrics": set[str](),
     "index": {"_core", "backoff", "homeserver", "logs", "renewal"},
     "renewal": {"_core", "backoff", "homeserver", "logs"},
@@ -70,6 +73,7 @@ TIMERS = {
 }
 # Where something waits in its own way, and why. All else uses backoff.py.
 WAIT_BY_THEMSELVES = {
+    "synapse_sticky/cli/api/watch.py": "it is a program of its own, without a reactor",
     "synapse_sticky/cli/drain.py": "it is a program of its own, without a reactor",
     "synapse_sticky/handlers/joins/confirmation/questions.py": "each destination has its own time",
     "synapse_sticky/handlers/joins/destinations.py": "the time is the earliest of many pushes",

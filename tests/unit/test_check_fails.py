@@ -11,8 +11,8 @@ import pytest
 from synapse.util.module_loader import load_module
 
 import synapse_sticky
-from synapse_sticky import cli, module
-from synapse_sticky.cli import main
+from synapse_sticky import module
+from synapse_sticky.cli import base, main
 
 pytestmark = pytest.mark.requirement("H5")
 
@@ -60,7 +60,7 @@ def test_anything_else_that_fails(
     def failing(paths: list[str], *, as_json: bool) -> int:
         raise RuntimeError("nobody thought of\nthis")
 
-    monkeypatch.setattr(cli, "check", failing)
+    monkeypatch.setattr(base, "check", failing)
     assert main(["check"]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""

@@ -8,7 +8,7 @@ again until there is room.
 A failure leaves the counts incomplete, and nothing else.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 from synapse_sticky.backoff import Alarm, Backoff, Retrying
@@ -40,6 +40,7 @@ class Observer:
     Args:
         config: the limits. They count whatever the mode.
         report: says what would be done.
+        on_released: is called with the IDs of events that would be released now, in order.
     """
 
     def __init__(
@@ -49,9 +50,12 @@ class Observer:
         stream: Stream,
         config: FederationConfig,
         report: LimitReport,
+        *,
+        on_released: Callable[[Sequence[str]], object] = lambda event_ids: None,
     ) -> None:
         self._homeserver = homeserver
         self._writer = writer
+        self._on_released = on_released
         self._stream = stream
         self._report = report
         bounds = Bounds(config.max_deferred_per_server, MAX_FOLLOWED)
@@ -109,6 +113,7 @@ class Observer:
         if not self._dirty and len(expired) < EXPIRE_BATCH:
             taken = self._waiting.take(RELEASE_BATCH)
             self._report.released(self._waiting.limits_of(taken))
+            self._on_released(taken)
         self._ring()
 
     async def _drop_some(self) -> None:

@@ -198,7 +198,7 @@ class Waiting:
         for new in past:
             if new.limit == HELD and new.server in self._orders.held_servers:
                 # It is in the table only, and read there once the server is not held any more.
-                metrics.DEFERRED.labels(HELD).inc()
+                self._report.held()
             elif new.limit == _REFUSED or self._is_full(new.server):
                 if new.event.event_id in final:
                     where = f"in {new.event.room_id}"

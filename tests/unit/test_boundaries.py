@@ -42,8 +42,8 @@ MAY_IMPORT = {
     "loading": {"backoff", "duties", "homeserver"},
     "plan": {"config", "duties", "homeserver"},
     "cli": {
-        *("_core", "admin", "config", "duties", "handlers", "homeserver", "limits", "module"),
-        *("__init__", "options", "plan", "versions"),
+        *("_core", "admin", "config", "duties", "handlers", "homeserver", "limits", "metrics"),
+        *("__init__", "module", "options", "plan", "versions"),
     },
     "__main__": {"cli"},
     "duties": {"homeserver"},

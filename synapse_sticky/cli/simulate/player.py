@@ -7,7 +7,7 @@ clock is another one.
 
 import heapq
 import itertools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from synapse_sticky.cli.simulate.arrivals import Arrival, UnusableError
@@ -15,6 +15,7 @@ from synapse_sticky.cli.simulate.outcome import Fate, Outcome
 from synapse_sticky.config import FederationConfig, Mode
 from synapse_sticky.handlers.deferral.observer import Observer
 from synapse_sticky.limits import LimitReport
+from synapse_sticky.metrics import LimitMetrics
 
 _GRACE_MS = 60_000
 
@@ -43,7 +44,7 @@ def play(
     outcome = Outcome(arrivals)
     clerk = _Clerk(homeserver, outcome)
     Observer(
-        homeserver, homeserver, homeserver, config, clerk, on_released=clerk.released
+        homeserver, homeserver, homeserver, config, clerk, on_released=clerk.note_released
     ).install()
     for one in arrivals:
         homeserver.run_until(one.at_ms)
@@ -58,7 +59,7 @@ class _Clerk(LimitReport):
     """Notes what is said of each event, instead of logging it."""
 
     def __init__(self, homeserver: "_Homeserver", outcome: Outcome) -> None:
-        super().__init__(homeserver.now_ms)
+        super().__init__(homeserver.now_ms, LimitMetrics(homeserver.server_name, observes=True))
         self._homeserver = homeserver
         self._outcome = outcome
         # Of the event that is arriving.
@@ -71,7 +72,8 @@ class _Clerk(LimitReport):
         self._homeserver.persist(one)
         self._outcome.arrived(one, self._fate, self._limit)
 
-    def released(self, event_ids: Sequence[str]) -> None:
+    def note_released(self, event_ids: Sequence[str]) -> None:
+        """These events are delivered now."""
         for event_id in event_ids:
             self._outcome.released(event_id, self._homeserver.now_ms())
 
@@ -85,7 +87,10 @@ class _Clerk(LimitReport):
     ) -> None:
         self._fate, self._limit = Fate.LATER, limit
 
-    def expired(self, event_ids: Sequence[str]) -> None:
+    def released(self, limits: Iterable[str]) -> None:
+        """Counted nowhere."""
+
+    def expired(self, event_ids: Sequence[str], limits: Iterable[str]) -> None:
         for event_id in event_ids:
             self._outcome.expired(event_id)
 

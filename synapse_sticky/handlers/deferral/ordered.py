@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from synapse_sticky.backoff import Backoff, Retrying
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.limits import LimitReport
-from synapse_sticky.orders import Orders, Release
+from synapse_sticky.orders import HELD, Orders, Release
 
 if TYPE_CHECKING:
     from synapse_sticky.handlers.deferral.tables import DeferredTable
@@ -101,7 +101,7 @@ class Ordered:
         await self._table.drop(event_ids)
 
     async def _expire(self, event_ids: Sequence[str]) -> None:
-        self._report.expired(event_ids)
+        self._report.expired(event_ids, [HELD] * len(event_ids))
         await self._table.drop(event_ids)
 
     async def _release_now(self, event_ids: Sequence[str]) -> None:

@@ -323,11 +323,8 @@ def all_seams() -> tuple[Seam, ...]:
 def _every_seam() -> Iterator[Seam]:
     for file in ALL:
         yield from seams_of(file)
-    yield from database.SEAMS
-    yield from schema.SEAMS
-    yield from changed.SEAMS
-    yield from remaining.SEAMS
-    yield from retention.SEAMS
+    for module in (database, schema, changed, remaining, retention):
+        yield from module.SEAMS
     for file in (*_OPTIONAL, CHECK, SIMULATE, *ADMIN):
         yield from seams_of(file)
     for layer in access.SEAMS.values():

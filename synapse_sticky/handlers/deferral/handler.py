@@ -183,9 +183,8 @@ class DeferralHandler:
             existing = await self._writer.existing([event.event_id for event, _ in page])
             for event, server in page:
                 is_out = event.event_id in self._stragglers or event.event_id in self._taken
-                if is_out or not self._writer.handles(event.room_id):
-                    continue
-                if server in self._orders.held_servers:
+                is_held = server in self._orders.held_servers
+                if is_out or is_held or not self._writer.handles(event.room_id):
                     continue
                 if event.event_id in existing:
                     self._waiting.add(event, server)

@@ -1,6 +1,5 @@
 """The changes of rooms' state in Synapse's database, and who was in a room before them."""
 
-from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import attr
@@ -72,15 +71,16 @@ class _Joins:
     with_outlier: the positions with an outlier.
     """
 
-    joins: deque[_Join] = attr.Factory(deque)
+    joins: list[_Join] = attr.Factory(list)
     with_outlier: set[int] = attr.Factory(set)
     room_ids: set[str] = attr.Factory(set)
     servers: set[str] = attr.Factory(set)
 
     def taken_out(self) -> Iterator[_Join]:
         """Each join in turn. Letting go of all of them at once would take long, too (H3)."""
+        self.joins.reverse()
         while self.joins:
-            yield self.joins.popleft()
+            yield self.joins.pop()
 
     def add(self, join: _Join) -> None:
         self.joins.append(join)

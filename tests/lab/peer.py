@@ -4,6 +4,7 @@ import itertools
 import json
 import secrets
 import ssl
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -79,7 +80,7 @@ class Peer:
         self.override: Callable[[str, str], Answer | None] = lambda method, path: None
         self.refuses: Callable[[str], bool] = lambda event_id: False
         self.leaves_out: Callable[[str], bool] = lambda event_id: False
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, self.answer))
+        self._server = _Server(("127.0.0.1", 0), partial(_Handler, self.answer))
         self._server.daemon_threads = True
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(*certificate)
@@ -285,6 +286,13 @@ class Peer:
         # The event that makes a room of version 12 names no room: its ID is the room's.
         in_room = pdu.get("room_id", f"!{event_id[1:]}") == room_id
         return in_room and "state_key" in pdu
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Whoever asked did not wait for the answer."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):

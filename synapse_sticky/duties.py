@@ -14,7 +14,6 @@ from synapse_sticky.homeserver import (
     remaining,
     retention,
     schema,
-    unignored,
 )
 from synapse_sticky.homeserver.fitting import Columns, misfits
 from synapse_sticky.homeserver.place import Place
@@ -187,6 +186,11 @@ DUTIES: Mapping[str, Duty] = {
                     "clients show events that are dated ahead, or not kept, as sticky for longer",
                     "ttl",
                 ),
+                Part(
+                    (*_ROWS, "homeserver.tokens", "handlers.delivery.unignored.synapse"),
+                    "who stops ignoring a user does not get the sticky events that were kept back",
+                    "unignored",
+                ),
             ),
             _everywhere,
         ),
@@ -317,7 +321,6 @@ def _every_seam() -> Iterator[Seam]:
     yield from schema.SEAMS
     yield from changed.SEAMS
     yield from remaining.SEAMS
-    yield from unignored.SEAMS
     yield from retention.SEAMS
     for file in _OPTIONAL:
         yield from seams_of(file)

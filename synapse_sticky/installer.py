@@ -10,6 +10,8 @@ from synapse_sticky.handlers.deferral.observer import Observer
 from synapse_sticky.handlers.deferral.tables import DeferredTable
 from synapse_sticky.handlers.delivery.handler import DeliveryHandler
 from synapse_sticky.handlers.delivery.ttl.handler import TtlHandler
+from synapse_sticky.handlers.delivery.unignored.handler import Unignored
+from synapse_sticky.handlers.delivery.unignored.tables import UnignoredTable
 from synapse_sticky.handlers.extremities.handler import ExtremitiesHandler
 from synapse_sticky.handlers.joins.handler import JoinsHandler
 from synapse_sticky.handlers.joins.tables import NewcomerTable
@@ -27,7 +29,6 @@ from synapse_sticky.handlers.staging.turns.handler import TurnsHandler
 from synapse_sticky.handlers.visibility.handler import VisibilityHandler
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.homeserver.received import Received
-from synapse_sticky.homeserver.unignored import Unignored
 from synapse_sticky.index import EventsOfSenders, IndexFollower
 from synapse_sticky.index.gone import GoneRows
 from synapse_sticky.limits import LimitReport
@@ -59,7 +60,7 @@ class Installer:
         self._held = Held()
         self._received = Received(homeserver)
         self._made_follower: IndexFollower | None = None
-        self._made_unignored: Unignored | None = None
+        self._unignored: Unignored | None = None
         self._pruning: SynapsePruning | None = None
 
     def install(self, duty: str, part: str) -> list[str]:
@@ -94,26 +95,26 @@ class Installer:
             self._made_follower = IndexFollower(self._homeserver, stream)
         return self._made_follower
 
-    @property
-    def _unignored(self) -> Unignored:
-        """Whom this process' users ignored before."""
-        if self._made_unignored is None:
-            events = EventsOfSenders(self._homeserver, self.follower)
-            self._made_unignored = Unignored(self._homeserver, events.find)
-        return self._made_unignored
-
     def _install_delivery(self) -> None:
         from synapse_sticky.handlers.delivery.synapse import SynapseDelivery
 
         delivery = SynapseDelivery(self._homeserver)
         DeliveryHandler(self.follower, delivery).install()
-        if self._homeserver.place.serves("client"):
-            self._unignored.add_to_sync()
 
     def _install_delivery_ttl(self) -> None:
         from synapse_sticky.handlers.delivery.ttl.synapse import SynapseTelling
 
         TtlHandler(self.follower, SynapseTelling(self._homeserver)).install()
+
+    def _install_delivery_unignored(self) -> None:
+        from synapse_sticky.handlers.delivery.unignored.synapse import SynapseIgnoring
+
+        homeserver = self._homeserver
+        parts = (SynapseIgnoring(homeserver), UnignoredTable(homeserver))
+        events = EventsOfSenders(homeserver, self.follower)
+        unignored = Unignored(homeserver, *parts, events.find)
+        unignored.install(serves_clients=homeserver.place.serves("client"))
+        self._unignored = unignored
 
     def _install_sliding(self) -> None:
         from synapse_sticky.handlers.sliding.synapse import SynapseSliding

@@ -11,6 +11,7 @@ from synapse.module_api.errors import ConfigError
 
 from synapse_sticky.config import LISTED_TWICE, StickyConfig
 from synapse_sticky.handlers.deferral.tables import DeferredTable
+from synapse_sticky.handlers.delivery.unignored.tables import UnignoredTable
 from synapse_sticky.handlers.joins.tables import NewcomerTable
 from synapse_sticky.handlers.sliding.tables import PageTable
 from synapse_sticky.handlers.staging.parking.tables import ParkedTable
@@ -38,7 +39,10 @@ SEAMS = (
     Attribute("synapse.config.modules.ModulesConfig", "loaded_modules"),
 )
 
-LAYOUTS: Sequence[type[HasLayout]] = (DeferredTable, NewcomerTable, PageTable, ParkedTable)
+LAYOUTS: Sequence[type[HasLayout]] = (
+    *(DeferredTable, NewcomerTable, PageTable, ParkedTable),
+    UnignoredTable,
+)
 """All tables of the module."""
 
 _FORBIDDEN = """
@@ -182,7 +186,8 @@ class Configuration:
         for table in LAYOUTS:
             if not (problem := self._problem_of_tables(table.duty, table.migrations)):
                 continue
-            if table.duty in running:
+            # It may be of a part of one.
+            if table.duty.partition(" ")[0] in running:
                 yield f"{table.duty} would be off: {problem}"
             if table is DeferredTable and "receipt" in running:
                 yield f"receipt would count staged events only, not deferred ones: {problem}"

@@ -1,7 +1,6 @@
 """What stopped delivery ends while the events are sticky: then they arrive (H7)."""
 
 import time
-from typing import Any
 from urllib.parse import quote
 
 import pytest
@@ -15,7 +14,6 @@ from tests.integration.rooms import (
     wait_until_seen,
 )
 from tests.lab import Client, Homeserver, Peer, wait_until
-from tests.lab.client import WITHOUT_TIMELINE, sliding_sticky_events, sticky_events
 from tests.lab.membership import allowed_to_fail
 from tests.lab.peer import PeerRoom
 
@@ -286,87 +284,3 @@ def test_both_ends_with_the_module(servers: Servers) -> None:
     assert len(seen.keys() & old) <= PDUS_OF_A_TRANSACTION
     alice.send_state(room_id, ACL, ALLOWS_ALL)
     assert carol.collect_sticky(room_id, old | new, SOON_S).keys() >= old | new
-
-
-# Local users
-
-
-def ignore(user: Client, *others: Client) -> None:
-    """The user ignores these, and nobody else."""
-    content: Any = {"ignored_users": {other.user_id: {} for other in others}}
-    user.request("PUT", f"user/{user.user_id}/account_data/m.ignored_user_list", content)
-
-
-@pytest.mark.slow
-@pytest.mark.one_process
-@pytest.mark.requirement("H7", "D6", "D4")
-@pytest.mark.parametrize("is_sliding", [False, True])
-def test_who_is_not_ignored_any_more(three: list[Homeserver], is_sliding: bool) -> None:
-    server = three[0]
-    alice, mallory, bob = server.user(), server.user(), server.user()
-    room_id = room_of(alice, mallory, bob, via=server)
-    answer: Any = None
-
-    def shown() -> list[str]:
-        nonlocal answer
-        if is_sliding:
-            answer = bob.sliding_sync(answer)
-            return sliding_sticky_events(answer, room_id)
-        answer = bob.sync(answer and answer["next_batch"], filter_=WITHOUT_TIMELINE)
-        return sticky_events(answer, room_id)
-
-    shown()
-    ignore(bob, mallory)
-    shown()
-    hidden = [mallory.send_sticky(room_id) for _ in range(3)]
-    of_alice = alice.send_sticky(room_id)
-    assert shown() == [of_alice]
-    assert shown() == []
-    ignore(bob)
-    assert shown() == hidden
-    assert shown() == []
-    later = mallory.send_sticky(room_id)
-    assert shown() == [later]
-
-
-@pytest.mark.slow
-@pytest.mark.one_process
-@pytest.mark.requirement("H7", "D5", "D8")
-@pytest.mark.parametrize("is_sliding", [False, True])
-def test_who_is_not_banned_any_more(three: list[Homeserver], is_sliding: bool) -> None:
-    server = three[0]
-    alice, bob = server.user(), server.user()
-    room_id = room_of(alice, bob, via=server)
-    before = alice.send_sticky(room_id)
-    answer = bob.sliding_sync() if is_sliding else bob.sync(filter_=WITHOUT_TIMELINE)
-    alice.ban(room_id, bob.user_id)
-    missed = alice.send_sticky(room_id)
-    if is_sliding:
-        answer = bob.sliding_sync(answer)
-        assert sliding_sticky_events(answer, room_id) == []
-    else:
-        answer = bob.sync(answer["next_batch"], filter_=WITHOUT_TIMELINE)
-        assert sticky_events(answer, room_id) == []
-    alice.request("POST", f"rooms/{quote(room_id)}/unban", {"user_id": bob.user_id})
-    bob.join(room_id)
-    if is_sliding:
-        assert {before, missed} == {*sliding_sticky_events(bob.sliding_sync(answer), room_id)}
-    else:
-        answer = bob.sync(answer["next_batch"], filter_=WITHOUT_TIMELINE)
-        assert {before, missed} == {*sticky_events(answer, room_id)}
-
-
-@pytest.mark.slow
-@pytest.mark.one_process
-@pytest.mark.requirement("H7")
-def test_who_is_not_shadow_banned_any_more(three: list[Homeserver]) -> None:
-    """What such a user sends is never there. What they send afterwards is."""
-    server = three[0]
-    alice, bob, admin = server.user(), server.user(), server.user(admin=True)
-    room_id = room_of(alice, bob, via=server)
-    path = f"/_synapse/admin/v1/users/{alice.user_id}/shadow_ban"
-    admin.request("POST", path)
-    alice.send_sticky(room_id)
-    admin.request("DELETE", path)
-    sent = alice.send_sticky(room_id)
-    assert sticky_events(bob.sync(filter_=WITHOUT_TIMELINE), room_id) == [sent]

@@ -259,7 +259,7 @@ def test_tables_of_another_role(files: Files, role: Role) -> None:
     role.change(LAYOUTS)
     problems = look([path]).problems
     assert [problem.split()[0] for problem in problems] == [
-        *("deferral", "receipt", "joins", "sliding", "parking")
+        *("deferral", "receipt", "joins", "sliding", "parking", "delivery")
     ]
     assert f"sliding would be off: {may_not} synapse_sticky_layouts" in problems
 

@@ -9,6 +9,7 @@ from immutabledict import immutabledict
 from synapse.types import RoomStreamToken
 
 from synapse_sticky.handlers.sliding.joined.synapse import SynapseJoinedRooms
+from synapse_sticky.handlers.sliding.pages import Shown
 from synapse_sticky.index import Position
 from tests.unit.process import Process
 from tests.unit.test_limits import done
@@ -120,9 +121,10 @@ def test_a_writer_may_be_further_than_others() -> None:
         SimpleNamespace(
             room_key=RoomStreamToken(stream=1, instance_map=immutabledict({WRITERS[0]: 2})),
             un_partial_stated_rooms_key=7,
+            account_data_key=8,
         )
     )
-    assert (shown.rooms, shown.whole) == (Position(1, {WRITERS[0]: 2}), 7)
+    assert shown == Shown(Position(1, {WRITERS[0]: 2}), 7, 8)
 
 
 @pytest.mark.requirement("H3")

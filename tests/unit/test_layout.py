@@ -86,8 +86,10 @@ def test_made_beside_sticky_events_of_other_servers(
         for table in tables:
             empty.drive(migrate(process, table))
     said = warnings_of(caplog)
-    assert len(said) == len(tables)
-    for line, table in zip(said, tables, strict=True):
+    # Nobody can have left behind what no version before had.
+    told_of = [table for table in tables if table.contents]
+    assert len(said) == len(told_of) == len(tables) - 1
+    for line, table in zip(said, told_of, strict=True):
         assert line.startswith(f"The tables of {table.duty} are new, beside 5 unexpired ")
         assert NOTHING in line
         assert line.endswith(table.contents)

@@ -55,6 +55,12 @@ ROWS: dict[str, dict[str, object]] = {
         "older": "[]",
         "noted_ts_ms": 1,
     },
+    "synapse_sticky_unignored": {
+        "user_id": "@a:here",
+        "sender": "@b:there",
+        "position": 4,
+        "noted_ts_ms": 1,
+    },
     "synapse_sticky_incomplete": {
         "origin": "there",
         "event_id": "$2",

@@ -116,6 +116,7 @@ def test_a_room_that_is_left_while_the_response_is_made(monkeypatch: pytest.Monk
                 sticky_events_key=MultiWriterStreamToken(stream=5),
                 room_key=RoomStreamToken(stream=9),
                 un_partial_stated_rooms_key=1,
+                account_data_key=1,
             ),
             from_token=None,
         )

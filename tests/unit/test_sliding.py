@@ -77,7 +77,7 @@ def new_handler(pages: FakePages) -> SlidingHandler:
 class Server:
     """Rooms with events of two writers, one of which may be behind."""
 
-    def __init__(self) -> None:
+    def __init__(self, position: int = 0) -> None:
         self.rows: dict[int, tuple[str, str, int]] = {}
         """By stream ID: the writer, the room, and the event."""
         self.held: list[tuple[str, str, int]] = []
@@ -86,8 +86,11 @@ class Server:
         """The rooms of the user, with the position of the events stream of each join."""
         self.hour_ago = 0
         self.changes = 0
-        self.positions = dict.fromkeys(WRITERS, 0)
-        self._ids = itertools.count(1)
+        self.is_ignoring = False
+        self.unignored = 0
+        """When the user stopped ignoring another one last."""
+        self.positions = dict.fromkeys(WRITERS, position)
+        self._ids = itertools.count(position + 1)
         self._events = itertools.count(1)
 
     def send(self, room_id: str, writer: str) -> None:
@@ -120,6 +123,15 @@ class Server:
     def leave(self, room_id: str) -> None:
         self.joined.pop(room_id, None)
 
+    def ignore(self) -> None:
+        self.is_ignoring = True
+
+    def stop_ignoring(self) -> None:
+        if self.is_ignoring:
+            self.is_ignoring = False
+            self.changes += 1
+            self.unignored = self.changes
+
     def pass_an_hour(self) -> None:
         self.rows.clear()
         self.held.clear()
@@ -129,6 +141,14 @@ class Server:
         # As Synapse has it: at least 1, and a writer is named only if it is ahead.
         low = max(min(self.positions.values()), 1)
         return Position(low, {w: at for w, at in self.positions.items() if at > low})
+
+
+IGNORED = "@ignored:server"
+
+
+def is_of_the_ignored(event: int) -> bool:
+    """Every other event is of the user who is ignored at times."""
+    return event % 2 == 0
 
 
 class Request:
@@ -148,13 +168,32 @@ class Request:
         self.limit = limit
         self.since = since
         self.up_to = server.now()
-        self.shown = Shown(Position(server.changes), 0)
+        self.shown = Shown(Position(server.changes), 0, server.changes)
         self.shown_before = shown_before
         self.events: list[tuple[str, int]] = []
+        self.of_senders: list[tuple[str, int]] = []
 
     async def newly_joined_rooms(self, after: Shown | None) -> Set[str]:
         at = self._server.hour_ago if after is None else after.rooms.stream_id
         return {room_id for room_id, joined in self._server.joined.items() if joined > at}
+
+    async def unignored_users(self, after: Shown | None) -> Set[str]:
+        at = self._server.hour_ago if after is None else after.ignoring
+        is_new = self._server.unignored > at and not self._server.is_ignoring
+        return {IGNORED} if is_new else set()
+
+    async def read_of(
+        self, senders: Collection[str], room_ids: Collection[str], after: Position, up_to: Position
+    ) -> int:
+        assert {*senders} == {IGNORED}
+        found = [
+            (room_id, event)
+            for stream_id, (writer, room_id, event) in sorted(self._server.rows.items())
+            if room_id in room_ids and after.of(writer) < stream_id <= up_to.of(writer)
+            if is_of_the_ignored(event)
+        ]
+        self.of_senders += found
+        return len(found)
 
     async def read(
         self, room_ids: Collection[str], after: Position, up_to: Position, limit: int | None
@@ -166,7 +205,11 @@ class Request:
             for stream_id, (writer, room_id, event) in sorted(self._server.rows.items())
             if room_id in room_ids and after.of(writer) < stream_id <= up_to.of(writer)
         ][:limit]
-        self.events += [event for _, event in found]
+        self.events += [
+            (room_id, event)
+            for _, (room_id, event) in found
+            if not (self._server.is_ignoring and is_of_the_ignored(event))
+        ]
         if limit is not None and len(found) == limit:
             last = found[-1][0]
             low = max(after.stream_id, min(last, up_to.stream_id))
@@ -179,11 +222,12 @@ class Request:
 
 @attr.s(auto_attribs=True, slots=True)
 class State:
-    """What an app remembers: its token, and what it has got of each room by when it was joined."""
+    """What an app remembers: its token, and what it has got of each room by when it was joined, and
+    when its user stopped ignoring the sender."""
 
     token: Position | None = None
     pos: Shown | None = None
-    seen: dict[tuple[str, int], list[int]] = attr.Factory(dict)
+    seen: dict[tuple[str, int, int], list[int]] = attr.Factory(dict)
 
     def copy(self) -> "State":
         return State(self.token, None, {joined: [*seen] for joined, seen in self.seen.items()})
@@ -217,26 +261,29 @@ class App:
         """The request, if there was anything to tell, as Synapse only then tells the token."""
         request, page = self.ask(limit, worker)
         self.state.pos = request.shown
-        for room_id, event in request.events:
-            seen = self.state.seen.setdefault((room_id, self._server.joined[room_id]), [])
+        for room_id, event in (*request.events, *request.of_senders):
+            seen = self.state.seen.setdefault(self._since_when(room_id, event), [])
             assert event not in seen, "each once"
             seen.append(event)
-        if not request.events and not page.is_due:
+        if not request.events and not request.of_senders and not page.is_due:
             return None
         self.state.token = page.next_batch
         self._before.append(self.state.copy())
         return request
 
+    def _since_when(self, room_id: str, event: int) -> tuple[str, int, int]:
+        unignored = self._server.unignored if is_of_the_ignored(event) else 0
+        return room_id, self._server.joined[room_id], unignored
+
     def has_got_all(self) -> None:
         """What the rooms have now."""
         now = self._server.now()
-        for room_id, joined in self._server.joined.items():
-            expected = {
-                event
-                for stream_id, (writer, of, event) in self._server.rows.items()
-                if of == room_id and stream_id <= now.of(writer)
-            }
-            assert expected <= {*self.state.seen.get((room_id, joined), [])}, "none is missing"
+        for stream_id, (writer, room_id, event) in self._server.rows.items():
+            is_there = room_id in self._server.joined and stream_id <= now.of(writer)
+            if not is_there or (self._server.is_ignoring and is_of_the_ignored(event)):
+                continue
+            seen = self.state.seen.get(self._since_when(room_id, event), [])
+            assert event in seen, "none is missing"
 
 
 rooms = st.sampled_from(["!a", "!b", "!c"])
@@ -248,9 +295,11 @@ happenings = st.one_of(
     st.tuples(st.just("lose"), numbers),
     st.tuples(st.just("join"), rooms),
     st.tuples(st.just("leave"), rooms),
+    st.tuples(st.just("ignore")),
+    st.tuples(st.just("stop_ignoring")),
 )
 syncs = st.tuples(st.just("sync"), numbers, st.integers(0, 5), numbers, st.booleans())
-with_pos = st.lists(st.one_of(happenings, syncs), max_size=60)
+with_pos = st.lists(st.one_of(happenings, syncs), min_size=8, max_size=60)
 without_pos = st.lists(
     st.one_of(
         happenings,
@@ -259,6 +308,7 @@ without_pos = st.lists(
         st.tuples(st.just("restart"), numbers),
         st.tuples(st.just("an hour")),
     ),
+    min_size=8,
     max_size=60,
 )
 
@@ -280,6 +330,7 @@ def run(actions: list[Any], apps: list[App], server: Server, pages: FakePages) -
                     first, page = app.ask(limit, worker)
                     again, same = app.ask(limit, worker)
                     assert (first.events, page) == (again.events, same)
+                    assert first.of_senders == again.of_senders
                 request = app.sync(limit, worker)
                 assert pages.fails or request is None or len(request.events) <= limit
             case (name, *arguments):
@@ -312,7 +363,8 @@ def loaded_handler(pages: FakePages) -> SlidingHandler:
 )
 @given(actions=with_pos, fails=st.booleans())
 def test_each_event_once_and_none_lost(actions: list[Any], fails: bool) -> None:
-    server, pages = Server(), FakePages()
+    # Each token of a page is below the one before.
+    server, pages = Server(100), FakePages()
     pages.fails = fails
     server.send("!elsewhere", WRITERS[0])
     run(actions, [App(server, [loaded_handler(pages)], "")], server, pages)
@@ -344,10 +396,38 @@ SENT = [("send", "!a", WRITERS[0])] * 3
         *[("sync", 0, 5, 0, False), ("begin anew", 0, 0), ("sync", 0, 5, 1, False)],
     ]
 )
+@example(  # the same position before somebody is ignored no more, and after it
+    actions=[
+        *[("join", "!a"), ("an hour",), ("ignore",), *SENT, ("sync", 0, 5, 0, False)],
+        *[("stop_ignoring",), ("sync", 0, 0, 0, False), ("sync", 0, 5, 0, True)],
+        *[("begin anew", 0, 0), ("sync", 0, 5, 1, True), ("begin anew", 0, 1)],
+    ]
+)
+@example(  # who takes no events gets them later
+    actions=[
+        *[("join", "!a"), ("an hour",), ("ignore",), *SENT, ("sync", 0, 5, 0, False)],
+        *[("stop_ignoring",), ("sync", 0, 0, 0, False)],
+    ]
+)
+@example(  # who is ignored no more has sent nothing before, and does now
+    actions=[
+        *[("join", "!a"), ("an hour",), *SENT, ("sync", 0, 5, 0, False), ("lose", 1), ("lose", 2)],
+        *[("ignore",), ("stop_ignoring",), ("sync", 0, 5, 0, False), *SENT],
+        *[("sync", 0, 5, 0, False), ("begin anew", 0, 0), ("sync", 0, 5, 1, False)],
+    ]
+)
+@example(  # who is ignored sends while a room's older events are read page by page
+    actions=[
+        *[("join", "!b"), ("an hour",), *SENT, *SENT, *[("send", "!b", WRITERS[0])] * 2],
+        *[("sync", 0, 5, 0, False), ("join", "!a"), ("ignore",), ("sync", 0, 2, 0, False), *SENT],
+        *[("sync", 0, 2, 0, False), ("stop_ignoring",), ("sync", 0, 1, 0, True)],
+    ]
+)
 @given(actions=without_pos)
 def test_each_event_once_and_none_lost_whatever_pos_is(actions: list[Any]) -> None:
     """Two apps on one device, two processes; connections begin anew, from any state of before."""
-    server, pages = Server(), FakePages()
+    # Each token of a page is below the one before.
+    server, pages = Server(100), FakePages()
     server.send("!elsewhere", WRITERS[0])
     handlers = [loaded_handler(pages) for _ in range(2)]
     run(actions, [App(server, handlers, name) for name in "xy"], server, pages)
@@ -539,7 +619,8 @@ def test_what_is_stored_is_what_is_read(position: Position, after: Position, who
     assert loaded(dumped(position)) == position
     older = (Older(frozenset({"!a", "!b"}), after, position),)
     assert loaded_older(dumped_older(older)) == older
-    assert loaded_shown(dumped_shown(Shown(after, whole))) == Shown(after, whole)
+    shown = Shown(after, whole, whole + 1)
+    assert loaded_shown(dumped_shown(shown)) == shown
 
 
 def test_which_page_a_bare_token_came_after() -> None:

@@ -12,7 +12,8 @@ from synapse_sticky._core import sticky_until_ms
 from synapse_sticky.handlers.deferral.handler import DeferTxn, NewStickyEvent
 from synapse_sticky.handlers.deferral.key import key_of
 from synapse_sticky.homeserver import Cursor, Homeserver
-from synapse_sticky.homeserver.causes import Cause, is_locked, is_outage
+from synapse_sticky.homeserver.attempt import attempt_txn
+from synapse_sticky.homeserver.causes import Cause
 from synapse_sticky.homeserver.database import found_txn, portions
 from synapse_sticky.homeserver.received import Received
 from synapse_sticky.homeserver.retention import Retention, earlier_end_ms
@@ -55,7 +56,6 @@ SEAMS = (
 
 _FIELD: str = StickyEvent.EVENT_FIELD_NAME
 _STREAM: Final = StreamKeyType.STICKY_EVENTS
-_SAVEPOINT = "synapse_sticky_deferred"
 _NEVER_MS = 2**63 - 1
 _COLUMNS = "event_id, room_id, sender, expires_at, event_stream_ordering"
 
@@ -119,18 +119,7 @@ class SynapseWriter:
             return ()
 
     def attempt_txn(self, txn: Cursor, change: Callable[[], None]) -> Exception | None:
-        txn.execute(f"SAVEPOINT {_SAVEPOINT}")
-        try:
-            # Synapse may wait for as long as it likes in the statements that follow.
-            with self._homeserver.brief_waits_txn(txn):
-                change()
-        except Exception as e:
-            if is_outage(e) and not is_locked(e):
-                raise  # Synapse's own statements fail as well, and it may try them again
-            txn.execute(f"ROLLBACK TO SAVEPOINT {_SAVEPOINT}")
-            return e
-        txn.execute(f"RELEASE SAVEPOINT {_SAVEPOINT}")
-        return None
+        return attempt_txn(self._homeserver, txn, change)
 
     def _deliverable_txn(self, txn: Cursor, events: Sequence[EventBase]) -> list[NewStickyEvent]:
         """The events that Synapse would enter into the stream and deliver from it."""

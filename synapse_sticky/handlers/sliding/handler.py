@@ -4,19 +4,22 @@ Sliding sync's ``since`` is one position for all rooms. What lies before it in a
 joined later is read beside what is new: the *older* events, from the start of the stream up to
 where ``since`` stood at the join.
 
-Which rooms that are, ``since`` alone says, as a client may come back without its ``pos``, or with
-another one. A bare position does not say it: the same one may have been given out before a join,
-and after it, or in the middle of what was there to be read. So a response that takes a new room
-into account, or has no room for everything, goes out with the token of a *page*, which is stored
-with how far what is older was read and which joins were known. Every bare position past all that
-was given out later, so it stands for these joins too, and the pages end there.
+It is the same with users whom the user ignored, and does not ignore any more (H7): their events
+up to ``since`` come at once, beside the page.
+
+Which rooms and users that are, ``since`` alone says, as a client may come back without its ``pos``,
+or with another one. A bare position does not say it: the same one may have been given out before a
+join, and after it, or in the middle of what was there to be read. So a response that takes a new
+room or user into account, or has no room for everything, goes out with the token of a *page*, which
+is stored with how far what is older was read and which joins were known. Every bare position past
+all that was given out later, so it stands for these joins too, and the pages end there.
 
 The token of a page is a valid position, so Synapse goes on from it even without the module; it is
 recognised by naming every writer. Each response has a token of its own: one that was lost can be
 asked for again and says the same.
 
 Fails open: as long as there is nowhere to store anything, a response has all of what is older, and
-``pos`` says which rooms are new.
+``pos`` says what is new.
 """
 
 from collections.abc import Awaitable, Callable, Collection, Sequence
@@ -29,6 +32,7 @@ from synapse_sticky.handlers.sliding.pages import (
     Older,
     Page,
     Shown,
+    Unshown,
     is_past,
     position_of_page,
     shown_by,
@@ -68,6 +72,14 @@ class SlidingRequest(Protocol):
         """Rooms that the user was not in by then, or that were kept from the client until their
         state was whole; None for an hour ago."""
 
+    async def unignored_users(self, after: Shown | None) -> AbstractSet[str]:
+        """Users whom the user ignored by then, and does not ignore now; None for an hour ago."""
+
+    async def read_of(
+        self, senders: Collection[str], room_ids: Collection[str], after: Position, up_to: Position
+    ) -> int:
+        """Puts these senders' events into the response, beside its page. Gives how many."""
+
     async def read(
         self, room_ids: Collection[str], after: Position, up_to: Position, limit: int | None
     ) -> tuple[int, Position]:
@@ -75,6 +87,19 @@ class SlidingRequest(Protocol):
 
         Gives how many, and up to where it came (at least ``up_to`` if there were not more).
         """
+
+
+class Unignored(Protocol):
+    """Whom local users have stopped ignoring. What fails there fails no request."""
+
+    async def events_of(
+        self, senders: Collection[str], room_ids: Collection[str], after: Position, up_to: Position
+    ) -> dict[str, list[str]]:
+        """By room, the senders' events with ``after`` exclusive and ``up_to`` inclusive."""
+
+    async def senders(self, user_id: str, after: int | None, up_to: int) -> set[str]:
+        """Whom the user has stopped ignoring between these positions of the account data, the
+        second one included; None for an hour ago."""
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
@@ -109,14 +134,14 @@ class Start:
 
     position: after which the new events come.
     page: what counts beside that.
-    joined: the rooms that the client's token does not stand for yet.
-    is_known: whether what is stored says for which rooms it does.
+    unshown: what the client's token does not stand for yet.
+    is_known: whether what is stored says for what it does.
     is_forgotten: whether the token is of a page of which nothing is stored any more.
     """
 
     position: Position
     page: Page
-    joined: frozenset[str] = frozenset()
+    unshown: Unshown = Unshown()
     is_known: bool = True
     is_forgotten: bool = False
 
@@ -152,7 +177,8 @@ class SlidingHandler:
         Older and new events share the page evenly: neither a call's history nor a flood of new
         events holds the other up.
         """
-        start = await self._with_joined(request, await self._start(request))
+        start = await self._with_unshown(request, await self._start(request))
+        has_more = request.limit > 0 and await self._read_of_senders(request, start)
         older: Sequence[Older] = start.page.older
         left = request.limit
         if older:
@@ -163,7 +189,7 @@ class SlidingHandler:
         if older and left > 0:
             older, count = await self._read_older(request, older, left)
             left -= count
-        if left < request.limit or (older and not self._can_store):
+        if has_more or left < request.limit or (older and not self._can_store):
             return await self._next(request, start, older, reached)
         # There is nothing to tell, so the client keeps its token; but not that of a page for good.
         if start.is_forgotten and request.limit > 0:
@@ -171,8 +197,9 @@ class SlidingHandler:
         since = request.since
         if since is None:
             return SlidingPage(reached, is_due=False)
-        if not older and not start.is_forgotten and start.position is not _START:
-            is_known = start.is_known and not start.joined
+        is_shown = request.limit > 0 or not start.unshown
+        if not older and is_shown and not start.is_forgotten and start.position is not _START:
+            is_known = start.is_known and not start.unshown
             self._remember(request, since, start.page.until, is_known=is_known)
         return SlidingPage(since, is_due=False)
 
@@ -200,37 +227,57 @@ class SlidingHandler:
         left = tuple(part for part in older if not part.is_read())
         return Start(position, Page(left, page.shown or request.shown_before, page.until))
 
-    async def _with_joined(self, request: SlidingRequest, start: Start) -> Start:
-        """Adds the rooms that the token does not stand for, if there are any."""
+    async def _with_unshown(self, request: SlidingRequest, start: Start) -> Start:
+        """Adds what the token does not stand for, if there is anything."""
         since, shown = request.since, start.page.shown
         if since is None or start.position is _START:
             return start  # nothing is older
-        joined = await self._joined(request, shown)
-        if joined and shown is None and self._can_store:
+        unshown = await self._unshown(request, shown)
+        if unshown and shown is None and self._can_store:
             shown = shown_by(since, await self._pages.latest(request.connection))
             if shown is not None:
-                joined = await self._joined(request, shown)
-        if not joined:
-            return start
+                unshown = await self._unshown(request, shown)
+        if not (joined := unshown.room_ids):
+            return attr.evolve(start, unshown=unshown)
         left = [part.only(part.room_ids - joined) for part in start.page.older]
         older = [part for part in left if not part.is_read()]
         older.append(Older(joined, _START, start.position))
         page = attr.evolve(start.page, older=tuple(older))
-        return attr.evolve(start, page=page, joined=joined)
+        return attr.evolve(start, page=page, unshown=unshown)
 
     @staticmethod
-    async def _joined(request: SlidingRequest, after: Shown | None) -> frozenset[str]:
-        return frozenset(await request.newly_joined_rooms(after) & request.room_ids)
+    async def _unshown(request: SlidingRequest, after: Shown | None) -> Unshown:
+        joined = await request.newly_joined_rooms(after) & request.room_ids
+        return Unshown(frozenset(joined), frozenset(await request.unignored_users(after)))
+
+    @staticmethod
+    async def _read_of_senders(request: SlidingRequest, start: Start) -> bool:
+        """Reads what was kept back of users who were ignored, as far as the client's token is past
+        it; gives whether there was any."""
+        if not (senders := start.unshown.senders):
+            return False
+        position, parts = start.position, start.page.older
+        others = request.room_ids - frozenset[str]().union(*(part.room_ids for part in parts))
+        # What is still to be read of a room comes with that.
+        spans = [(others, _START, position)]
+        spans += [(part.room_ids, _START, part.after) for part in parts]
+        spans += [(part.room_ids, part.up_to, position) for part in parts]
+        counts = [
+            await request.read_of(senders, room_ids, after, up_to)
+            for room_ids, after, up_to in spans
+            if room_ids and not up_to.is_before_or_at(after)
+        ]
+        return any(counts)
 
     async def _next(
         self, request: SlidingRequest, start: Start, older: Sequence[Older], reached: Position
     ) -> SlidingPage:
         """The token that goes out with events, of a page if a bare position would not do."""
-        joined = start.joined
+        unshown = start.unshown
         if start.position is _START and self._is_loaded:
-            joined = await self._joined(request, None)
+            unshown = await self._unshown(request, None)
         up_to = reached if request.up_to.is_before_or_at(reached) else request.up_to
-        until = up_to if joined or not start.is_known else start.page.until
+        until = up_to if unshown or not start.is_known else start.page.until
         is_due = bool(start.page.older)
         if not older and is_past(reached, until):
             self._remember(request, reached, None)
@@ -266,7 +313,7 @@ class SlidingHandler:
         *,
         is_known: bool = True,
     ) -> None:
-        """The token stands for the rooms that this response took into account."""
+        """The token stands for what this response took into account."""
         self._last.pop(request.connection, None)
         # A device and a connection have what name a client likes.
         names = sum(map(len, request.connection))

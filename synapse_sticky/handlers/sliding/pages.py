@@ -11,14 +11,31 @@ from synapse_sticky.index import Position
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
 class Shown:
-    """Up to where the client has been shown the rooms of its user.
+    """Up to where the client has been shown the rooms of its user, and whom its user ignores.
 
     rooms: a position of the events stream: joins up to there are known.
     whole: one of the stream of rooms whose partial state has become whole.
+    ignoring: one of the account data stream.
     """
 
     rooms: Position
     whole: int
+    ignoring: int = 0
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class Unshown:
+    """What a token does not stand for yet: its older events are still to be given.
+
+    room_ids: rooms that the user has joined since.
+    senders: users whom the user has stopped ignoring since.
+    """
+
+    room_ids: frozenset[str] = frozenset()
+    senders: frozenset[str] = frozenset()
+
+    def __bool__(self) -> bool:
+        return bool(self.room_ids or self.senders)
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
@@ -43,7 +60,8 @@ class Page:
     """What is stored of a response.
 
     older: what it had no room for.
-    shown: the rooms that it took into account; None if an earlier version of the module stored it.
+    shown: the rooms and users that it took into account; None if an earlier version of the module
+        stored it.
     until: whatever token is past this, of this device, was given out later: it stands for no fewer
         rooms. Of the tokens up to there only those of pages do.
     """
@@ -121,10 +139,10 @@ def loaded_older(text: str) -> tuple[Older, ...]:
 
 def dumped_shown(shown: Shown) -> str:
     """For ``loaded_shown``."""
-    return json.dumps([dumped(shown.rooms), shown.whole])
+    return json.dumps([dumped(shown.rooms), shown.whole, shown.ignoring])
 
 
 def loaded_shown(text: str) -> Shown:
     """What was dumped."""
-    rooms, whole = json.loads(text)
-    return Shown(loaded(rooms), whole)
+    rooms, *others = json.loads(text)
+    return Shown(loaded(rooms), *others)

@@ -10,14 +10,14 @@ from synapse.types import UnresolvedMultiWriterStreamToken
 from synapse.types.handlers.sliding_sync import SlidingSyncResult
 from synapse.types.rest.client import SlidingSyncStickyEventsToken
 
-from synapse_sticky.handlers.sliding.handler import SlidingPage, SlidingRequest
+from synapse_sticky.handlers.sliding.handler import SlidingPage, SlidingRequest, Unignored
 from synapse_sticky.handlers.sliding.joined.synapse import SynapseJoinedRooms
 from synapse_sticky.handlers.sliding.pages import Shown
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.homeserver.access import still_sticky
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, attributes, method
+from synapse_sticky.homeserver.sections import together
 from synapse_sticky.homeserver.tokens import position_of, token_of
-from synapse_sticky.homeserver.unignored import Unignored, together
 from synapse_sticky.index import Position
 
 _SLIDING_SYNC = "synapse.handlers.sliding_sync"
@@ -186,9 +186,9 @@ class _Response:
         self._sync_config = sync_config
         self._user_id: str = sync_config.user.to_string()
         self._to_token = to_token
-        self._from_token = from_token.stream_token if from_token else None
         self._now_ms = sliding._homeserver.now_ms()
         self._parts: list[tuple[int, dict[str, list[str]]]] = []
+        self._of_senders: dict[str, list[str]] = {}
         device_id: str = sync_config.requester.device_id or ""
         self.connection = (self._user_id, device_id, sync_config.conn_id or "")
         self.room_ids = room_ids
@@ -226,14 +226,21 @@ class _Response:
             self._parts.append((after.stream_id, by_room))
         return sum(map(len, by_room.values())), position_of(reached)
 
-    async def _with_unignored(self, by_room: dict[str, list[str]]) -> dict[str, list[str]]:
-        """Adds what the user's ignoring kept from this connection, once it is taken back."""
-        unignored, since = self._sliding.unignored, self.since
-        if unignored is None or since is None or self.limit <= 0:
-            return by_room
-        after = self._from_token or self._to_token
-        more = await unignored.events(self._user_id, after, self.room_ids, since)
-        return together(by_room, more) if more else by_room
+    async def unignored_users(self, after: Shown | None) -> AbstractSet[str]:
+        unignored = self._sliding.unignored
+        if unignored is None:
+            return set()
+        since = None if after is None else after.ignoring
+        return await unignored.senders(self._user_id, since, self.shown.ignoring)
+
+    async def read_of(
+        self, senders: Collection[str], room_ids: Collection[str], after: Position, up_to: Position
+    ) -> int:
+        if self._sliding.unignored is None:
+            return 0
+        found = await self._sliding.unignored.events_of(senders, room_ids, after, up_to)
+        self._of_senders = together(self._of_senders, found)
+        return sum(map(len, found.values()))
 
     async def filled(self, page: SlidingPage) -> Any:
         """Synapse's own response object."""
@@ -241,7 +248,7 @@ class _Response:
         for _, part in sorted(self._parts, key=lambda part: part[0]):
             for room_id, event_ids in part.items():
                 by_room.setdefault(room_id, []).extend(event_ids)
-        by_room = await self._with_unignored(by_room)
+        by_room = together(by_room, self._of_senders)
         rooms = {}
         if by_room:
             event_ids = [event_id for ids in by_room.values() for event_id in ids]

@@ -21,6 +21,7 @@ SEAMS = (
     method(f"{_TYPES}.RoomSyncConfig", "from_room_config(room_params, /) -> RoomSyncConfig"),
     method(f"{_TYPES}.RoomSyncConfig", "must_await_full_state(is_mine_id, /) -> bool"),
     *attributes("synapse.types.StreamToken", "room_key", "un_partial_stated_rooms_key"),
+    Attribute("synapse.types.StreamToken", "account_data_key"),
     method("synapse.types.RoomStreamToken", "get_stream_pos_for_instance(instance_name, /) -> int"),
     Attribute("synapse.types.RoomStreamToken", "stream"),
     method(
@@ -66,7 +67,11 @@ class SynapseJoinedRooms:
         rooms = token.room_key
         at = {writer: rooms.get_stream_pos_for_instance(writer) for writer in self._writers}
         ahead = {writer: position for writer, position in at.items() if position > rooms.stream}
-        return Shown(Position(rooms.stream, ahead), token.un_partial_stated_rooms_key)
+        return Shown(
+            Position(rooms.stream, ahead),
+            token.un_partial_stated_rooms_key,
+            token.account_data_key,
+        )
 
     async def joined_after(
         self, user_id: str, room_ids: AbstractSet[str], after: Position, up_to: Any

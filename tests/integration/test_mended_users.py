@@ -1,0 +1,153 @@
+"""What kept something from local users ends while the events are sticky: then they get it (H7)."""
+
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+
+from tests.conftest import Servers
+from tests.integration.rooms import room_of
+from tests.integration.test_mended import KILLED_OR_NOT
+from tests.lab import Client, Homeserver, wait_until
+from tests.lab.client import (
+    SLIDING_EXTENSION,
+    WITHOUT_TIMELINE,
+    sliding_sticky_events,
+    sticky_events,
+)
+
+
+def ignore(user: Client, *others: Client) -> None:
+    """The user ignores these, and nobody else."""
+    content: Any = {"ignored_users": {other.user_id: {} for other in others}}
+    user.request("PUT", f"user/{user.user_id}/account_data/m.ignored_user_list", content)
+
+
+@pytest.mark.slow
+@pytest.mark.one_process
+@pytest.mark.requirement("H7", "D6", "D4")
+@pytest.mark.parametrize("is_sliding", [False, True])
+def test_who_is_not_ignored_any_more(three: list[Homeserver], is_sliding: bool) -> None:
+    server = three[0]
+    alice, mallory, bob = server.user(), server.user(), server.user()
+    room_id = room_of(alice, mallory, bob, via=server)
+    answer: Any = None
+
+    def shown() -> list[str]:
+        nonlocal answer
+        if is_sliding:
+            answer = bob.sliding_sync(answer)
+            return sliding_sticky_events(answer, room_id)
+        answer = bob.sync(answer and answer["next_batch"], filter_=WITHOUT_TIMELINE)
+        return sticky_events(answer, room_id)
+
+    shown()
+    ignore(bob, mallory)
+    shown()
+    hidden = [mallory.send_sticky(room_id) for _ in range(3)]
+    of_alice = alice.send_sticky(room_id)
+    assert shown() == [of_alice]
+    assert shown() == []
+    ignore(bob)
+    assert shown() == hidden
+    assert shown() == []
+    later = mallory.send_sticky(room_id)
+    assert shown() == [later]
+
+
+@pytest.mark.requirement("H7", "D6", "D4", "E2", "E4")
+@KILLED_OR_NOT
+def test_who_is_not_ignored_any_more_while_the_app_is_closed(
+    servers: Servers, is_killed: bool
+) -> None:
+    """Whatever process answers afterwards; also a connection of sliding sync that begins anew."""
+    (server,) = servers({})
+    alice, mallory, bob = server.user(), server.user(), server.user()
+    room_id = room_of(alice, mallory, bob, via=server)
+    ignore(bob, mallory)
+    hidden = [mallory.send_sticky(room_id) for _ in range(3)]
+    seen = [alice.send_sticky(room_id)]
+
+    def shows(answer: Any, expected: list[str]) -> bool:
+        found = sticky_events if "next_batch" in answer else sliding_sticky_events
+        return found(answer, room_id) == expected
+
+    def sync(since: str | None = None) -> Any:
+        return bob.sync(since, filter_=WITHOUT_TIMELINE)
+
+    wait_until(lambda: shows(sync(), seen) and shows(bob.sliding_sync(), seen), "both to see it")
+    before, sliding = sync(), bob.sliding_sync()
+    assert shows(before, seen)
+    assert shows(sliding, seen)
+    ignore(bob)
+    if is_killed:
+        server.kill()
+        server.start()
+        server.wait_until_ready()
+    since = token_of(sliding)
+    wait_until(lambda: shows(sync(before["next_batch"]), hidden), "them in /sync")
+    wait_until(lambda: shows(bob.sliding_sync(since=since), hidden), "them in sliding sync")
+    after = sync(before["next_batch"])
+    assert shows(after, hidden)
+    assert shows(sync(after["next_batch"]), [])
+    anew = bob.sliding_sync(since=since)
+    assert shows(anew, hidden)
+    assert not bob.sliding_sync(anew)["has_section"]
+    assert not bob.sliding_sync(since=token_of(anew))["has_section"]
+    # Another app of before goes on from its pos.
+    goes_on = bob.sliding_sync(sliding)
+    assert shows(goes_on, hidden)
+    assert not bob.sliding_sync(goes_on)["has_section"]
+    later = mallory.send_sticky(room_id)
+    wait_until(lambda: shows(sync(after["next_batch"]), [later]), "the next one in /sync")
+    since = token_of(anew)
+    wait_until(lambda: shows(bob.sliding_sync(since=since), [later]), "and in sliding sync")
+    assert shows(sync(), [*hidden, *seen, later]), "a first sync"
+
+
+def token_of(answer: Any) -> str:
+    token: str = answer["extensions"][SLIDING_EXTENSION]["next_batch"]
+    return token
+
+
+@pytest.mark.slow
+@pytest.mark.one_process
+@pytest.mark.requirement("H7", "D5", "D8")
+@pytest.mark.parametrize("is_sliding", [False, True])
+def test_who_is_not_banned_any_more(three: list[Homeserver], is_sliding: bool) -> None:
+    server = three[0]
+    alice, bob = server.user(), server.user()
+    room_id = room_of(alice, bob, via=server)
+    before = alice.send_sticky(room_id)
+    answer = bob.sliding_sync() if is_sliding else bob.sync(filter_=WITHOUT_TIMELINE)
+    alice.ban(room_id, bob.user_id)
+    missed = alice.send_sticky(room_id)
+    if is_sliding:
+        answer = bob.sliding_sync(answer)
+        assert sliding_sticky_events(answer, room_id) == []
+    else:
+        answer = bob.sync(answer["next_batch"], filter_=WITHOUT_TIMELINE)
+        assert sticky_events(answer, room_id) == []
+    alice.request("POST", f"rooms/{quote(room_id)}/unban", {"user_id": bob.user_id})
+    bob.join(room_id)
+    if is_sliding:
+        assert {before, missed} == {*sliding_sticky_events(bob.sliding_sync(answer), room_id)}
+    else:
+        answer = bob.sync(answer["next_batch"], filter_=WITHOUT_TIMELINE)
+        assert {before, missed} == {*sticky_events(answer, room_id)}
+
+
+@pytest.mark.slow
+@pytest.mark.one_process
+@pytest.mark.requirement("H7")
+def test_who_is_not_shadow_banned_any_more(three: list[Homeserver]) -> None:
+    """What such a user sends is never there. What they send afterwards is."""
+    server = three[0]
+    alice, bob, admin = server.user(), server.user(), server.user(admin=True)
+    room_id = room_of(alice, bob, via=server)
+    path = f"/_synapse/admin/v1/users/{alice.user_id}/shadow_ban"
+    admin.request("POST", path)
+    alice.send_sticky(room_id)
+    admin.request("DELETE", path)
+    sent = alice.send_sticky(room_id)
+    assert sticky_events(bob.sync(filter_=WITHOUT_TIMELINE), room_id) == [sent]

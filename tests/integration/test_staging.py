@@ -256,6 +256,22 @@ def test_while_another_user_joins_by_another_server(servers: Servers, peer: Peer
     wait_until(lambda: not parked(server), "nothing to be left")
 
 
+@pytest.mark.slow
+@pytest.mark.requirement("F3", "H3", "L6")
+def test_few_are_kept_for_rooms_that_nobody_here_is_in(servers: Servers, peer: Peer) -> None:
+    """This server might be joining them, as far as the process knows that receives these PDUs."""
+    (server,) = servers({"config": NO_LIMITS})
+    scene = enter(server, peer)
+    scene.alice.leave(scene.room_id)
+    sent = scene.flood(120)
+    full = "Too many sticky PDUs of"
+    wait_until(lambda: server.log_has(f"{full} {peer.name} are parked"), "the places to be taken")
+    staged = "SELECT 1 FROM federation_inbound_events_staging"
+    wait_until(lambda: not server.query(staged), "all to be processed", 120)
+    assert len(parked(server)) == 100
+    assert parked(server) <= set(sent)
+
+
 @pytest.mark.requirement("L3")
 def test_expired_while_parked(servers: Servers, peer: Peer) -> None:
     (server,) = servers({})

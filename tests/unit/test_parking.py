@@ -10,7 +10,7 @@ from synapse.api.room_versions import RoomVersions
 from synapse.events import make_event_from_dict, relation_from_event
 
 from synapse_sticky.handlers.staging.held import Held
-from synapse_sticky.handlers.staging.parking import synapse, tables
+from synapse_sticky.handlers.staging.parking import places, synapse, tables
 from synapse_sticky.handlers.staging.parking.handler import ParkingHandler
 from synapse_sticky.handlers.staging.parking.pdus import Outcome, ParkedPdu, ScheduledPdu
 from synapse_sticky.handlers.staging.parking.possible import is_possible
@@ -148,6 +148,11 @@ def park(table: ParkedTable, origin: str, *event_ids: str, due_ms: int = 0) -> l
     return asyncio.run(all_of_them())
 
 
+def park_outside(table: ParkedTable, origin: str, event_id: str, room_id: str = ROOM) -> bool:
+    pdu = ParkedPdu(origin, event_id, room_id, "{}", "{}", ("$before",), is_outside=True)
+    return asyncio.run(table.park(pdu, 3_600_000, 0)) in (Outcome.PARKED, Outcome.STILL_PARKED)
+
+
 def parked(table: ParkedTable, origin: str) -> list[str]:
     return [pdu.event_id for pdu in asyncio.run(table.of_room(origin, ROOM))]
 
@@ -261,7 +266,7 @@ def test_nothing_is_staged_for_a_room_that_is_being_joined(
 def test_no_server_has_more_than_its_share(
     homeserver: Any, table: ParkedTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tables, "_MOST_OF_SERVER", 3)
+    monkeypatch.setattr(places, "MOST_OF_SERVER", 3)
     assert park(table, "evil.test", "$1", "$2", "$3", "$4") == [True, True, True, False]
     assert park(table, "evil.test", "$1") == [True]
     assert park(table, "good.test", "$1") == [True]
@@ -272,7 +277,7 @@ def test_no_server_has_more_than_its_share(
 def test_many_servers_cannot_shut_others_out(
     homeserver: Any, table: ParkedTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tables, "_MOST", 6)
+    monkeypatch.setattr(places, "MOST", 6)
     for homeserver.now, event_id in enumerate(["$1", "$2", "$3"]):
         park(table, "evil.test", event_id)
         park(table, "worse.test", event_id)
@@ -282,6 +287,30 @@ def test_many_servers_cannot_shut_others_out(
     assert parked(table, "evil.test") == ["$1", "$2"]
     assert park(table, "worse.test", "$4") == [False]
     assert parked(table, "worse.test") == ["$1", "$2", "$3"]
+
+
+@pytest.mark.requirement("F3", "H3", "L6")
+def test_little_is_kept_for_rooms_that_this_server_is_not_in(
+    homeserver: Any, table: ParkedTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever says that this server is about to join them. A room has its share of that."""
+    monkeypatch.setattr(places, "MOST_OUTSIDE_OF_ROOM", 4)
+    monkeypatch.setattr(places, "MOST_OUTSIDE", 6)
+    for homeserver.now in range(3):
+        for origin in ("evil.test", "worse.test"):
+            assert park_outside(table, origin, f"${homeserver.now}") == (homeserver.now < 2)
+    assert park_outside(table, "good.test", "$good"), "a place of who has the most"
+    assert parked(table, "evil.test") == ["$0"]
+    assert parked(table, "worse.test") == ["$0", "$1"]
+    # The places of all these rooms together.
+    assert [park_outside(table, "other.test", f"${n}", "!other") for n in range(3)] == [
+        *(True, True, False)
+    ]
+    assert [park_outside(table, "new.test", f"${n}", "!new") for n in range(2)] == [True, False]
+    assert len(asyncio.run(table.of_room("other.test", "!other"))) == 1
+    # None of these take a place of the rooms that this server is in.
+    assert park(table, "evil.test", *(f"$in{number}" for number in range(9))) == [True] * 9
+    assert park_outside(table, "good.test", "$good"), "it is there"
 
 
 @pytest.mark.requirement("L3", "L6")

@@ -11,7 +11,7 @@ import pytest
 from synapse.app.homeserver import SynapseHomeServer
 
 from synapse_sticky.handlers.staging.held import Held
-from synapse_sticky.handlers.staging.parking import tables
+from synapse_sticky.handlers.staging.parking import places
 from synapse_sticky.handlers.staging.parking.handler import ParkingHandler
 from synapse_sticky.handlers.staging.parking.origins.synapse import SynapseOrigins
 from synapse_sticky.handlers.staging.parking.pdus import Outcome, ParkedPdu
@@ -69,7 +69,7 @@ class Parking:
 
 @pytest.fixture
 def parking(store: CountingStore, monkeypatch: pytest.MonkeyPatch) -> Parking:
-    monkeypatch.setattr(tables, "_MOST_OF_SERVER", LIMIT)
+    monkeypatch.setattr(places, "MOST_OF_SERVER", LIMIT)
     return Parking(store)
 
 

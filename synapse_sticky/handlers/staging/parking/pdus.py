@@ -13,7 +13,10 @@ LONGEST_MS = 120_000
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
 class ParkedPdu:
-    """An acknowledged PDU that cannot be persisted yet, as it is stored."""
+    """An acknowledged PDU that cannot be persisted yet, as it is stored.
+
+    is_outside: whether this server was not in the room when the PDU came.
+    """
 
     origin: str
     event_id: str
@@ -22,6 +25,7 @@ class ParkedPdu:
     internal_metadata: str
     prev_event_ids: tuple[str, ...]
     auth_event_ids: tuple[str, ...] = ()
+    is_outside: bool = False
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)

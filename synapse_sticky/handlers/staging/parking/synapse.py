@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from http import HTTPStatus
 from typing import Any
 
+import attr
 from canonicaljson import encode_canonical_json
 from synapse.api.constants import EventContentFields, StickyEvent
 from synapse.federation.federation_server import _INBOUND_EVENT_HANDLING_LOCK_NAME
@@ -172,9 +173,10 @@ class SynapseStaging:
                 # The main process joins rooms. Until it has, it queues the room's PDUs in memory
                 # only, and the other processes ignore them. None is in the staging area any more.
                 if self._is_queued(pdu):
-                    await self._fail(fail, origin, pdu, "the room is being joined")
+                    await self._fail(fail, origin, pdu, "the room is being joined", is_outside=True)
                 elif not in_room:
-                    await self._fail(fail, origin, pdu, "this server is not in the room yet")
+                    why = "this server is not in the room yet"
+                    await self._fail(fail, origin, pdu, why, is_outside=True)
 
             return on_receive_pdu
 
@@ -240,12 +242,15 @@ class SynapseStaging:
         pdu: EventBase,
         why: str,
         verdict: Verdict = Verdict.PASSES,
+        *,
+        is_outside: bool = False,
     ) -> None:
         # Synapse checks the size late, after it has fetched the prev_events.
         if len(encode_canonical_json(pdu.get_pdu_json())) > _MAX_PDU_SIZE:
             return
         try:
-            await fail(_parked_pdu_of(origin, pdu), self._staged_pdu_of(pdu), why, verdict)
+            parked = attr.evolve(_parked_pdu_of(origin, pdu), is_outside=is_outside)
+            await fail(parked, self._staged_pdu_of(pdu), why, verdict)
         except Exception:
             logger.exception("Could not park the sticky PDU %s", pdu.event_id)
 

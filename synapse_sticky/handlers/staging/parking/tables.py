@@ -11,6 +11,7 @@ from synapse_sticky.handlers.staging.parking.pdus import (
     ScheduledPdu,
     StageTxn,
 )
+from synapse_sticky.handlers.staging.parking.places import make_place_txn
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.database import portions
 from synapse_sticky.homeserver.layout import Migrations, Waiting, migrate
@@ -18,10 +19,6 @@ from synapse_sticky.homeserver.layout import Migrations, Waiting, migrate
 _COLUMNS = (
     "origin, event_id, room_id, event_json, internal_metadata, prev_event_ids, auth_event_ids"
 )
-
-# What strangers can make us keep. A PDU has at most 64 kB, 196 kB once its JSON is escaped.
-_MOST_OF_SERVER = 500
-_MOST = 5_000
 
 _ROOMS_AT_ONCE = 50
 """How many pairs of origin and room are tried in one go. The others follow a second later."""
@@ -77,6 +74,10 @@ class ParkedTable:
                 ON synapse_sticky_incomplete (event_id)
             """,
         ),
+        (
+            "ALTER TABLE synapse_sticky_incomplete"
+            " ADD COLUMN IF NOT EXISTS outside BIGINT NOT NULL DEFAULT 0",
+        ),
     )
 
     def __init__(self, homeserver: Homeserver) -> None:
@@ -102,8 +103,6 @@ class ParkedTable:
         received_ts_ms: int | None = None,
     ) -> Outcome:
         """Parks a PDU until it expires. Does not wait long for a table that is locked.
-
-        Where all places are taken, the server with the most parked PDUs loses its last one.
 
         Args:
             until_ms: when it expires, in ms since the epoch.
@@ -135,33 +134,17 @@ class ParkedTable:
                     (tries, first_due_ms, *key),
                 )
                 return Outcome.STILL_PARKED
-            txn.execute(
-                "SELECT origin, COUNT(*) FROM synapse_sticky_incomplete"
-                " GROUP BY origin ORDER BY COUNT(*) DESC, origin"
-            )
-            counts: dict[str, int] = dict(txn.fetchall())
-            own = counts.get(pdu.origin, 0)
-            if own >= _MOST_OF_SERVER:
+            if not make_place_txn(txn, pdu):
                 return Outcome.FULL
-            if sum(counts.values()) >= _MOST:
-                most, count = next(iter(counts.items()))
-                if count <= own + 1:
-                    return Outcome.FULL
-                txn.execute(
-                    "SELECT origin, event_id FROM synapse_sticky_incomplete WHERE origin = ?"
-                    " ORDER BY received_ts_ms DESC LIMIT 1",
-                    (most,),
-                )
-                txn.execute(f"DELETE FROM {where}", txn.fetchone())
             txn.execute(
                 "INSERT INTO synapse_sticky_incomplete"
-                f" ({_COLUMNS}, received_ts_ms, until_ms, due_ms, tries)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+                f" ({_COLUMNS}, received_ts_ms, until_ms, due_ms, tries, outside)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
                 " ON CONFLICT (origin, event_id) DO NOTHING",
                 (
                     *(*key, pdu.room_id, pdu.event_json, pdu.internal_metadata),
                     *(json.dumps(pdu.prev_event_ids), json.dumps(pdu.auth_event_ids)),
-                    *(at_ms, until_ms, first_due_ms, tries),
+                    *(at_ms, until_ms, first_due_ms, tries, int(pdu.is_outside)),
                 ),
             )
             return Outcome.PARKED

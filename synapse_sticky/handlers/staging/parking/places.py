@@ -1,0 +1,49 @@
+"""The places for parked PDUs: how many strangers can make this server keep (H3).
+
+Where all places are taken, the server with the most PDUs there loses its last one.
+"""
+
+from synapse_sticky.handlers.staging.parking.pdus import ParkedPdu
+from synapse_sticky.homeserver import Cursor
+
+# A PDU has at most 64 kB, 196 kB once its JSON is escaped.
+MOST_OF_SERVER = 500
+MOST = 5_000
+MOST_OUTSIDE = 1_000
+"""For rooms that this server is not in: it joins them, or somebody says that it does."""
+MOST_OUTSIDE_OF_ROOM = 100
+
+_TABLE = "synapse_sticky_incomplete"
+
+
+def make_place_txn(txn: Cursor, pdu: ParkedPdu) -> bool:
+    """Is there a place for one more PDU, be it that of another one? That is parked no more then."""
+    txn.execute(f"SELECT COUNT(*) FROM {_TABLE} WHERE origin = ?", (pdu.origin,))
+    if _only_number(txn) >= MOST_OF_SERVER:
+        return False
+    places: list[tuple[str, tuple[str, ...], int]] = [("outside >= 0", (), MOST)]
+    if pdu.is_outside:
+        places.insert(0, ("outside = 1", (), MOST_OUTSIDE))
+        places.insert(0, ("outside = 1 AND room_id = ?", (pdu.room_id,), MOST_OUTSIDE_OF_ROOM))
+    for where, args, most in places:
+        txn.execute(f"SELECT origin, COUNT(*) FROM {_TABLE} WHERE {where} GROUP BY origin", args)
+        counts: dict[str, int] = dict(txn.fetchall())
+        if sum(counts.values()) < most:
+            continue
+        origin = min(counts, key=lambda origin: (-counts[origin], origin))
+        if counts[origin] <= counts.get(pdu.origin, 0) + 1:
+            return False
+        txn.execute(
+            f"SELECT origin, event_id FROM {_TABLE} WHERE {where} AND origin = ?"
+            " ORDER BY received_ts_ms DESC LIMIT 1",
+            (*args, origin),
+        )
+        txn.execute(f"DELETE FROM {_TABLE} WHERE origin = ? AND event_id = ?", txn.fetchone())
+        # Its place is one of all that follow, too.
+        return True
+    return True
+
+
+def _only_number(txn: Cursor) -> int:
+    row = txn.fetchone()
+    return row[0] if row else 0

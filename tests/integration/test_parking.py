@@ -1,14 +1,14 @@
 """Parked PDUs: what is parked, and when it comes back (L3, S2, H7)."""
 
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import pytest
 
 from tests.conftest import Servers
-from tests.integration.rooms import entered
 from tests.integration.test_staging import parked, withhold
 from tests.lab import Homeserver, Peer, wait_until
+from tests.lab.client import WITHOUT_TIMELINE, sliding_sticky_events, sticky_events
 from tests.lab.faults import FAULTY_MODULE, set_clock
 from tests.lab.scene import Scene, enter
 from tests.lab.spam import PARTIAL_STATE
@@ -21,26 +21,36 @@ LONG_BACK_OFF = {
 }
 """As Synapse has it by default."""
 
-GOAL_S = 60
+AUTH_GOAL_S, PREV_GOAL_S = 30, 60
+"""How soon all is there once who has what was missing answers again."""
 HOUR_MS, AHEAD_MS = 3_600_000, 3 * 3_600_000
 
 
-def wait_until_entered(server: Homeserver, room_id: str, event_ids: Collection[str]) -> None:
-    wait_until(
-        lambda: {*event_ids} <= {*entered(server, room_id)},
-        f"{len(event_ids)} events to be sticky",
-        GOAL_S,
-        look=lambda: len({*event_ids} & {*entered(server, room_id)}),
-    )
+Sections = Callable[[], Collection[Collection[str]]]
+"""What a new client is given, in /sync and in sliding sync."""
+
+
+def wait_for_sections(sections: Sections, event_ids: Collection[str], goal_s: float) -> None:
+    """Waits until both sections have the events; four times as long as it may take."""
+    left = {*event_ids}
+
+    def look() -> int:
+        return min(len(left & {*section}) for section in sections())
+
+    wait_until(lambda: look() == len(left), f"{len(left)} events", 4 * goal_s, look=look)
 
 
 @pytest.mark.slow
 @pytest.mark.requirement("L3", "H7")
 def test_auth_events_cannot_be_fetched_for_now(servers: Servers, peer: Peer) -> None:
-    """The answer to the join left out who else is in the room. So what they send first makes this
-    server ask theirs, which answers with an error for a moment, and sends nothing by itself."""
     partial = {"modules": [{"module": PARTIAL_STATE}], **LONG_BACK_OFF}
     resident, server = servers({"module": False}, {"extra": partial})
+    check_auth_events(resident, server, peer)
+
+
+def check_auth_events(resident: Homeserver, server: Homeserver, peer: Peer) -> None:
+    """The answer to the join left out who else is in the room. So what they send first makes this
+    server ask theirs, which answers with an error for a moment, and sends nothing by itself."""
     scene = enter(resident, peer)
     # Of a room without a name the answer has some members.
     scene.alice.send_state(scene.room_id, "m.room.name", {"name": "a room"})
@@ -52,12 +62,20 @@ def test_auth_events_cannot_be_fetched_for_now(servers: Servers, peer: Peer) -> 
     )
     peer.advance(scene.room, join_id)
     peer.override = lambda method, path: (502, {}) if "/event_auth/" in path else None
-    here = Scene(server, peer, scene.alice, scene.eve, scene.room)
+    here = Scene(server, peer, bob, scene.eve, scene.room)
+    # Other clients do not see the room while its state is partial.
+    lazy = {"room": {**WITHOUT_TIMELINE["room"], "state": {"lazy_load_members": True}}}
+
+    def sections() -> tuple[list[str], list[str]]:
+        in_sync = sticky_events(bob.sync(filter_=lazy), scene.room_id)
+        return in_sync, sliding_sticky_events(bob.sliding_sync(), scene.room_id)
+
     sent = [here.sticky() for _ in range(5)]
     wait_until(lambda: parked(server) == {*sent}, "all to be parked")
     assert server.log_has("its auth_events cannot be fetched")
+    assert not any({*sent} & {*section} for section in sections())
     peer.override = lambda method, path: None
-    wait_until_entered(server, scene.room_id, sent)
+    wait_for_sections(sections, sent, AUTH_GOAL_S)
     wait_until(lambda: not parked(server), "nothing to be left")
 
 
@@ -65,10 +83,13 @@ def test_auth_events_cannot_be_fetched_for_now(servers: Servers, peer: Peer) -> 
 @pytest.mark.requirement("L3", "H7", "H4")
 @pytest.mark.parametrize("long_back_off", [False, True])
 def test_all_come_back_once_it_answers(servers: Servers, peer: Peer, long_back_off: bool) -> None:
-    """What some lack is with a server that stays away."""
     (server,) = servers({"extra": LONG_BACK_OFF} if long_back_off else {})
+    check_all_come_back(server, peer, 502 if long_back_off else 404)
+
+
+def check_all_come_back(server: Homeserver, peer: Peer, fails: int) -> None:
+    """What some lack is with a server that stays away."""
     scene = enter(server, peer)
-    fails = 502 if long_back_off else 404
     peer.override = lambda method, path: (fails, {}) if "/state_ids/" in path else None
     extremities, depth = scene.room.extremities, scene.room.depth
     sent, before = list[str](), set[str]()
@@ -85,10 +106,10 @@ def test_all_come_back_once_it_answers(servers: Servers, peer: Peer, long_back_o
     wait_until(lambda: parked(server) == {*sent}, "all to be parked")
     asked = sum("/state_ids/" in request for request in peer.requests)
     peer.override = lambda method, path: None
-    wait_until_entered(server, scene.room_id, {*sent} - stay_away)
+    wait_for_sections(scene.sections, {*sent} - stay_away, PREV_GOAL_S)
     assert asked <= 200
     peer.events.update(lost_pdus)
-    wait_until_entered(server, scene.room_id, sent)
+    wait_for_sections(scene.sections, sent, PREV_GOAL_S)
 
 
 @pytest.mark.requirement("S2", "L3", "E4")
@@ -109,7 +130,7 @@ def test_received_is_when_it_was_received(servers: Servers, peer: Peer, restarts
     set_clock(server, 50 * 60)
     fetched_ms = time.time() * 1000 + 50 * 60_000
     peer.override = lambda method, path: None
-    wait_until_entered(server, scene.room_id, [withheld_id, event_id])
+    wait_for_sections(scene.sections, [withheld_id, event_id], PREV_GOAL_S)
     sql = "SELECT event_id, expires_at FROM sticky_events WHERE room_id = ?"
     ends_ms = dict(server.query(sql, scene.room_id))
     assert before_ms + HOUR_MS <= ends_ms[event_id] <= after_ms + HOUR_MS

@@ -1,5 +1,6 @@
 """Sliding sync gives whoever is joined each sticky event once, old ones after a join as well."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from tests.conftest import Servers
 from tests.integration.rooms import NO_LIMITS
 from tests.lab import Client, Homeserver, wait_until
-from tests.lab.client import SLIDING_EXTENSION, sliding_sticky_events
+from tests.lab.client import SLIDING_EXTENSION, ApiError, sliding_sticky_events
 
 LIMIT = 100
 
@@ -206,6 +207,48 @@ def test_a_new_connection_in_the_middle_of_what_is_older(server: Homeserver) -> 
         seen += sliding_sticky_events(answer, room_id)
     assert seen == old
     assert_nothing(bob, answer)
+
+
+def begins_anew(server: Homeserver, user: Client) -> None:
+    """Synapse has one connection of a name: another app of the device has begun one."""
+    user.sliding_sync(limit=0)
+
+
+def is_cleaned_up(server: Homeserver, user: Client) -> None:
+    """As Synapse does with a connection that was not used for a week."""
+    connections = f"sliding_sync_connections WHERE user_id = '{user.user_id}'"
+    server.change(
+        "DELETE FROM sliding_sync_connection_positions WHERE connection_key IN"
+        f" (SELECT connection_key FROM {connections})",
+        f"DELETE FROM {connections}",
+    )
+
+
+@pytest.mark.requirement("D4", "D5")
+@pytest.mark.parametrize("forget", [begins_anew, is_cleaned_up])
+def test_an_unknown_pos(server: Homeserver, forget: Callable[[Homeserver, Client], None]) -> None:
+    """Synapse answers it with an error. The client goes on from the extension's ``since``."""
+    alice, bob = server.user(), server.user()
+    room_id, later = alice.create_room(), alice.create_room()
+    bob.join(room_id)
+    old = [alice.send_sticky(room_id) for _ in range(3)]
+    older = [alice.send_sticky(later) for _ in range(2)]
+    first = bob.sliding_sync(limit=2)
+    assert sliding_sticky_events(first, room_id) == old[:2]
+    bob.join(later)
+    forget(server, bob)
+    with pytest.raises(ApiError) as refused:
+        bob.sliding_sync(first)
+    assert refused.value.errcode == "M_UNKNOWN_POS"
+    answer = bob.sliding_sync(since=token_of(first))
+    assert sliding_sticky_events(answer, room_id) == old[2:]
+    assert sliding_sticky_events(answer, later) == older
+    assert not bob.sliding_sync(answer)["has_section"]
+    assert_nothing(bob, answer)
+    new = alice.send_sticky(later)
+    answer = bob.sliding_sync(since=token_of(answer))
+    assert sliding_sticky_events(answer, later) == [new]
+    assert not sliding_sticky_events(answer, room_id)
 
 
 @pytest.mark.one_process

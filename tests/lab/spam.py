@@ -10,8 +10,10 @@ from synapse.module_api import NOT_SPAM, ModuleApi, errors
 SPAM_CHECKER = "tests.lab.spam.SpamChecker"
 JOIN_HOLDER = "tests.lab.spam.JoinHolder"
 PARTIAL_STATE = "tests.lab.spam.PartialState"
+PARTIAL_STATE_HOLDER = "tests.lab.spam.PartialStateHolder"
 DUMMY_RULE = "tests.lab.spam.DummyRule"
 _HOLD, _HELD = "hold", "held"
+_HOLD_STATE = "hold-state"
 _REFUSED = "refused"
 
 
@@ -38,9 +40,13 @@ def holds_a_join(folder: Path) -> bool:
 
 def release_joins(folder: Path) -> None:
     """Ends that."""
+    _release(folder / _HOLD)
+
+
+def _release(path: Path) -> None:
     # Opened to read and to write it keeps nobody waiting, and ends the reading as it is closed.
-    pipe = os.open(folder / _HOLD, os.O_RDWR)
-    (folder / _HOLD).unlink()
+    pipe = os.open(path, os.O_RDWR)
+    path.unlink()
     os.close(pipe)
 
 
@@ -66,6 +72,32 @@ class PartialState:
 
         handler = api._hs.get_federation_handler()
         setattr(handler, "_sync_partial_state_room", sync_nothing)  # noqa: B010
+
+
+def hold_state(folder: Path) -> None:
+    """Has the server whose folder this is take its time with the rooms that it joins from now on:
+    their state stays partial."""
+    os.mkfifo(folder / _HOLD_STATE)
+
+
+def release_state(folder: Path) -> None:
+    """Ends that."""
+    _release(folder / _HOLD_STATE)
+
+
+class PartialStateHolder:
+    """Asks for the members that an answer to a join left out once it is told."""
+
+    def __init__(self, config: Any, api: ModuleApi) -> None:
+        handler: Any = api._hs.get_federation_handler()
+        original = getattr(handler, "_sync_partial_state_room")  # noqa: B009
+
+        async def hold(*args: Any, **options: Any) -> None:
+            if Path(_HOLD_STATE).exists():
+                await api.defer_to_thread(Path(_HOLD_STATE).read_bytes)
+            await original(*args, **options)
+
+        setattr(handler, "_sync_partial_state_room", hold)  # noqa: B010
 
 
 def refuse_dummy_events(folder: Path, room_id: str) -> None:

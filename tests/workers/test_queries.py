@@ -4,11 +4,13 @@ import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
+from typing import Any
 
 import pytest
 
 from tests.integration.rooms import entered, joined_line, limits
 from tests.integration.story import pages_of
+from tests.integration.test_mended_users import ignore
 from tests.lab import Lab, Peer, WorkerHomeserver, wait_until
 from tests.lab.scene import enter
 from tests.lab.workers import (
@@ -40,9 +42,10 @@ _SLIDING = {"store_page", "read_page", "read_pages", "newly_joined", "joined_wit
 _EVERYWHERE = {
     *("read_rows", "load", "fill_index", "expire", "wait"),
     *("load_sliding", "migrate_sliding", "load_parking", "migrate_parking"),
+    *("load_unignored", "migrate_delivery (unignored)"),
 }
 _OF_ITS_KIND = {
-    "main": _SLIDING,
+    "main": {*_SLIDING, "unignored", "forget_unignored"},
     "persister": {"load_deferral", "migrate_deferral", "deferred", "release", "drop_deferred"},
     "sender": {
         *("state_position", "newcomers", "left_behind", "memberships", "earliest_members"),
@@ -63,7 +66,7 @@ _OF_ITS_KIND = {
         *("read_staged", "prune_staged", "next_staged", "is_joined", "received"),
         *_PARKING,
     },
-    "sync": _SLIDING,
+    "sync": {*_SLIDING, "unignored"},
     "background": {"merge_extremities", "to_merge"},
 }
 _HAS_DONE = {
@@ -155,8 +158,13 @@ def test_an_idle_sync_asks_nothing(deployment: WorkerHomeserver, peer: Peer) -> 
     sent = {*scene.flood(20), scene.alice.send_sticky(scene.room_id)}
     wait_until(lambda: sent <= set(entered(deployment, scene.room_id)), "what waits")
     assert all(deployment.index_knows(event_id) for event_id in sent)
+    # Whom she ignored, and does not ignore any more, is asked for once.
+    ignore(scene.alice, deployment.user())
+    ignore(scene.alice)
+    wait_until(lambda: ignores_nobody(scene.alice.sync()), "her to ignore nobody")
     since = scene.alice.sync()["next_batch"]
-    sliding = scene.alice.sliding_sync()
+    since = scene.alice.sync(since)["next_batch"]
+    sliding = scene.alice.sliding_sync(scene.alice.sliding_sync())
     before = transactions(deployment)
     for _ in range(20):
         since = scene.alice.sync(since)["next_batch"]
@@ -169,6 +177,11 @@ def test_an_idle_sync_asks_nothing(deployment: WorkerHomeserver, peer: Peer) -> 
         of_module = [what for what in asked if what.startswith(_PREFIX)]
         assert not of_module, (name, asked)
         assert not asked[_SYNAPSES_OWN], (name, asked)
+
+
+def ignores_nobody(answer: Any) -> bool:
+    events = answer["account_data"]["events"]
+    return {"type": "m.ignored_user_list", "content": {"ignored_users": {}}} in events
 
 
 @pytest.mark.requirement("E2")

@@ -95,7 +95,6 @@ class Unignored:
             logger.error("%s is off: %s", self._table.duty, e)
             return
         self._is_loaded = True
-        await self._table.forget()
 
     def _changed_txn(
         self, txn: Cursor, user_id: str, position: int, ignored: set[str], unignored: set[str]

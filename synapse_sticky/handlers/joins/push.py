@@ -218,7 +218,9 @@ class Push(Confirmable):
         if not self._may_send(now_ms):
             return []
         due = [s for s in self._unsent.values() if s.due_ms <= now_ms]
-        candidates = sorted([*self._due(now_ms), *due], key=self._place)
+        places, last = self.first, len(self.first)
+        candidates = [*self._due(now_ms), *due]
+        candidates.sort(key=lambda s: (places.get(s.event_id, last), s.stream_id))
         free = max(min(limit, self.window - self._in_flight(now_ms)), 0)
         if not self._contact.is_made:
             candidates.sort(key=lambda s: (s.attempts, s.stream_id))
@@ -249,9 +251,6 @@ class Push(Confirmable):
     def count_resent(self, event_ids: Iterable[str]) -> int:
         """How many of these, which were just chosen, had been sent before."""
         return sum(self._sent[event_id].attempts > 1 for event_id in event_ids)
-
-    def _place(self, sent: Sent) -> tuple[int, int]:
-        return self.first.get(sent.event_id, len(self.first)), sent.stream_id
 
     def _due(self, now_ms: int) -> list[Sent]:
         is_awaited = self._contact.is_awaited

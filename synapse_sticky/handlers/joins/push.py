@@ -218,9 +218,8 @@ class Push(Confirmable):
         if not self._may_send(now_ms):
             return []
         due = [s for s in self._unsent.values() if s.due_ms <= now_ms]
-        places, last = self.first, len(self.first)
         candidates = [*self._due(now_ms), *due]
-        candidates.sort(key=lambda s: (places.get(s.event_id, last), s.stream_id))
+        candidates.sort(key=lambda s: (self.first.get(s.event_id, NO_END), s.stream_id))
         free = max(min(limit, self.window - self._in_flight(now_ms)), 0)
         if not self._contact.is_made:
             candidates.sort(key=lambda s: (s.attempts, s.stream_id))

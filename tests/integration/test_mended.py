@@ -280,7 +280,7 @@ def test_our_own_leaving_and_coming_back(servers: Servers) -> None:
     wait_until_seen(a, c, room_id)
     alice.leave(room_id)
     c.forwarder.release()
-    held = f"{c.name} may not get events of {room_id} now"
+    held = f"{a.name} may not send in {room_id} now"
     wait_until(lambda: a.log_has(held), "the push to be held")
     wait_until_gone(carol, room_id, alice)
     alice.join(room_id, c.name)

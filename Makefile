@@ -71,6 +71,7 @@ bench: $(VENV)/.built ## Benchmarks: the Rust core; delivery beside SQL; /sync; 
 	$(BIN)/python -m benchmarks.newcomers --runs 5
 	$(BIN)/python -m benchmarks.newcomers --runs 5 --plain --busy
 	$(BIN)/python -m benchmarks.call --plain
+	$(BIN)/python -m benchmarks.present
 	$(BIN)/python -m benchmarks.workers
 
 compat: $(VENV)/.built ## The check and a short story on each Synapse, from 1.162 to the newest, or VERSIONS="1.163.1"; docs/compat

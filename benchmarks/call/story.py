@@ -58,7 +58,6 @@ class Call:
     ) -> None:
         self.times = Times(seconds)
         self.start_s = self.end_s = 0.0
-        self._has_banned = False
         self.cpu_s = dict.fromkeys((A, B, C, D), 0.0)
         self.troubles: list[Trouble] = []
         self.participants: list[Participant] = []
@@ -117,12 +116,14 @@ class Call:
                 user.join(room, self.servers[A].name)
             steps: list[tuple[float, Callable[[], object]]] = []
             if role.server == C:
-                steps.append((self.times.newcomer, partial(self._joined.wait, 60)))
+                steps.append((self.times.newcomer, partial(self._joined.wait, self.times.end)))
             for one in of_account:
                 participant = Participant(Party(one.name, one.server, room), user, one.name)
                 (self.controls if one.is_control else self.participants).append(participant)
                 steps += [(at_s, self._do(participant, step)) for at_s, step in one.steps]
             self._scripts.append(sorted(steps, key=lambda step: step[0]))
+            if account == "banned":
+                self._of_banned = self._scripts[-1]
 
     @staticmethod
     def _do(participant: Participant, step: str) -> Callable[[], object]:
@@ -187,9 +188,9 @@ class Call:
             try:
                 do()
             except ApiError as e:
-                if e.status != requests.codes.forbidden or not self._has_banned:
+                if e.status != requests.codes.forbidden or steps is not self._of_banned:
                     raise
-                return  # it is the one that is banned
+                return
 
     def _wait_until(self, at_s: float) -> None:
         time.sleep(max(self.start_s + at_s - time.monotonic(), 0))
@@ -223,12 +224,24 @@ class Call:
         start_s = time.monotonic()
         for observer in self.observers:
             if observer.party.server == C:
-                observer.user.join(self.room, self.servers[A].name)
+                self._have_join(observer.user)
                 observer.open()
         with ThreadPoolExecutor(2) as executor:
-            list(executor.map(lambda u: u.join(self.room, self.servers[A].name), self._joining))
+            list(executor.map(self._have_join, self._joining))
         self._joined.set()
         self._trouble("newcomer", start_s, lambda o, _: o.server == C)
+
+    def _have_join(self, user: Client) -> None:
+        """Under load it may take so long that the room denies the server, or A is restarted."""
+        while True:
+            try:
+                user.join(self.room, self.servers[A].name)
+            except ApiError:
+                if time.monotonic() > self.start_s + self.times.end:
+                    raise
+                time.sleep(1)
+            else:
+                return
 
     def _crash(self) -> None:
         start_s = time.monotonic()
@@ -241,7 +254,6 @@ class Call:
         body = {"user_id": banned.user_id, REDACT_FLAG: True}
         self._creator.request("POST", f"rooms/{quote(self.room)}/ban", body)
         banned.gone(asked_s, time.monotonic())
-        self._has_banned = True
         self._trouble("ban", asked_s, lambda _, p: p.name == "banned")
 
     def _away(self) -> None:

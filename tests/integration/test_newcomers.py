@@ -199,6 +199,25 @@ def test_the_questions_to_one_server_are_apart(three: list[Homeserver], peer: Pe
         assert after_s - before_s > APART_MS / 1000 / 2  # as the peer saw it
 
 
+@pytest.mark.one_process
+@pytest.mark.requirement("P3", "D7")
+def test_who_is_there_comes_before_a_flood_of_before(servers: Servers, peer: Peer) -> None:
+    """A user's newest event shows whether the user is there, whatever others sent since."""
+    (server,) = servers(SENDER)
+    mallory, *others = (server.user() for _ in range(11))
+    room_id = room_of(mallory, *others, via=server)
+    there = {user.send_sticky(room_id, content={"user": user.user_id}) for user in others}
+    flood = [mallory.send_sticky(room_id, content={"number": n}) for n in range(120)]
+    peer.join(server, room_id, peer.user("eve"))
+    wait_until(lambda: len(peer.received) == len(there) + len(flood), "all the rest, too")
+    senders = [pdu["sender"] for pdu in peer.received]
+    behind = [place for place, sender in enumerate(senders) if sender != mallory.user_id]
+    # A window of 48 goes out at once, and one event before, to see whether it takes any.
+    assert max(behind) < 48 + 1
+    numbers = [pdu["content"].get("number") for pdu in peer.received]
+    assert numbers.index(119) < 48 + 1
+
+
 @pytest.mark.slow
 @pytest.mark.one_process
 @pytest.mark.requirement("P3", "H3")

@@ -325,12 +325,12 @@ def test_the_database_is_asked_only_of_what_would_be_pushed() -> None:
     next_batch = here.callbacks["serve_backlog_from"]
     (first,) = done(next_batch("there", 4)).event_ids
     done(here.callbacks["on_acknowledged"]("there", [("!room", first)]))
-    here.redacted = {f"${n}" for n in range(12, 16)}
+    here.redacted = {f"${n}" for n in range(37, 41)}
     here.looked_up.clear()
-    assert done(next_batch("there", 4)).event_ids == ["$16", "$17", "$18", "$19"]
-    assert here.looked_up == [here.redacted, {"$16", "$17", "$18", "$19"}]
-    assert done(next_batch("there", 4)).event_ids == ["$20", "$21", "$22", "$23"]
-    assert here.looked_up[2:] == [{"$20", "$21", "$22", "$23"}]
+    assert done(next_batch("there", 4)).event_ids == ["$33", "$34", "$35", "$36"]
+    assert here.looked_up == [here.redacted, {"$33", "$34", "$35", "$36"}]
+    assert done(next_batch("there", 4)).event_ids == ["$29", "$30", "$31", "$32"]
+    assert here.looked_up[2:] == [{"$29", "$30", "$31", "$32"}]
 
 
 @pytest.mark.requirement("P3", "E2")

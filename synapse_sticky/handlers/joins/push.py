@@ -10,6 +10,7 @@ from synapse_sticky.backoff import Backoff
 from synapse_sticky.handlers.joins.confirmable import Confirmable
 from synapse_sticky.handlers.joins.confirmation.asking import Asked
 from synapse_sticky.handlers.joins.finished import Finished
+from synapse_sticky.handlers.joins.order import OwnEvent
 from synapse_sticky.handlers.joins.sent import GRACE_MS, MOST_SENDS, Sent
 
 WATCH_AFTER_RECORD_MS = 10_000
@@ -19,9 +20,6 @@ events that were under way when the newcomer joined."""
 
 _MOST_REMEMBERED = 1_000
 NO_END = 2**63
-
-OwnEvent = tuple[int, str, str]
-"""``(stream_id, event_id, sender)``"""
 
 
 class Push(Confirmable):
@@ -36,6 +34,7 @@ class Push(Confirmable):
         ordinary queue, but the push watches for them until ``watch_until_ms``.
     stored_watch_until_ms: the ``watch_until_ms`` in the table of newcomers. It tells this join from
         an earlier or later one.
+    first: which events are pushed before all others, and their places, by event ID.
     dirty_marks: how often the push became dirty: once by the join, and once more each time that the
         ordinary queue leaves something out.
     is_blocked: whether nothing may be sent for now: this server is not in the room, or the room's
@@ -61,6 +60,7 @@ class Push(Confirmable):
         self.watch_until_ms = watch_until_ms
         self.stored_watch_until_ms = watch_until_ms
         self.last_rows: Mapping[str, int] = {}
+        self.first: Mapping[str, int] = {}
         self.dirty_marks = 1
         self.window = 1
         self.is_blocked = self.is_believed = False
@@ -202,7 +202,8 @@ class Push(Confirmable):
             self._expect(stream_id, event_id, now_ms, now_ms + GRACE_MS)
 
     def next_events(self, limit: int, now_ms: int) -> dict[str, int]:
-        """What can be sent now, at most ``limit`` events, oldest first: stream IDs by event ID.
+        """What can be sent now, at most ``limit`` events, oldest first: stream IDs by event ID. If
+        not all can be sent now, it is those that are ``first``, then the oldest.
 
         A newcomer that is still joining answers /send, but acknowledges nothing. Until its first
         acknowledgement, each attempt sends one event, and not the same one as the last attempt.
@@ -213,12 +214,12 @@ class Push(Confirmable):
         if not self._may_send(now_ms):
             return []
         due = [s for s in self._unsent.values() if s.due_ms <= now_ms]
-        candidates = sorted([*self._due(now_ms), *due], key=lambda s: s.stream_id)
+        candidates = sorted([*self._due(now_ms), *due], key=self._place)
         free = max(min(limit, self.window - self._in_flight(now_ms)), 0)
         if not self._contact.is_made:
             candidates.sort(key=lambda s: (s.attempts, s.stream_id))
             free = min(free, 1)
-        return candidates[:free]
+        return sorted(candidates[:free], key=lambda s: s.stream_id)
 
     def choose(self, limit: int, now_ms: int, among: Collection[str] | None = None) -> list[str]:
         """The event IDs to send now, those of ``next_events``; they count as sent from here on.
@@ -240,6 +241,9 @@ class Push(Confirmable):
         while len(self._sent_often) > _MOST_REMEMBERED:
             del self._sent_often[next(iter(self._sent_often))]
         return [sent.event_id for sent in chosen]
+
+    def _place(self, sent: Sent) -> tuple[int, int]:
+        return self.first.get(sent.event_id, len(self.first)), sent.stream_id
 
     def _due(self, now_ms: int) -> list[Sent]:
         is_awaited = self._contact.is_awaited

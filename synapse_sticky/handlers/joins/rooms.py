@@ -4,17 +4,21 @@ The index says only that a room has new events. This file finds out whether own 
 them. If not, nothing is done, however many events and newcomers there are (H1, H3).
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import attr
 
-from synapse_sticky.handlers.joins.push import NO_END, OwnEvent, Push
+from synapse_sticky.handlers.joins.order import OwnEvent, places_of_first
+from synapse_sticky.handlers.joins.push import NO_END, Push
 from synapse_sticky.handlers.joins.sent import GRACE_MS
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.index import IndexFollower
 
 _PAGE = 64
 """A push takes in this many events at once that were never sent: more than a transaction has."""
+
+_ORDER_HOLDS_MS = 100
+"""However many servers join a room meanwhile, what they are pushed first is looked up once."""
 
 
 @attr.s(auto_attribs=True, slots=True)
@@ -24,12 +28,15 @@ class _Room:
     look_from: the own events before this stream ID are known.
     newest: the highest stream ID that was seen of an own event.
     seen_ms: when those were seen that the ordinary queue still has time for, by stream ID.
+    first: which own events are pushed first; looked up at ``first_ms``.
     """
 
     look_from: int
     newest: int = 0
     pushes: dict[str, Push] = attr.Factory(dict)
     seen_ms: dict[int, int] = attr.Factory(dict)
+    first: Mapping[str, int] = attr.Factory(dict)
+    first_ms: int | None = None
 
 
 class PushedRooms:
@@ -50,6 +57,7 @@ class PushedRooms:
     def _clock_set(self, by_ms: int) -> None:
         for room in self._rooms.values():
             room.seen_ms = {stream_id: ms + by_ms for stream_id, ms in room.seen_ms.items()}
+            room.first_ms = None
 
     @property
     def is_whole(self) -> bool:
@@ -128,6 +136,16 @@ class PushedRooms:
         if push.is_dirty(now_ms):
             last_rows = await self._follower.stream.last_rows(push.room_id)
             push.take_in_last_rows(last_rows, dirty_marks, now_ms)
+            push.first = self._first(push.room_id)
+
+    def _first(self, room_id: str) -> Mapping[str, int]:
+        if (room := self._rooms.get(room_id)) is None:
+            return {}
+        now_ms = self._homeserver.now_ms()
+        if room.first_ms is None or now_ms - room.first_ms >= _ORDER_HOLDS_MS:
+            room.first = places_of_first(self._own(room_id, 0, 2**31))
+            room.first_ms = now_ms
+        return room.first
 
     def has_own_events(self, push: Push) -> bool:
         """Are there unexpired own events that the push is not done with, as far as is known?"""
@@ -157,9 +175,9 @@ class PushedRooms:
         )
 
     def _open_events(self, push: Push) -> tuple[list[OwnEvent], int | None]:
-        """The room's own events that the push is not done with, ascending: all that were sent, and
-        a page of the others. If there are more, also gives up to which stream ID none is left
-        out."""
+        """The room's own events that the push is not done with, ascending: all that were sent, a
+        page of the others, and those that are to be pushed first. If there are more, also gives up
+        to which stream ID none is left out."""
         rows: list[OwnEvent] = []
         known = {sent.event_id for sent in push.sent}
         at, unknown = push.position, 0
@@ -177,14 +195,19 @@ class PushedRooms:
             last = page[-1][0]
             at = (push.finished.end_of(last) or last) + 1
         if read_up_to is not None:
-            rows += self._sent_after(push, read_up_to)
+            rows += self._picked_after(push, read_up_to)
         return rows, read_up_to
 
-    def _sent_after(self, push: Push, position: int) -> list[OwnEvent]:
+    def _picked_after(self, push: Push, position: int) -> list[OwnEvent]:
+        """Those after the position that were sent, or are to be pushed first."""
         now_ms = self._homeserver.now_ms()
-        later = [sent.event_id for sent in push.sent if sent.stream_id > position]
-        rows = [row for event_id in later if (row := self._follower.index.get(event_id))]
-        return sorted((row[0], row[2], row[3]) for row in rows if row[4] > now_ms)
+        picked = {sent.event_id for sent in push.sent} | push.first.keys()
+        rows = [row for event_id in picked if (row := self._follower.index.get(event_id))]
+        return sorted(
+            (row[0], row[2], row[3])
+            for row in rows
+            if row[0] > position and row[4] > now_ms and row[0] not in push.finished
+        )
 
     def take_in_named(self, push: Push, event_ids: Collection[str]) -> None:
         """An answer names these events: has the push take in those of its room's own ones. Work

@@ -8,6 +8,7 @@ import attr
 import requests
 
 from tests.lab import Client, Homeserver
+from tests.lab.homeserver import MODULE
 
 PASSWORD = "password"
 
@@ -84,11 +85,26 @@ def erase(user: Client) -> None:
 
 @attr.s(auto_attribs=True, frozen=True)
 class Options:
-    """How a server of the lab is to be configured. Plain Synapse knows ``synapse`` only."""
+    """How a server of the lab is to be configured. ``module`` and ``module_name`` are not of plain
+    Synapse; the others are as those of ``Homeserver``."""
 
     module: dict[str, Any] = attr.Factory(dict)
     synapse: dict[str, Any] = attr.Factory(dict)
+    module_name: str = MODULE
+    host: str = "localhost"
 
     @property
     def key(self) -> str:
         return json.dumps(attr.asdict(self), sort_keys=True)
+
+
+EXTENDED = Options(
+    module={"local": {"mode": "off"}},
+    synapse={
+        "experimental_features": {"msc4293_enabled": True},
+        "retention": {"enabled": True},
+    },
+    host="127.0.0.1",
+)
+"""What some tests need beside the defaults, in one server, as each start takes a while: bans that
+redact, retention, a host that an ACL can tell from a peer's, and more events of one local user."""

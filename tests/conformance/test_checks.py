@@ -139,7 +139,7 @@ def test_servers_that_are_not_joined_see_nothing(target: Target, peer: Peer) -> 
     assert peer.to(target).event(event_id).status_code == 403
 
 
-@pytest.mark.requirement("C2")
+@pytest.mark.requirement("C2", "H7")
 def test_soft_failed_events_are_checked_again(target: Target, peer: Peer) -> None:
     scene = enter(target, peer)
     extremities, depth = scene.room.extremities, scene.room.depth

@@ -100,6 +100,64 @@ def test_section_of_sliding_sync(target: Target) -> None:
     assert not bob.sliding_sync(first, **off)["extensions"][SLIDING_EXTENSION]["rooms"]
 
 
+def token_of(answer: Any) -> str:
+    token: str = answer["extensions"][SLIDING_EXTENSION]["next_batch"]
+    return token
+
+
+def assert_nothing_new(user: Client, since: str, **body: Any) -> None:
+    """A new connection that goes on from there has no section, whatever its limit."""
+    for limit in (100, 1, 0):
+        assert not user.sliding_sync(since=since, limit=limit, **body)["has_section"], limit
+
+
+_CONNECTIONS = pytest.mark.parametrize("body", [{}, {"conn_id": "new"}], ids=["same", "new"])
+"""An app that is started again has either."""
+
+
+@_CONNECTIONS
+@pytest.mark.requirement("D2", "D4", "D5")
+def test_a_new_connection_goes_on_from_since(target: Target, body: Any) -> None:
+    alice, bob = target.user(), target.user()
+    room_id = alice.create_room()
+    old = [alice.send_sticky(room_id) for _ in range(3)]
+    bob.send_sticky(bob.create_room())
+    before = bob.sliding_sync()
+    bob.join(room_id)
+    answer = bob.sliding_sync(before)
+    assert sliding_sticky_events(answer, room_id) == old
+    assert_nothing_new(bob, token_of(answer), **body)
+    new = alice.send_sticky(room_id)
+    answer = bob.sliding_sync(since=token_of(answer), **body)
+    assert sliding_sticky_events(answer, room_id) == [new]
+    assert_nothing_new(bob, token_of(answer), **body)
+    # From before the join all of it is new.
+    answer = bob.sliding_sync(since=token_of(before), **body)
+    assert sliding_sticky_events(answer, room_id) == [*old, new]
+
+
+@_CONNECTIONS
+@pytest.mark.requirement("D2", "D4")
+@pytest.mark.parametrize("limits", [[1, 1, 1, 1], [2, 3], [0, 2, 0, 100]], ids=str)
+def test_new_connections_one_page_each(target: Target, limits: list[int], body: Any) -> None:
+    alice, bob = target.user(), target.user()
+    room_id = alice.create_room()
+    bob.join(room_id)
+    sent = [alice.send_sticky(room_id) for _ in range(4)]
+    seen: list[str] = []
+    since = None
+    for limit in limits:
+        answer = bob.sliding_sync(since=since, limit=limit, **body)
+        page = sliding_sticky_events(answer, room_id)
+        assert len(page) == min(limit, 4 - len(seen))
+        assert answer["has_section"] is bool(page)
+        seen += page
+        since = token_of(answer) if page else since
+    assert seen == sent
+    assert since is not None
+    assert_nothing_new(bob, since, **body)
+
+
 @pytest.mark.requirement("D4", "D5")
 def test_many_events_come_once_each(scene: Scene[Target]) -> None:
     senders = [scene.bring(f"user{number}") for number in range(5)]
@@ -152,18 +210,51 @@ def test_who_joins_gets_it_by_sliding_sync(target: Target, history_visibility: s
     assert sliding_pages(bob, room_id, answer, 1) == [old]
 
 
+def ignore(user: Client, *others: Client) -> None:
+    """The user ignores these, and nobody else."""
+    content: Any = {"ignored_users": {other.user_id: {} for other in others}}
+    user.request("PUT", f"user/{user.user_id}/account_data/m.ignored_user_list", content)
+
+
 @pytest.mark.requirement("D6")
 def test_ignored_users(target: Target) -> None:
     alice, mallory, bob = target.user(), target.user(), target.user()
     room_id = alice.create_room()
     for user in (mallory, bob):
         user.join(room_id)
-    ignored: dict[str, Any] = {"ignored_users": {mallory.user_id: {}}}
-    bob.request("PUT", f"user/{bob.user_id}/account_data/m.ignored_user_list", ignored)
+    ignore(bob, mallory)
     mallory.send_sticky(room_id)
     of_alice = alice.send_sticky(room_id)
     assert pages(bob, room_id, None, 1) == [[of_alice]]
     assert sliding_pages(bob, room_id, None, 1) == [[of_alice]]
+
+
+@pytest.mark.requirement("D6", "D4", "H7")
+@pytest.mark.parametrize("is_sliding", [False, True])
+def test_who_is_not_ignored_any_more(target: Target, is_sliding: bool) -> None:
+    alice, mallory, bob = target.user(), target.user(), target.user()
+    room_id = alice.create_room()
+    for user in (mallory, bob):
+        user.join(room_id)
+    answer: Any = None
+
+    def shown() -> list[str]:
+        nonlocal answer
+        if is_sliding:
+            answer = bob.sliding_sync(answer)
+            return sliding_sticky_events(answer, room_id)
+        answer = bob.sync(answer and answer["next_batch"], filter_=WITHOUT_TIMELINE)
+        return sticky_events(answer, room_id)
+
+    assert shown() == []
+    ignore(bob, mallory)
+    shown()
+    hidden = [mallory.send_sticky(room_id) for _ in range(3)]
+    of_alice = alice.send_sticky(room_id)
+    assert [shown(), shown()] == [[of_alice], []]
+    ignore(bob)
+    later = mallory.send_sticky(room_id)
+    assert [shown(), shown()] == [[*hidden, later], []]
 
 
 @pytest.mark.requirement("D7")

@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 
-from tests.conformance.target import Target, erase
+from tests.conformance.conftest import TargetWith
+from tests.conformance.target import EXTENDED, Target, erase
 from tests.lab import Peer, wait_until
 from tests.lab.client import STICKY_FIELD
+from tests.lab.peer import Pdu
 from tests.lab.scene import Scene, enter
 
 
@@ -63,7 +65,7 @@ def go_through_an_outage(scene: Scene[Target]) -> list[str]:
     return sent
 
 
-@pytest.mark.requirement("P2", "P5")
+@pytest.mark.requirement("P2", "P5", "H7")
 def test_missed_events_follow_after_an_outage(scene: Scene[Target]) -> None:
     first = scene.alice.send_sticky(scene.room_id)
     wait_for(scene.peer, first)
@@ -152,6 +154,47 @@ def test_what_is_not_acknowledged_is_sent_again(target: Target, peer: Peer) -> N
     new = alice.send_sticky(room_id)
     wait_for(peer, new)
     assert peer.received.count(peer.events[old]) == 1
+
+
+def is_sticky(pdu: Pdu) -> bool:
+    return STICKY_FIELD in pdu
+
+
+_ACL = "m.room.server_acl"
+_DENIES_THE_PEER = {"allow": ["*"], "deny": ["localhost"], "allow_ip_literals": True}
+_ALLOWS_ALL = {"allow": ["*"], "allow_ip_literals": True}
+_RESTORED_WITHIN_S = 40
+"""Ten seconds are the goal."""
+
+
+@pytest.mark.requirement("P3", "P7", "H7")
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_an_acl_put_right(target_with: TargetWith, peer: Peer, is_killed: bool) -> None:
+    """It denied a server that has just joined all that it had not acknowledged by then."""
+    target = target_with(EXTENDED)
+    alice = target.user()
+    room_id = alice.create_room()
+    old = {alice.send_sticky(room_id) for _ in range(60)}
+    peer.ignores = is_sticky
+    peer.join(target, room_id, peer.user("eve"))
+    wait_for(peer, alice.send(room_id))
+    alice.send_state(room_id, _ACL, _DENIES_THE_PEER)
+    # What was under way by then ends with the first of these.
+    for _ in range(2):
+        wait_for(peer, alice.send(room_id))
+    peer.ignores = lambda pdu: False
+    if is_killed:
+        target.kill_and_restart()
+    wait_for(peer, alice.send(room_id))
+    assert not old & peer.events.keys(), "none while it is denied"
+    alice.send_state(room_id, _ACL, _ALLOWS_ALL)
+    new = {alice.send_sticky(room_id) for _ in range(5)}
+    wait_until(
+        lambda: old | new <= peer.events.keys(),
+        "all to arrive",
+        _RESTORED_WITHIN_S,
+        look=lambda: len((old | new) & peer.events.keys()),
+    )
 
 
 @pytest.mark.requirement("F3")

@@ -1,6 +1,7 @@
 """What is sticky, and for how long (S1 to S7)."""
 
 import json
+import threading
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import quote
@@ -8,7 +9,7 @@ from urllib.parse import quote
 import pytest
 
 from tests.conformance.conftest import TargetWith
-from tests.conformance.target import Options, Target
+from tests.conformance.target import EXTENDED, Options, Target
 from tests.lab import Client, Peer, wait_until
 from tests.lab.client import (
     HOUR_MS,
@@ -17,8 +18,9 @@ from tests.lab.client import (
     TTL,
     WITHOUT_TIMELINE,
     ApiError,
+    sticky_events,
 )
-from tests.lab.peer import now_ms
+from tests.lab.peer import Answer, now_ms
 from tests.lab.scene import Scene, enter
 from tests.lab.spam import SPAM_CHECKER
 
@@ -89,6 +91,54 @@ def test_start_is_the_earlier_of_sent_and_received(scene: Scene[Target]) -> None
     assert 10 * _MINUTE_MS < left_ms[future] <= 30 * _MINUTE_MS
 
 
+@pytest.mark.requirement("S2")
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_what_waits_is_sticky_from_its_receipt_on(scene: Scene[Target], is_killed: bool) -> None:
+    """It is dated ahead, and the event before it is not to be had for a while."""
+    peer = scene.peer
+    is_over = threading.Event()
+
+    def answer(method: str, path: str) -> Answer | None:
+        if "/get_missing_events/" not in path or is_over.is_set():
+            return None
+        if is_killed:
+            return 404, {"errcode": "M_NOT_FOUND"}
+        is_over.wait(50)
+        return None
+
+    peer.override = answer
+    withheld_id, _ = peer.sticky(scene.room, scene.eve)
+    peer.advance(scene.room, withheld_id)
+    event_id, pdu = peer.sticky(
+        scene.room, scene.eve, 10 * _MINUTE_MS, origin_server_ts=now_ms() + 3 * HOUR_MS
+    )
+    scene.send(pdu)
+    received_ms = now_ms()
+    brief = scene.alice.send_sticky(scene.room_id, 4_000)
+    wait_until(lambda: TTL not in scene.alice.event(scene.room_id, brief)["unsigned"], "a while")
+    if is_killed:
+        scene.server.kill_and_restart()
+    is_over.set()
+    wait_until(lambda: event_id in ttls(scene.alice, scene.room_id), "it to be sticky")
+    asked_ms = now_ms()
+    left_ms = ttls(scene.alice, scene.room_id)[event_id]
+    assert asked_ms + left_ms <= received_ms + 10 * _MINUTE_MS
+
+
+@pytest.mark.requirement("S2")
+def test_retention_ends_it(target_with: TargetWith, peer: Peer) -> None:
+    lifetime_ms = 10_000
+    scene = enter(target_with(EXTENDED), peer)
+    policy = {"max_lifetime": lifetime_ms}
+    scene.alice.send_state(scene.room_id, "m.room.retention", policy)
+    for event_id in (scene.alice.send_sticky(scene.room_id), scene.sticky()):
+        wait_until(
+            lambda: ttls(scene.alice, scene.room_id).get(event_id, HOUR_MS) <= lifetime_ms,  # noqa: B023
+            "its end to be the policy's",
+        )
+    scene.wait_for_sections()
+
+
 @pytest.mark.requirement("S3")
 def test_parameter_of_send(target: Target) -> None:
     alice = target.user()
@@ -139,6 +189,28 @@ def test_time_to_live(target: Target) -> None:
     assert not ttls(alice, room_id)
 
 
+@pytest.mark.requirement("S4", "S5")
+def test_the_same_sync_again_has_what_is_sticky_still(target: Target) -> None:
+    """A homeserver may answer a request that is repeated as it did before."""
+    alice, bob = target.user(), target.user()
+    room_id = alice.create_room()
+    bob.join(room_id)
+    since = bob.sync()["next_batch"]
+    expiring, redacted = alice.send_sticky(room_id, 8_000), alice.send_sticky(room_id)
+    kept = alice.send_sticky(room_id)
+
+    def sections() -> list[list[str]]:
+        return [
+            sticky_events(bob.sync(after, filter_=WITHOUT_TIMELINE, may_be_repeated=True), room_id)
+            for after in (None, since)
+        ]
+
+    assert sections() == [[expiring, redacted, kept]] * 2
+    alice.redact(room_id, redacted)
+    wait_until(lambda: TTL not in alice.event(room_id, expiring)["unsigned"], "the end")
+    wait_until(lambda: sections() == [[kept]] * 2, "both to be gone", look=sections)
+
+
 def redacted_here(scene: Scene[Target]) -> str:
     event_id = scene.alice.send_sticky(scene.room_id)
     scene.alice.redact(scene.room_id, event_id)
@@ -185,6 +257,36 @@ def test_redacted_events_are_not_sticky(
     event = scene.alice.event(scene.room_id, event_id)
     assert STICKY_FIELD not in event
     assert TTL not in event["unsigned"]
+
+
+_REDACT = "org.matrix.msc4293.redact_events"
+
+
+@pytest.mark.requirement("S5")
+@pytest.mark.parametrize("action", ["ban", "kick"])
+def test_a_ban_or_kick_with_redactions(
+    target_with: TargetWith, peer: Peer, other_peer: Peer, action: str
+) -> None:
+    """All of the user's events are redacted by it, and those that they send later are not."""
+    scene = enter(target_with(EXTENDED), peer)
+    alice, bob, room_id = scene.alice, scene.server.user("bob"), scene.room_id
+    bob.join(room_id)
+    gone = [bob.send_sticky(room_id) for _ in range(20)]
+    # Whoever has asked may have something in memory.
+    scene.wait_for_sections(*gone)
+    kept = alice.send_sticky(room_id)
+    path = f"rooms/{quote(room_id)}"
+    alice.request("POST", f"{path}/{action}", {"user_id": bob.user_id, _REDACT: True})
+    scene.wait_for_sections(kept)
+    if action == "ban":
+        alice.request("POST", f"{path}/unban", {"user_id": bob.user_id})
+    bob.join(room_id)
+    again = bob.send_sticky(room_id)
+    scene.wait_for_sections(kept, again)
+    # What a server that joins now is sent, if anything of them, is without what was in it.
+    other_peer.join(scene.server, room_id, other_peer.user("carol"))
+    wait_until(lambda: other_peer.events.keys() >= {kept, again}, "the newcomer to have these")
+    assert not any(STICKY_FIELD in other_peer.events.get(event_id, {}) for event_id in gone)
 
 
 @pytest.mark.requirement("S6")

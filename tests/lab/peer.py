@@ -64,8 +64,9 @@ class Peer:
 
     What it sent and got is in ``events`` by ID. ``override`` may answer a request in place of the
     peer: it is called with the method and the path, and gives None to leave it to the peer.
-    ``refuses`` says of which events of a transaction the peer answers with an error, ``leaves_out``
-    which events it does not give as missing ones.
+    ``refuses`` says of which events of a transaction the peer answers with an error, ``ignores`` of
+    which PDUs it says and keeps nothing, ``leaves_out`` which events it does not give as missing.
+    ``joined`` answers who joins by the peer; it is called with the ID of the join.
     """
 
     def __init__(self, certificate: tuple[Path, Path]) -> None:
@@ -78,7 +79,9 @@ class Peer:
         self._versions: dict[str, RoomVersion] = {}
         self.override: Callable[[str, str], Answer | None] = lambda method, path: None
         self.refuses: Callable[[str], bool] = lambda event_id: False
+        self.ignores: Callable[[Pdu], bool] = lambda pdu: False
         self.leaves_out: Callable[[str], bool] = lambda event_id: False
+        self.joined: Callable[[str], Any] | None = None
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, self.answer))
         self._server.daemon_threads = True
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -104,6 +107,10 @@ class Peer:
         return FederationRequester(self.name, self.signing_key, server.name, server.federation_port)
 
     # Events
+
+    def know(self, room: PeerRoom) -> None:
+        """Takes transactions with events of the room."""
+        self._versions[room.room_id] = room.version
 
     def join(self, server: Server, room_id: str, user_id: str) -> PeerRoom:
         """Joins the user through the server, as any server would."""
@@ -203,6 +210,9 @@ class Peer:
                 return 200, self._keys()
             case "PUT", ["federation", "v1", "send", _]:
                 return 200, {"pdus": self._take(body["pdus"])}
+            case "PUT", ["federation", "v2", "send_join", _, event_id] if self.joined is not None:
+                self.events[event_id] = body
+                return 200, self.joined(event_id)
             case "GET", ["federation", "v1", "event", event_id] if event_id in self.events:
                 return 200, self._transaction([event_id])
             case "GET", ["federation", "v1", "backfill", _]:
@@ -237,6 +247,8 @@ class Peer:
         self.received += pdus
         results: dict[str, Any] = {}
         for pdu in pdus:
+            if self.ignores(pdu):
+                continue
             event_id = make_event_from_dict(pdu, self._versions[pdu["room_id"]]).event_id
             if self.refuses(event_id):
                 results[event_id] = {"error": "The peer refuses it"}

@@ -7,7 +7,7 @@ import pytest
 
 from tests.conformance.conftest import TargetWith
 from tests.conformance.target import EXTENDED, Target, erase
-from tests.lab import Peer, wait_until
+from tests.lab import Peer, wait, wait_until
 from tests.lab.client import STICKY_FIELD
 from tests.lab.peer import Pdu
 from tests.lab.scene import Scene, enter
@@ -41,7 +41,9 @@ def received(peer: Peer, *event_ids: str) -> list[str]:
 
 def wait_for(peer: Peer, *event_ids: str) -> None:
     wait_until(
-        lambda: set(received(peer, *event_ids)) == set(event_ids), "the events to be sent", 120
+        lambda: set(received(peer, *event_ids)) == set(event_ids),
+        "the events to be sent",
+        2 * wait.patience_s,
     )
 
 

@@ -177,9 +177,12 @@ def test_questions_are_within_the_limits_of_others(target: Target, peer: Peer) -
     alice = target.user()
     rooms = [alice.create_room() for _ in range(_ROOMS)]
     sent = [alice.send_sticky(room_id) for room_id in rooms for _ in range(3)]
-    asked = Asked(peer, "/backfill/", "/event/", "/state_ids/", "/state/", "/event_auth/")
+    Outage(peer)
     for room_id in rooms:
         peer.join(target, room_id, peer.user("eve"))
+    # It ends, so that all of it comes at once.
+    asked = Asked(peer, "/backfill/", "/event/", "/state_ids/", "/state/", "/event_auth/")
+    sent += [alice.send_sticky(room_id) for room_id in rooms]
     wait_for(peer, *sent)
     wait_until(lambda: len(asked.at_s) >= _ROOMS, "the questions", look=lambda: len(asked.at_s))
     # The last of them may be under way: what is sent then comes after it.

@@ -131,7 +131,7 @@ def test_auth_events_are_not_to_be_had_for_a_while(target: Target, peer: Peer) -
     assert event_id in bob.collect_sticky(resident.room_id, {event_id}, 2 * wait.patience_s)
 
 
-@pytest.mark.requirement("L3", "F1", "H7")
+@pytest.mark.requirement("L3", "H7")
 @pytest.mark.timeout(400)
 def test_events_before_are_not_to_be_had_for_a_while(scene: Scene[Target]) -> None:
     """Then the peer answers again, about most of them: these need not wait for the others."""

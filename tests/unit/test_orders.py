@@ -9,6 +9,7 @@ from synapse_sticky.config import FederationConfig, LimitConfig, Mode
 from synapse_sticky.handlers.deferral.handler import DeferralHandler
 from synapse_sticky.handlers.deferral.tables import DeferredTable
 from synapse_sticky.limits import LimitReport
+from synapse_sticky.metrics import LimitMetrics
 from synapse_sticky.orders import Orders, Release
 from tests.unit.test_limits import Here, done, table
 
@@ -34,7 +35,7 @@ def deferral(
     hs: Any = here
     none = dict.fromkeys(("per_server", "per_server_in_room", "per_room"))
     config = FederationConfig(mode=mode, per_sender=limit, **none)  # type: ignore[arg-type]
-    report = LimitReport(here.now_ms)
+    report = LimitReport(here.now_ms, LimitMetrics("here"))
     handler = DeferralHandler(hs, hs, DeferredTable(hs), hs, config.applied(), report, orders)
     handler.install()
     done(handler.load())

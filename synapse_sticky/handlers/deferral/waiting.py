@@ -196,17 +196,11 @@ class Waiting:
             for event_id in final:
                 del self._decisions[event_id]
         for new in past:
-<<<<<<< ours
-            if new.limit == HELD and new.server in self._orders.held_servers:
-                # It is in the table only, and read there once the server is not held any more.
-                self._report.held()
-=======
             if new.limit == HELD:
-                metrics.DEFERRED.labels(HELD).inc()
+                self._report.held()
                 # As long as the server is held it is in the table only, and read there afterwards.
                 if new.server not in self._orders.held_servers:
                     self.add(new.event, new.server)
->>>>>>> theirs
             elif new.limit == _REFUSED or self._is_full(new.server):
                 if new.event.event_id in final:
                     where = f"in {new.event.room_id}"

@@ -30,7 +30,10 @@ REQUIREMENTS = {
     "D1": "/sync has a section of sticky events, whatever the limit of the timeline",
     "D2": "Sliding sync has one too, with a position of its own, for more rooms than those shown",
     "D3": "What is in a response's timeline is not in its sticky section",
-    "D4": "Each sticky event comes once; what one response has no room for comes in the next ones",
+    "D4": (
+        "Each sticky event comes once; what one response has no room for comes in the next ones. To"
+        " who arrives late, the newest of each key may come first, and once more with the rest"
+    ),
     "D5": "A user who joins gets all unexpired sticky events of the room",
     "D6": "Sticky events of ignored users are left out",
     "D7": "A flood of one user or server does not delay the sticky events of others",

@@ -43,6 +43,9 @@ from synapse_sticky.logs import bounded
 logger = bounded(__name__)
 
 _START = Position(0)
+MOST_IN_SECTION = 100
+"""So many events at most a client asks for, as Synapse reads it."""
+
 _MOST_REMEMBERED = 10_000
 _LONGEST_NAMES = 1_000
 
@@ -73,7 +76,9 @@ class SlidingRequest(Protocol):
     ) -> tuple[int, Position]:
         """Puts these rooms' events into the response, the earliest first, at most ``limit``.
 
-        Gives how many, and up to where it came (at least ``up_to`` if there were not more).
+        From the start of the stream it puts the newest of each key there as well. With a limit of
+        ``MOST_IN_SECTION`` these may be more. Gives how many, and up to where it came (at least
+        ``up_to`` if there were not more).
         """
 
 
@@ -149,21 +154,28 @@ class SlidingHandler:
     async def page(self, request: SlidingRequest) -> SlidingPage:
         """Reads what belongs into one response.
 
-        Older and new events share the page evenly: neither a call's history nor a flood of new
-        events holds the other up.
+        Who has just joined a room gets the present of it beside the rest. Older and new events
+        share the page evenly: neither a call's history nor a flood of new events holds the other
+        up.
         """
         start = await self._with_joined(request, await self._start(request))
+        given, present = await self._read_present(request, start.joined)
+        left = max(request.limit - given, request.limit // 2)
         older: Sequence[Older] = start.page.older
-        left = request.limit
         if older:
             older, count = await self._read_older(request, older, (left + 1) // 2)
-            left -= count
-        count, reached = await request.read(request.room_ids, start.position, request.up_to, left)
-        left -= count
+            left, given = left - count, given + count
+        new = request.room_ids - start.joined
+        count, reached = await request.read(new, start.position, request.up_to, left)
+        left, given = left - count, given + count
         if older and left > 0:
             older, count = await self._read_older(request, older, left)
-            left -= count
-        if left < request.limit or (older and not self._can_store):
+            given += count
+        if start.joined:
+            # What follows of these rooms' events comes with the new ones.
+            part = Older(start.joined, present, reached)
+            older = older if part.is_read() else [*older, part]
+        if given or (older and not self._can_store):
             return await self._next(request, start, older, reached)
         # There is nothing to tell, so the client keeps its token; but not that of a page for good.
         if start.is_forgotten and request.limit > 0:
@@ -213,9 +225,8 @@ class SlidingHandler:
         if not joined:
             return start
         left = [part.only(part.room_ids - joined) for part in start.page.older]
-        older = [part for part in left if not part.is_read()]
-        older.append(Older(joined, _START, start.position))
-        page = attr.evolve(start.page, older=tuple(older))
+        older = tuple(part for part in left if not part.is_read())
+        page = attr.evolve(start.page, older=older)
         return attr.evolve(start, page=page, joined=joined)
 
     @staticmethod
@@ -231,7 +242,7 @@ class SlidingHandler:
             joined = await self._joined(request, None)
         up_to = reached if request.up_to.is_before_or_at(reached) else request.up_to
         until = up_to if joined or not start.is_known else start.page.until
-        is_due = bool(start.page.older)
+        is_due = bool(start.page.older or start.joined)
         if not older and is_past(reached, until):
             self._remember(request, reached, None)
             more = not request.up_to.is_before_or_at(reached)
@@ -277,6 +288,19 @@ class SlidingHandler:
         self._last[request.connection] = token, start
         if len(self._last) > _MOST_REMEMBERED:
             del self._last[next(iter(self._last))]
+
+    @staticmethod
+    async def _read_present(
+        request: SlidingRequest, joined: frozenset[str]
+    ) -> tuple[int, Position]:
+        """Reads what is to be known first of rooms that were just joined; gives how many events
+        that is, and up to where it is all."""
+        if not joined:
+            return 0, request.up_to
+        # Who asks for as many as there may be leaves it to the server how many that is.
+        limit = request.limit
+        at_most = limit if limit >= MOST_IN_SECTION else (limit + 1) // 2
+        return await request.read(joined, _START, request.up_to, at_most)
 
     @staticmethod
     async def _read_older(

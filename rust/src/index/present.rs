@@ -50,7 +50,7 @@ impl StickyIndex {
         most: &Most,
     ) -> Result<Present<'_>, R::Error> {
         // All there is, as it mostly is.
-        if let Some(found) = self.all_by_room(rooms, range, now_ms)? {
+        if let Some(found) = self.all_by_room(rooms, range, now_ms, most.events)? {
             if found.count <= most.events && found.bytes <= most.bytes {
                 return Ok(Present {
                     found,
@@ -125,17 +125,37 @@ fn choose(rows: &[&Row], most: &Most) -> (Vec<bool>, Option<i64>) {
     (chosen, whole_up_to)
 }
 
-/// A row, by its place in the stream, and how many of its group come before it.
+/// A row by its place in the stream, with the numbers of its names, and how many of its group come before it.
+#[derive(Clone, Copy)]
 struct Turn {
-    at: usize,
-    rank: usize,
+    at: u32,
+    rank: u32,
+    room: u32,
+    server: u32,
+    sender: u32,
+}
+
+impl Turn {
+    fn new(at: usize, row: &Row) -> Self {
+        Self {
+            at: u32::try_from(at).expect("there are fewer rows"),
+            rank: 0,
+            room: row.room,
+            server: row.server,
+            sender: row.sender,
+        }
+    }
+
+    const fn of_sender(&self) -> [u32; 2] {
+        [self.room, self.sender]
+    }
 }
 
 /// The places of the newest row of each key, at most `most` of a sender in a room, in the order of their turns.
 fn newest_of_each_key(rows: &[&Row], most: usize) -> Vec<usize> {
     let newness = |at: usize| (rows[at].newness_ms(), rows[at].event_id.as_str());
     let mut newest = HashMap::new();
-    let mut keys = Vec::new();
+    let mut turns = Vec::new();
     for (at, row) in rows.iter().enumerate() {
         if let Some(key) = row.key {
             let of_key = newest.entry((row.room, row.sender, key)).or_insert(at);
@@ -143,40 +163,39 @@ fn newest_of_each_key(rows: &[&Row], most: usize) -> Vec<usize> {
                 *of_key = at;
             }
         } else {
-            keys.push(at);
+            turns.push(Turn::new(at, row));
         }
     }
-    keys.extend(newest.into_values());
+    turns.extend(newest.into_values().map(|at| Turn::new(at, rows[at])));
 
-    let of_sender = |at: usize| (rows[at].room, rows[at].sender);
-    keys.sort_by(|one, other| {
-        let order = |at| (of_sender(at), Reverse(newness(at)), at);
-        order(*one).cmp(&order(*other))
+    turns.sort_by(|one, other| {
+        let by_newness = || newness(other.at as usize).cmp(&newness(one.at as usize));
+        let by_sender = one.of_sender().cmp(&other.of_sender());
+        by_sender.then_with(by_newness)
     });
-    let mut turns: Vec<Turn> = keys.into_iter().map(|at| Turn { at, rank: 0 }).collect();
-    number(&mut turns, of_sender);
-    turns.retain(|turn| turn.rank < most);
-    take_turns(&mut turns, |at| (rows[at].room, rows[at].server));
-    take_turns(&mut turns, |at| rows[at].room);
-    take_turns(&mut turns, |_| ());
-    turns.into_iter().map(|turn| turn.at).collect()
+    number(&mut turns, Turn::of_sender);
+    turns.retain(|turn| (turn.rank as usize) < most);
+    take_turns(&mut turns, |turn| [turn.room, turn.server]);
+    take_turns(&mut turns, |turn| [turn.room, 0]);
+    take_turns(&mut turns, |_| [0, 0]);
+    turns.iter().map(|turn| turn.at as usize).collect()
 }
 
 /// Within each group, all with the same rank come before all with the next one; of these the newest first.
-fn take_turns<K: Ord>(turns: &mut [Turn], group: impl Fn(usize) -> K) {
-    turns.sort_by_key(|turn| (group(turn.at), turn.rank, Reverse(turn.at)));
+fn take_turns(turns: &mut [Turn], group: impl Fn(&Turn) -> [u32; 2]) {
+    turns.sort_by_key(|turn| (group(turn), turn.rank, Reverse(turn.at)));
     number(turns, group);
 }
 
 /// Ranks what is sorted by group.
-fn number<K: Ord>(turns: &mut [Turn], group: impl Fn(usize) -> K) {
-    let mut before: Option<(K, usize)> = None;
+fn number(turns: &mut [Turn], group: impl Fn(&Turn) -> [u32; 2]) {
+    let mut before = None;
     for turn in turns {
-        let group = group(turn.at);
+        let of = group(turn);
         turn.rank = match before {
-            Some((of, rank)) if of == group => rank + 1,
+            Some((group, rank)) if group == of => rank + 1,
             _ => 0,
         };
-        before = Some((group, turn.rank));
+        before = Some((of, turn.rank));
     }
 }

@@ -119,19 +119,21 @@ impl StickyIndex {
         limit: Option<usize>,
     ) -> Result<RoomEvents<'_>, R::Error> {
         if limit.is_none() {
-            if let Some(found) = self.all_by_room(rooms, range, now_ms)? {
+            if let Some(found) = self.all_by_room(rooms, range, now_ms, usize::MAX)? {
                 return Ok(found);
             }
         }
         Ok(self.by_room_of(self.rows_in_rooms(rooms, range, now_ms, limit)?))
     }
 
-    /// The same without a limit; `None` if a scan of the stream is cheaper.
+    /// The same without a limit; `None` if a scan of the stream is cheaper. It ends early, as it likes, once there are
+    /// more than `enough`.
     pub(super) fn all_by_room<R: Rooms>(
         &self,
         rooms: &R,
         range: &Range,
         now_ms: i64,
+        enough: usize,
     ) -> Result<Option<RoomEvents<'_>>, R::Error> {
         let Some(bounds) = Bounds::new(range, &self.instances) else {
             return Ok(None);
@@ -141,7 +143,7 @@ impl StickyIndex {
         }
         let mut asked = Vec::new();
         rooms.for_each(|name| asked.extend(self.rooms.find(name)))?;
-        Ok(Some(self.each_by_room(&asked, &bounds, now_ms)))
+        Ok(Some(self.each_by_room(&asked, &bounds, now_ms, enough)))
     }
 
     /// Rows that are in stream order, by room.
@@ -201,21 +203,42 @@ impl StickyIndex {
         }
         let mut asked = Vec::new();
         rooms.for_each(|name| asked.extend(self.rooms.find(name)))?;
-        found.extend(
-            self.merged(&asked, &bounds)
-                .map(|number| self.rows.get(number))
-                .filter(|row| {
-                    bounds.contain(row.instance, row.stream_id) && row.is_unexpired(now_ms)
+        let fits = |number| {
+            let row = self.rows.get(number);
+            (bounds.contain(row.instance, row.stream_id) && row.is_unexpired(now_ms)).then_some(row)
+        };
+        if let Some(limit) = limit {
+            let merged = self.merged(&asked, &bounds);
+            found.extend(merged.filter_map(fits).take(limit));
+        } else {
+            // To sort all of them is cheaper than to merge the rooms.
+            let mut keys: Vec<_> = asked
+                .iter()
+                .flat_map(|room| {
+                    self.by_room
+                        .range(room_span(*room, bounds.first, bounds.last))
                 })
-                .take(limit.unwrap_or(usize::MAX)),
-        );
+                .map(|[_, in_room @ ..]| *in_room)
+                .collect();
+            keys.sort_unstable();
+            found.extend(keys.into_iter().filter_map(|[_, _, number]| fits(number)));
+        }
         Ok(found)
     }
 
-    fn each_by_room(&self, rooms: &[u32], bounds: &Bounds, now_ms: i64) -> RoomEvents<'_> {
+    fn each_by_room(
+        &self,
+        rooms: &[u32],
+        bounds: &Bounds,
+        now_ms: i64,
+        enough: usize,
+    ) -> RoomEvents<'_> {
         let mut found = RoomEvents::default();
         let mut first_ids = Vec::new();
         for room in rooms {
+            if found.count > enough {
+                break;
+            }
             let mut events = Vec::new();
             let mut first_id = None;
             let span = room_span(*room, bounds.first, bounds.last);

@@ -39,22 +39,29 @@ def first_answer(index: StickyIndex, question: Question, now: Position) -> Answe
             events of these rooms beyond that later only.
     """
     room_ids, after, up_to, now_ms, limit = question
-    end = both(up_to, now) if limit is None else up_to
+    if limit is None:
+        # Nobody asks for these once more, as the client's token is past them.
+        before, _, _ = index.events_by_room(
+            room_ids, after.stream_id, after.writers, up_to.stream_id, up_to.writers, now_ms, None
+        )
+        if now.is_before_or_at(up_to):
+            return before, both(after, up_to)
+        more, _ = _present(index, question, both(up_to, now), MOST_EVENTS, MOST_OLDEST)
+        return _together(before, more), both(after, up_to)
     most, oldest = MOST_EVENTS, MOST_OLDEST
-    if limit is not None and limit < _ORDINARY:
+    if limit < _ORDINARY:
         most, oldest = limit, (limit + 1) // 2
-    by_room, whole_up_to = index.present_by_room(
-        room_ids, end.stream_id, end.writers, now_ms, most, MOST_BYTES, MOST_KEYS, oldest
-    )
+    by_room, whole_up_to = _present(index, question, up_to, most, oldest)
     if whole_up_to is None:
         return by_room, both(after, up_to)
-    if limit is not None:
-        return by_room, end_of_page(after, up_to, whole_up_to)
-    # Nobody asks for these once more, as the client's token is past them.
-    before, _, _ = index.events_by_room(
-        room_ids, after.stream_id, after.writers, up_to.stream_id, up_to.writers, now_ms, None
-    )
-    return _together(before, by_room), both(after, up_to)
+    return by_room, end_of_page(after, up_to, whole_up_to)
+
+
+def _present(
+    index: StickyIndex, question: Question, end: Position, most: int, oldest: int
+) -> tuple[dict[str, list[str]], int | None]:
+    to = (end.stream_id, end.writers, question.now_ms)
+    return index.present_by_room(question.room_ids, *to, most, MOST_BYTES, MOST_KEYS, oldest)
 
 
 async def read_apart(stream: Stream, question: Question, now: Position) -> StickyIndex | None:

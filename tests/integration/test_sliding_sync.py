@@ -76,7 +76,7 @@ def test_answers_that_are_lost_are_repeated(server: Homeserver) -> None:
 
 @pytest.mark.slow
 @pytest.mark.requirement("D2", "D4", "D5", "D7")
-def test_250_events_at_once_and_in_pages_of_50_with_new_ones_beside_them(servers: Servers) -> None:
+def test_250_events_at_once_or_in_pages_with_new_ones_beside_them(servers: Servers) -> None:
     (server,) = servers({"config": NO_LIMITS})
     alice, bob = server.user(), server.user()
     room_id, elsewhere = alice.create_room(), alice.create_room()
@@ -97,13 +97,14 @@ def test_250_events_at_once_and_in_pages_of_50_with_new_ones_beside_them(servers
     carol.join(elsewhere)
     answer = carol.sliding_sync()
     carol.join(room_id)
-    answer = carol.sliding_sync(answer, limit=50)
+    answer = carol.sliding_sync(answer, limit=LIMIT - 1)
     seen = sliding_sticky_events(answer, room_id)
-    assert seen == [*old[:13], *old[-12:]]
+    assert len(seen) == LIMIT - 1
     new = alice.send_sticky(elsewhere)
     pages = sync_until_empty(carol, answer, [room_id, elsewhere])
     assert pages[0][elsewhere] == [new]
-    assert seen[:13] + [event_id for page in pages for event_id in page[room_id]] == old
+    assert seen + [event_id for page in pages for event_id in page[room_id]] == old
+    assert len(pages) == 2
 
 
 @pytest.mark.requirement("D5")
@@ -120,9 +121,7 @@ def test_two_joins_while_pages_are_read(server: Homeserver) -> None:
         answer = bob.sliding_sync(answer, limit=3)
         for room_id in rooms:
             seen[room_id] += sliding_sticky_events(answer, room_id)
-    for room_id in rooms:
-        # First an old one and the newest one, which follows once more.
-        assert seen[room_id] == [old[room_id][0], old[room_id][-1], *old[room_id][1:]]
+    assert seen == old
     assert not bob.sliding_sync(since=token_of(answer))["has_section"], "nothing is left"
 
 
@@ -180,19 +179,16 @@ def test_new_connections_one_page_each(server: Homeserver, limits: list[int], bo
     room_id = alice.create_room()
     bob.join(room_id)
     sent = [alice.send_sticky(room_id) for _ in range(4)]
+    seen: list[str] = []
     since = None
-    left = list(sent)
     for limit in limits:
         answer = bob.sliding_sync(since=since, limit=limit, **body)
         page = sliding_sticky_events(answer, room_id)
-        # Of the first page half are the newest, which follow once more.
-        oldest = (limit + 1) // 2 if since is None and limit < 4 else limit
-        assert page[:oldest] == left[:oldest]
-        assert page[oldest:] == (left[oldest - limit :] if oldest < limit else [])
+        assert len(page) == min(limit, 4 - len(seen))
         assert answer["has_section"] is bool(page)
-        left = left[oldest:]
+        seen += page
         since = token_of(answer) if page else since
-    assert not left
+    assert seen == sent
     assert_nothing(bob, answer, **body)
 
 
@@ -221,11 +217,11 @@ def test_a_new_connection_after_a_restart(servers: Servers) -> None:
     bob.join(room_id)
     sent = [alice.send_sticky(room_id) for _ in range(3)]
     first = bob.sliding_sync(limit=2)
-    assert sliding_sticky_events(first, room_id) == [sent[0], sent[2]]
+    assert sliding_sticky_events(first, room_id) == sent[:2]
     server.restart()
     wait_until(lambda: server.output().count("sliding is on\n") == 2, "the table of pages")
     answer = bob.sliding_sync(since=token_of(first), conn_id="new")
-    assert sliding_sticky_events(answer, room_id) == sent[1:]
+    assert sliding_sticky_events(answer, room_id) == sent[2:]
     assert_nothing(bob, answer)
 
 

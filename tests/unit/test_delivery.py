@@ -175,13 +175,8 @@ class Query:
 
     @property
     def is_first(self) -> bool:
-        return self.from_token.is_before_or_eq(Token(stream=0))
-
-    @property
-    def most(self) -> int:
-        """Of a first response."""
-        assert self.limit is not None
-        return present.MOST_EVENTS if self.limit == 100 else self.limit
+        is_ordinary = self.limit is None or self.limit == 100
+        return is_ordinary and self.from_token.is_before_or_eq(Token(stream=0))
 
     @property
     def is_empty(self) -> bool:
@@ -608,16 +603,16 @@ class World:
         assert len(found) == len(set(found))
         if query.limit is None:
             assert {*there} <= {*found} <= {*there_now}
-        elif len(there) <= (most := query.most):
+        elif len(there) <= present.MOST_EVENTS:
             assert by_room == self._group(there)
         else:
             assert {*found} <= {*there}
-            assert 0 < len(found) <= most
+            assert 0 < len(found) <= present.MOST_EVENTS
             rest = attr.evolve(everything, from_token=token).ask(self._theirs)[1]
             assert {*there} - {*self._unredacted(rest)} <= {*found}
             assert not token.is_before_or_eq(query.from_token)
             self.seen["page"] += 1
-        if query.limit is None or len(there) <= query.most:
+        if query.limit is None or len(there) <= present.MOST_EVENTS:
             assert token == query.from_token.copy_and_advance(query.to_token)
         if not asked_sql:
             after, up_to = position_of(query.from_token), position_of(query.to_token)
@@ -908,13 +903,15 @@ def test_whatever_happens_meanwhile_the_answer_is_right(world: World) -> None:
 
     def walk(query: Query) -> None:
         _, all_there_is = world.check(query)
-        found: list[tuple[str, str]] = []
-        while not query.is_empty:
-            reached, page = world.check(attr.evolve(query, limit=2))
-            found += [(room_id, e) for room_id, ids in page.items() for e in ids]
-            query = attr.evolve(query, from_token=reached)
-        assert max(Counter(found).values(), default=1) <= 2
-        assert {*found} == {(room_id, e) for room_id, ids in all_there_is.items() for e in ids}
+        for limit, at_most in ((2, 1), (100, 2)):
+            found: list[tuple[str, str]] = []
+            left = attr.evolve(query, limit=limit)
+            while not left.is_empty:
+                reached, page = world.check(left)
+                found += [(room_id, e) for room_id, ids in page.items() for e in ids]
+                left = attr.evolve(left, from_token=reached)
+            assert max(Counter(found).values(), default=0) <= at_most
+            assert {*found} == {(room_id, e) for room_id, ids in all_there_is.items() for e in ids}
 
     compare()
     assert world.seen["index"] > 100
@@ -1096,7 +1093,7 @@ def test_too_much_for_the_database_comes_in_its_order(
         for number in range(4):
             world.commit(number, world.reserve(WRITERS[0]), 1_000, False)
         world.announce_all()
-        query = Query(ROOMS, Token(stream=0), world.token(), world.now_ms(), 3)
+        query = Query(ROOMS, Token(stream=0), world.token(), world.now_ms(), 100)
         answer = query.ask(world.store.get_sticky_events_in_rooms)
         assert world.stream.asked_apart == 2
         assert world.sql_queries == 1

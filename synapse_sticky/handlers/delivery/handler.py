@@ -8,10 +8,8 @@ from functools import partial
 from typing import Protocol
 
 from synapse_sticky.handlers.delivery.pages import Answer, Question, both, end_of_page
-from synapse_sticky.handlers.delivery.present import first_answer, read_apart
+from synapse_sticky.handlers.delivery.present import first_answer, is_first, read_apart
 from synapse_sticky.index import IndexFollower, Position
-
-_START = Position(0)
 
 
 class Delivery(Protocol):
@@ -47,7 +45,7 @@ class DeliveryHandler:
             # Many are often woken by the same event: one of them reads it for all. So it is with
             # one that may have been redacted.
             answer = await self._follower.catch_up(partial(self._by_index, question))
-        if answer is None and _is_first(question):
+        if answer is None and is_first(question):
             answer = await self._first_by_database(question)
         return answer
 
@@ -56,7 +54,7 @@ class DeliveryHandler:
         if not self._follower.holds(up_to):
             return None
         index = self._follower.index
-        if _is_first(question):
+        if is_first(question):
             by_room, reached = first_answer(index, question, _position(index.positions()))
         else:
             by_room, count, last = index.events_by_room(
@@ -80,11 +78,6 @@ class DeliveryHandler:
         now = _position(self._follower.stream.positions())
         index = await read_apart(self._follower.stream, question, now)
         return None if index is None else first_answer(index, question, now)
-
-
-def _is_first(question: Question) -> bool:
-    """Is it of somebody who has got nothing yet, of these rooms at least?"""
-    return question.after.is_before_or_at(_START)
 
 
 def _position(positions: Mapping[str, int]) -> Position:

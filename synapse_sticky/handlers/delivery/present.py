@@ -20,23 +20,32 @@ MOST_OLDEST = 50
 """So many of the oldest events come beside the newest of each key."""
 
 _ORDINARY = 100
-"""Who asks for this many, as /v3/sync does, leaves it to the server how many there are."""
+"""Who asks for this many, as /v3/sync does, leaves it to the server how many there are. Who asks
+for fewer gets the oldest first, and each event once."""
 
 _MOST_READ = 10_000
 """Of so many rows at most the database is asked for one response."""
 
 _PAGE = 500
+_START = Position(0)
+
+
+def is_first(question: Question) -> bool:
+    """Is it of somebody who has got nothing yet, of these rooms at least, and takes what is given
+    first?"""
+    is_ordinary = question.limit is None or question.limit >= _ORDINARY
+    return is_ordinary and question.after.is_before_or_at(_START)
 
 
 def first_answer(index: StickyIndex, question: Question, now: Position) -> Answer:
-    """The answer to a question that begins at the start of the stream.
+    """The answer to a question that ``is_first``.
 
     What did not fit comes after the position that it gives, and with it some of this once more.
 
     Args:
-        now: a position that the index holds. Who asks for all rooms at once that they have joined,
-            as /v3/sync does, is at ``question.up_to`` in all other rooms, and may have the newest
-            events of these rooms beyond that later only.
+        now: a position that the index holds. /v3/sync asks for all events of the rooms that were
+            just joined, up to where the page of the other rooms ends. What is beyond that comes
+            later, and the newest of it now as well.
     """
     room_ids, after, up_to, now_ms, limit = question
     if limit is None:
@@ -46,22 +55,20 @@ def first_answer(index: StickyIndex, question: Question, now: Position) -> Answe
         )
         if now.is_before_or_at(up_to):
             return before, both(after, up_to)
-        more, _ = _present(index, question, both(up_to, now), MOST_EVENTS, MOST_OLDEST)
+        more, _ = _present(index, question, both(up_to, now))
         return _together(before, more), both(after, up_to)
-    most, oldest = MOST_EVENTS, MOST_OLDEST
-    if limit < _ORDINARY:
-        most, oldest = limit, (limit + 1) // 2
-    by_room, whole_up_to = _present(index, question, up_to, most, oldest)
+    by_room, whole_up_to = _present(index, question, up_to)
     if whole_up_to is None:
         return by_room, both(after, up_to)
     return by_room, end_of_page(after, up_to, whole_up_to)
 
 
 def _present(
-    index: StickyIndex, question: Question, end: Position, most: int, oldest: int
+    index: StickyIndex, question: Question, end: Position
 ) -> tuple[dict[str, list[str]], int | None]:
     to = (end.stream_id, end.writers, question.now_ms)
-    return index.present_by_room(question.room_ids, *to, most, MOST_BYTES, MOST_KEYS, oldest)
+    most = (MOST_EVENTS, MOST_BYTES, MOST_KEYS, MOST_OLDEST)
+    return index.present_by_room(question.room_ids, *to, *most)
 
 
 async def read_apart(stream: Stream, question: Question, now: Position) -> StickyIndex | None:

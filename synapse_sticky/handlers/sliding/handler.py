@@ -76,9 +76,10 @@ class SlidingRequest(Protocol):
     ) -> tuple[int, Position]:
         """Puts these rooms' events into the response, the earliest first, at most ``limit``.
 
-        From the start of the stream it puts the newest of each key there as well. With a limit of
-        ``MOST_IN_SECTION`` these may be more. Gives how many, and up to where it came (at least
-        ``up_to`` if there were not more).
+        From the start of the stream, with a limit of ``MOST_IN_SECTION``, it puts all there if that
+        is not too much, else the newest of each key as well.
+
+        Gives how many, and up to where it came (at least ``up_to`` if there were not more).
         """
 
 
@@ -159,22 +160,26 @@ class SlidingHandler:
         up.
         """
         start = await self._with_joined(request, await self._start(request))
-        given, present = await self._read_present(request, start.joined)
-        left = max(request.limit - given, request.limit // 2)
         older: Sequence[Older] = start.page.older
+        given, left = 0, request.limit
+        joined, present = frozenset[str](), _START
+        # Who takes fewer gets the oldest first, and each event once.
+        if start.joined and request.limit >= MOST_IN_SECTION:
+            joined, older = start.joined, older[:-1]
+            given, present = await request.read(joined, _START, request.up_to, left)
+            left = max(left - given, left // 2)
         if older:
             older, count = await self._read_older(request, older, (left + 1) // 2)
             left, given = left - count, given + count
-        new = request.room_ids - start.joined
+        new = request.room_ids - joined
         count, reached = await request.read(new, start.position, request.up_to, left)
         left, given = left - count, given + count
         if older and left > 0:
             older, count = await self._read_older(request, older, left)
             given += count
-        if start.joined:
-            # What follows of these rooms' events comes with the new ones.
-            part = Older(start.joined, present, reached)
-            older = older if part.is_read() else [*older, part]
+        # What is not given of these rooms up to here comes page by page; the rest with what is new.
+        rest = Older(joined, present, reached)
+        older = older if rest.is_read() else [*older, rest]
         if given or (older and not self._can_store):
             return await self._next(request, start, older, reached)
         # There is nothing to tell, so the client keeps its token; but not that of a page for good.
@@ -225,8 +230,9 @@ class SlidingHandler:
         if not joined:
             return start
         left = [part.only(part.room_ids - joined) for part in start.page.older]
-        older = tuple(part for part in left if not part.is_read())
-        page = attr.evolve(start.page, older=older)
+        older = [part for part in left if not part.is_read()]
+        older.append(Older(joined, _START, start.position))
+        page = attr.evolve(start.page, older=tuple(older))
         return attr.evolve(start, page=page, joined=joined)
 
     @staticmethod
@@ -242,7 +248,7 @@ class SlidingHandler:
             joined = await self._joined(request, None)
         up_to = reached if request.up_to.is_before_or_at(reached) else request.up_to
         until = up_to if joined or not start.is_known else start.page.until
-        is_due = bool(start.page.older or start.joined)
+        is_due = bool(start.page.older)
         if not older and is_past(reached, until):
             self._remember(request, reached, None)
             more = not request.up_to.is_before_or_at(reached)
@@ -288,19 +294,6 @@ class SlidingHandler:
         self._last[request.connection] = token, start
         if len(self._last) > _MOST_REMEMBERED:
             del self._last[next(iter(self._last))]
-
-    @staticmethod
-    async def _read_present(
-        request: SlidingRequest, joined: frozenset[str]
-    ) -> tuple[int, Position]:
-        """Reads what is to be known first of rooms that were just joined; gives how many events
-        that is, and up to where it is all."""
-        if not joined:
-            return 0, request.up_to
-        # Who asks for as many as there may be leaves it to the server how many that is.
-        limit = request.limit
-        at_most = limit if limit >= MOST_IN_SECTION else (limit + 1) // 2
-        return await request.read(joined, _START, request.up_to, at_most)
 
     @staticmethod
     async def _read_older(

@@ -68,14 +68,24 @@ class StickyIndex:
             ValueError: ``server_name`` is empty.
         """
 
-    def insert(self, rows: Iterable[tuple[int, str, str, str, str, int]]) -> None:
+    def insert(
+        self,
+        rows: Iterable[
+            tuple[int, str, str, str, str, int]
+            | tuple[int, str, str, str, str, int, int | None, int, int]
+        ],
+    ) -> None:
         """Inserts all rows, or none if one is bad.
 
         If the index already has a row of the same event, the row with the higher ``stream_id``
         stays. So the caller may insert rows again, in any order.
 
         Args:
-            rows: tuples ``(stream_id, instance_name, room_id, event_id, sender, expires_at_ms)``.
+            rows: tuples ``(stream_id, instance_name, room_id, event_id, sender, expires_at_ms)``,
+                which three more may follow. ``key``: what the event is the state of, hashed;
+                ``None`` or 0 if that cannot be read, as without them. ``newness_ms``: the end that
+                the sender claims, else ``expires_at_ms``. ``size_bytes``: of the event's JSON, else
+                0.
 
         Raises:
             MemoryError: the index has 2^32 - 1 rows. It has inserted the rows before this one.
@@ -147,6 +157,39 @@ class StickyIndex:
             the event IDs of each room in stream order, by room ID, in the order of the rooms' first
             events; the number of events; and the ``stream_id`` of the last of them, ``None`` if
             there is no event.
+        """
+
+    def present_by_room(
+        self,
+        room_ids: Collection[str],
+        to_stream_id: int,
+        to_positions: Mapping[str, int],
+        now_ms: int,
+        max_events: int,
+        max_bytes: int,
+        max_keys: int,
+        max_oldest: int,
+    ) -> tuple[dict[str, list[str]], int | None]:
+        """What is given first to somebody who has none of these rooms' unexpired events up to a
+        position (D4, D5).
+
+        That is all of them, if they are not too many. Else it is the newest event of each key, and
+        some of the oldest events. A key is the state of its sender in its room. An event without a
+        readable one is a key of its own. The newest event of a key is the one with the latest
+        ``newness_ms``, then with the greatest event ID. If there are too many keys as well, rooms
+        take turns, then the servers of a room, then the senders of a server, each with its newest
+        key first.
+
+        Args:
+            room_ids, to_stream_id, to_positions, now_ms: as above.
+            max_events, max_bytes: the most that is given.
+            max_keys: so many of a sender in a room, if not all is given.
+            max_oldest: so many of ``max_events`` are for the oldest events. The first of all is
+                given in any case.
+
+        Returns:
+            the event IDs of each room in stream order, by room ID; and the ``stream_id`` up to
+            which all events are among them, ``None`` if all are.
         """
 
     def own_events(

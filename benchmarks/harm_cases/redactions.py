@@ -13,7 +13,8 @@ from twisted.internet.defer import Deferred, ensureDeferred
 
 from benchmarks.harm import Case, Figures, Goal
 from benchmarks.receipt import cpu_s
-from synapse_sticky.handlers.delivery.handler import DeliveryHandler, Question
+from synapse_sticky.handlers.delivery.handler import DeliveryHandler
+from synapse_sticky.handlers.delivery.pages import Question
 from synapse_sticky.index import Position, StickyRow
 from tests.integration.rooms import NO_LIMITS, room_of
 from tests.lab import Lab

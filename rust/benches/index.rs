@@ -5,7 +5,7 @@
 use std::collections::HashSet;
 use std::hint::black_box;
 
-use _core::index::{NewRow, Position, Range, StickyIndex};
+use _core::index::{Most, NewRow, Position, Range, StickyIndex};
 use criterion::{criterion_group, criterion_main, BatchSize, Criterion};
 
 const ROWS: i64 = 100_000;
@@ -41,6 +41,9 @@ impl Row {
             event_id: &self.event,
             sender: &self.sender,
             expires_at_ms: self.stream_id,
+            key: Some(self.stream_id % 50),
+            newness_ms: self.stream_id,
+            size_bytes: 1_000,
         }
     }
 }
@@ -101,6 +104,24 @@ fn queries(c: &mut Criterion) {
                 });
             });
         }
+    }
+    group.finish();
+
+    let mut group = c.benchmark_group("present_by_room");
+    let most = Most {
+        events: 1_000,
+        bytes: 4_000_000,
+        keys: 20,
+        oldest: 50,
+    };
+    for (rooms, set) in [("5 rooms", &few), ("1,000 rooms", &many)] {
+        group.bench_function(rooms, |b| {
+            let range = range(0, ROWS);
+            b.iter(|| {
+                let Ok(present) = index.present_by_room(black_box(set), &range, 0, &most);
+                present.found.count
+            });
+        });
     }
     group.finish();
 

@@ -51,6 +51,9 @@ fn cost_per_row(own_every: usize, users: usize, servers: usize) -> usize {
             event_id: &event_id(row),
             sender: &format!("@user{user}:{server}"),
             expires_at_ms: stream_id % 3_600_000,
+            key: Some(stream_id),
+            newness_ms: stream_id % 3_600_000,
+            size_bytes: 1_000,
         };
         index.insert(new).expect("the index is not full");
     }

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
-use _core::index::{NewRow, Position, Range, StickyIndex};
+use _core::index::{Most, NewRow, Position, Range, StickyIndex};
 use proptest::collection::{hash_map, hash_set, vec};
 use proptest::prelude::*;
 
@@ -29,6 +29,9 @@ struct Row {
     event: String,
     sender: &'static str,
     expires: i64,
+    key: Option<i64>,
+    newness: i64,
+    size: u32,
 }
 
 /// The naive model.
@@ -76,6 +79,7 @@ struct Query {
     range: Range,
     now: i64,
     limit: Option<usize>,
+    most: Most,
 }
 
 fn room() -> impl Strategy<Value = String> {
@@ -106,16 +110,41 @@ fn position() -> impl Strategy<Value = Position> {
 
 fn row() -> impl Strategy<Value = Row> {
     let sender = prop::sample::select(&SENDERS[..]);
-    (stream_id(), writer(), room(), event(), sender, time()).prop_map(
-        |(stream_id, writer, room, event, sender, expires)| Row {
-            stream_id,
-            writer,
-            room,
-            event,
-            sender,
-            expires,
-        },
+    let ahead = prop_oneof![4 => Just(0), 1 => 0..12_i64];
+    let content = (prop::option::of(1..4_i64), ahead, 0..40_u32);
+    (
+        stream_id(),
+        writer(),
+        room(),
+        event(),
+        sender,
+        time(),
+        content,
     )
+        .prop_map(
+            |(stream_id, writer, room, event, sender, expires, (key, ahead, size))| Row {
+                stream_id,
+                writer,
+                room,
+                event,
+                sender,
+                expires,
+                key,
+                newness: expires.saturating_add(ahead),
+                size,
+            },
+        )
+}
+
+fn most() -> impl Strategy<Value = Most> {
+    (0..12_usize, 0..300_usize, 0..4_usize, 0..4_usize).prop_map(|(events, bytes, keys, oldest)| {
+        Most {
+            events,
+            bytes,
+            keys,
+            oldest,
+        }
+    })
 }
 
 fn query() -> impl Strategy<Value = Query> {
@@ -125,14 +154,15 @@ fn query() -> impl Strategy<Value = Query> {
     let rooms = (hash_set(room(), 0..4), unknown)
         .prop_map(|(known, unknown)| known.into_iter().chain(unknown).collect());
     let limit = prop_oneof![Just(None), (0..6_usize).prop_map(Some)];
-    (rooms, position(), position(), time(), limit).prop_map(|(rooms, after, up_to, now, limit)| {
-        Query {
+    (rooms, position(), position(), time(), limit, most()).prop_map(
+        |(rooms, after, up_to, now, limit, most)| Query {
             rooms,
             range: Range { after, up_to },
             now,
             limit,
-        }
-    })
+            most,
+        },
+    )
 }
 
 fn action() -> impl Strategy<Value = Action> {
@@ -166,12 +196,92 @@ fn at(position: &Position, writer: &str) -> i64 {
     own.unwrap_or(position.stream_id).max(position.stream_id)
 }
 
+/// What a first response has of these rows, step by step: turn after turn, each time by a look at all that is left.
+fn present_of<'a>(rows: &[&'a Row], most: &Most) -> (Vec<&'a Row>, Option<i64>) {
+    let size = |rows: &[&Row]| rows.iter().map(|row| row.size as usize).sum::<usize>();
+    if rows.len() <= most.events && size(rows) <= most.bytes {
+        return (rows.to_vec(), None);
+    }
+    let newness = |row: &Row| (row.newness, row.event.clone());
+    let same_sender = |a: &Row, b: &Row| a.room == b.room && a.sender == b.sender;
+    let is_newest = |row: &Row| {
+        row.key.is_none()
+            || !rows.iter().any(|other| {
+                same_sender(row, other) && row.key == other.key && newness(row) < newness(other)
+            })
+    };
+    let keys: Vec<&Row> = rows.iter().copied().filter(|row| is_newest(row)).collect();
+    let before = |row: &Row| {
+        let newer = |other: &&&Row| same_sender(row, other) && newness(row) < newness(other);
+        keys.iter().filter(newer).count()
+    };
+    let server = |row: &Row| {
+        row.sender
+            .split_once(':')
+            .map_or("", |(_, server)| server)
+            .to_owned()
+    };
+    let waiting: Vec<&Row> = keys
+        .iter()
+        .copied()
+        .filter(|row| before(row) < most.keys)
+        .collect();
+    // Each list has the place of a row among those of its group: first by the list before, then the newest first.
+    let place = |ranks: &[usize], same: &dyn Fn(&Row, &Row) -> bool| -> Vec<usize> {
+        let order = |at: usize| (ranks[at], -i128::from(waiting[at].stream_id));
+        let all = 0..waiting.len();
+        all.clone()
+            .map(|at| {
+                all.clone()
+                    .filter(|other| same(waiting[at], waiting[*other]) && order(*other) < order(at))
+                    .count()
+            })
+            .collect()
+    };
+    let of_sender: Vec<usize> = waiting.iter().map(|row| before(row)).collect();
+    let of_server = place(&of_sender, &|a, b| {
+        a.room == b.room && server(a) == server(b)
+    });
+    let of_room = place(&of_server, &|a, b| a.room == b.room);
+    let of_all = place(&of_room, &|_, _| true);
+
+    let oldest = most.oldest.min(most.events);
+    let most_bytes = most.bytes.max(size(&rows[..1]));
+    let mut chosen: Vec<&Row> = rows.first().copied().into_iter().collect();
+    let mut left = most.events - oldest;
+    for turn in 0..waiting.len() {
+        let at = of_all
+            .iter()
+            .position(|place| *place == turn)
+            .expect("each has its place");
+        let row = waiting[at];
+        if left > 0 && !chosen.contains(&row) && size(&chosen) + row.size as usize <= most_bytes {
+            chosen.push(row);
+            left -= 1;
+        }
+    }
+    let mut left = oldest.saturating_sub(1);
+    let mut whole_up_to = None;
+    for row in rows {
+        if !chosen.contains(row) {
+            if left == 0 || size(&chosen) + row.size as usize > most_bytes {
+                break;
+            }
+            left -= 1;
+            chosen.push(row);
+        }
+        whole_up_to = Some(row.stream_id);
+    }
+    (chosen, whole_up_to)
+}
+
 fn check(index: &mut StickyIndex, model: &Model, query: &Query) {
     let Query {
         rooms,
         range,
         now,
         limit,
+        most,
     } = query;
     let asked: HashSet<&str> = rooms.iter().map(String::as_str).collect();
     let Ok(found) = index.events_in_rooms(&asked, range, *now, *limit);
@@ -206,6 +316,25 @@ fn check(index: &mut StickyIndex, model: &Model, query: &Query) {
         in_range && rooms.contains(&row.room) && row.expires > *now
     });
     assert_same_rows(&found, &expected, limit.unwrap_or(usize::MAX));
+    // With stream IDs that are unique, as they are in Synapse, there is one answer.
+    if expected
+        .windows(2)
+        .all(|two| two[0].stream_id < two[1].stream_id)
+    {
+        let Ok(present) = index.present_by_room(&asked, range, *now, most);
+        let (chosen, whole_up_to) = present_of(&expected, most);
+        assert_eq!(present.whole_up_to, whole_up_to);
+        assert_eq!(present.found.count, chosen.len());
+        let found: HashSet<&str> = present
+            .found
+            .rooms
+            .iter()
+            .flat_map(|room| &room.1)
+            .copied()
+            .collect();
+        let chosen: HashSet<&str> = chosen.iter().map(|row| row.event.as_str()).collect();
+        assert_eq!(found, chosen);
+    }
 
     for room in rooms {
         let from = range.after.stream_id;
@@ -261,6 +390,9 @@ fn act(index: &mut StickyIndex, model: &mut Model, action: Action) {
                 event_id: &row.event,
                 sender: row.sender,
                 expires_at_ms: row.expires,
+                key: row.key,
+                newness_ms: row.newness,
+                size_bytes: row.size,
             };
             index.insert(new).expect("the index is not full");
             model.insert(row);

@@ -13,6 +13,9 @@ class StickyRow:
     expires_at_ms: when it ends for this server, which may keep the room's events for less long.
     deliverable: False while the event is soft-failed, and for good once it is redacted or gone, or
         its sender's data erased.
+    key: what it is the state of, hashed; None if that cannot be read.
+    newness_ms: the end that its sender claims; None if it is not known.
+    size_bytes: of its JSON.
     """
 
     stream_id: int
@@ -22,12 +25,17 @@ class StickyRow:
     sender: str
     expires_at_ms: int
     deliverable: bool
+    key: int | None = None
+    newness_ms: int | None = None
+    size_bytes: int = 0
 
     @property
-    def for_index(self) -> tuple[int, str, str, str, str, int]:
+    def for_index(self) -> tuple[int, str, str, str, str, int, int | None, int, int]:
         """What the index keeps of it."""
         place = (self.stream_id, self.instance_name, self.room_id)
-        return (*place, self.event_id, self.sender, self.expires_at_ms)
+        newness_ms = self.expires_at_ms if self.newness_ms is None else self.newness_ms
+        content = (self.key, newness_ms, self.size_bytes)
+        return (*place, self.event_id, self.sender, self.expires_at_ms, *content)
 
 
 class Stream(Protocol):
@@ -52,6 +60,12 @@ class Stream(Protocol):
 
     async def rows_in_room(self, room_id: str, *, after: int, limit: int) -> list[StickyRow]:
         """The room's unexpired rows with ``after < stream_id``, ascending, at most ``limit``."""
+
+    async def rows_in_rooms(
+        self, portion: Collection[str], *, after: int, up_to: int, now_ms: int, limit: int
+    ) -> list[StickyRow]:
+        """The rows of a portion of the rooms with ``after < stream_id <= up_to`` that are unexpired
+        at ``now_ms``, ascending, at most ``limit``."""
 
     async def rooms_of(self, user_id: str) -> list[str]:
         """The rooms with unexpired rows of this user's, by their IDs. It reads all rows, which is

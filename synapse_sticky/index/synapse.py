@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+from synapse.api.constants import StickyEvent
 from synapse.module_api import EventBase, LoggingTransaction
 
 from synapse_sticky.homeserver import Cursor, Homeserver
@@ -15,6 +16,7 @@ from synapse_sticky.homeserver.retention import Retention
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, method, table
 from synapse_sticky.homeserver.sticky_rows import stream_ids_txn
 from synapse_sticky.homeserver.whole import still_whole
+from synapse_sticky.index.key import MOST_READ_BYTES, read_json
 from synapse_sticky.index.redactions.synapse import UserRedactions
 from synapse_sticky.index.stream import StickyRow
 from synapse_sticky.logs import bounded
@@ -28,7 +30,7 @@ SEAMS = {
             "stream_id integer, instance_name text, room_id text, event_id text, sender text, "
             "expires_at integer",
         ),
-        table("event_json", "event_id text, internal_metadata text"),
+        table("event_json", "event_id text, internal_metadata text, json text"),
         table("redactions", "redacts text"),
         table("room_ban_redactions", "room_id text, user_id text"),
         table("erased_users", "user_id text"),
@@ -70,10 +72,15 @@ _COLUMNS = """
             SELECT 1 FROM room_ban_redactions AS b
             WHERE b.room_id = se.room_id AND b.user_id = se.sender
         ),
-        EXISTS (SELECT 1 FROM erased_users AS eu WHERE eu.user_id = se.sender) {retention}
+        EXISTS (SELECT 1 FROM erased_users AS eu WHERE eu.user_id = se.sender),
+        {size}, CASE WHEN {size} <= {most} THEN ej.json END {retention}
     FROM sticky_events AS se
     INNER JOIN event_json AS ej ON ej.event_id = se.event_id
 """
+
+
+_SIZE_ON_SQLITE = "LENGTH(CAST(ej.json AS BLOB))"
+_FIELD: str = StickyEvent.EVENT_FIELD_NAME
 
 
 class SynapseStickyStream:
@@ -83,7 +90,10 @@ class SynapseStickyStream:
         self._homeserver = homeserver
         self._store = homeserver.store
         self._retention = Retention(homeserver)
-        self._columns = _COLUMNS.format(retention=self._retention.columns)
+        size = "OCTET_LENGTH(ej.json)" if homeserver.is_postgres else _SIZE_ON_SQLITE
+        self._columns = _COLUMNS.format(
+            size=size, most=MOST_READ_BYTES, retention=self._retention.columns
+        )
         self._own_senders = f"%:{homeserver.server_name}"
         self._listeners: dict[str, list[Callable[[str], None]]] = {}
         self._persisted_event: str | None = None
@@ -127,6 +137,16 @@ class SynapseStickyStream:
             (room_id, after, self._homeserver.now_ms(), limit),
         )
 
+    async def rows_in_rooms(
+        self, portion: Collection[str], *, after: int, up_to: int, now_ms: int, limit: int
+    ) -> list[StickyRow]:
+        clause, args = self._homeserver.in_list("se.room_id", portion)
+        return await self._rows(
+            f"WHERE {clause} AND ? < se.stream_id AND se.stream_id <= ? AND ? < se.expires_at "
+            "ORDER BY se.stream_id LIMIT ?",
+            (*args, after, up_to, now_ms, limit),
+        )
+
     async def last_rows(self, room_id: str) -> dict[str, int]:
         def read_txn(txn: Cursor) -> dict[str, int]:
             txn.execute(
@@ -140,8 +160,7 @@ class SynapseStickyStream:
 
     async def _rows(self, where: str, args: Sequence[Any]) -> list[StickyRow]:
         def read_txn(txn: Cursor) -> list[tuple[Any, ...]]:
-            txn.execute(self._columns + where, args)
-            return txn.fetchall()
+            return self._read_txn(txn, where, args)
 
         found = await self._homeserver.transact("read_rows", read_txn)
 
@@ -153,6 +172,11 @@ class SynapseStickyStream:
             self._row_of(row, not row[8] and (not row[7] or row[3] in still_sticky))
             for row in found
         ]
+
+    def _read_txn(self, txn: Cursor, where: str, args: Sequence[Any]) -> list[tuple[Any, ...]]:
+        txn.execute(self._columns + where, args)
+        # Here, as this thread holds nobody up.
+        return [(*row[:10], *read_json(row[10], _FIELD), *row[11:]) for row in txn.fetchall()]
 
     async def rooms_of(self, user_id: str) -> list[str]:
         def read_txn(txn: Cursor) -> list[str]:
@@ -167,12 +191,12 @@ class SynapseStickyStream:
 
     def _row_of(self, row: tuple[Any, ...], is_sticky: bool) -> StickyRow:
         stream_id, instance_name, room_id, event_id, sender, expires_at_ms, metadata = row[:7]
-        ends_ms = self._retention.row_ends_ms(expires_at_ms, row[9:])
+        size_bytes, key, newness_ms = row[9:12]
+        ends_ms = self._retention.row_ends_ms(expires_at_ms, row[12:])
         is_soft_failed = json.loads(metadata).get("soft_failed", False)
         is_deliverable = is_sticky and not is_soft_failed
-        return StickyRow(
-            stream_id, instance_name, room_id, event_id, sender, ends_ms, is_deliverable
-        )
+        place = (stream_id, instance_name, room_id, event_id, sender, ends_ms, is_deliverable)
+        return StickyRow(*place, key, newness_ms, size_bytes)
 
     def on_persisted(self, callback: Callable[[Collection[StickyRow]], None]) -> None:
         if misfits(SEAMS["persisted"], self._homeserver.columns):
@@ -210,8 +234,8 @@ class SynapseStickyStream:
             in_rooms, rooms = in_list("se.room_id", list({event.room_id for event in events}))
             orderings = [event.internal_metadata.stream_ordering for event in events]
             at_these, found_at = in_list("se.event_stream_ordering", orderings)
-            txn.execute(f"{self._columns} WHERE {in_rooms} AND {at_these}", (*rooms, *found_at))
-            found = [row for row in txn.fetchall() if not row[7] and not row[8]]
+            found = self._read_txn(txn, f"WHERE {in_rooms} AND {at_these}", (*rooms, *found_at))
+            found = [row for row in found if not row[7] and not row[8]]
             return [self._row_of(row, is_sticky=True) for row in found]
         except Exception as e:
             if Cause.of_database(e) is not None:

@@ -36,7 +36,8 @@ REQUIREMENTS = {
     "D3": "What is in a response's timeline is not in its sticky section",
     "D4": (
         "Each sticky event comes once, also to a new connection of sliding sync that goes on from"
-        " `since`; what one response has no room for comes in the next ones"
+        " `since`; what one response has no room for comes in the next ones. To who arrives late,"
+        " the newest of each key may come first, and once more with the rest"
     ),
     "D5": "A user who joins gets all unexpired sticky events of the room",
     "D6": "Sticky events of ignored users are left out, until they are not ignored any more",

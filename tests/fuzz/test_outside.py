@@ -197,13 +197,17 @@ def only_says_what_is_wrong(function: Any, *arguments: Any) -> None:
         function(*arguments)
 
 
-rows = st.lists(st.tuples(scalars, scalars, scalars, scalars, scalars, scalars), max_size=3)
+rows = st.lists(
+    st.lists(scalars, min_size=6, max_size=6).map(tuple)
+    | st.lists(scalars, min_size=9, max_size=9).map(tuple),
+    max_size=3,
+)
 good_rows = st.lists(
     st.tuples(st.integers(0, 100), st.just("master"), texts, texts, texts, numbers), max_size=3
 )
 
 
-@given(rows=rows | good_rows | anything, arguments=st.lists(anything, min_size=7, max_size=7))
+@given(rows=rows | good_rows | anything, arguments=st.lists(anything, min_size=8, max_size=8))
 def test_index(rows: Any, arguments: list[Any]) -> None:
     index = StickyIndex("server.example")
     only_says_what_is_wrong(index.insert, rows)
@@ -211,6 +215,7 @@ def test_index(rows: Any, arguments: list[Any]) -> None:
     for function, count in (
         (index.events_in_rooms, 7),
         (index.events_by_room, 7),
+        (index.present_by_room, 8),
         (index.own_events, 4),
         (index.server_count, 2),
         (index.get, 1),

@@ -4,7 +4,7 @@ rust/tests/index_model.rs tests the index's answers against a model.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -210,6 +210,63 @@ def test_positions_are_those_of_synapses_tokens(index: StickyIndex) -> None:
     assert stream_ids(4, {}, 1, {}) == []
 
 
+def present_of(
+    rows: Sequence[tuple[str, str, int | None, int]], **most: int
+) -> tuple[list[int], int | None]:
+    """Which of these rows are given first. A row is a room, a sender, a key and the end that is
+    claimed. Each has 10 bytes."""
+    index = StickyIndex("own")
+    index.insert(
+        (number, "w", room, f"${number}", sender, 100, key, newness_ms, 10)
+        for number, (room, sender, key, newness_ms) in enumerate(rows, 1)
+    )
+    of = {"events": 1_000, "bytes": 4_000, "keys": 20, "oldest": 1, **most}
+    rooms = {room for room, *_ in rows}
+    by_room, whole_up_to = index.present_by_room(rooms, len(rows), {}, 0, *of.values())
+    assert all(ids == sorted(ids, key=lambda e: int(e[1:])) for ids in by_room.values())
+    return sorted(int(event_id[1:]) for ids in by_room.values() for event_id in ids), whole_up_to
+
+
+ALICE, BOB, EVE = "@alice:own", "@bob:far", "@eve:far"
+
+
+def test_first_is_all_there_is() -> None:
+    rows = [("!a", ALICE, 1, 100)] * 5
+    assert present_of(rows) == ([1, 2, 3, 4, 5], None)
+    assert present_of(rows, events=5, bytes=50) == ([1, 2, 3, 4, 5], None)
+    assert present_of([]) == ([], None)
+
+
+def test_or_the_newest_of_each_key_and_the_oldest() -> None:
+    rows: list[tuple[str, str, int | None, int]] = [
+        *[("!a", ALICE, 1, 300), ("!a", ALICE, 1, 200), ("!a", ALICE, 2, 100)],
+        *[("!a", BOB, 1, 200), ("!a", BOB, 1, 200), ("!b", ALICE, 1, 100), ("!a", BOB, 1, 190)],
+    ]
+    # The first one is the newest by its own times; of 4 and 5, which end together, it is 5.
+    assert present_of(rows, events=6) == ([1, 3, 5, 6], 1)
+    assert present_of(rows, events=6, oldest=2) == ([1, 2, 3, 5, 6], 3)
+    assert present_of(rows, events=6, oldest=3) == ([1, 2, 3, 4, 5, 6], 6)
+    # Without a key each is one of its own.
+    alone: list[tuple[str, str, int | None, int]] = [("!a", ALICE, None, 100 + n) for n in range(9)]
+    assert present_of(alone, events=6) == ([1, 5, 6, 7, 8, 9], 1)
+    assert present_of(alone, events=6, keys=2) == ([1, 8, 9], 1)
+
+
+def test_rooms_servers_and_senders_take_turns() -> None:
+    flood: list[tuple[str, str, int | None, int]] = [("!a", EVE, n, 900 + n) for n in range(30)]
+    rows = [("!a", ALICE, 1, 100), ("!b", BOB, 1, 100), ("!a", BOB, 1, 100), *flood]
+    # The oldest; one of each room; the other server is through; the other sender; the flood.
+    assert present_of(rows, events=3) == ([1, 2, 33], 2)
+    assert present_of(rows, events=4) == ([1, 2, 3, 33], 3)
+    assert present_of(rows, events=5) == ([1, 2, 3, 32, 33], 3)
+
+
+def test_what_does_not_fit_by_its_size_is_left_out() -> None:
+    rows: list[tuple[str, str, int | None, int]] = [("!a", ALICE, n, 100 + n) for n in range(9)]
+    assert present_of(rows, bytes=45) == ([1, 7, 8, 9], 1)
+    assert present_of(rows, bytes=5) == ([1], 1), "one in any case"
+
+
 def test_in_step(index: StickyIndex) -> None:
     assert index.in_step({})
     assert index.in_step({"w1": 0})
@@ -233,6 +290,12 @@ def test_in_step(index: StickyIndex) -> None:
         (lambda i: i.insert([(True, *ROWS[0][1:])]), TypeError, r"rows\[0\].stream_id"),
         (lambda i: i.insert([(2**63, *ROWS[0][1:])]), ValueError, r"rows\[0\].stream_id"),
         (lambda i: i.insert([(*ROWS[0][:5], 1.5)]), TypeError, r"rows\[0\].expires_at_ms"),
+        (lambda i: i.insert([(*ROWS[0], "a", 1, 1)]), TypeError, r"rows\[0\].key"),
+        (lambda i: i.insert([(*ROWS[0], 1, None, 1)]), TypeError, r"rows\[0\].newness_ms"),
+        (lambda i: i.insert([(*ROWS[0], 1, 1, -1)]), ValueError, r"rows\[0\].size_bytes"),
+        (lambda i: i.insert([(*ROWS[0], 1)]), ValueError, r"rows\[0\] must be a tuple"),
+        (lambda i: i.present_by_room("!a", 9, {}, 0, 1, 1, 1, 1), TypeError, "room_ids"),
+        (lambda i: i.present_by_room([], 9, {}, 0, 1, -1, 1, 1), ValueError, "max_bytes"),
         (lambda i: i.remove(b"$1"), TypeError, "event_id"),
         (lambda i: i.remove("\ud800"), ValueError, "event_id"),
         (lambda i: i.server_count(None, 0), TypeError, "room_id"),

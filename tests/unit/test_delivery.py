@@ -44,14 +44,20 @@ from synapse.util.json import json_encoder
 from twisted.internet.defer import Deferred, ensureDeferred, execute
 from twisted.internet.testing import MemoryReactorClock
 
+from synapse_sticky.handlers.delivery import present
 from synapse_sticky.handlers.delivery.handler import DeliveryHandler
+from synapse_sticky.handlers.delivery.pages import Question
 from synapse_sticky.handlers.delivery.synapse import SynapseDelivery
 from synapse_sticky.homeserver import Cancellable, Homeserver, Signal
 from synapse_sticky.homeserver.access import Access
-from synapse_sticky.index import IndexFollower, StickyRow, follower
+from synapse_sticky.homeserver.tokens import position_of
+from synapse_sticky.homeserver.tokens import token_of as synapses
+from synapse_sticky.index import IndexFollower, Position, StickyRow, follower
+from synapse_sticky.index.key import MOST_READ_BYTES, key_of
 from synapse_sticky.index.redactions import synapse as redactions
 from synapse_sticky.index.synapse import SynapseStickyStream
 from tests.lab.postgres import Postgres
+from tests.unit.members import MOST_ARGUMENTS
 from tests.unit.test_limits import done
 
 WRITERS = ["writer1", "writer2", "writer3"]
@@ -84,6 +90,11 @@ class Stream(SynapseStickyStream):
     def __init__(self, homeserver: Homeserver) -> None:
         super().__init__(homeserver)
         self.read: list[Deferred[None]] = []
+        self.asked_apart = 0
+
+    async def rows_in_rooms(self, portion: Collection[str], **options: int) -> list[StickyRow]:
+        self.asked_apart += 1
+        return await super().rows_in_rooms(portion, **options)
 
     async def rows(self, *, after: int, up_to: int, limit: int) -> list[StickyRow]:
         return await self._answer(await super().rows(after=after, up_to=up_to, limit=limit))
@@ -161,6 +172,11 @@ class Query:
     def ask(self, method: Callable[..., Coroutine[Any, Any, Answer]]) -> Answer:
         answer: Answer = done(self.begin(method))
         return answer
+
+    @property
+    def is_first(self) -> bool:
+        is_ordinary = self.limit is None or self.limit == 100
+        return is_ordinary and self.from_token.is_before_or_eq(Token(stream=0))
 
     @property
     def is_empty(self) -> bool:
@@ -282,7 +298,8 @@ class World:
         self.store.get_sticky_events_in_rooms = self._count
         self.follower = IndexFollower(self.process, self.stream)
         delivery = SynapseDelivery(self.process)
-        DeliveryHandler(self.process, self.follower, delivery).install()
+        self.delivery = DeliveryHandler(self.process, self.follower, delivery)
+        self.delivery.install()
         try:
             yield self
             self.settle()
@@ -327,6 +344,11 @@ class World:
             room_ids, from_token=from_token, to_token=to_token, now=now, limit=limit
         )
         return answer
+
+    @property
+    def queries(self) -> int:
+        """How often the database was asked for what the index does not say."""
+        return self.sql_queries + self.stream.asked_apart
 
     def now_ms(self) -> int:
         return self.process.now_ms()
@@ -539,9 +561,9 @@ class World:
 
     def check(self, query: Query, *, by_index: bool | None = None) -> Answer:
         """The module's answer is Synapse's, without what is redacted."""
-        queries = self.sql_queries
+        queries = self.queries
         answer = query.ask(self.store.get_sticky_events_in_rooms)
-        asked_sql = self.sql_queries > queries
+        asked_sql = self.queries > queries
         if by_index is not None:
             assert asked_sql == (not by_index)
         if not asked_sql and not query.is_empty:
@@ -552,6 +574,9 @@ class World:
                 up_to = query.to_token.get_stream_pos_for_instance(writer)
                 assert up_to <= taken_in.get(writer, 0)
 
+        if query.is_first and not query.is_empty:
+            self._check_first(query, answer, asked_sql=asked_sql)
+            return answer
         theirs = query.ask(self._theirs)
         if asked_sql or not any(e in self.redacted for ids in theirs[1].values() for e in ids):
             expected = (theirs[0], self._group(self._unredacted(theirs[1])))
@@ -566,6 +591,40 @@ class World:
         self.seen["redacted"] += expected[1] != theirs[1]
         self.tokens.append(answer[0])
         return answer
+
+    def _check_first(self, query: Query, answer: Answer, *, asked_sql: bool) -> None:
+        """All that is not redacted; if it is more than was asked for, some now, and all of the rest
+        after the token. It is the same whoever answers."""
+        token, by_room = answer
+        everything = attr.evolve(query, limit=None)
+        up_to_now = attr.evolve(everything, to_token=query.to_token.copy_and_advance(self.token()))
+        there = self._unredacted(everything.ask(self._theirs)[1])
+        there_now = self._unredacted(up_to_now.ask(self._theirs)[1])
+        found = [(room_id, e) for room_id, ids in by_room.items() for e in ids]
+        assert len(found) == len(set(found))
+        if query.limit is None:
+            assert {*there} <= {*found} <= {*there_now}
+        elif len(there) <= present.MOST_EVENTS:
+            assert by_room == self._group(there)
+        else:
+            assert {*found} <= {*there}
+            assert 0 < len(found) <= present.MOST_EVENTS
+            rest = attr.evolve(everything, from_token=token).ask(self._theirs)[1]
+            assert {*there} - {*self._unredacted(rest)} <= {*found}
+            assert not token.is_before_or_eq(query.from_token)
+            self.seen["page"] += 1
+        if query.limit is None or len(there) <= present.MOST_EVENTS:
+            assert token == query.from_token.copy_and_advance(query.to_token)
+        if not asked_sql:
+            after, up_to = position_of(query.from_token), position_of(query.to_token)
+            question = Question(query.room_ids, after, up_to, query.now, query.limit)
+            apart = done(self.delivery._first_by_database(question))
+            if query.limit is not None:
+                assert apart is not None
+                assert apart[0] == by_room
+                assert synapses(apart[1]) == token
+        self.seen["SQL" if asked_sql else "index"] += bool(by_room)
+        self.tokens.append(token)
 
     def _without_redacted(self, query: Query) -> Answer:
         """As Synapse's own would be, had its query left out what is redacted."""
@@ -611,7 +670,8 @@ def _event(number: int) -> EventBase:
             "type": "m.test",
             "room_id": ROOMS[number % len(ROOMS)],
             "sender": USERS[number // len(ROOMS) % len(USERS)],
-            "content": {},
+            # Some have a key, and of some there are several events.
+            "content": {"sticky_key": f"ä{number % 4}"} if number % 3 else {},
             "origin_server_ts": START_MS,
             "depth": number + 1,
             "auth_events": [],
@@ -650,12 +710,13 @@ def _redaction(event: EventBase, user_id: str) -> EventBase:
 def world(request: pytest.FixtureRequest) -> Iterator[World]:
     loggers = [logging.getLogger(name) for name in ("synapse", "synapse_sticky")]
     levels = [logger.level for logger in loggers]
-    paging = follower._PAGE
+    paging, most = follower._PAGE, (present.MOST_EVENTS, present.MOST_OLDEST)
     with tempfile.TemporaryDirectory(prefix="sticky-delivery-") as folder:
         try:
             for logger in loggers:
                 logger.setLevel(logging.CRITICAL)
             follower._PAGE = 3
+            present.MOST_EVENTS, present.MOST_OLDEST = 6, 2
             if request.param == "sqlite":
                 args = {"database": str(Path(folder) / "homeserver.db")}
                 world = World(folder, {"name": "sqlite3", "args": args})
@@ -668,6 +729,7 @@ def world(request: pytest.FixtureRequest) -> Iterator[World]:
                     world.close()
         finally:
             follower._PAGE = paging
+            present.MOST_EVENTS, present.MOST_OLDEST = most
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
 
@@ -842,12 +904,15 @@ def test_whatever_happens_meanwhile_the_answer_is_right(world: World) -> None:
 
     def walk(query: Query) -> None:
         _, all_there_is = world.check(query)
-        found: list[tuple[str, str]] = []
-        while not query.is_empty:
-            reached, page = world.check(attr.evolve(query, limit=2))
-            found += [(room_id, e) for room_id, ids in page.items() for e in ids]
-            query = attr.evolve(query, from_token=reached)
-        assert world._group(found) == all_there_is
+        for limit, at_most in ((2, 1), (100, 2)):
+            found: list[tuple[str, str]] = []
+            left = attr.evolve(query, limit=limit)
+            while not left.is_empty:
+                reached, page = world.check(left)
+                found += [(room_id, e) for room_id, ids in page.items() for e in ids]
+                left = attr.evolve(left, from_token=reached)
+            assert max(Counter(found).values(), default=0) <= at_most
+            assert {*found} == {(room_id, e) for room_id, ids in all_there_is.items() for e in ids}
 
     compare()
     assert world.seen["index"] > 100
@@ -879,7 +944,8 @@ def test_what_changes_while_the_database_takes_its_time(world: World) -> None:
         world.go_on()
         assert not world.stream.read
         _, by_room = world.check(query, by_index=True)
-        assert list(by_room.values()) == [[world.events[2].event_id]]
+        # Who asks for all of them gets those that came meanwhile as well.
+        assert list(by_room.values()) == [[e.event_id] for e in world.events[2:4]]
 
 
 @pytest.mark.requirement("S5")
@@ -983,6 +1049,72 @@ def test_what_a_ban_redacts_is_left_out(world: World) -> None:
         world.check(query)
 
 
+@pytest.mark.requirement("D4")
+def test_what_a_first_response_is_chosen_by(world: World) -> None:
+    with world.example():
+        begin(world, [])
+        for number in range(EVENTS):
+            world.commit(number, world.reserve(WRITERS[0]), 1_000, False)
+        options = {"after": 0, "up_to": world.last, "now_ms": START_MS, "limit": EVENTS}
+        rows = done(world.stream.rows_in_rooms(ROOMS, **options))
+        for event, row in zip(world.events, rows, strict=True):
+            assert row.event_id == event.event_id
+            assert row.key == key_of("m.test", event.content)
+            assert row.newness_ms == START_MS + 3_600_000
+            assert row.size_bytes == len(json_encoder.encode(event.get_dict()).encode())
+        assert len({row.key for row in rows}) == 5, "four, and none"
+        # A large one is not read.
+        event = world.events[1]
+        large = json_encoder.encode({**event.get_dict(), "large": "ä" * MOST_READ_BYTES})
+        world._transact(
+            world.store.db_pool.simple_update_one_txn,
+            "event_json",
+            {"event_id": event.event_id},
+            {"json": large},
+        )
+        row = done(world.stream.rows_in_rooms(ROOMS, **options))[1]
+        small = json_encoder.encode(event.get_dict())
+        world._transact(
+            world.store.db_pool.simple_update_one_txn,
+            "event_json",
+            {"event_id": event.event_id},
+            {"json": small},
+        )
+        assert (row.key, row.newness_ms, row.size_bytes) == (None, None, len(large.encode()))
+
+
+@pytest.mark.requirement("D4")
+def test_too_much_for_the_database_comes_in_its_order(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(present, "_MOST_READ", 4)
+    monkeypatch.setattr(present, "_PAGE", 2)
+    with world.example():
+        begin(world, [])
+        for number in range(4):
+            world.commit(number, world.reserve(WRITERS[0]), 1_000, False)
+        world.announce_all()
+        query = Query(ROOMS, Token(stream=0), world.token(), world.now_ms(), 100)
+        answer = query.ask(world.store.get_sticky_events_in_rooms)
+        assert world.stream.asked_apart == 2
+        assert world.sql_queries == 1
+        assert answer == query.ask(world._theirs)
+
+
+@pytest.mark.requirement("D4", "H3")
+def test_more_rooms_than_a_database_takes_arguments(world: World) -> None:
+    with world.example():
+        begin(world, [])
+        world.commit(0, world.reserve(WRITERS[0]), 1_000, False)
+        world.announce_all()
+        rooms = {*ROOMS, *(f"!{n}:here" for n in range(MOST_ARGUMENTS + 1))}
+        after, up_to = Position(0), position_of(world.token())
+        question = Question(rooms, after, up_to, world.now_ms(), 100)
+        by_room, reached = done(world.delivery.answer(question))
+        assert by_room == {ROOMS[0]: [world.events[0].event_id]}
+        assert reached == up_to
+
+
 @contextmanager
 def waiting(world: World, syncs: int) -> Iterator[list[Answer]]:
     """So many syncs that wait for an event that is just being read; and their answers to come."""
@@ -1010,7 +1142,7 @@ def test_many_wait_for_the_one_who_reads(world: World, monkeypatch: pytest.Monke
     monkeypatch.setattr(world, "patient", True)
     with waiting(world, 3):
         world.settle()
-        assert world.sql_queries == 0
+        assert world.queries == 0
 
 
 @pytest.mark.requirement("D1", "D2")
@@ -1025,7 +1157,7 @@ def test_who_has_waited_long_enough_asks_the_database(
             world.go_on()
         else:
             world.reactor.advance(1)
-        assert world.sql_queries == 1
+        assert world.queries == 1
 
 
 # One event in doubt
@@ -1044,7 +1176,7 @@ def test_one_event_in_doubt_is_the_doubt_of_those_who_would_get_it(world: World)
         world.redact(0, 0)
         of_it = Query([ROOMS[0]], everything, world.token(), now_ms, None)
         of_others = Query(ROOMS[1:], everything, world.token(), now_ms, None)
-        before_it = Query(ROOMS, everything, Token(stream=1), now_ms, None)
+        before_it = Query(ROOMS, everything, Token(stream=1), now_ms, 100)
         assert world.stream.read, "it is being looked up"
         world.check(of_others, by_index=True)
         world.check(before_it, by_index=True)
@@ -1075,7 +1207,7 @@ def test_many_redactions_send_no_sync_to_the_database(
             if number % 5 == 0:
                 world.go_on()
         world.settle()
-        assert world.sql_queries == 0
+        assert world.queries == 0
         assert len(answers) == 3 * (EVENTS - 1)
         last = {event_id for event_ids in answers[-1][1].values() for event_id in event_ids}
         assert len(world.redacted) > 5

@@ -10,10 +10,10 @@ from synapse.module_api.errors import ConfigError
 
 from synapse_sticky.config import FederationConfig, LimitConfig, LocalConfig, parse
 from synapse_sticky.handlers.deferral.handler import DeferralHandler, NewStickyEvent
-from synapse_sticky.handlers.deferral.key import key_of
 from synapse_sticky.handlers.deferral.tables import DeferredTable
 from synapse_sticky.handlers.deferral.waiting import Waiting
 from synapse_sticky.handlers.sending.handler import LocalSend, SendingHandler
+from synapse_sticky.index.key import key_of
 from synapse_sticky.limits import LimitReport, Refusal
 from tests.unit.settable import METRICS
 from tests.unit.test_limits import HOUR_MS, NOW_MS, Here, Transaction, deferral, done

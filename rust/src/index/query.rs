@@ -65,6 +65,8 @@ pub struct RoomEvents<'a> {
     pub rooms: Vec<(&'a str, Vec<&'a str>)>,
     /// How many events all rooms have together.
     pub count: usize,
+    /// How many bytes the JSON of all these events has.
+    pub bytes: usize,
     /// The stream ID of the last of all these events.
     pub last_stream_id: Option<i64>,
 }
@@ -72,6 +74,16 @@ pub struct RoomEvents<'a> {
 impl Row {
     pub(super) const fn is_unexpired(&self, now_ms: i64) -> bool {
         rules::is_unexpired(self.expires_at_ms, now_ms)
+    }
+
+    /// The end that the sender claims, in ms since the Unix epoch.
+    pub(super) fn newness_ms(&self) -> i64 {
+        self.expires_at_ms.saturating_add(self.ahead_ms.into())
+    }
+
+    /// The size of its JSON, in bytes.
+    pub(super) const fn size(&self) -> usize {
+        self.size_bytes as usize
     }
 }
 
@@ -106,29 +118,56 @@ impl StickyIndex {
         now_ms: i64,
         limit: Option<usize>,
     ) -> Result<RoomEvents<'_>, R::Error> {
-        let bounds = Bounds::new(range, &self.instances);
-        if let (Some(bounds), None) = (&bounds, limit) {
-            if self.is_better_by_room(rooms, bounds) {
-                let mut asked = Vec::new();
-                rooms.for_each(|name| asked.extend(self.rooms.find(name)))?;
-                return Ok(self.each_by_room(&asked, bounds, now_ms));
+        if limit.is_none() {
+            if let Some(found) = self.all_by_room(rooms, range, now_ms, usize::MAX)? {
+                return Ok(found);
             }
         }
+        Ok(self.by_room_of(self.rows_in_rooms(rooms, range, now_ms, limit)?))
+    }
+
+    /// The same without a limit; `None` if a scan of the stream is cheaper. It ends early, as it likes, once there are
+    /// more than `enough`.
+    pub(super) fn all_by_room<R: Rooms>(
+        &self,
+        rooms: &R,
+        range: &Range,
+        now_ms: i64,
+        enough: usize,
+    ) -> Result<Option<RoomEvents<'_>>, R::Error> {
+        let Some(bounds) = Bounds::new(range, &self.instances) else {
+            return Ok(None);
+        };
+        if !self.is_better_by_room(rooms, &bounds) {
+            return Ok(None);
+        }
+        let mut asked = Vec::new();
+        rooms.for_each(|name| asked.extend(self.rooms.find(name)))?;
+        Ok(Some(self.each_by_room(&asked, &bounds, now_ms, enough)))
+    }
+
+    /// Rows that are in stream order, by room.
+    pub(super) fn by_room_of<'a>(
+        &'a self,
+        rows: impl IntoIterator<Item = &'a Row>,
+    ) -> RoomEvents<'a> {
         let mut places = HashMap::new();
         let mut found = RoomEvents::default();
-        for row in self.rows_in_rooms(rooms, range, now_ms, limit)? {
+        for row in rows {
             let place = *places.entry(row.room).or_insert_with(|| {
                 found.rooms.push((self.rooms.get(row.room), Vec::new()));
                 found.rooms.len() - 1
             });
             found.rooms[place].1.push(row.event_id.as_str());
             found.count += 1;
+            found.bytes += row.size();
             found.last_stream_id = Some(row.stream_id);
         }
-        Ok(found)
+        found
     }
 
-    fn rows_in_rooms<R: Rooms>(
+    /// The rows of [`Self::events_in_rooms`].
+    pub(super) fn rows_in_rooms<R: Rooms>(
         &self,
         rooms: &R,
         range: &Range,
@@ -164,21 +203,42 @@ impl StickyIndex {
         }
         let mut asked = Vec::new();
         rooms.for_each(|name| asked.extend(self.rooms.find(name)))?;
-        found.extend(
-            self.merged(&asked, &bounds)
-                .map(|number| self.rows.get(number))
-                .filter(|row| {
-                    bounds.contain(row.instance, row.stream_id) && row.is_unexpired(now_ms)
+        let fits = |number| {
+            let row = self.rows.get(number);
+            (bounds.contain(row.instance, row.stream_id) && row.is_unexpired(now_ms)).then_some(row)
+        };
+        if let Some(limit) = limit {
+            let merged = self.merged(&asked, &bounds);
+            found.extend(merged.filter_map(fits).take(limit));
+        } else {
+            // To sort all of them is cheaper than to merge the rooms.
+            let mut keys: Vec<_> = asked
+                .iter()
+                .flat_map(|room| {
+                    self.by_room
+                        .range(room_span(*room, bounds.first, bounds.last))
                 })
-                .take(limit.unwrap_or(usize::MAX)),
-        );
+                .map(|[_, in_room @ ..]| *in_room)
+                .collect();
+            keys.sort_unstable();
+            found.extend(keys.into_iter().filter_map(|[_, _, number]| fits(number)));
+        }
         Ok(found)
     }
 
-    fn each_by_room(&self, rooms: &[u32], bounds: &Bounds, now_ms: i64) -> RoomEvents<'_> {
+    fn each_by_room(
+        &self,
+        rooms: &[u32],
+        bounds: &Bounds,
+        now_ms: i64,
+        enough: usize,
+    ) -> RoomEvents<'_> {
         let mut found = RoomEvents::default();
         let mut first_ids = Vec::new();
         for room in rooms {
+            if found.count > enough {
+                break;
+            }
             let mut events = Vec::new();
             let mut first_id = None;
             let span = room_span(*room, bounds.first, bounds.last);
@@ -187,6 +247,7 @@ impl StickyIndex {
                 if bounds.contain(row.instance, row.stream_id) && row.is_unexpired(now_ms) {
                     first_id.get_or_insert(row.stream_id);
                     found.last_stream_id = found.last_stream_id.max(Some(row.stream_id));
+                    found.bytes += row.size();
                     events.push(row.event_id.as_str());
                 }
             }

@@ -41,9 +41,13 @@ arguments! {
     count -> usize {
         BurstCount = "burst_count",
         Capacity = "capacity",
+        MaxBytes = "max_bytes",
         MaxEvents = "max_events",
         MaxFound = "limit",
+        MaxKeys = "max_keys",
+        MaxOldest = "max_oldest",
         MaxRows = "max_rows",
+        SizeBytes = "size_bytes",
     }
     boolean -> bool {
         IsExempt = "is_exempt",
@@ -146,13 +150,14 @@ pub(super) struct Row<'py> {
 }
 
 impl<'py> Row<'py> {
-    /// Reads all tuples of the argument called `name`. Each must have `len` fields, which `expected` describes.
+    /// Reads all tuples of the argument called `name`. Each must have one of these numbers of fields, which
+    /// `expected` describes.
     ///
     /// A database gives rows as tuples. Other sequences are more likely to be mistakes.
     pub(super) fn read_all<T>(
         rows: &Bound<'py, PyAny>,
         name: &str,
-        len: usize,
+        lens: &[usize],
         expected: &'static str,
         read: impl Fn(&Self) -> PyResult<T>,
     ) -> PyResult<Vec<T>> {
@@ -162,11 +167,27 @@ impl<'py> Row<'py> {
         let rows = rows
             .enumerate()
             .map(|(at, row)| match row?.cast_into::<PyTuple>() {
-                Ok(tuple) if tuple.len() == len => read(&Self { tuple, at }),
+                Ok(tuple) if lens.contains(&tuple.len()) => read(&Self { tuple, at }),
                 Ok(_) => Err(Error::bad_value(format!("rows[{at}]"), expected).into()),
                 Err(_) => Err(Error::wrong_type(format!("rows[{at}]"), expected).into()),
             });
         caught(name, || rows.collect())?
+    }
+
+    /// How many fields it has.
+    pub(super) fn len(&self) -> usize {
+        self.tuple.len()
+    }
+
+    /// The field of this number; `None` for Python's None.
+    pub(super) fn optional_field<T>(&self, number: usize) -> PyResult<Option<T>>
+    where
+        T: for<'a> FromPyObject<'a, 'py, Error = Error>,
+    {
+        if self.tuple.get_item(number)?.is_none() {
+            return Ok(None);
+        }
+        self.field(number).map(Some)
     }
 
     /// The field of this number.

@@ -1,18 +1,19 @@
 //! `StickyIndex`.
 
 use std::cell::OnceCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyFrozenSet, PyList, PySet, PyString};
 
 use super::arguments::{
-    text, EventId, ExpiresAtMs, FromPositions, FromStreamId, InstanceName, MaxFound, MaxRows,
-    NowMs, Positions, RoomId, Row, Sender, ServerName, StreamId, ToPositions, ToStreamId,
+    text, EventId, ExpiresAtMs, FromPositions, FromStreamId, InstanceName, MaxBytes, MaxEvents,
+    MaxFound, MaxKeys, MaxOldest, MaxRows, NewnessMs, NowMs, Positions, RoomId, Row, Sender,
+    ServerName, SizeBytes, StickyKey, StreamId, ToPositions, ToStreamId,
 };
 use super::guarded::{Guarded, OnPanic};
 use crate::error::Error;
-use crate::index::{NewRow, Position, Range, Rooms, StickyIndex};
+use crate::index::{Most, NewRow, Position, Range, RoomEvents, Rooms, StickyIndex};
 
 /// `(stream_id, room_id, event_id, sender, expires_at_ms)`
 type FoundTuple<'a> = (i64, &'a str, &'a str, &'a str, i64);
@@ -106,11 +107,34 @@ impl PyStickyIndex {
         let found = self
             .0
             .read(|index| index.events_by_room(&room_ids, &range, now_ms.0, limit))??;
-        let by_room = PyDict::new(py);
-        for (room_id, event_ids) in &found.rooms {
-            by_room.set_item(room_id, PyList::new(py, event_ids)?)?;
-        }
-        Ok((by_room, found.count, found.last_stream_id))
+        Ok((by_room(py, &found)?, found.count, found.last_stream_id))
+    }
+
+    #[allow(clippy::too_many_arguments)] // As above.
+    fn present_by_room<'py>(
+        &self,
+        py: Python<'py>,
+        room_ids: PyRooms<'_, 'py>,
+        to_stream_id: ToStreamId,
+        to_positions: ToPositions,
+        now_ms: NowMs,
+        max_events: MaxEvents,
+        max_bytes: MaxBytes,
+        max_keys: MaxKeys,
+        max_oldest: MaxOldest,
+    ) -> PyResult<(Bound<'py, PyDict>, Option<i64>)> {
+        let from = (FromStreamId(0), FromPositions(HashMap::new()));
+        let range = range(from.0, from.1, to_stream_id, to_positions);
+        let most = Most {
+            events: max_events.0,
+            bytes: max_bytes.0,
+            keys: max_keys.0,
+            oldest: max_oldest.0,
+        };
+        let present = self
+            .0
+            .read(|index| index.present_by_room(&room_ids, &range, now_ms.0, &most))??;
+        Ok((by_room(py, &present.found)?, present.whole_up_to))
     }
 
     fn own_events(
@@ -155,6 +179,14 @@ impl PyStickyIndex {
     }
 }
 
+fn by_room<'py>(py: Python<'py>, found: &RoomEvents<'_>) -> PyResult<Bound<'py, PyDict>> {
+    let by_room = PyDict::new(py);
+    for (room_id, event_ids) in &found.rooms {
+        by_room.set_item(room_id, PyList::new(py, event_ids)?)?;
+    }
+    Ok(by_room)
+}
+
 fn range(
     from_stream_id: FromStreamId,
     from_positions: FromPositions,
@@ -173,6 +205,9 @@ fn range(
     }
 }
 
+/// How many fields each row has.
+const FIELDS: usize = 6;
+
 /// A row of `StickyIndex.insert`. Python owns the strings.
 struct OwnedRow {
     stream_id: StreamId,
@@ -181,6 +216,14 @@ struct OwnedRow {
     event_id: EventId,
     sender: Sender,
     expires_at_ms: ExpiresAtMs,
+    content: Option<OwnedContent>,
+}
+
+/// What the first response of somebody who arrives late is chosen by.
+struct OwnedContent {
+    key: Option<StickyKey>,
+    newness_ms: NewnessMs,
+    size_bytes: SizeBytes,
 }
 
 impl OwnedRow {
@@ -192,10 +235,14 @@ impl OwnedRow {
             event_id: row.field(3)?,
             sender: row.field(4)?,
             expires_at_ms: row.field(5)?,
+            content: (row.len() > FIELDS)
+                .then(|| OwnedContent::read(row))
+                .transpose()?,
         })
     }
 
     fn as_new(&self) -> NewRow<'_> {
+        let content = self.content.as_ref();
         NewRow {
             stream_id: self.stream_id.0,
             instance_name: &self.instance_name.0,
@@ -203,7 +250,22 @@ impl OwnedRow {
             event_id: &self.event_id.0,
             sender: &self.sender.0,
             expires_at_ms: self.expires_at_ms.0,
+            key: content.and_then(|content| Some(content.key.as_ref()?.0)),
+            newness_ms: content.map_or(self.expires_at_ms.0, |content| content.newness_ms.0),
+            size_bytes: content.map_or(0, |content| {
+                u32::try_from(content.size_bytes.0).unwrap_or(u32::MAX)
+            }),
         }
+    }
+}
+
+impl OwnedContent {
+    fn read(row: &Row<'_>) -> PyResult<Self> {
+        Ok(Self {
+            key: row.optional_field(FIELDS)?,
+            newness_ms: row.field(FIELDS + 1)?,
+            size_bytes: row.field(FIELDS + 2)?,
+        })
     }
 }
 
@@ -214,9 +276,10 @@ impl FromPyObject<'_, '_> for OwnedRows {
     type Error = PyErr;
 
     fn extract(rows: Borrowed<'_, '_, PyAny>) -> PyResult<Self> {
-        const EXPECTED: &str =
-            "a tuple (stream_id, instance_name, room_id, event_id, sender, expires_at_ms)";
-        Row::read_all(&rows, "rows", 6, EXPECTED, OwnedRow::read).map(Self)
+        const EXPECTED: &str = "a tuple (stream_id, instance_name, room_id, event_id, sender, \
+                                expires_at_ms), which key, newness_ms and size_bytes may follow";
+        let lens = [FIELDS, FIELDS + 3];
+        Row::read_all(&rows, "rows", &lens, EXPECTED, OwnedRow::read).map(Self)
     }
 }
 

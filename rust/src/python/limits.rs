@@ -118,7 +118,7 @@ impl FromPyObject<'_, '_> for Claims {
                 sender: pdu.field(1)?,
             })
         };
-        Row::read_all(&pdus, "pdus", 2, EXPECTED, read).map(Self)
+        Row::read_all(&pdus, "pdus", &[2], EXPECTED, read).map(Self)
     }
 }
 

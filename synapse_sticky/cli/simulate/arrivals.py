@@ -8,7 +8,7 @@ import attr
 
 from synapse_sticky._core import MAX_STICKY_DURATION_MS, sticky_until_ms
 from synapse_sticky.handlers.deferral.handler import NewStickyEvent
-from synapse_sticky.handlers.deferral.key import key_of
+from synapse_sticky.index.key import key_of
 
 MOST = 100_000
 """How many events are played at most. That takes some seconds, and some 200 MB."""

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import attr
 
 from synapse_sticky.cli.simulate.arrivals import MOST, Arrival, UnusableError, arrival, in_order
-from synapse_sticky.handlers.deferral.key import key_of
+from synapse_sticky.index.key import key_of
 
 _BEGIN_MS = 1_700_000_000_000
 """Any time will do; the same each time, so that two runs can be compared."""

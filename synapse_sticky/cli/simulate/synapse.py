@@ -9,9 +9,9 @@ from synapse.api.constants import StickyEvent
 
 from synapse_sticky.cli.simulate.arrivals import Arrival, UnusableError, arrival, in_order
 from synapse_sticky.cli.synapse import Configuration
-from synapse_sticky.handlers.deferral.key import key_of
 from synapse_sticky.homeserver.database import is_postgres, portions
 from synapse_sticky.homeserver.seams import table
+from synapse_sticky.index.key import key_of
 
 SEAMS = (
     table(

@@ -10,7 +10,6 @@ from synapse.types import StreamKeyType
 
 from synapse_sticky._core import sticky_until_ms
 from synapse_sticky.handlers.deferral.handler import DeferTxn, NewStickyEvent
-from synapse_sticky.handlers.deferral.key import key_of
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.attempt import attempt_txn
 from synapse_sticky.homeserver.causes import Cause
@@ -20,6 +19,7 @@ from synapse_sticky.homeserver.retention import Retention, earlier_end_ms
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, attributes, method, table
 from synapse_sticky.homeserver.sticky_rows import stream_ids_txn
 from synapse_sticky.homeserver.whole import still_whole
+from synapse_sticky.index.key import key_of, newness_ms
 from synapse_sticky.logs import bounded
 
 logger = bounded(__name__)
@@ -56,7 +56,6 @@ SEAMS = (
 
 _FIELD: str = StickyEvent.EVENT_FIELD_NAME
 _STREAM: Final = StreamKeyType.STICKY_EVENTS
-_NEVER_MS = 2**63 - 1
 _COLUMNS = "event_id, room_id, sender, expires_at, event_stream_ordering"
 
 
@@ -263,5 +262,5 @@ def _deliverable(event: EventBase, received_ms: int, now_ms: int) -> NewStickyEv
         expires_at_ms,
         metadata.stream_ordering,
         key_of(event.type, event.content),
-        sticky_until_ms(event.get(_FIELD), event.origin_server_ts, _NEVER_MS),
+        newness_ms(event.get(_FIELD), event.origin_server_ts),
     )

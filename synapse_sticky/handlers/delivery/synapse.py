@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import CancelledError
 
-from synapse_sticky.handlers.delivery.handler import Answer, Question
+from synapse_sticky.handlers.delivery.pages import Answer, Question
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.homeserver.access import still_sticky
 from synapse_sticky.homeserver.retention import Retention

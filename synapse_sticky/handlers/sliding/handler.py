@@ -47,6 +47,9 @@ from synapse_sticky.logs import bounded
 logger = bounded(__name__)
 
 _START = Position(0)
+MOST_IN_SECTION = 100
+"""So many events at most a client asks for, as Synapse reads it."""
+
 _MOST_REMEMBERED = 10_000
 _LONGEST_NAMES = 1_000
 
@@ -84,6 +87,9 @@ class SlidingRequest(Protocol):
         self, room_ids: Collection[str], after: Position, up_to: Position, limit: int | None
     ) -> tuple[int, Position]:
         """Puts these rooms' events into the response, the earliest first, at most ``limit``.
+
+        From the start of the stream, with a limit of ``MOST_IN_SECTION``, it puts all there if that
+        is not too much, else the newest of each key as well.
 
         Gives how many, and up to where it came (at least ``up_to`` if there were not more).
         """
@@ -174,22 +180,33 @@ class SlidingHandler:
     async def page(self, request: SlidingRequest) -> SlidingPage:
         """Reads what belongs into one response.
 
-        Older and new events share the page evenly: neither a call's history nor a flood of new
-        events holds the other up.
+        Who has just joined a room gets the present of it beside the rest. Older and new events
+        share the page evenly: neither a call's history nor a flood of new events holds the other
+        up.
         """
         start = await self._with_unshown(request, await self._start(request))
         has_more = request.limit > 0 and await self._read_of_senders(request, start)
         older: Sequence[Older] = start.page.older
-        left = request.limit
+        given, left = 0, request.limit
+        joined, present = frozenset[str](), _START
+        # Who takes fewer gets the oldest first, and each event once.
+        if start.unshown.room_ids and request.limit >= MOST_IN_SECTION:
+            joined, older = start.unshown.room_ids, older[:-1]
+            given, present = await request.read(joined, _START, request.up_to, left)
+            left = max(left - given, left // 2)
         if older:
             older, count = await self._read_older(request, older, (left + 1) // 2)
-            left -= count
-        count, reached = await request.read(request.room_ids, start.position, request.up_to, left)
-        left -= count
+            left, given = left - count, given + count
+        new = request.room_ids - joined
+        count, reached = await request.read(new, start.position, request.up_to, left)
+        left, given = left - count, given + count
         if older and left > 0:
             older, count = await self._read_older(request, older, left)
-            left -= count
-        if has_more or left < request.limit or (older and not self._can_store):
+            given += count
+        # What is not given of these rooms up to here comes page by page; the rest with what is new.
+        rest = Older(joined, present, reached)
+        older = older if rest.is_read() else [*older, rest]
+        if has_more or given or (older and not self._can_store):
             return await self._next(request, start, older, reached)
         # There is nothing to tell, so the client keeps its token; but not that of a page for good.
         if start.is_forgotten and request.limit > 0:

@@ -5,12 +5,16 @@ from collections.abc import Set as AbstractSet
 from typing import Any
 
 from synapse import visibility
-from synapse.api.constants import StickyEvent
 from synapse.types import UnresolvedMultiWriterStreamToken
 from synapse.types.handlers.sliding_sync import SlidingSyncResult
 from synapse.types.rest.client import SlidingSyncStickyEventsToken
 
-from synapse_sticky.handlers.sliding.handler import SlidingPage, SlidingRequest, Unignored
+from synapse_sticky.handlers.sliding.handler import (
+    MOST_IN_SECTION,
+    SlidingPage,
+    SlidingRequest,
+    Unignored,
+)
 from synapse_sticky.handlers.sliding.joined.synapse import SynapseJoinedRooms
 from synapse_sticky.handlers.sliding.pages import Shown
 from synapse_sticky.homeserver import Homeserver
@@ -71,7 +75,6 @@ SEAMS = (
 )
 
 _ONLY_WRITER = 0
-_MOST_IN_SECTION = StickyEvent.MAX_EVENTS_IN_SYNC
 _Section = SlidingSyncResult.Extensions.StickyEventsExtension
 
 
@@ -192,7 +195,7 @@ class _Response:
         device_id: str = sync_config.requester.device_id or ""
         self.connection = (self._user_id, device_id, sync_config.conn_id or "")
         self.room_ids = room_ids
-        self.limit: int = min(request.limit, _MOST_IN_SECTION)
+        self.limit: int = min(request.limit, MOST_IN_SECTION)
         self.since = since
         self.up_to = position_of(to_token.sticky_events_key)
         shown_by = sliding.joined.shown_by
@@ -248,6 +251,8 @@ class _Response:
         for _, part in sorted(self._parts, key=lambda part: part[0]):
             for room_id, event_ids in part.items():
                 by_room.setdefault(room_id, []).extend(event_ids)
+        # What was to be known first may follow at once where it is in the stream.
+        by_room = {room_id: [*dict.fromkeys(ids[::-1])][::-1] for room_id, ids in by_room.items()}
         by_room = together(by_room, self._of_senders)
         rooms = {}
         if by_room:

@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "plan": {"config", "duties", "homeserver"},
     "cli": {
         *("_core", "admin", "config", "duties", "handlers", "homeserver", "limits", "metrics"),
-        *("__init__", "module", "options", "plan", "versions"),
+        *("__init__", "index", "module", "options", "plan", "versions"),
     },
     "__main__": {"cli"},
     "duties": {"homeserver"},

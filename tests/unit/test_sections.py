@@ -15,7 +15,8 @@ from synapse.types import MultiWriterStreamToken, RoomStreamToken, UserID
 from synapse.types.handlers.sliding_sync import SlidingSyncResult
 from synapse.types.rest.client import SlidingSyncStickyEventsToken
 
-from synapse_sticky.handlers.sliding.handler import SlidingPage, SlidingRequest
+from synapse_sticky.handlers.sliding.handler import SlidingPage
+from synapse_sticky.handlers.sliding.request import SlidingRequest
 from synapse_sticky.handlers.sliding.synapse import SynapseSliding
 from synapse_sticky.homeserver.access import Access
 from synapse_sticky.index import Position

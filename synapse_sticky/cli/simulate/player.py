@@ -15,7 +15,7 @@ from synapse_sticky.cli.simulate.outcome import Fate, Outcome
 from synapse_sticky.config import FederationConfig, Mode
 from synapse_sticky.handlers.deferral.observer import Observer
 from synapse_sticky.limits import LimitReport
-from synapse_sticky.metrics import LimitMetrics
+from synapse_sticky.metrics import Metrics
 
 _GRACE_MS = 60_000
 
@@ -59,7 +59,7 @@ class _Clerk(LimitReport):
     """Notes what is said of each event, instead of logging it."""
 
     def __init__(self, homeserver: "_Homeserver", outcome: Outcome) -> None:
-        super().__init__(homeserver.now_ms, LimitMetrics(homeserver.server_name, observes=True))
+        super().__init__(homeserver.now_ms, homeserver.metrics.observed)
         self._homeserver = homeserver
         self._outcome = outcome
         # Of the event that is arriving.
@@ -100,6 +100,7 @@ class _Homeserver:
 
     def __init__(self, server_name: str, now_ms: int) -> None:
         self.server_name = server_name
+        self.metrics = Metrics(server_name)
         self._now_ms = now_ms
         self._timers: list[tuple[int, int, _Timer]] = []
         self._numbers = itertools.count()

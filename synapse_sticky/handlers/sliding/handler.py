@@ -22,8 +22,7 @@ Fails open: as long as there is nowhere to store anything, a response has all of
 ``pos`` says what is new.
 """
 
-from collections.abc import Awaitable, Callable, Collection, Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
 import attr
@@ -38,6 +37,7 @@ from synapse_sticky.handlers.sliding.pages import (
     shown_by,
     token_of_page,
 )
+from synapse_sticky.handlers.sliding.request import MOST_IN_SECTION, SlidingRequest
 from synapse_sticky.handlers.sliding.tables import Connection, PageTable
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.homeserver.layout import migrate
@@ -47,65 +47,8 @@ from synapse_sticky.logs import bounded
 logger = bounded(__name__)
 
 _START = Position(0)
-MOST_IN_SECTION = 100
-"""So many events at most a client asks for, as Synapse reads it."""
-
 _MOST_REMEMBERED = 10_000
 _LONGEST_NAMES = 1_000
-
-
-class SlidingRequest(Protocol):
-    """A request of sliding sync that asks for sticky events."""
-
-    connection: Connection
-    room_ids: AbstractSet[str]
-    """The rooms that the user is joined to and that the client's lists could match (D2, D8)."""
-    limit: int
-    """The most events that the client takes."""
-    since: Position | None
-    """Up to where the client has been told of; None for nothing."""
-    up_to: Position
-    """Up to where this response may go."""
-    shown: Shown
-    """Up to where this response takes rooms into account."""
-    shown_before: Shown | None
-    """The same of the connection's response before; None if this is its first."""
-
-    async def newly_joined_rooms(self, after: Shown | None) -> AbstractSet[str]:
-        """Rooms that the user was not in by then, or that were kept from the client until their
-        state was whole; None for an hour ago."""
-
-    async def unignored_users(self, after: Shown | None) -> AbstractSet[str]:
-        """Users whom the user ignored by then, and does not ignore now; None for an hour ago."""
-
-    async def read_of(
-        self, senders: Collection[str], room_ids: Collection[str], after: Position, up_to: Position
-    ) -> int:
-        """Puts these senders' events into the response, beside its page. Gives how many."""
-
-    async def read(
-        self, room_ids: Collection[str], after: Position, up_to: Position, limit: int | None
-    ) -> tuple[int, Position]:
-        """Puts these rooms' events into the response, the earliest first, at most ``limit``.
-
-        From the start of the stream, with a limit of ``MOST_IN_SECTION``, it puts all there if that
-        is not too much, else the newest of each key as well.
-
-        Gives how many, and up to where it came (at least ``up_to`` if there were not more).
-        """
-
-
-class Unignored(Protocol):
-    """Whom local users have stopped ignoring. What fails there fails no request."""
-
-    async def events_of(
-        self, senders: Collection[str], room_ids: Collection[str], after: Position, up_to: Position
-    ) -> dict[str, list[str]]:
-        """By room, the senders' events with ``after`` exclusive and ``up_to`` inclusive."""
-
-    async def senders(self, user_id: str, after: int | None, up_to: int) -> set[str]:
-        """Whom the user has stopped ignoring between these positions of the account data, the
-        second one included; None for an hour ago."""
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)

@@ -9,14 +9,10 @@ from synapse.types import UnresolvedMultiWriterStreamToken
 from synapse.types.handlers.sliding_sync import SlidingSyncResult
 from synapse.types.rest.client import SlidingSyncStickyEventsToken
 
-from synapse_sticky.handlers.sliding.handler import (
-    MOST_IN_SECTION,
-    SlidingPage,
-    SlidingRequest,
-    Unignored,
-)
+from synapse_sticky.handlers.sliding.handler import SlidingPage
 from synapse_sticky.handlers.sliding.joined.synapse import SynapseJoinedRooms
 from synapse_sticky.handlers.sliding.pages import Shown
+from synapse_sticky.handlers.sliding.request import MOST_IN_SECTION, SlidingRequest, Unignored
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.homeserver.access import still_sticky
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, attributes, method

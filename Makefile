@@ -58,7 +58,7 @@ lint: $(VENV)/.built ## ruff, mypy, stubtest, rustfmt, clippy; whether the gener
 	test ! -x $(BIN)/actionlint || $(BIN)/actionlint
 	@! git grep -nE '(pypi[.]org|pythonhosted[.]org|crates[.]io)' -- ':!Makefile' | grep -v '^Cargo.lock:[0-9]*:source = "registry+' || { echo "A registry's host is named"; exit 1; }
 
-bench: $(VENV)/.built ## Benchmarks: the Rust core; delivery beside SQL; /sync; refusing beside accepting; what each event costs; what it costs others when much goes wrong; newcomers, also plain ones and with busy cores; workers
+bench: $(VENV)/.built ## Benchmarks: the Rust core; delivery beside SQL; /sync; refusing beside accepting; what each event costs; what it costs others when much goes wrong; newcomers, also plain ones and with busy cores; a call as it happens, also on plain Synapse; workers
 	cargo bench --quiet
 	$(BIN)/python -m benchmarks.delivery
 	$(BIN)/python -m benchmarks.sync
@@ -69,6 +69,8 @@ bench: $(VENV)/.built ## Benchmarks: the Rust core; delivery beside SQL; /sync; 
 	$(BIN)/python -m benchmarks.harm
 	$(BIN)/python -m benchmarks.newcomers --runs 5
 	$(BIN)/python -m benchmarks.newcomers --runs 5 --plain --busy
+	$(BIN)/python -m benchmarks.call --plain
+	$(BIN)/python -m benchmarks.present
 	$(BIN)/python -m benchmarks.workers
 
 compat: $(VENV)/.built ## The check and a short story on each Synapse, from 1.162 to the newest, or VERSIONS="1.163.1"; docs/compat

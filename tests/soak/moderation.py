@@ -15,7 +15,7 @@ REDACTING: dict[str, Any] = {"experimental_features": {"msc4293_enabled": True}}
 """In homeserver.yaml: a ban can redact all events of the user (MSC4293)."""
 ANOTHER_HOST = "127.0.0.1"
 """The host of the server that is shut out. ACLs tell servers apart by it."""
-_FLAG = "org.matrix.msc4293.redact_events"
+REDACT_FLAG = "org.matrix.msc4293.redact_events"
 _SENT = 5
 
 T = TypeVar("T")
@@ -90,7 +90,7 @@ class Moderation:
             if (event_id := self._unless_limited(number, send)) is not None:
                 banned.event_ids.add(event_id)
                 banned.bodies.add(body)
-        ban = {"user_id": guest.user_id, _FLAG: True}
+        ban = {"user_id": guest.user_id, REDACT_FLAG: True}
         self._patiently(
             creator.server,
             lambda: creator.client.request("POST", f"rooms/{quote(room_id)}/ban", ban),

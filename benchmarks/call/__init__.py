@@ -1,0 +1,1 @@
+"""A call as it happens: for how long clients show who has left, and lack who is there."""

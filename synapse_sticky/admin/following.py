@@ -1,14 +1,13 @@
 """Keeps a process in step with what administrators have ordered (E3)."""
 
-import logging
-
 from synapse_sticky.admin.tables import Action, ActionTable
 from synapse_sticky.backoff import Alarm, Backoff, Retrying
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.homeserver.layout import migrate
+from synapse_sticky.logs import bounded
 from synapse_sticky.orders import Orders, PushAgain, Release
 
-logger = logging.getLogger(__name__)
+logger = bounded(__name__)
 
 EVERY_MS = 5_000
 """An order is known everywhere within ten seconds, also if a reading fails once."""

@@ -149,6 +149,33 @@ def test_a_user_of_another_server(scene: Scene[Homeserver]) -> None:
     wait_until(lambda: not parked(scene.server) & {*late}, "none to be parked", WITHIN_S)
 
 
+@pytest.mark.requirement("D5")
+def test_the_last_user_of_a_server(lab: Lab) -> None:
+    """The server leaves the room with the ban. Nobody of it who joins later is given the events."""
+    servers = lab.servers({"extra": REDACTING}, {"extra": REDACTING})
+    (alice, mallory), carol = [s.user() for s in servers], servers[1].user()
+    room_id = alice.create_room(invite=[mallory.user_id])
+    mallory.join(room_id, servers[0].name)
+    gone = [mallory.send_sticky(room_id) for _ in range(3)]
+    there = "SELECT 1 FROM sticky_events WHERE event_id = ?"
+    wait_until(lambda: servers[0].query(there, gone[-1]), "the other server to have them")
+    path = f"rooms/{quote(room_id)}"
+    alice.request("POST", f"{path}/ban", {"user_id": mallory.user_id, FLAG: True})
+    ban = "SELECT 1 FROM room_ban_redactions WHERE user_id = ?"
+    wait_until(lambda: servers[1].query(ban, mallory.user_id), "the ban to redact")
+    alice.request("POST", f"{path}/invite", {"user_id": carol.user_id})
+    carol.join(room_id, servers[0].name)
+    kept = carol.send_sticky(room_id)
+
+    def given() -> list[set[str]]:
+        sync, sliding = carol.sync(filter_=WITHOUT_TIMELINE), carol.sliding_sync()
+        return [{*sticky_events(sync, room_id)}, {*sliding_sticky_events(sliding, room_id)}]
+
+    wait_until(lambda: any(given()), "the room to be shown", look=given)
+    assert given() == [{kept}] * 2
+    lab.close_servers(servers)
+
+
 @pytest.mark.requirement("E4")
 def test_a_crash_before_the_row_is_written(
     scene: Scene[Homeserver], bob: Client, newcomer: Peer

@@ -10,6 +10,7 @@ import pytest
 from synapse_sticky.config import VisibilityConfig
 from synapse_sticky.handlers.visibility.handler import HiddenEvent, VisibilityHandler
 from synapse_sticky.index import StickyRow
+from synapse_sticky.metrics import Metrics
 from tests.unit.coroutines import result_of
 
 NOW_MS = 1_800_000_000_000
@@ -72,7 +73,9 @@ def installed(
     lifetime_ms: int = 24 * 3_600_000,
 ) -> Installed:
     visibility = Installed()
-    homeserver: Any = SimpleNamespace(server_name="here", now_ms=lambda: NOW_MS)
+    homeserver: Any = SimpleNamespace(
+        server_name="here", now_ms=lambda: NOW_MS, metrics=Metrics("here")
+    )
     config = VisibilityConfig(servers=servers, users=users)
     retention: Any = Retention(lifetime_ms)
     handler = VisibilityHandler(homeserver, rooms, follower, visibility, retention, config)  # type: ignore[arg-type]

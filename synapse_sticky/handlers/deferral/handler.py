@@ -114,8 +114,7 @@ class DeferralHandler:
         self._homeserver = homeserver
         self._writer = writer
         self._table, self._stream = table, stream
-        self._config = config
-        self._report = report
+        self._config, self._report = config, report
         # Without limits nothing is held, either.
         is_off = config.mode is Mode.OFF
         self._orders = orders = Orders() if orders is None or is_off else orders
@@ -161,6 +160,7 @@ class DeferralHandler:
             self._writer.defer_by(timed("deferral", "persist", self.defer_txn))
         self._stream.on_event_changed(self._event_changed)
         self._stream.on_room_purged(self._room_purged)
+        self._stream.on_user_redacted(self._room_purged)
 
     async def load(self) -> None:
         """Takes up the deferred events of an earlier run.
@@ -312,9 +312,9 @@ class DeferralHandler:
             self._dirty.add(event_id)
             self._schedule()
 
-    def _room_purged(self, room_id: str) -> None:
-        # Dead events would take the room's turns before those that live.
-        if len(self._waiting) and self._writer.handles(room_id):
+    def _room_purged(self, room_id: str, user_id: str = "") -> None:
+        # Dead events would take the turns of those that live. No local user's event is deferred.
+        if room_id and len(self._waiting) and self._writer.handles(room_id):
             # If it is being looked at, the rest of it is, and what was looked at is once more.
             self._purged_again |= {room_id} & self._purged.keys()
             self._purged.setdefault(room_id, "")

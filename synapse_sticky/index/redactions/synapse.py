@@ -13,10 +13,14 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from synapse.api.constants import EventTypes
+from synapse.event_auth import get_named_level, get_user_power_level
+from synapse.types.state import StateFilter
+
 from synapse_sticky.backoff import Backoff, Retrying
 from synapse_sticky.homeserver.fitting import misfits
 from synapse_sticky.homeserver.process import Homeserver
-from synapse_sticky.homeserver.seams import STORE, Attribute, method
+from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, method
 from synapse_sticky.homeserver.whole import SEAMS as WHOLE
 from synapse_sticky.homeserver.whole import is_user_redacted_txn
 from synapse_sticky.index.cut_short.synapse import CutShort
@@ -25,6 +29,8 @@ from synapse_sticky.logs import bounded
 logger = bounded(__name__)
 
 _POOL = "synapse.storage.database.DatabasePool"
+_PERSISTING = "synapse.storage.databases.main.events.PersistEventsStore"
+_STATE = "synapse.storage.controllers.state.StateStorageController"
 
 SEAMS = {
     "bans": (
@@ -32,6 +38,11 @@ SEAMS = {
         method(_POOL, "async simple_upsert(table, keyvalues)", is_replaced=True),
         method(_POOL, "async simple_update(table, keyvalues)", is_replaced=True),
         method(STORE, "_invalidate_local_get_event_cache_room_id(room_id, /)"),
+        Attribute("synapse.storage.databases.Databases", "persist_events"),
+        method(_PERSISTING, "async _can_sender_redact(event, /) -> bool", is_replaced=True),
+        method(HOMESERVER, "get_storage_controllers() -> StorageControllers"),
+        Attribute("synapse.storage.controllers.StorageControllers", "state"),
+        method(_STATE, "async get_state_for_event(event_id, state_filter, /) -> dict"),
         *WHOLE["users"],
     ),
     "erasure": (
@@ -47,6 +58,8 @@ WITHOUT = {
 }
 
 _TABLE = "room_ban_redactions"
+_CREATE, _LEVELS = (EventTypes.Create, ""), (EventTypes.PowerLevels, "")
+_DECIDING = StateFilter.from_types([_CREATE, _LEVELS])
 _BACKOFF = Backoff(1_000, 60_000)
 _MOST_UNTOLD = 10_000
 
@@ -82,6 +95,7 @@ class UserRedactions:
     def __init__(self, homeserver: Homeserver) -> None:
         self._homeserver = homeserver
         self._store = homeserver.store
+        self._storage: Any = homeserver.hs.get_storage_controllers()
         self._listeners: list[Redacted] = []
         self._told: Any = _Told(self._hear)
         self._untold: OrderedDict[tuple[str, str], None] = OrderedDict()
@@ -125,6 +139,8 @@ class UserRedactions:
             for pool in self._homeserver.hs.get_datastores().databases:
                 self._homeserver.replace(pool, "simple_upsert", self._telling_of_row)
                 self._homeserver.replace(pool, "simple_update", self._ending_once)
+            persisting = self._homeserver.hs.get_datastores().persist_events
+            self._homeserver.replace(persisting, "_can_sender_redact", self._also_of_left_rooms)
             CutShort(self._homeserver, self.say).begin()
 
     def say(self, room_id: str, user_id: str) -> None:
@@ -163,6 +179,22 @@ class UserRedactions:
         except Exception:
             # What is raised here would reach whoever persists the event.
             logger.exception("Could not tell that %r are redacted", keyvalues)
+
+    def _also_of_left_rooms(self, original: Callable[..., Awaitable[bool]]) -> Callable[..., Any]:
+        """A ban may be what has this server leave the room: its user was the last one there. Then
+        there is no present state that says whether the ban redacts, but that of before."""
+
+        async def can_sender_redact(event: Any, *args: Any, **options: Any) -> bool:
+            try:
+                return await original(event, *args, **options)
+            except KeyError:
+                state = await self._storage.state.get_state_for_event(event.event_id, _DECIDING)
+                if _CREATE not in state:
+                    return False
+                redact_level = get_named_level(state, "redact", 50)
+                return get_user_power_level(event.sender, state) >= redact_level
+
+        return can_sender_redact
 
     def _ending_once(self, original: Callable[..., Awaitable[Any]]) -> Callable[..., Any]:
         """What is sent after the unban or the join that ends a redaction counts (S5). Synapse has

@@ -171,7 +171,6 @@ class Installer:
             SynapseStateChanges(homeserver),
             table,
             self._config.joins,
-            self._followed_orders,
         )
         joins.install()
 

@@ -27,22 +27,13 @@ class Release:
     is_discard: bool = False
 
 
-@attr.s(auto_attribs=True, frozen=True, slots=True)
-class PushAgain:
-    """All own sticky events of a room are to be pushed to a server once more."""
-
-    id: str
-    server: str
-    room_id: str
-
-
 class Orders:
     """Those that are in force. Database threads look at them, too.
 
     exempt_servers: no limit applies to them.
     exempt_users: per_sender does not.
     held_servers: their sticky events are persisted, and wait.
-    releases, pushes: in the order in which they were made.
+    releases: in the order in which they were made.
     """
 
     def __init__(self) -> None:
@@ -50,7 +41,6 @@ class Orders:
         self.exempt_users: frozenset[str] = frozenset()
         self.held_servers: frozenset[str] = frozenset()
         self.releases: tuple[Release, ...] = ()
-        self.pushes: tuple[PushAgain, ...] = ()
         self._callbacks: list[Callable[[], None]] = []
 
     def on_read(self, callback: Callable[[], None]) -> None:
@@ -64,12 +54,11 @@ class Orders:
         exempt_users: Collection[str] = (),
         held_servers: Collection[str] = (),
         releases: Collection[Release] = (),
-        pushes: Collection[PushAgain] = (),
     ) -> None:
         """These are in force from now on, and no others."""
         self.exempt_servers = frozenset(exempt_servers)
         self.exempt_users = frozenset(exempt_users)
         self.held_servers = frozenset(held_servers)
-        self.releases, self.pushes = tuple(releases), tuple(pushes)
+        self.releases = tuple(releases)
         for callback in self._callbacks:
             callback()

@@ -22,7 +22,7 @@ later does not."""
 
 _SHORTEST_MS, _USUAL_MS, _LONGEST_MS = 60_000, 3_600_000, 7 * 24 * 3_600_000
 _LONGEST_REASON = 500  # characters
-_AT_ONCE = ("release", "discard", "push")
+_AT_ONCE = ("release", "discard")
 _FIELDS = ("kind", "server", "room_id", "sender", "for_ms", "reason")
 
 
@@ -112,14 +112,11 @@ class Actions:
         elif kind == "exempt":
             if len(given) != 1 or "room_id" in given:
                 raise wrong("'exempt' needs either 'server' or 'sender', and no other")
-        elif kind == "push":
-            if given.keys() != {"server", "room_id"}:
-                raise wrong("'push' needs 'server' and 'room_id', and no other")
         elif kind in _AT_ONCE:
             if not given:
                 raise wrong(f"{kind!r} needs 'server', 'room_id' or 'sender'; or several of them")
         else:
-            raise wrong("'kind' must be one of: hold, exempt, release, discard, push")
+            raise wrong("'kind' must be one of: hold, exempt, release, discard")
         now_ms = self._homeserver.now_ms()
         return Action(
             secrets.token_urlsafe(12),

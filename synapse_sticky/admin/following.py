@@ -5,7 +5,7 @@ from synapse_sticky.backoff import Alarm, Backoff, Retrying
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.homeserver.layout import migrate
 from synapse_sticky.logs import bounded
-from synapse_sticky.orders import Orders, PushAgain, Release
+from synapse_sticky.orders import Orders, Release
 
 logger = bounded(__name__)
 
@@ -54,6 +54,13 @@ class Following:
             self._reading.wake()
 
     async def _read(self) -> None:
+        try:
+            await self._read_once()
+        finally:
+            # Nobody waits for the next attempt.
+            self._first_read.fire()
+
+    async def _read_once(self) -> None:
         if not self._is_made:
             await migrate(self._homeserver, self._table)
             self._is_made = True
@@ -63,14 +70,8 @@ class Following:
             exempt_users={a.sender for a in actions if a.kind == "exempt" and a.sender},
             held_servers={a.server for a in actions if a.kind == "hold" and a.server},
             releases=[_release(a) for a in actions if a.kind in ("release", "discard")],
-            pushes=[
-                PushAgain(a.action_id, a.server, a.room_id)
-                for a in actions
-                if a.kind == "push" and a.server and a.room_id
-            ],
         )
         self._was_read = True
-        self._first_read.fire()
         self._alarm.ring_in(EVERY_MS)
 
 

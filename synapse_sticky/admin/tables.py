@@ -23,7 +23,7 @@ _IN_FORCE = "ended_ms IS NULL AND until_ms > ?"
 class Action:
     """What an administrator has ordered. Times are in ms since the epoch.
 
-    kind: ``hold``, ``exempt``, ``release``, ``discard`` or ``push``.
+    kind: ``hold``, ``exempt``, ``release`` or ``discard``.
     until_ms: then it is over by itself.
     ended_by: who ended it before; None if nobody did.
     """

@@ -44,15 +44,17 @@ def test_any_request_is_answered_as_described(server: Homeserver, mode: str) -> 
     assert len(operations) == 8
     for operation in operations:
         # Each operation by an administrator of its own, who may ask 200 times at once.
-        admin = server.user("admin", admin=True)
-
-        @settings(max_examples=EXAMPLES, suppress_health_check=[*HealthCheck], database=None)
-        @given(case=operation.as_strategy(generation_mode=GenerationMode(mode)))
-        def ask(case: Any, token: str = admin.access_token) -> None:
-            answer = case.call(
-                base_url=f"{server.base_url}{PATH}", headers={"Authorization": f"Bearer {token}"}
-            )
-            case.validate_response(answer, checks=checks)
-
-        ask()
+        headers = {"Authorization": f"Bearer {server.user('admin', admin=True).access_token}"}
+        options = {"base_url": f"{server.base_url}{PATH}", "headers": headers}
+        strategy = operation.as_strategy(generation_mode=GenerationMode(mode))
+        _ask_many(strategy, options, checks)
     assert not server.log_has("Could not answer an administrator")
+
+
+def _ask_many(strategy: Any, options: dict[str, Any], checks: list[Any]) -> None:
+    @settings(max_examples=EXAMPLES, suppress_health_check=[*HealthCheck], database=None)
+    @given(case=strategy)
+    def ask(case: Any) -> None:
+        case.validate_response(case.call(**options), checks=checks)
+
+    ask()

@@ -13,7 +13,7 @@ from synapse_sticky.admin.requests import Request
 from synapse_sticky.admin.tables import KEPT_FOR_MS, Action, ActionTable
 from synapse_sticky.config import parse
 from synapse_sticky.homeserver.layout import migrate
-from synapse_sticky.orders import Orders, PushAgain, Release
+from synapse_sticky.orders import Orders, Release
 from tests.unit.members import ThisProcess, World
 
 ADMIN = "@admin:here"
@@ -130,7 +130,6 @@ def test_a_process_learns_of_all_orders(table: Table) -> None:
     table.add("c", "exempt", sender="@free:there")
     table.add("d", "release", server="there", made_ms=1)
     table.add("e", "discard", room_id="!room", made_ms=2)
-    table.add("f", "push", server="there", room_id="!room")
     orders = Orders()
     reads: list[None] = []
     orders.on_read(lambda: reads.append(None))
@@ -143,7 +142,6 @@ def test_a_process_learns_of_all_orders(table: Table) -> None:
         Release("d", "there", None, None),
         Release("e", None, "!room", None, is_discard=True),
     )
-    assert orders.pushes == (PushAgain("f", "there", "!room"),)
 
 
 @pytest.mark.requirement("E3")

@@ -24,7 +24,6 @@ from synapse_sticky.handlers.joins.ending import Ending
 from synapse_sticky.handlers.joins.federation import Batch, Federation, LeftToSynapseError
 from synapse_sticky.handlers.joins.grace import Grace
 from synapse_sticky.handlers.joins.newcomers import Newcomers
-from synapse_sticky.handlers.joins.ordered import Ordered
 from synapse_sticky.handlers.joins.purged import PurgedRooms
 from synapse_sticky.handlers.joins.push import Push
 from synapse_sticky.handlers.joins.reached import Reached
@@ -36,7 +35,6 @@ from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.homeserver.layout import migrate
 from synapse_sticky.index import IndexFollower
 from synapse_sticky.logs import bounded
-from synapse_sticky.orders import Orders
 
 if TYPE_CHECKING:
     from synapse_sticky.homeserver.rooms import Rooms
@@ -60,7 +58,6 @@ class JoinsHandler:
         changes: StateChanges,
         table: NewcomerTable,
         config: JoinsConfig,
-        orders: Orders | None = None,
     ) -> None:
         self._homeserver = homeserver
         self._rooms = rooms
@@ -105,9 +102,6 @@ class JoinsHandler:
         )
         self._reached = Reached(homeserver, federation, self._destinations, self._confirmation)
         self._reader = JoinReader(homeserver, changes, federation, table, self._newcomers.joined)
-        self._ordered = Ordered(
-            homeserver, orders or Orders(), federation, self._destinations.skipped
-        )
         self._purged = PurgedRooms(homeserver, rooms, self._pushed, self._destinations, table)
         self._is_loaded = False
         self._is_starting = True
@@ -158,7 +152,6 @@ class JoinsHandler:
                 )
         self._is_loaded = True
         self._reader.start(position)
-        self._ordered.begin()
         for number, destination in enumerate(self._destinations.names(), 1):
             self._destinations.schedule(destination)
             if number % _STEP == 0:

@@ -25,6 +25,7 @@ from synapse_sticky.options import (
     parse_section,
     section,
     server_globs,
+    url_path,
     user_globs,
     user_matcher,
 )
@@ -34,7 +35,6 @@ DUTIES = (
     *("deferral", "sending", "extremities"),
 )
 """What the module does, by the names that folders, log lines and tables of the docs share."""
-
 
 LISTED_TWICE = "synapse_sticky.StickyEventsModule is listed twice in `modules:`"
 """Why a start, and ``check``, refuse that."""
@@ -238,6 +238,18 @@ class ExtremitiesConfig:
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
+class AdminConfig:
+    """The API for administrators (E3).
+
+    enabled: whether there is one.
+    path: what its paths begin with.
+    """
+
+    enabled: bool = option(True, boolean)
+    path: str = option("/_synapse/sticky", url_path)
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
 class StickyConfig:
     """The whole configuration. See the classes of the sections.
 
@@ -263,6 +275,7 @@ class StickyConfig:
     local: LocalConfig = section(LocalConfig())
     extremities: ExtremitiesConfig = section(ExtremitiesConfig())
     state_events: bool = option(False, boolean)
+    admin: AdminConfig = section(AdminConfig())
 
     @property
     def limits_local_users(self) -> bool:
@@ -309,11 +322,8 @@ def parse(config: object) -> StickyConfig:
         raise _by_old_name(e, old_names) from None
     joins = parsed.joins
     if joins.retry_max_ms < joins.retry_min_ms:
-        raise error(
-            ("joins", "retry_max"),
-            f"must not be less than joins.retry_min: {joins.retry_max_ms} ms is less than "
-            f"{joins.retry_min_ms} ms",
-        )
+        least = f"joins.retry_min: {joins.retry_max_ms} ms is less than {joins.retry_min_ms} ms"
+        raise error(("joins", "retry_max"), f"must not be less than {least}")
     return parsed
 
 

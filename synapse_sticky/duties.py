@@ -131,6 +131,12 @@ ALL = ("homeserver.process", "homeserver.place", "homeserver.signal")
 CHECK = "cli.synapse"
 """What ``synapse-sticky check`` needs to read a configuration."""
 
+ADMIN = (
+    *("admin.listeners.synapse", "admin.events.synapse", "admin.rooms.synapse"),
+    *("homeserver.rooms:servers", "homeserver.rooms:members"),
+)
+"""What the API for administrators needs."""
+
 _PLACES = "homeserver.sticky_rows"
 _ROWS = (_PLACES, "index.synapse:rows")
 _OPTIONAL = (
@@ -319,9 +325,8 @@ def _every_seam() -> Iterator[Seam]:
     yield from remaining.SEAMS
     yield from unignored.SEAMS
     yield from retention.SEAMS
-    for file in _OPTIONAL:
+    for file in (*_OPTIONAL, CHECK, *ADMIN):
         yield from seams_of(file)
-    yield from seams_of(CHECK)
     for layer in access.SEAMS.values():
         yield from layer
     for duty in DUTIES.values():

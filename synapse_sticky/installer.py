@@ -4,14 +4,18 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from synapse_sticky.admin.following import Following
+from synapse_sticky.admin.tables import ActionTable
 from synapse_sticky.config import LocalMode, Mode, StickyConfig
 from synapse_sticky.handlers.deferral.handler import DeferralHandler
 from synapse_sticky.handlers.deferral.observer import Observer
+from synapse_sticky.handlers.deferral.reading import DeferredReader
 from synapse_sticky.handlers.deferral.tables import DeferredTable
 from synapse_sticky.handlers.delivery.handler import DeliveryHandler
 from synapse_sticky.handlers.delivery.ttl.handler import TtlHandler
 from synapse_sticky.handlers.extremities.handler import ExtremitiesHandler
 from synapse_sticky.handlers.joins.handler import JoinsHandler
+from synapse_sticky.handlers.joins.reading import NewcomerReader
 from synapse_sticky.handlers.joins.tables import NewcomerTable
 from synapse_sticky.handlers.joins.whitelist.whitelist import Whitelist
 from synapse_sticky.handlers.receipt.handler import ReceiptHandler
@@ -20,6 +24,7 @@ from synapse_sticky.handlers.sliding.handler import SlidingHandler
 from synapse_sticky.handlers.sliding.tables import PageTable
 from synapse_sticky.handlers.staging.held import Held
 from synapse_sticky.handlers.staging.parking.handler import ParkingHandler
+from synapse_sticky.handlers.staging.parking.reading import ParkedReader
 from synapse_sticky.handlers.staging.parking.tables import ParkedTable
 from synapse_sticky.handlers.staging.pruning.handler import PruningHandler
 from synapse_sticky.handlers.staging.received.handler import ReceivedHandler
@@ -32,6 +37,7 @@ from synapse_sticky.index import EventsOfSenders, IndexFollower
 from synapse_sticky.index.gone import GoneRows
 from synapse_sticky.limits import LimitReport
 from synapse_sticky.loading import Loading
+from synapse_sticky.orders import Orders
 
 if TYPE_CHECKING:
     from synapse_sticky.handlers.staging.pruning.synapse import SynapsePruning
@@ -56,6 +62,9 @@ class Installer:
         self._report = LimitReport(homeserver.steady_ms)
         self._deferred = DeferredTable(homeserver)
         self._parked = ParkedTable(homeserver)
+        self._orders = Orders()
+        self._actions = ActionTable(homeserver)
+        self._following = Following(homeserver, self._actions, self._orders)
         self._held = Held()
         self._received = Received(homeserver)
         self._made_follower: IndexFollower | None = None
@@ -101,6 +110,13 @@ class Installer:
             events = EventsOfSenders(self._homeserver, self.follower)
             self._made_unignored = Unignored(self._homeserver, events.find)
         return self._made_unignored
+
+    @property
+    def _followed_orders(self) -> Orders:
+        """What administrators have ordered. None of it is in force without the API."""
+        if self._config.admin.enabled:
+            self._homeserver.in_background("follow_orders", self._following.begin)
+        return self._orders
 
     def _install_delivery(self) -> None:
         from synapse_sticky.handlers.delivery.synapse import SynapseDelivery
@@ -214,20 +230,28 @@ class Installer:
 
         homeserver, config = self._homeserver, self._config.federation
         receipt = SynapseReceipt(homeserver)
-        ReceiptHandler(homeserver, receipt, self._deferred, config, self._report).install()
+        deferred, report, orders = self._deferred, self._report, self._followed_orders
+        ReceiptHandler(homeserver, receipt, deferred, config, report, orders).install()
 
     def _install_deferral(self) -> None:
         from synapse_sticky.handlers.deferral.synapse import SynapseWriter
 
         homeserver, config = self._homeserver, self._config.federation
         writer = SynapseWriter(homeserver, self._received)
-        stream = self.follower.stream
+        stream, orders = self.follower.stream, self._followed_orders
         deferral = DeferralHandler(
-            homeserver, writer, self._deferred, stream, config.applied(), self._report
+            homeserver, writer, self._deferred, stream, config.applied(), self._report, orders
         )
         # Without limits, too: events may be deferred from when there were some.
         deferral.install()
-        self._loading.duties["deferral"] = deferral.load
+
+        async def load() -> None:
+            # What is held is not released meanwhile.
+            if self._config.admin.enabled:
+                await self._following.begin()
+            await deferral.load()
+
+        self._loading.duties["deferral"] = load
         if config.mode is Mode.OBSERVE:
             report = LimitReport(homeserver.steady_ms, observes=True)
             Observer(homeserver, writer, stream, config, report).install()
@@ -255,3 +279,15 @@ class Installer:
         extremities = SynapseExtremities(self._homeserver)
         config = self._config.extremities
         ExtremitiesHandler(self._homeserver, extremities, self.follower, config).install()
+
+    def _install_admin(self) -> None:
+        from synapse_sticky.admin.actions import Actions
+        from synapse_sticky.admin.installing import install_admin, make_api
+        from synapse_sticky.homeserver.rooms import Rooms
+
+        homeserver, config = self._homeserver, self._config
+        deferred = DeferredReader(homeserver, config.federation)
+        readers = deferred, ParkedReader(), NewcomerReader(homeserver)
+        actions = Actions(homeserver, self._actions, config.federation, self._following.look)
+        api = make_api(homeserver, config, Rooms(homeserver), *readers, actions, self._actions)
+        install_admin(homeserver, config, api)

@@ -20,6 +20,10 @@ _UNITS_MS = {
 }
 _DURATION = re.compile(r"([0-9]{1,15})([smhd]?)", re.ASCII)
 _USER_GLOB = re.compile(r"@[^:]+:[^*?\s]+")
+_URL_PATH = re.compile(r"(/[A-Za-z0-9_-]+)+")
+_TAKEN = re.compile(
+    r"/(_matrix|health|\.well-known|_synapse/(admin|client|federation|mas|metrics|replication))\b"
+)
 HOUR_MS = 3_600_000
 
 Check = Callable[[object], Any]
@@ -70,6 +74,13 @@ def number(at_least: float, at_most: float) -> Check:
         return float(value)
 
     return check
+
+
+def url_path(value: object) -> str:
+    """A path of Synapse's own that is none of its own resources."""
+    if not isinstance(value, str) or not _URL_PATH.fullmatch(value) or _TAKEN.match(value):
+        raise ValueError("a path such as '/_synapse/sticky', without a slash at its end")
+    return value
 
 
 def server_globs(value: object) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 import attr
 
 from synapse_sticky.config import StickyConfig, Strict
-from synapse_sticky.duties import DUTIES, Duty, Part, State
+from synapse_sticky.duties import ADMIN, DUTIES, Duty, Part, State
 from synapse_sticky.homeserver.access import LAYERS, fitting_layers
 from synapse_sticky.homeserver.fitting import Columns
 from synapse_sticky.homeserver.place import Place
@@ -20,6 +20,12 @@ ACCESS = "access"
 """By this name the log, the metric and ``check`` say whether the sections are guarded (D8)."""
 
 WITHOUT_ACCESS = "sticky sections may have events of rooms that the user is not joined to"
+
+
+API = "admin"
+"""By this name the log says whether the API for administrators is there (E3)."""
+
+WITHOUT_ADMIN = "administrators cannot ask what waits, and why"
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
@@ -90,6 +96,11 @@ def decide_access(states: Mapping[str, State]) -> Decision:
     is_guarded = all(layers for layers, _ in of_each)
     problems = [problem for _, found in of_each for problem in found]
     return Decision(State.ON if is_guarded else State.UNFIT, misfits=problems)
+
+
+def misfits_of_admin(columns: Columns | None) -> list[str]:
+    """What the API for administrators needs and the running Synapse lacks, one line each."""
+    return Part(ADMIN, WITHOUT_ADMIN).misfits(columns)
 
 
 def that_stop(

@@ -18,12 +18,15 @@ from synapse_sticky.installer import Installer
 from synapse_sticky.loading import Loading
 from synapse_sticky.plan import (
     ACCESS,
+    API,
     TABLES,
     WITHOUT_ACCESS,
+    WITHOUT_ADMIN,
     by_name,
     decide,
     guarded,
     is_done_in,
+    misfits_of_admin,
     of_part,
     that_stop,
 )
@@ -61,6 +64,7 @@ class Wiring:
             for duty in DUTIES.values():
                 self._begin(duty)
             self._begin_access()
+            self._begin_admin()
             self._raise_if_strict()
         except Exception:
             self._homeserver.close()
@@ -112,6 +116,15 @@ class Wiring:
             self._set(ACCESS, State.UNFIT)
             return
         self._set(ACCESS, State.ON if names else State.OFF)
+
+    def _begin_admin(self) -> None:
+        """The API for administrators, in the processes that serve clients."""
+        if not self._config.admin.enabled or not self._homeserver.place.serves("client"):
+            return
+        lacks = misfits_of_admin(self._columns)
+        if problems := lacks or self._installer.install(API, ""):
+            self._misfits[API] = problems
+            _say_unfit(API, problems, WITHOUT_ADMIN)
 
     def _set(self, name: str, state: State) -> None:
         self.states[name] = state

@@ -201,6 +201,9 @@ def _decide(
     counted = {name: state for name, state in states.items() if name not in report.idle}
     lacks = {name: d.misfits for name, d in report.decisions().items() if name in counted}
     lacks[plan.TABLES] = misfits(database.SEAMS)
+    if sticky.admin.enabled and (lacking := plan.misfits_of_admin(columns)):
+        lacks[plan.API] = lacking
+        report.problems.append(f"{plan.API} would be off: {'; '.join(lacking)}")
     if stopping := plan.that_stop(sticky.strict, counted, lacks):
         option = "strict: true" if sticky.strict is Strict.ALL else "strict: access"
         reason = SeamMismatchError(plan.by_name(stopping, lacks)).msg

@@ -9,6 +9,7 @@ import yaml
 from synapse.config.homeserver import HomeServerConfig
 from synapse.module_api.errors import ConfigError
 
+from synapse_sticky.admin.tables import ActionTable
 from synapse_sticky.config import LISTED_TWICE, StickyConfig
 from synapse_sticky.handlers.deferral.tables import DeferredTable
 from synapse_sticky.handlers.joins.tables import NewcomerTable
@@ -38,7 +39,9 @@ SEAMS = (
     Attribute("synapse.config.modules.ModulesConfig", "loaded_modules"),
 )
 
-LAYOUTS: Sequence[type[HasLayout]] = (DeferredTable, NewcomerTable, PageTable, ParkedTable)
+LAYOUTS: Sequence[type[HasLayout]] = (
+    *(DeferredTable, NewcomerTable, PageTable, ParkedTable, ActionTable),
+)
 """All tables of the module."""
 
 _FORBIDDEN = """

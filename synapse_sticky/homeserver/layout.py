@@ -63,6 +63,14 @@ def tables_of(migrations: Migrations) -> dict[str, str]:
     )
 
 
+def versions_txn(txn: Cursor, *, is_postgres: bool) -> dict[str, int]:
+    """The layout version of each duty's tables, as far as the database has them."""
+    if not _is_there_txn(txn, LAYOUTS_TABLE, is_postgres):
+        return {}
+    txn.execute(f"SELECT duty, version FROM {LAYOUTS_TABLE}")
+    return {duty: int(version) for duty, version in txn.fetchall()}
+
+
 async def migrate(homeserver: Homeserver, tables: HasLayout) -> None:
     """Brings a duty's tables to this version's layout; any number of processes may try at once.
 

@@ -14,17 +14,20 @@ from tests.lab.scene import Scene, enter
 _PROCESSES = re.compile(
     r'^synapse_background_process_start_count_total\{name="([^"]+)".*\} (\S+)$', re.MULTILINE
 )
-_TRANSACTIONS = re.compile(
+TRANSACTIONS = re.compile(
     r'^synapse_storage_transaction_time_count_total\{desc="([^"]+)".*\} (\S+)$', re.MULTILINE
 )
 _OURS = "synapse_sticky_"
 _BY_THE_CLOCK = {
     *("expire", "check_destination", "try_parked_pdus", "merge_extremities"),
-    *("look_at_newcomers", "ask", "wait"),
+    *("look_at_newcomers", "ask", "wait", "read_actions"),
 }
 """What a timer starts, however few events there are, and what these ask for."""
 
-_OF_TIMERS = {"referenced", "last_rows", "backlog", "settle", "due_parked", "next_parked_ms"}
+_OF_TIMERS = {
+    *("referenced", "last_rows", "backlog", "settle", "due_parked", "next_parked_ms"),
+    "read_actions",
+}
 EVENTS = 20
 IN_ITS_PLACE = Counter({"synapse_sticky_next_staged": 2 * EVENTS})
 """Synapse asks at most twice for each PDU which one is next. This is done in its place."""
@@ -42,7 +45,7 @@ def started(server: Homeserver) -> tuple[Counter[str], Counter[str]]:
                 if name.startswith(_OURS) and name not in left_out
             }
         )
-        for what in (_PROCESSES, _TRANSACTIONS)
+        for what in (_PROCESSES, TRANSACTIONS)
     )
     return processes, transactions
 

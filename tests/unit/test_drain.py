@@ -20,7 +20,8 @@ LATER = int(time.time() * 1000) + 3_000_000
 EARLIER = LATER - 4_000_000
 NOTHING = "deferred events: 0, parked PDUs: 0, staged sticky PDUs: 0, newcomers that lack events: 0"
 DEFERRED = (
-    "INSERT INTO synapse_sticky_deferred VALUES ('{}', '!a', '@a:there', 'there', {}, 1, 1, 1)"
+    "INSERT INTO synapse_sticky_deferred (event_id, room_id, sender, server, expires_at_ms,"
+    " event_stream_ordering) VALUES ('{}', '!a', '@a:there', 'there', {}, 1)"
 )
 PARKED = (
     "INSERT INTO synapse_sticky_incomplete (origin, event_id, room_id, event_json,"

@@ -383,7 +383,11 @@ def test_a_server_with_too_much_deferred_or_staged_is_refused(
         NewStickyEvent(f"${n}", ROOM, "@mallory:there", now_ms + for_ms, n)
         for n, for_ms in enumerate([HOUR_MS, -1, HOUR_MS])
     ]
-    done(homeserver.transact("test", deferred.insert_txn, [(event, "there") for event in events]))
+    done(
+        homeserver.transact(
+            "test", deferred.insert_txn, [(event, "there", "per_room") for event in events]
+        )
+    )
     for number in range(5):
         stage(number, "{}")
     assert not is_refused("plain PDUs do not count")

@@ -35,6 +35,8 @@ ROWS: dict[str, dict[str, object]] = {
         "expires_at_ms": 2_000_000_000_000,
         "event_stream_ordering": 7,
         "sticky_key": -5,
+        "past_limit": "per_sender",
+        "deferred_ms": 1,
     },
     "synapse_sticky_newcomers": {
         "destination": "there",
@@ -66,6 +68,16 @@ ROWS: dict[str, dict[str, object]] = {
         "until_ms": 2,
         "due_ms": 3,
         "tries": 2,
+        "reason": "its prev_events cannot be fetched",
+    },
+    "synapse_sticky_actions": {
+        "action_id": "a",
+        "kind": "hold",
+        "server": "there",
+        "reason": "",
+        "made_by": "@admin:here",
+        "made_ms": 1,
+        "until_ms": 2_000_000_000_000,
     },
 }
 """Something in each."""

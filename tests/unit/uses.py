@@ -13,6 +13,7 @@ It knows no types and follows no values. So it cannot see:
 
 import ast
 import importlib
+import io
 import logging
 import re
 import sqlite3
@@ -26,7 +27,15 @@ from typing import Any
 import attr
 from packaging.version import Version
 from prometheus_client import Counter
-from synapse.module_api import EventBase, LoggingTransaction, ModuleApi, Requester, RoomID, UserID
+from synapse.module_api import (
+    EventBase,
+    LoggingTransaction,
+    ModuleApi,
+    Requester,
+    RoomID,
+    SynapseRequest,
+    UserID,
+)
 from synapse.module_api.callbacks.federation import FederationEventDeliveryEvent
 from synapse.module_api.errors import ConfigError, SynapseError
 from twisted.internet.defer import Deferred
@@ -42,6 +51,7 @@ _SQL_TABLE = re.compile(r"\b(?:FROM|JOIN|INTO|UPDATE)\s+([a-z0-9_]+)\b(?!\()")
 _NO_TABLE_OF_SYNAPSE = ("synapse_sticky_", "pg_", "sqlite_")
 _PUBLIC = (
     *(EventBase, LoggingTransaction, ModuleApi, Requester, RoomID, UserID, Deferred),
+    SynapseRequest,
     *(FederationEventDeliveryEvent, ConfigError, SynapseError(400, "")),
 )
 _PYTHONS = (
@@ -58,6 +68,7 @@ _PYTHONS = (
         Path,
         threading.Event,
         threading.Thread,
+        io.BytesIO,
     ),
 )
 _BY_NAME = {"getattr": 2, "setattr": 3, "delattr": 2, "replace": 3, "replace_shared": 3}

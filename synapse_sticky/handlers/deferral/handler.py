@@ -17,12 +17,14 @@ from synapse_sticky import metrics
 from synapse_sticky.apart import Stragglers, apart
 from synapse_sticky.backoff import Alarm, Backoff, Retrying
 from synapse_sticky.config import FederationConfig, Mode
+from synapse_sticky.handlers.deferral.ordered import Ordered
 from synapse_sticky.handlers.deferral.waiting import PastLimit, Waiting
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.layout import migrate
 from synapse_sticky.index import Stream
 from synapse_sticky.limits import LimitReport
 from synapse_sticky.logs import bounded
+from synapse_sticky.orders import Orders
 
 if TYPE_CHECKING:
     from synapse_sticky.handlers.deferral.tables import DeferredTable
@@ -108,15 +110,25 @@ class DeferralHandler:
         stream: Stream,
         config: FederationConfig,
         report: LimitReport,
+        orders: Orders | None = None,
     ) -> None:
         self._homeserver = homeserver
         self._writer = writer
-        self._table = table
-        self._stream = stream
+        self._table, self._stream = table, stream
         self._config = config
         self._report = report
+        # Without limits nothing is held, either.
+        is_off = config.mode is Mode.OFF
+        self._orders = orders = Orders() if orders is None or is_off else orders
         self._waiting = Waiting(
-            homeserver, config, report, fill=self._fill, on_whole=self._schedule
+            homeserver, config, report, fill=self._fill, on_whole=self._schedule, orders=orders
+        )
+        self._ordered = Ordered(
+            *(homeserver, orders, table, report),
+            handles=writer.handles,
+            remove=self._waiting.remove,
+            release=self._release_these,
+            refill=self._fill,
         )
         self._releasing = Retrying(
             homeserver, "release", "Could not release sticky events", self._release, _BACKOFF
@@ -133,16 +145,14 @@ class DeferralHandler:
         self._is_loaded = False
         # Out of the queue and charged, but still in the table.
         self._taken: list[str] = []
-        # Out of the queue as they have expired, but still in the table.
-        self._expired: list[str] = []
+        self._expired: list[str] = []  # likewise, as they have expired
         # Deferred events that may not be sticky any more.
         self._dirty: set[str] = set()
         # Rooms whose deferred events may be gone: up to which event ID that was found out.
         self._purged: dict[str, str] = {}
         # Those of them that were purged once more meanwhile.
         self._purged_again: set[str] = set()
-        self._refusals = 0
-        self._no_insert_before_ms = 0
+        self._refusals = self._no_insert_before_ms = 0
 
     def install(self) -> None:
         """Takes effect once the deferred events are loaded. In mode ``off`` none is added."""
@@ -160,6 +170,7 @@ class DeferralHandler:
         await migrate(self._homeserver, self._table)
         await self._read_all()
         self._is_loaded = True
+        self._ordered.begin()
         if count := len(self._waiting):
             logger.info("%d sticky events of an earlier run are still deferred", count)
         self._schedule()
@@ -173,6 +184,8 @@ class DeferralHandler:
                 is_out = event.event_id in self._stragglers or event.event_id in self._taken
                 if is_out or not self._writer.handles(event.room_id):
                     continue
+                if server in self._orders.held_servers:
+                    continue
                 if event.event_id in existing:
                     self._waiting.add(event, server)
                 else:
@@ -180,9 +193,10 @@ class DeferralHandler:
             after = page[-1][0].event_id
 
     async def _fill(self) -> None:
-        """What waits was forgotten, and the table has it."""
+        """What waits was forgotten, or is not held any more, and the table has it."""
         if self._is_loaded:
             await self._read_all()
+            self._schedule()
 
     # Deferring, in database threads
 
@@ -220,7 +234,7 @@ class DeferralHandler:
         now_ms = self._homeserver.steady_ms()
         if now_ms < self._no_insert_before_ms:
             return False
-        rows = [(new.event, new.server) for new in deferred]
+        rows = [(new.event, new.server, new.limit) for new in deferred]
         problem = self._writer.attempt_txn(txn, lambda: self._table.insert_txn(txn, rows))
         if problem is None:
             self._refusals = 0

@@ -6,8 +6,10 @@ from synapse_sticky.handlers.deferral.handler import NewStickyEvent
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.database import portions
 from synapse_sticky.homeserver.layout import Migrations, Waiting
+from synapse_sticky.orders import Release
 
 _PAGE = 500
+_FIRST = -(2**63)
 
 _COLUMNS = "event_id, room_id, sender, expires_at_ms, event_stream_ordering, sticky_key, newness_ms"
 
@@ -44,17 +46,27 @@ class DeferredTable:
             "ALTER TABLE synapse_sticky_deferred ADD COLUMN IF NOT EXISTS sticky_key BIGINT",
             "ALTER TABLE synapse_sticky_deferred ADD COLUMN IF NOT EXISTS newness_ms BIGINT",
         ),
+        # For administrators. Rows of before have neither.
+        (
+            "ALTER TABLE synapse_sticky_deferred ADD COLUMN IF NOT EXISTS past_limit TEXT",
+            "ALTER TABLE synapse_sticky_deferred ADD COLUMN IF NOT EXISTS deferred_ms BIGINT",
+            """
+            CREATE INDEX IF NOT EXISTS synapse_sticky_deferred_room
+                ON synapse_sticky_deferred (room_id, event_id)
+            """,
+        ),
     )
 
     def __init__(self, homeserver: Homeserver) -> None:
         self._homeserver = homeserver
 
-    def insert_txn(self, txn: Cursor, events: Sequence[tuple[NewStickyEvent, str]]) -> None:
-        """Adds events with their senders' servers, in Synapse's own transaction. That may be tried
-        again."""
+    def insert_txn(self, txn: Cursor, events: Sequence[tuple[NewStickyEvent, str, str]]) -> None:
+        """Adds events, each with its sender's server and the name of the limit that it is past, in
+        Synapse's own transaction. That may be tried again."""
+        now_ms = self._homeserver.now_ms()
         txn.execute_batch(
-            f"INSERT INTO synapse_sticky_deferred ({_COLUMNS}, server)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (event_id) DO NOTHING",
+            f"INSERT INTO synapse_sticky_deferred ({_COLUMNS}, server, past_limit, deferred_ms)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (event_id) DO NOTHING",
             [
                 (
                     event.event_id,
@@ -65,8 +77,10 @@ class DeferredTable:
                     event.key,
                     event.newness_ms,
                     server,
+                    limit,
+                    now_ms,
                 )
-                for event, server in events
+                for event, server, limit in events
             ],
         )
 
@@ -93,8 +107,7 @@ class DeferredTable:
         return await self._homeserver.transact("deferred", read_txn)
 
     async def of_room(self, room_id: str, after_event_id: str, limit: int) -> list[str]:
-        """The next IDs of the room's events, by event ID; empty at the end. It reads over the
-        events of other rooms, which is for rare use."""
+        """The next IDs of the room's events, by event ID; empty at the end."""
 
         def read_txn(txn: Cursor) -> list[str]:
             txn.execute(
@@ -149,3 +162,33 @@ class DeferredTable:
                 txn.execute(f"DELETE FROM synapse_sticky_deferred WHERE {clause}", args)
 
         await self._homeserver.transact("drop_deferred", write_txn)
+
+    async def matching(
+        self, of: Release, after: int | None, limit: int, *, is_expired: bool = False
+    ) -> list[tuple[int, str, str]]:
+        """The next events of a server, room or sender, in the order of the stream of all events:
+        ``(position, event_id, room_id)``. With ``is_expired`` those that have expired, else the
+        others. It reads all rows of the server or the room."""
+        wanted = {"server": of.server, "room_id": of.room_id, "sender": of.sender}
+        if of.sender is not None:
+            # There is no index by sender.
+            wanted["server"] = of.server or of.sender.partition(":")[2]
+        given = {column: value for column, value in wanted.items() if value is not None}
+        where = " AND ".join(f"{column} = ?" for column in given)
+        sign = "<=" if is_expired else ">"
+
+        def read_txn(txn: Cursor) -> list[tuple[int, str, str]]:
+            txn.execute(
+                "SELECT event_stream_ordering, event_id, room_id FROM synapse_sticky_deferred"
+                f" WHERE {where} AND event_stream_ordering > ? AND expires_at_ms {sign} ?"
+                " ORDER BY event_stream_ordering LIMIT ?",
+                (
+                    *given.values(),
+                    _FIRST if after is None else after,
+                    self._homeserver.now_ms(),
+                    limit,
+                ),
+            )
+            return [(at, event_id, room_id) for at, event_id, room_id in txn.fetchall()]
+
+        return await self._homeserver.transact("deferred_of", read_txn)

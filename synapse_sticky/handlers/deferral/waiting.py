@@ -16,6 +16,7 @@ from synapse_sticky._core import Limiter, ReleaseQueue
 from synapse_sticky.config import FederationConfig
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.limits import LimitReport, federation_limiter, per_second
+from synapse_sticky.orders import HELD, Orders
 from synapse_sticky.renewal import OnPanic, Renewed
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ class Waiting:
         fill: adds all events that wait, once what has panicked is made anew; None if they are
             forgotten then.
         on_whole: is called after that.
+        orders: of administrators; none, if these do not count.
     """
 
     def __init__(
@@ -85,14 +87,15 @@ class Waiting:
         bounds: Bounds | None = None,
         fill: Callable[[], Awaitable[None]] | None = None,
         on_whole: Callable[[], None] = lambda: None,
+        orders: Orders | None = None,
     ) -> None:
         self._homeserver = homeserver
         self._config = config
+        self._orders = orders or Orders()
         self._report = report
         self._bounds = bounds
         self._fill = fill
-        self._is_exempt = config.exempts()
-        self._is_exempt_user = config.exempts_user()
+        self._exempts, self._exempts_user = config.exempts(), config.exempts_user()
         self._core = Renewed(
             homeserver,
             "deferral",
@@ -138,17 +141,28 @@ class Waiting:
         with self._lock:
             for event in events:
                 server = event.sender.partition(":")[2]
-                if server == self._homeserver.server_name or self._is_exempt(server):
+                if server == self._homeserver.server_name or self._is_exempt_server(server):
                     continue
                 if (limit := self._limit_past(event, server)) is not None:
                     past.append(PastLimit(event, server, limit))
         return past
 
+    def _is_exempt_server(self, server: str) -> bool:
+        # What is ordered for a time comes before what is configured.
+        orders = self._orders
+        is_exempt = server in orders.exempt_servers or self._exempts(server)
+        return is_exempt and server not in orders.held_servers
+
+    def _is_exempt_user(self, user_id: str) -> bool:
+        return user_id in self._orders.exempt_users or self._exempts_user(user_id)
+
     def _limit_past(self, event: "NewStickyEvent", server: str) -> str | None:
         if event.event_id in self._decisions:
             return self._decisions[event.event_id]
         limit: str | None = None
-        if self.is_whole:
+        if server in self._orders.held_servers:
+            limit = HELD
+        elif self.is_whole:
             limit = self._admit(event, server)
         self._decisions[event.event_id] = limit
         if len(self._decisions) > _MAX_DECISIONS:
@@ -177,7 +191,12 @@ class Waiting:
             for event_id in final:
                 del self._decisions[event_id]
         for new in past:
-            if new.limit == _REFUSED or self._is_full(new.server):
+            if new.limit == HELD:
+                metrics.DEFERRED.labels(HELD).inc()
+                # As long as the server is held it is in the table only, and read there afterwards.
+                if new.server not in self._orders.held_servers:
+                    self.add(new.event, new.server)
+            elif new.limit == _REFUSED or self._is_full(new.server):
                 if new.event.event_id in final:
                     where = f"in {new.event.room_id}"
                     self._report.refused(_REFUSED, new.server, where, None, 1)

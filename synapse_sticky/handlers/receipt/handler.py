@@ -33,6 +33,7 @@ from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.layout import HasLayout, NewerLayoutError, migrate
 from synapse_sticky.limits import LimitReport, Refusal, federation_limiter
 from synapse_sticky.logs import bounded
+from synapse_sticky.orders import Orders
 from synapse_sticky.renewal import Renewed
 
 logger = bounded(__name__)
@@ -120,8 +121,10 @@ class ReceiptHandler:
         deferred: DeferredEvents,
         config: FederationConfig,
         report: LimitReport,
+        orders: Orders | None = None,
     ) -> None:
         self._homeserver = homeserver
+        self._orders = orders or Orders()
         self._receipt = receipt
         self._staged = StagedCounts(receipt, homeserver.now_ms)
         self._deferred = deferred
@@ -153,7 +156,7 @@ class ReceiptHandler:
         PDUs that are not sticky, or not any more, are not charged.
         """
         origin = transaction.origin
-        if self._is_exempt(origin):
+        if origin in self._orders.exempt_servers or self._is_exempt(origin):
             return None
         claims = [_claim(pdu, origin) for pdu in transaction.pdus if self._is_unexpired(pdu)]
         if not claims:
@@ -169,7 +172,9 @@ class ReceiptHandler:
 
     async def _too_many(self, origin: str, claims: list[_Claim]) -> Refusal | None:
         """Are too many events of the origin deferred or staged already?"""
-        counts_deferred = await self._has_deferred_table()
+        # Of a held server any number may wait, for an hour at most.
+        is_held = origin in self._orders.held_servers
+        counts_deferred = not is_held and await self._has_deferred_table()
         room_ids = {room_id for room_id, _ in claims if room_id}
 
         def find_txn(txn: Cursor) -> Refusal | None:
@@ -227,15 +232,16 @@ class ReceiptHandler:
             self._has_table = False
 
     def _past_a_limit(self, transaction: Transaction, claims: list[_Claim]) -> Refusal | None:
-        if self._config.mode is not Mode.REJECT or not self._limiter.is_whole:
-            return None
         origin = transaction.origin
+        is_held = origin in self._orders.held_servers
+        if self._config.mode is not Mode.REJECT or is_held or not self._limiter.is_whole:
+            return None
         # The ID alone would not do: the origin may put other PDUs under it.
         receipt = (transaction.transaction_id, transaction.fingerprint())
         if self._charged.get(origin) == receipt:
             return None
         charged = [
-            (room_id, None if sender and self._is_exempt_user(sender) else sender)
+            (room_id, None if sender and self._exempts(sender) else sender)
             for room_id, sender in claims
         ]
         refused = self._limiter.it.admit_transaction(origin, charged, self._homeserver.now_ms())
@@ -246,6 +252,9 @@ class ReceiptHandler:
         if len(self._charged) > _MAX_ORIGINS:
             self._charged.popitem(last=False)
         return None
+
+    def _exempts(self, user_id: str) -> bool:
+        return user_id in self._orders.exempt_users or self._is_exempt_user(user_id)
 
     def _is_unexpired(self, pdu: ReceivedPdu) -> bool:
         now_ms = self._homeserver.now_ms()

@@ -77,6 +77,14 @@ class ParkedTable:
                 ON synapse_sticky_incomplete (event_id)
             """,
         ),
+        # For administrators. Rows of before have none.
+        (
+            "ALTER TABLE synapse_sticky_incomplete ADD COLUMN IF NOT EXISTS reason TEXT",
+            """
+            CREATE INDEX IF NOT EXISTS synapse_sticky_incomplete_reason
+                ON synapse_sticky_incomplete (room_id, reason, event_id)
+            """,
+        ),
     )
 
     def __init__(self, homeserver: Homeserver) -> None:
@@ -100,6 +108,7 @@ class ParkedTable:
         counted_due_ms: Sequence[int] = (),
         *,
         received_ts_ms: int | None = None,
+        why: str | None = None,
     ) -> Outcome:
         """Parks a PDU until it expires. Does not wait long for a table that is locked.
 
@@ -112,6 +121,7 @@ class ParkedTable:
             counted_due_ms: given if this failure counts. When the PDU is due, in place of
                 ``due_ms``, after each failure that counts; after one more it is given up.
             received_ts_ms: when it was received, likewise; now if it is None.
+            why: for the administrator; the first 200 characters of it are stored.
         """
         now_ms = self._homeserver.now_ms()
         at_ms = now_ms if received_ts_ms is None else min(received_ts_ms, now_ms)
@@ -155,13 +165,13 @@ class ParkedTable:
                 txn.execute(f"DELETE FROM {where}", txn.fetchone())
             txn.execute(
                 "INSERT INTO synapse_sticky_incomplete"
-                f" ({_COLUMNS}, received_ts_ms, until_ms, due_ms, tries)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+                f" ({_COLUMNS}, received_ts_ms, until_ms, due_ms, tries, reason)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
                 " ON CONFLICT (origin, event_id) DO NOTHING",
                 (
                     *(*key, pdu.room_id, pdu.event_json, pdu.internal_metadata),
                     *(json.dumps(pdu.prev_event_ids), json.dumps(pdu.auth_event_ids)),
-                    *(at_ms, until_ms, first_due_ms, tries),
+                    *(at_ms, until_ms, first_due_ms, tries, why and _storable(why)),
                 ),
             )
             return Outcome.PARKED
@@ -329,3 +339,8 @@ class ParkedTable:
 
 def _event_ids(of_json: str) -> tuple[str, ...]:
     return tuple(json.loads(of_json))
+
+
+def _storable(why: str) -> str:
+    """A database's own words may be in it."""
+    return why[:200].replace("\0", "").encode(errors="replace").decode()

@@ -40,7 +40,7 @@ _MOST_IN_MEMORY = 500
 class ToPark:
     """A PDU that is to be parked.
 
-    why: for the log.
+    why: for the log and the administrator.
     counts: whether this failure is one of the few after which it is given up.
     """
 
@@ -191,6 +191,7 @@ class ParkedWriter:
                 *(pdu, until_ms, now_ms + _BACKOFF.min_ms),
                 [now_ms + after_ms for after_ms in unknown.AFTER_MS if to_park.counts],
                 received_ts_ms=to_park.staged.received_ts_ms,
+                why=to_park.why,
             )
         except Exception as e:
             if self._staging.verdict_of(e) in (Verdict.PASSES, Verdict.UNKNOWN):

@@ -1,0 +1,1 @@
+"""What Synapse itself knows of one event."""

@@ -1,0 +1,138 @@
+"""``GET rooms`` and ``GET servers``: where something is sticky or waits, and of whom (E3)."""
+
+from collections.abc import Collection, Mapping
+from typing import Any, Protocol
+
+from synapse_sticky.admin.facts import Reachability, Table
+from synapse_sticky.admin.requests import Request
+from synapse_sticky.admin.tallies import Page, Source, tally_txn
+from synapse_sticky.homeserver import Cursor, Homeserver
+from synapse_sticky.homeserver.layout import versions_txn
+
+
+class OfRooms(Table, Protocol):
+    """A table with things of rooms."""
+
+    def rooms(self, now_ms: int, /) -> Source: ...
+
+
+class OfServers(Table, Protocol):
+    """A table with things of servers."""
+
+    def servers(self, now_ms: int, /) -> Source: ...
+
+
+class OfBoth(OfRooms, OfServers, Protocol):
+    """A table with things of both."""
+
+
+class Synapses(Protocol):
+    """Synapse's own tables."""
+
+    def rooms(self, now_ms: int, /) -> Source: ...
+    def servers(self, now_ms: int, /) -> Source: ...
+    def lacking(self, now_ms: int, /) -> Source: ...
+    def names_txn(
+        self, txn: Cursor, room_ids: Collection[str], /
+    ) -> Mapping[str, tuple[str | None, str | None]]: ...
+
+
+class Servers(Protocol):
+    """What is recorded of other servers."""
+
+    def reachability_txn(
+        self, txn: Cursor, servers: Collection[str]
+    ) -> Mapping[str, Reachability]: ...
+
+
+class Lists:
+    """Lists rooms and servers. Each process lists the same.
+
+    Args:
+        max_deferred: how many events of one server may wait (``max_deferred_per_server``).
+    """
+
+    def __init__(
+        self,
+        homeserver: Homeserver,
+        synapses: Synapses,
+        servers: Servers,
+        deferred: OfBoth,
+        parked: OfBoth,
+        newcomers: OfServers,
+        max_deferred: int,
+    ) -> None:
+        self._homeserver = homeserver
+        self._synapses = synapses
+        self._servers = servers
+        self._deferred = deferred
+        self._parked = parked
+        self._newcomers = newcomers
+        self._max_deferred = max_deferred
+
+    async def rooms(self, request: Request) -> dict[str, Any]:
+        """The rooms in which something is sticky or waits. Raises ``SynapseError`` (400)."""
+        request.only("order_by", "dir", "from", "limit")
+        page = Page.of(request, ("active", "deferred", "parked"))
+        now_ms = self._homeserver.now_ms()
+
+        def read_txn(txn: Cursor) -> dict[str, Any]:
+            there = self._there_txn(txn)
+            sources = {
+                "active": self._synapses.rooms(now_ms),
+                "deferred": there(self._deferred, lambda: self._deferred.rooms(now_ms)),
+                "parked": there(self._parked, lambda: self._parked.rooms(now_ms)),
+            }
+            found, after = tally_txn(txn, sources, page)
+            names = self._synapses.names_txn(txn, [room["name"] for room in found])
+            for room in found:
+                room["room_id"] = room.pop("name")
+                room["name"], room["alias"] = names.get(room["room_id"], (None, None))
+            return _answer(now_ms, "rooms", found, after)
+
+        return await self._homeserver.transact("admin_rooms", read_txn)
+
+    async def servers(self, request: Request) -> dict[str, Any]:
+        """The servers that something sticky is of, or that lack something. Raises
+        ``SynapseError`` (400)."""
+        request.only("order_by", "dir", "from", "limit")
+        page = Page.of(request, ("active", "deferred", "parked", "lacking", "newcomer"))
+        now_ms = self._homeserver.now_ms()
+
+        def read_txn(txn: Cursor) -> dict[str, Any]:
+            there = self._there_txn(txn)
+            sources = {
+                "active": self._synapses.servers(now_ms),
+                "deferred": there(self._deferred, lambda: self._deferred.servers(now_ms)),
+                "parked": there(self._parked, lambda: self._parked.servers(now_ms)),
+                "lacking": self._synapses.lacking(now_ms),
+                "newcomer": there(self._newcomers, lambda: self._newcomers.servers(now_ms)),
+            }
+            found, after = tally_txn(txn, sources, page)
+            names = [server["name"] for server in found]
+            reachable = self._servers.reachability_txn(txn, names)
+            for server in found:
+                server["server"] = name = server.pop("name")
+                known = reachable.get(name, Reachability())
+                server["is_refused"] = server["deferred"] >= self._max_deferred
+                server["failing_since_ms"] = known.failing_since_ms
+                server["next_try_ms"] = known.next_try_ms
+            return _answer(now_ms, "servers", found, after)
+
+        return await self._homeserver.transact("admin_servers", read_txn)
+
+    def _there_txn(self, txn: Cursor) -> Any:
+        versions = versions_txn(txn, is_postgres=self._homeserver.is_postgres)
+
+        def there(table: Table, source: Any) -> Source:
+            is_there = versions.get(table.duty, 0) >= table.layout
+            nothing = "SELECT '' AS name WHERE 1 = 0", ()
+            return source() if is_there else nothing
+
+        return there
+
+
+def _answer(
+    now_ms: int, what: str, found: list[dict[str, Any]], after: str | None
+) -> dict[str, Any]:
+    return {"now_ms": now_ms, what: found, **({"next": after} if after is not None else {})}

@@ -1,0 +1,1 @@
+"""What Synapse itself knows of sticky events, by room and in all."""

@@ -1,0 +1,181 @@
+"""Lists for administrators: every entry once, in order, whatever the size of a page (E3, H3)."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from synapse_sticky.admin.actions import Actions
+from synapse_sticky.admin.api import Api
+from synapse_sticky.admin.installing import make_api
+from synapse_sticky.admin.requests import Request
+from synapse_sticky.admin.tables import ActionTable
+from synapse_sticky.config import parse
+from synapse_sticky.handlers.deferral.reading import DeferredReader
+from synapse_sticky.handlers.deferral.tables import DeferredTable
+from synapse_sticky.handlers.joins.reading import NewcomerReader
+from synapse_sticky.handlers.joins.tables import NewcomerTable
+from synapse_sticky.handlers.staging.parking.reading import ParkedReader
+from synapse_sticky.handlers.staging.parking.tables import ParkedTable
+from synapse_sticky.homeserver.layout import migrate
+from synapse_sticky.homeserver.rooms import Rooms
+from tests.lab.admin_api import check
+from tests.unit.members import ThisProcess, World
+
+HOUR_MS = 3_600_000
+TABLES = (
+    *("synapse_sticky_deferred", "synapse_sticky_incomplete", "synapse_sticky_newcomers"),
+    *("sticky_events", "rooms", "synapse_sticky_actions"),
+)
+
+
+class Asked:
+    """The API of a homeserver in this process, with things in seven rooms of five servers."""
+
+    def __init__(self, world: World, process: ThisProcess) -> None:
+        self._world = world
+        config = parse({}).federation
+        for table in (DeferredTable, NewcomerTable, ParkedTable, ActionTable):
+            world.drive(migrate(process, table(process)))
+        for name in TABLES:
+            world.execute(f"DELETE FROM {name}")
+        orders = ActionTable(process)
+        self._api: Api = make_api(
+            *(process, parse({}), Rooms(process), DeferredReader(process, config)),
+            *(ParkedReader(), NewcomerReader(process)),
+            *(Actions(process, orders, config, lambda: None), orders),
+        )
+        self._now_ms = process.now_ms()
+        for number in range(7):
+            self._insert("rooms", room_id=f"!{number}", is_public=False)
+        self.kinds = {"active": range(60), "deferred": range(45), "parked": range(20)}
+        for n in self.kinds["active"]:
+            # The last of all has expired.
+            self._active(n, -1 if n == 59 else HOUR_MS)
+        for n in self.kinds["deferred"]:
+            self._insert(
+                "synapse_sticky_deferred",
+                event_id=f"$d{n:03}",
+                room_id=self.room(n),
+                sender=f"@a:{self.server(n)}",
+                server=self.server(n),
+                expires_at_ms=self._now_ms + HOUR_MS,
+                event_stream_ordering=n,
+                past_limit="per_room",
+            )
+        for n in self.kinds["parked"]:
+            self._insert(
+                "synapse_sticky_incomplete",
+                origin=self.server(n),
+                event_id=f"$p{n:03}",
+                room_id=self.room(n),
+                event_json='{"sender": "@a:b", "type": 5}',
+                internal_metadata="{}",
+                prev_event_ids="[]",
+                received_ts_ms=n,
+                until_ms=self._now_ms + HOUR_MS,
+                due_ms=1,
+            )
+        self.kinds["active"] = range(59)
+
+    @staticmethod
+    def room(number: int) -> str:
+        return f"!{number * number % 7}"
+
+    @staticmethod
+    def server(number: int) -> str:
+        return f"server{number * number % 5}:8448"
+
+    def _active(self, number: int, for_ms: int) -> None:
+        self._insert(
+            "sticky_events",
+            stream_id=number + 1,
+            instance_name="master",
+            event_id=f"$a{number:03}",
+            room_id=self.room(number),
+            sender=f"@a:{self.server(number)}",
+            expires_at=self._now_ms + for_ms,
+            event_stream_ordering=number - 30,
+        )
+
+    def _insert(self, table: str, **row: Any) -> None:
+        marks = ", ".join("?" * len(row))
+        sql = f"INSERT INTO {table} ({', '.join(row)}) VALUES ({marks})"
+        self._world.execute(sql, *row.values())
+
+    def overview(self) -> Any:
+        request = Request("GET", ["overview"], {}, {}, "@admin:here")
+        _, answer = self._world.drive(self._api.answer(request))
+        check("overview", answer)
+        return answer
+
+    def pages(self, path: str, what: str, **query: object) -> list[Any]:
+        """The whole list. Each page is as it is described."""
+        found: list[Any] = []
+        after: dict[str, Any] = {}
+        while True:
+            asked = {name: [str(value)] for name, value in {**query, **after}.items()}
+            request = Request("GET", path.split("/"), asked, {}, "@admin:here")
+            status, answer = self._world.drive(self._api.answer(request))
+            assert status == 200
+            check(path, answer)
+            assert len(answer[what]) <= int(str(query.get("limit", 100)))
+            found += answer[what]
+            if "next" not in answer:
+                return found
+            after = {"from": answer["next"]}
+
+
+@pytest.fixture
+def asked(world: World, process: ThisProcess) -> Asked:
+    return Asked(world, process)
+
+
+@pytest.mark.requirement("E3")
+@pytest.mark.parametrize("limit", [1, 3, 100])
+@pytest.mark.parametrize("path", ["rooms", "servers"])
+def test_rooms_and_servers(asked: Asked, path: str, limit: int) -> None:
+    key, of = ("room_id", asked.room) if path == "rooms" else ("server", asked.server)
+    counts = {kind: Counter(map(of, numbers)) for kind, numbers in asked.kinds.items()}
+    names = sorted({name for count in counts.values() for name in count})
+    for kind, count in counts.items():
+        found = asked.pages(path, path, order_by=kind, limit=limit)
+        expected = sorted(names, key=lambda name: (-count[name], name))
+        assert [entry[key] for entry in found] == expected
+        assert [entry[kind] for entry in found] == [count[name] for name in expected]
+        upwards = asked.pages(path, path, order_by=kind, dir="f", limit=limit)
+        assert [entry[key] for entry in upwards] == sorted(
+            names, key=lambda name: (count[name], name)
+        )
+    by_name = asked.pages(path, path, order_by="name", limit=limit)
+    assert [entry[key] for entry in by_name] == names
+    assert asked.pages(path, path, order_by="name", dir="b", limit=limit) == by_name[::-1]
+
+
+@pytest.mark.requirement("E3")
+@pytest.mark.parametrize("limit", [1, 4, 7, 500])
+def test_events_of_a_room(asked: Asked, limit: int) -> None:
+    for number in range(7):
+        found = asked.pages(f"rooms/!{number}/events", "events", limit=limit)
+        assert [event["event_id"] for event in found] == [
+            f"${kind[0]}{n:03}"
+            for kind, numbers in asked.kinds.items()
+            for n in numbers
+            if asked.room(n) == f"!{number}"
+        ]
+        states = {event["event_id"][1]: event["state"] for event in found}
+        assert states.items() <= {"a": "active", "d": "deferred", "p": "parked"}.items()
+        # What a PDU says of itself may be anything.
+        assert {event["type"] for event in found} <= {None}
+
+
+@pytest.mark.requirement("E3")
+def test_the_overview_counts_all(asked: Asked, world: World) -> None:
+    answer = asked.overview()
+    assert answer["active"] == {"events": 59, "rooms": len({*map(asked.room, range(59))})}
+    assert answer["deferred"]["by_limit"] == {"per_room": 45}
+    assert answer["parked"] == {"pdus": 20, "by_reason": {"not recorded": 20}}
+    assert answer["actions"] == {"in_force": 0}
+    # A duty that never had a table.
+    world.execute("DELETE FROM synapse_sticky_layouts WHERE duty = 'deferral'")
+    assert asked.overview()["deferred"] is None

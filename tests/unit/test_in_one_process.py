@@ -78,7 +78,7 @@ def replaced_on(hs: Any) -> dict[tuple[str, str], Any]:
             hs.get_federation_client(),
             hs.get_event_client_serializer(),
         ),
-        *hs.get_datastores().databases,
+        *(*hs.get_datastores().databases, hs.get_datastores().persist_events),
     )
     names = {seam.name for seam in REPLACED}
     return {
@@ -268,7 +268,7 @@ def test_a_part_of_an_imported_name_that_is_gone() -> None:
     """A file reads it as it is loaded, and not later, in the dark."""
     gone = {
         "joins": "synapse.api.constants.EventTypes.Create",
-        "sliding": "synapse.api.constants.StickyEvent.MAX_EVENTS_IN_SYNC",
+        "sliding": "synapse.types.handlers.sliding_sync.SlidingSyncResult.Extensions",
         "pruning": "synapse.api.room_versions.EventFormatVersions.ROOM_V1_V2",
         "index": "synapse.replication.tcp.streams._base.StickyEventsStream.NAME",
         "parking": "synapse.api.constants.EventContentFields.LABELS",

@@ -42,7 +42,7 @@ SEAMS = {
         method(_PERSISTING, "async _can_sender_redact(event, /) -> bool", is_replaced=True),
         method(HOMESERVER, "get_storage_controllers() -> StorageControllers"),
         Attribute("synapse.storage.controllers.StorageControllers", "state"),
-        method(_STATE, "async get_state_for_event(event_id, state_filter, /) -> dict"),
+        method(_STATE, "async get_state_for_event(event_id, /, *, state_filter) -> dict"),
         *WHOLE["users"],
     ),
     "erasure": (
@@ -95,7 +95,6 @@ class UserRedactions:
     def __init__(self, homeserver: Homeserver) -> None:
         self._homeserver = homeserver
         self._store = homeserver.store
-        self._storage: Any = homeserver.hs.get_storage_controllers()
         self._listeners: list[Redacted] = []
         self._told: Any = _Told(self._hear)
         self._untold: OrderedDict[tuple[str, str], None] = OrderedDict()
@@ -188,7 +187,10 @@ class UserRedactions:
             try:
                 return await original(event, *args, **options)
             except KeyError:
-                state = await self._storage.state.get_state_for_event(event.event_id, _DECIDING)
+                storage = self._homeserver.hs.get_storage_controllers()
+                state = await storage.state.get_state_for_event(
+                    event.event_id, state_filter=_DECIDING
+                )
                 if _CREATE not in state:
                     return False
                 redact_level = get_named_level(state, "redact", 50)

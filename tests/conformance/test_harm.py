@@ -268,8 +268,9 @@ def test_limits_are_observed(target_with: TargetWith, peer: Peer) -> None:
     own = [scene.alice.send_sticky(scene.room_id) for _ in range(4 * _BURST)]
     scene.wait_for_sections(*flood, *own)
     counted = target.metrics
-    for name in ('deferred_total{limit="per_server"}', 'refused_total{limit="per_user"}'):
+    for limit, outcome in (("per_server", "deferred"), ("per_user", "refused")):
+        name = f'synapse_sticky_observed_total{{limit="{limit}",outcome="{outcome}"}}'
         wait_until(
-            lambda: counted().get(f"synapse_sticky_{name}") == 3 * _BURST,  # noqa: B023
+            lambda: counted().get(name) == 3 * _BURST,  # noqa: B023
             f"{name} to be counted",
         )

@@ -7,6 +7,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -260,7 +261,7 @@ ROWS = (
     Row("index", ("D1", "D2"), new_events_are_asked_of_the_database, hidden_history_shows_them),
     Row(
         "delivery",
-        ("D1", "D2", "D4", "S5"),
+        ("D1", "D2", "D4", "D5", "S5"),
         new_events_are_asked_of_the_database,
         newcomers_are_pushed_to,
     ),
@@ -415,6 +416,7 @@ def test_page_says_the_same() -> None:
 
 
 def table_of(page: Path) -> list[list[str]]:
-    """The cells of the page's table, but for its head."""
-    lines = [line for line in page.read_text().splitlines() if line.startswith("| ")]
+    """The cells of the page's first table, but for its head."""
+    after = page.read_text().partition("\n| ")[2].splitlines()
+    lines = [*takewhile(lambda line: line.startswith("|"), after[1:])]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[1:]]

@@ -34,7 +34,7 @@ test-slow: $(VENV)/.built ## The tests that take half a minute each, and the sam
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 test-workers: $(VENV)/.built ## The conformance and integration suites and more on a Synapse of ten processes, with Postgres and Valkey: an hour
-	$(BIN)/python -m pytest --workers -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder tests/workers tests/conformance tests/integration $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --workers -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder tests/workers tests/conformance tests/integration tests/page $(PYTEST_ARGS)
 
 lint: $(VENV)/.built ## ruff, mypy, stubtest, rustfmt, clippy; whether the generated pages are true; zizmor and actionlint on the workflows
 	@cargo fmt --version >/dev/null 2>&1 || { echo "rustfmt is missing: rustup component add rustfmt"; exit 1; }

@@ -6,14 +6,28 @@ import { Name, When, to } from "./text.jsx";
 
 // What each does, what it can be about, and whether it lasts. The API says what it needs.
 const KINDS = {
-  hold: { text: "The server's sticky events are persisted, and wait until this is over.", fields: ["server"], lasts: true },
-  exempt: { text: "The server is without limits, or the user without per_sender.", fields: ["server", "sender"], lasts: true },
-  release: { text: "What waits now is delivered at once, whatever the limits.", fields: ["server", "room_id", "sender"] },
+  hold: {
+    text: "The server's sticky events are persisted, and wait until this is over.",
+    fields: ["server"],
+    lasts: true,
+  },
+  exempt: {
+    text: "The server is without limits, or the user without per_sender.",
+    fields: ["server", "sender"],
+    lasts: true,
+  },
+  release: {
+    text: "What waits now is delivered at once, whatever the limits.",
+    fields: ["server", "room_id", "sender"],
+  },
   discard: {
     text: "What waits now is never sticky. Nobody can undo that.",
     fields: ["server", "room_id", "sender"],
   },
-  push: { text: "The server is pushed all unexpired sticky events that this server's users sent to the room.", fields: ["server", "room_id"] },
+  push: {
+    text: "The server is pushed all unexpired sticky events that this server's users sent to the room.",
+    fields: ["server", "room_id"],
+  },
 };
 const LABELS = { server: "Server", room_id: "Room ID", sender: "User ID" };
 const DURATIONS = [

@@ -48,7 +48,14 @@ function Field({ name, label, value, required }) {
   return (
     <label>
       {label}
-      <input name={name} defaultValue={value} required={required} autocomplete="off" spellcheck={false} maxLength={255} />
+      <input
+        name={name}
+        defaultValue={value}
+        required={required}
+        autocomplete="off"
+        spellcheck={false}
+        maxLength={255}
+      />
     </label>
   );
 }
@@ -124,7 +131,13 @@ function Details({ of, now }) {
       {entries.map(([name, value]) => (
         <div key={name}>
           <dt>{printable(name.replace(/_ms$/, "").replaceAll("_", " "))}</dt>
-          <dd>{name.endsWith("_ms") && typeof value === "number" ? <When ms={value} now={now} /> : <Name>{plain(value)}</Name>}</dd>
+          <dd>
+            {name.endsWith("_ms") && typeof value === "number" ? (
+              <When ms={value} now={now} />
+            ) : (
+              <Name>{plain(value)}</Name>
+            )}
+          </dd>
         </div>
       ))}
     </dl>

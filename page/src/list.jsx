@@ -5,7 +5,7 @@ import { useCallback, useEffect, useLayoutEffect, useRef, useState } from "preac
 const A_PAGE = 500;
 const MOST = 20_000; // entries that are kept here
 const SPARE = 8; // entries drawn above and below what is seen
-const HEIGHT = 64; // px, as in page.css
+const HEIGHT = 4 * parseFloat(getComputedStyle(document.documentElement).fontSize); // px, as in page.css
 
 /** The entries of one of the API's lists: `more` reads the next page, `again` begins anew. */
 export function usePages(ask, path, what, query = {}) {

@@ -31,7 +31,7 @@ export function Rooms({ ask, query }) {
       <Said pages={pages}>
         <Order by={by} names={OF_ROOMS} where={["rooms"]} />
       </Said>
-      <List label="Rooms" pages={pages} href={(room) => to(["rooms", room.room_id])}>
+      <List key={by} label="Rooms" pages={pages} href={(room) => to(["rooms", room.room_id])}>
         {(room) => (
           <>
             <b>
@@ -60,7 +60,12 @@ export function Servers({ ask, query }) {
       <p>
         <i>lacking</i> and <i>newcomer</i> are numbers of rooms. A link leads to the actions on the server.
       </p>
-      <List label="Servers" pages={pages} href={(server) => to(["act"], { kind: "hold", server: server.server })}>
+      <List
+        key={by}
+        label="Servers"
+        pages={pages}
+        href={(server) => to(["act"], { kind: "hold", server: server.server })}
+      >
         {(server) => (
           <>
             <b>

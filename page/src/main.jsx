@@ -43,7 +43,11 @@ function App() {
       })
     );
   }, [token]);
-  return ask ? <Signed ask={ask} onOut={() => (setWhy(undefined), setToken(undefined))} /> : <SignIn why={why} onToken={setToken} />;
+  function signOut() {
+    setWhy(undefined);
+    setToken(undefined);
+  }
+  return ask ? <Signed ask={ask} onOut={signOut} /> : <SignIn why={why} onToken={setToken} />;
 }
 
 function SignIn({ why, onToken }) {

@@ -3,33 +3,30 @@
 import { useEffect, useState } from "preact/hooks";
 import { Name, When, to } from "./text.jsx";
 
-export const EVERY_MS = 10_000;
+const EVERY_MS = 10_000;
 
 export function Overview({ ask }) {
   const [found, setFound] = useState();
   const [error, setError] = useState();
   useEffect(() => {
-    let timer,
-      isOver = false;
+    let isBusy = false;
     async function look() {
-      clearTimeout(timer);
-      if (!document.hidden) {
-        try {
-          const answer = await ask("overview");
-          if (isOver) return;
-          setFound(answer);
-          setError(undefined);
-        } catch (problem) {
-          if (isOver) return;
-          setError(problem);
-        }
+      if (document.hidden || isBusy) return;
+      isBusy = true;
+      try {
+        setFound(await ask("overview"));
+        setError(undefined);
+      } catch (problem) {
+        setError(problem);
       }
-      timer = setTimeout(look, EVERY_MS);
+      isBusy = false;
     }
     look();
+    const timer = setInterval(look, EVERY_MS);
+    document.addEventListener("visibilitychange", look);
     return () => {
-      isOver = true;
-      clearTimeout(timer);
+      clearInterval(timer);
+      document.removeEventListener("visibilitychange", look);
     };
   }, [ask]);
 
@@ -37,7 +34,11 @@ export function Overview({ ask }) {
   return (
     <>
       <p role="status">
-        {error ? `This is old: ${error.message}` : found ? `As it is now, read every ${EVERY_MS / 1_000} seconds` : "Reading…"}
+        {error
+          ? `This is old: ${error.message}`
+          : found
+            ? `As it is now, read every ${EVERY_MS / 1_000} seconds`
+            : "Reading…"}
       </p>
       {found && (
         <>

@@ -1,10 +1,10 @@
 // What others have chosen, and times. Preact makes text of text: nothing here is ever HTML.
 
-const LONGEST = 255;
+const LONGEST = 1_000; // more than an ID or what the API says
 // Control characters, and those that change the direction of what follows.
 const INVISIBLE = /[\p{Cc}\u061c\u200b\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]/gu;
 
-/** The text, with what could hide something made visible, and not longer than an ID. */
+/** The text, with what could hide something made visible, and not longer than it may be. */
 export function printable(text) {
   const all = String(text);
   const shown = all.slice(0, LONGEST).replace(INVISIBLE, "\ufffd");

@@ -45,6 +45,7 @@ class Story:
             "chromium": chromium,
             "url": f"{server.base_url}/_synapse/sticky/",
             "token": self.admin.access_token,
+            "other_token": server.user("other", admin=True).access_token,
             "user_token": scene.alice.access_token,
             "peer": scene.peer.name,
             "room_id": scene.room_id,

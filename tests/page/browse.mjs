@@ -150,6 +150,24 @@ const WHAT = {
     assert.equal(await page.locator("main img, main script, main iframe, main b b").count(), 0);
   },
 
+  /** What the API says of an event is on the page, and nothing else is said. */
+  async why(page) {
+    const { event_id, query, answer } = given;
+    await page.goto(`${given.url}#/event?${new URLSearchParams({ event_id, ...query })}`);
+    await page.getByLabel("Access token").fill(given.token);
+    await page.keyboard.press("Enter");
+    const verdict = page.getByLabel("Verdict");
+    await shown(verdict, answer.verdict.text);
+    await shown(verdict, answer.verdict.to_do);
+    for (const { text, to_do } of answer.reasons) await shown(page.locator(".verdict", { hasText: text }), to_do);
+    const steps = await page.locator(".way > li").all();
+    assert.equal(steps.length, answer.steps.length);
+    for (const [i, { name, state, text }] of answer.steps.entries()) {
+      for (const said of [name, state, text]) await shown(steps[i], said);
+    }
+    for (const { server, state } of answer.receivers) await shown(page.getByRole("row", { name: server }), state);
+  },
+
   /** Nothing is ordered before the confirmation. */
   async act(page) {
     const orders = [];

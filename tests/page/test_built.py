@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests.lab.js_sdk.installation import missing, tool
+from tests.page.browser import SOURCES
 
-SOURCES = Path(__file__).parents[2] / "page"
 SHIPPED = Path(__file__).parents[2] / "synapse_sticky" / "admin" / "page"
 
 

@@ -1,8 +1,5 @@
 """The page for administrators in a browser, on real homeservers (E3)."""
 
-import json
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,12 +12,10 @@ from tests.integration.rooms import deferred, limits
 from tests.integration.test_deferral import HOURLY, limit
 from tests.lab import Client, Homeserver, Lab, wait_until
 from tests.lab.client import STICKY_PARAMETER
-from tests.lab.js_sdk.installation import missing, tool
 from tests.lab.scene import Scene, enter
+from tests.page.browser import browse
 
-ROOT = Path(__file__).parents[2]
-PICTURES = ROOT / "docs" / "pictures"
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+PICTURES = Path(__file__).parents[2] / "docs" / "pictures"
 HOSTILE = "<img src=x onerror=alert(1)><b>"
 
 pytestmark = [pytest.mark.requirement("E3"), pytest.mark.one_process]
@@ -35,45 +30,29 @@ class Story:
     pictures: Path
 
     def browse(self, what: str) -> Any:
-        """Does it in the browser. Gives what browse.mjs says of it; its assertions are ours."""
-        chromium = next(filter(None, map(shutil.which, BROWSERS)), None)
-        if chromium is None:
-            pytest.skip(f"none of {', '.join(BROWSERS)} is there")
-        server, scene = self.scene.server, self.scene
-        path = f"rooms/{quote(scene.room_id)}/send/org.example.call/page?{STICKY_PARAMETER}=3600000"
-        given = {
-            "chromium": chromium,
-            "url": f"{server.base_url}/_synapse/sticky/",
-            "token": self.admin.access_token,
-            "other_token": server.user("other", admin=True).access_token,
-            "user_token": scene.alice.access_token,
-            "peer": scene.peer.name,
-            "room_id": scene.room_id,
-            "hostile": HOSTILE,
-            "pictures": str(self.pictures),
-            "send": {
-                "url": f"{server.base_url}/_matrix/client/v3/{path}",
-                "token": scene.alice.access_token,
+        """Does it in the browser."""
+        alice, room_id = self.scene.alice, self.scene.room_id
+        path = f"rooms/{quote(room_id)}/send/org.example.call/page?{STICKY_PARAMETER}=3600000"
+        return browse(
+            what,
+            self.admin,
+            other_token=self.scene.server.user("other", admin=True).access_token,
+            user_token=alice.access_token,
+            peer=self.scene.peer.name,
+            room_id=room_id,
+            hostile=HOSTILE,
+            pictures=str(self.pictures),
+            send={
+                "url": f"{alice.base_url}/_matrix/client/v3/{path}",
+                "token": alice.access_token,
             },
-        }
-        run = subprocess.run(
-            [tool("node") or "", str(Path(__file__).parent / "browse.mjs"), what],
-            input=json.dumps(given),
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
         )
-        assert run.returncode == 0, run.stderr
-        return json.loads(run.stdout)
 
 
 @pytest.fixture(scope="module")
 def story(
     lab: Lab, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Story]:
-    if (reason := missing(ROOT / "page")) is not None:
-        pytest.skip(f"the browser's driver is not to be had: {reason}")
     (server,) = lab.servers({"config": limits(per_sender=limit(HOURLY, 2))})
     peer = lab.peer()
     scene = enter(server, peer)

@@ -80,6 +80,7 @@ def test_why_an_event_waits_and_no_name_is_html(story: Story) -> None:
     story.browse("way")
 
 
+@pytest.mark.slow
 def test_the_keyboard_is_enough(story: Story) -> None:
     story.browse("keyboard")
 
@@ -88,6 +89,7 @@ def test_ten_thousand_rooms(story: Story) -> None:
     print(story.browse("many_rooms"))  # noqa: T201  # the figure
 
 
+@pytest.mark.slow
 def test_everybody_can_read_it(story: Story) -> None:
     story.browse("look")
     assert {file.name for file in story.pictures.glob("page-*.png")} == {

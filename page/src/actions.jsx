@@ -24,10 +24,6 @@ const KINDS = {
     text: "What waits now is never sticky. Nobody can undo that.",
     fields: ["server", "room_id", "sender"],
   },
-  push: {
-    text: "The server is pushed all unexpired sticky events that this server's users sent to the room.",
-    fields: ["server", "room_id"],
-  },
 };
 const LABELS = { server: "Server", room_id: "Room ID", sender: "User ID" };
 const DURATIONS = [

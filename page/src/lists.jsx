@@ -98,7 +98,7 @@ export function Room({ ask, roomId }) {
         </code>
       </p>
       <nav aria-label="Actions on this room">
-        {["release", "discard", "push"].map((kind) => (
+        {["release", "discard"].map((kind) => (
           <a key={kind} href={to(["act"], { kind, room_id: roomId })}>
             {kind}…
           </a>

@@ -18,7 +18,7 @@ NEED_TOOLS ?= no
 RUST_SOURCES := Cargo.toml Cargo.lock $(shell find rust/src -name '*.rs')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-workers lint bench compat conformance conformance-plain fuzz soak suite metrics wheels wheels-check wheels-twice test-install release-check docs pictures format clean
+.PHONY: help demo test test-slow test-workers lint bench compat conformance conformance-plain fuzz soak suite metrics page wheels wheels-check wheels-twice test-install release-check docs pictures format clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -34,7 +34,7 @@ test-slow: $(VENV)/.built ## The tests that take half a minute each, and the sam
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 test-workers: $(VENV)/.built ## The conformance and integration suites and more on a Synapse of ten processes, with Postgres and Valkey: an hour
-	$(BIN)/python -m pytest --workers -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder tests/workers tests/conformance tests/integration $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --workers -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder tests/workers tests/conformance tests/integration tests/page $(PYTEST_ARGS)
 
 lint: $(VENV)/.built ## ruff, mypy, stubtest, rustfmt, clippy; whether the generated pages are true; zizmor and actionlint on the workflows
 	@cargo fmt --version >/dev/null 2>&1 || { echo "rustfmt is missing: rustup component add rustfmt"; exit 1; }
@@ -98,6 +98,9 @@ metrics: $(VENV)/.built ## The dashboard and docs/metrics.svg, its queries on a 
 	$(BIN)/python contrib/grafana/make.py
 	$(BIN)/python -m tests.metrics
 
+page: ## The page for administrators, from its sources in the folder page; needs Node and npm
+	cd page && npm ci && node build.mjs
+
 wheels: $(WHEELS)/.built ## Wheels for manylinux and musllinux, x86_64 and aarch64, and an sdist, audited; or PLATFORMS="manylinux-x86_64 sdist"; dist
 	$(WHEELS)/bin/python -m tests.wheels build $(PLATFORMS)
 	$(if $(filter-out sdist,$(or $(PLATFORMS),all)),$(WHEELS)/bin/python -m tests.wheels audit $(filter-out sdist,$(PLATFORMS)))
@@ -129,7 +132,7 @@ format: $(VENV)/.built ## Formats Python and Rust
 	cargo fmt
 
 clean: ## Removes everything that was built
-	rm -rf $(VENV) .venv-compat .venv-install $(WHEELS) $(DOCS) dist site target synapse_sticky/_core*.so tests/lab/js_sdk/node_modules
+	rm -rf $(VENV) .venv-compat .venv-install $(WHEELS) $(DOCS) dist site target synapse_sticky/_core*.so tests/lab/js_sdk/node_modules page/node_modules
 
 # The environment: the module itself (its Python files used where they are, its Rust core built),
 # Synapse, and what linting and testing need. The core can be told to panic here, and in no wheel.

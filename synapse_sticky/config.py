@@ -239,10 +239,10 @@ class ExtremitiesConfig:
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
 class AdminConfig:
-    """The API for administrators (E3).
+    """The API and the page for administrators (E3).
 
-    enabled: whether there is one.
-    path: what its paths begin with.
+    enabled: whether there are any.
+    path: what their paths begin with.
     """
 
     enabled: bool = option(True, boolean)

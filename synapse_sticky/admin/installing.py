@@ -37,11 +37,22 @@ class Newcomers(NewcomerTable, Counts, OfServers, Protocol):
 
 
 def install_admin(homeserver: Homeserver, config: StickyConfig, api: Api) -> None:
-    """Has this process answer below the configured path, on its listeners for clients."""
+    """Has this process answer below the configured path, on its listeners for clients.
+
+    The page has a resource for each file, beside that of the API: Synapse attaches the same ones to
+    all listeners, and can do that only if none is below another.
+
+    Raises:
+        OSError: a file of the page cannot be read. Then there is no API either.
+    """
+    from synapse_sticky.admin.listeners.page import page_resources
     from synapse_sticky.admin.listeners.synapse import AdminResource
 
-    path = f"{config.admin.path}/{BELOW}"
-    homeserver.api.register_web_resource(path, AdminResource(homeserver, api.answer))
+    path = config.admin.path
+    page = list(page_resources(homeserver))
+    homeserver.api.register_web_resource(f"{path}/{BELOW}", AdminResource(homeserver, api.answer))
+    for name, resource in page:
+        homeserver.api.register_web_resource(f"{path}/{name}", resource)
 
 
 def make_api(

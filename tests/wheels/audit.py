@@ -76,7 +76,10 @@ def _contents(wheel: Path) -> list[str]:
         names = archive.namelist()
         contents = {name: archive.read(name) for name in names}
         needs = needed_libraries(Path(archive.extract(_CORE, folder)))
-    for end in ("synapse_sticky/py.typed", "/licenses/LICENSE", ".cyclonedx.json"):
+    page = [
+        f"synapse_sticky/admin/page/{file}" for file in ("index.html", "page.js", "LICENSES.txt")
+    ]
+    for end in ("synapse_sticky/py.typed", "/licenses/LICENSE", ".cyclonedx.json", *page):
         if not any(name.endswith(end) for name in names):
             raise StepError(f"{wheel.name} has no {end}")
     if others := [n for n in names if not n.startswith(("synapse_sticky/", "synapse_sticky-"))]:

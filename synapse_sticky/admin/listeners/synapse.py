@@ -13,6 +13,7 @@ from synapse.module_api import (
     parse_json_object_from_request,
 )
 from synapse.module_api.errors import Codes, SynapseError
+from twisted.web.server import NOT_DONE_YET
 
 from synapse_sticky.admin.requests import Request
 from synapse_sticky.admin.throttle import Throttle
@@ -66,7 +67,7 @@ class AdminResource(DirectServeJsonResource):
         self._auth = homeserver.hs.get_auth()
         self._answer = answer
         self._throttle = Throttle(homeserver.steady_ms)
-        self._listens_at = _for_clients(homeserver.hs.config)
+        self._listens_at = for_clients(homeserver.hs.config)
 
     async def _async_render(self, request: Any) -> tuple[int, Any]:
         # What is raised would be answered for any website to read (CORS).
@@ -82,7 +83,7 @@ class AdminResource(DirectServeJsonResource):
             return HTTPStatus.INTERNAL_SERVER_ERROR, error
 
     async def _render_or_raise(self, request: Any) -> tuple[int, Any]:
-        if _place_of(request) not in self._listens_at:
+        if place_of(request) not in self._listens_at:
             raise SynapseError(404, "Unrecognized request", Codes.UNRECOGNIZED)
         verb = request.method.decode("ascii", "replace")
         if verb not in _METHODS:
@@ -118,6 +119,13 @@ class AdminResource(DirectServeJsonResource):
         respond_with_json(request, code, response_object, canonical_json=False)
 
 
+def refuse(request: Any, code: int) -> int:
+    """Answers that there is nothing, or nothing for this method."""
+    error = SynapseError(code, "Unrecognized request", Codes.UNRECOGNIZED).error_dict(None)
+    respond_with_json(request, code, error, canonical_json=False)
+    return NOT_DONE_YET
+
+
 def _request_of(request: Any, verb: str, admin: str) -> Request:
     try:
         path = [part.decode() for part in request.postpath]
@@ -137,7 +145,7 @@ def _request_of(request: Any, verb: str, admin: str) -> Request:
     return Request(verb, path, query, body, admin)
 
 
-def _place_of(request: Any) -> object:
+def place_of(request: Any) -> object:
     """Where the listener of the request is: its port, or its path."""
     address: Any = request.getHost()
     if (name := getattr(address, "name", None)) is not None:
@@ -145,7 +153,7 @@ def _place_of(request: Any) -> object:
     return address.port
 
 
-def _for_clients(config: Any) -> set[object]:
+def for_clients(config: Any) -> set[object]:
     """Where this process listens for clients: ports and paths.
 
     A port that is that of another listener as well, at another address, is none of these.

@@ -1,4 +1,4 @@
-"""Installs matrix-js-sdk beside its programs, once for each package-lock.json."""
+"""Installs packages of npm beside the programs that use them, once for each package-lock.json."""
 
 import fcntl
 import functools
@@ -22,8 +22,9 @@ def tool(name: str) -> str | None:
 
 
 @functools.cache
-def missing() -> str | None:
-    """Why the SDK is not to be had; None if it is installed by now."""
+def missing(folder: Path = FOLDER) -> str | None:
+    """Why what the folder's package-lock.json names is not to be had; None if it is installed by
+    now. Without a folder: matrix-js-sdk."""
     node, npm = tool("node"), tool("npm")
     if node is None or npm is None:
         return "node or npm is missing"
@@ -31,9 +32,9 @@ def missing() -> str | None:
     version = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
     if int(version.lstrip("v").split(".")[0]) < OLDEST_NODE:
         return f"it needs Node {OLDEST_NODE}, and this is {version}"
-    with (FOLDER / "package.json").open() as file:
+    with (folder / "package.json").open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # tests run in several processes
-        return install(npm, FOLDER)
+        return install(npm, folder)
 
 
 def install(npm: str, folder: Path) -> str | None:

@@ -1,0 +1,1 @@
+"""The page for administrators, as it is served, built and used."""

@@ -182,6 +182,20 @@ def test_an_order_that_fails_is_done_later(caplog: pytest.LogCaptureFixture) -> 
     assert set(here.entered) == deferred
 
 
+@pytest.mark.requirement("E3", "E4")
+def test_the_end_of_a_hold_is_not_forgotten_if_the_database_fails_then() -> None:
+    here, orders = HereWithTurns(), Orders()
+    handler = deferral(here, orders, FREE)
+    orders.set(held_servers=["there"])
+    held = here.persist(handler, range(5))
+    here.fails, here.failures = "deferred", 1
+    orders.set()
+    assert here.failed == 1
+    for _ in range(3):
+        here.pass_ms(10_000)
+    assert set(here.entered) == held
+
+
 @pytest.mark.requirement("E3", "L7")
 def test_who_is_exempt_does_not_wait() -> None:
     here, orders = HereWithTurns(), Orders()

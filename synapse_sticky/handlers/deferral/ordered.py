@@ -80,8 +80,9 @@ class Ordered:
             await self._each(Release("", server, None, None), self._take_out)
             self._held |= {server}
         if self._held - held:
-            self._held &= held
             await self._refill()
+            # Only then: if that fails, it is done once more.
+            self._held &= held
         if held and self._homeserver.steady_ms() >= self._next_expiry_ms:
             for server in sorted(held):
                 await self._each(Release("", server, None, None), self._expire, is_expired=True)

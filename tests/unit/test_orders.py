@@ -21,8 +21,16 @@ class HereWithTurns(Here):
 
     before_insert: Callable[[], None] = staticmethod(lambda: None)
 
+    on_last_page: Callable[[], None] = staticmethod(lambda: None)
+
     async def give_way(self) -> None:
         pass
+
+    async def transact(self, what: str, function: Any, *args: Any) -> Any:
+        found = await super().transact(what, function, *args)
+        if what == "deferred" and not found:
+            self.on_last_page()
+        return found
 
     def attempt_txn(self, txn: Any, change: Callable[[], None]) -> Exception | None:
         self.before_insert()
@@ -93,6 +101,20 @@ def test_what_is_held_is_held_after_a_restart() -> None:
     assert here.entered == []
     assert table(here) == held
     assert len(held) == 5
+
+
+@pytest.mark.requirement("E3", "E4")
+def test_a_hold_that_ends_during_the_start_is_not_forgotten() -> None:
+    here, orders = HereWithTurns(), Orders()
+    orders.set(held_servers=["there"])
+    held = here.persist(deferral(here, orders, FREE), range(5))
+    restarted = Orders()
+    restarted.set(held_servers=["there"])
+    here.due, here.on_last_page = [], restarted.set
+    deferral(here, restarted, FREE)
+    for _ in range(3):
+        here.pass_ms(1_000)
+    assert set(here.entered) == held
 
 
 @pytest.mark.requirement("E3")

@@ -77,4 +77,4 @@ class Following:
 
 def _release(action: Action) -> Release:
     of_what = (action.server, action.room_id, action.sender)
-    return Release(action.action_id, *of_what, is_discard=action.kind == "discard")
+    return Release(action.action_id, *of_what, action.kind == "discard", action.made_ms)

@@ -139,8 +139,8 @@ def test_a_process_learns_of_all_orders(table: Table) -> None:
     assert orders.exempt_servers == {"free"}
     assert orders.exempt_users == {"@free:there"}
     assert orders.releases == (
-        Release("d", "there", None, None),
-        Release("e", None, "!room", None, is_discard=True),
+        Release("d", "there", None, None, made_ms=1),
+        Release("e", None, "!room", None, is_discard=True, made_ms=2),
     )
 
 

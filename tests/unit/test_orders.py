@@ -178,6 +178,28 @@ def test_what_waits_is_released_or_discarded_once(
     assert not later & {*here.entered}
 
 
+@pytest.mark.requirement("E3", "E4")
+@pytest.mark.parametrize("is_discard", [False, True])
+def test_an_order_is_about_what_waited_as_it_was_made(is_discard: bool) -> None:
+    """Whoever sees it later, or once more after a restart, leaves out what has come since."""
+    here, orders = HereWithTurns(), Orders()
+    handler = deferral(here, orders, HOURLY)
+    here.persist(handler, range(5))
+    # A row of version 0.1.0.
+    here.database.execute("UPDATE synapse_sticky_deferred SET deferred_ms = NULL WHERE rowid = 1")
+    made_ms = here.now_ms()
+    here.now += 1
+    later = here.persist(handler, range(5, 10))
+    order = Release("a", "there", None, None, is_discard, made_ms)
+    orders.set(releases=[order])
+    assert table(here) == later
+    here.due, restarted = [], Orders()
+    deferral(here, restarted, HOURLY)
+    restarted.set(releases=[order])
+    assert table(here) == later
+    assert len(later) == 5
+
+
 @pytest.mark.requirement("E3")
 def test_what_is_held_can_be_released() -> None:
     here, orders = HereWithTurns(), Orders()

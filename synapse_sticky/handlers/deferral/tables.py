@@ -173,8 +173,14 @@ class DeferredTable:
         if of.sender is not None:
             # There is no index by sender.
             wanted["server"] = of.server or of.sender.partition(":")[2]
-        given = {column: value for column, value in wanted.items() if value is not None}
+        given: dict[str, str | int] = {
+            column: value for column, value in wanted.items() if value is not None
+        }
         where = " AND ".join(f"{column} = ?" for column in given)
+        if of.made_ms is not None:
+            # A process of version 0.1.0 does not write it.
+            where += " AND (deferred_ms IS NULL OR deferred_ms <= ?)"
+            given["deferred_ms"] = of.made_ms
         sign = "<=" if is_expired else ">"
 
         def read_txn(txn: Cursor) -> list[tuple[int, str, str]]:

@@ -23,8 +23,15 @@ class HereWithTurns(Here):
 
     on_last_page: Callable[[], None] = staticmethod(lambda: None)
 
+    bad: str | None = None
+
     async def give_way(self) -> None:
         pass
+
+    async def still_sticky(self, event_ids: Any) -> set[str]:
+        if self.bad in event_ids:
+            raise ValueError("for the test")
+        return await super().still_sticky(event_ids)
 
     async def transact(self, what: str, function: Any, *args: Any) -> Any:
         found = await super().transact(what, function, *args)
@@ -238,6 +245,37 @@ def test_the_end_of_a_hold_is_not_forgotten_if_the_database_fails_then() -> None
     for _ in range(3):
         here.pass_ms(10_000)
     assert set(here.entered) == held
+
+
+@pytest.mark.requirement("E3", "E4")
+@pytest.mark.parametrize("is_discard", [False, True])
+def test_what_an_order_could_not_do_before_it_was_over_has_its_turn(is_discard: bool) -> None:
+    here, orders = HereWithTurns(), Orders()
+    handler = deferral(here, orders, LimitConfig(1.0, 1))
+    deferred = here.persist(handler, range(5))
+    here.fails, here.failures = "drop_deferred" if is_discard else "release", 1
+    orders.set(releases=[Release("a", "there", None, None, is_discard)])
+    orders.set()
+    assert here.failed == 1
+    here.pass_ms(2_000)
+    here.persist(handler, range(5, 7))
+    for _ in range(10):
+        here.pass_ms(2_000)
+    assert deferred <= set(here.entered)
+
+
+@pytest.mark.requirement("E3", "H1")
+def test_one_that_cannot_be_released_does_not_hold_up_the_order() -> None:
+    here, orders = HereWithTurns(), Orders()
+    handler = deferral(here, orders, HOURLY)
+    deferred = here.persist(handler, range(5))
+    here.bad = "$3"
+    orders.set(releases=[Release("a", "there", None, None)])
+    assert set(here.entered) == deferred - {"$3"}
+    here.bad = None
+    for _ in range(10):
+        here.pass_ms(10_000)
+    assert set(here.entered) == deferred
 
 
 @pytest.mark.requirement("E3", "L7")

@@ -30,7 +30,7 @@ class Ordered:
     Args:
         handles: tells whether this process persists a room's events.
         remove: takes events out of the queue.
-        release: releases events, and deletes their rows.
+        release: releases events, and deletes their rows; it sees to those that it cannot release.
         refill: puts all that is in the table into the queue, but what is held.
     """
 
@@ -102,17 +102,19 @@ class Ordered:
     async def _take_out(self, event_ids: Sequence[str]) -> None:
         self._remove(event_ids)
 
+    # Out of the queue once that is done: what fails has its turn there, should the order be over.
+
     async def _drop(self, event_ids: Sequence[str]) -> None:
-        self._remove(event_ids)
         await self._table.drop(event_ids)
+        self._remove(event_ids)
 
     async def _expire(self, event_ids: Sequence[str]) -> None:
         self._report.expired(event_ids, [HELD] * len(event_ids))
         await self._table.drop(event_ids)
 
     async def _release_now(self, event_ids: Sequence[str]) -> None:
-        self._remove(event_ids)
         await self._release(event_ids)
+        self._remove(event_ids)
 
     async def _each(
         self,

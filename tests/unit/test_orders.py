@@ -4,14 +4,15 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from prometheus_client import REGISTRY
 
 from synapse_sticky.config import FederationConfig, LimitConfig, Mode
-from synapse_sticky.handlers.deferral.handler import DeferralHandler
+from synapse_sticky.handlers.deferral.handler import DeferralHandler, NewStickyEvent
 from synapse_sticky.handlers.deferral.tables import DeferredTable
 from synapse_sticky.limits import LimitReport
 from synapse_sticky.metrics import LimitMetrics
 from synapse_sticky.orders import Orders, Release
-from tests.unit.test_limits import Here, done, table
+from tests.unit.test_limits import NOW_MS, Here, Transaction, done, table
 
 FREE, HOURLY = LimitConfig(1_000.0, 1_000), LimitConfig(0.001, 1)
 
@@ -95,6 +96,23 @@ def test_what_waits_already_is_held_too_and_goes_on_then() -> None:
         here.pass_ms(1_000)
     assert set(here.entered) == deferred
     assert here.persist(handler, range(6, 7)) == set()
+
+
+@pytest.mark.requirement("E3")
+def test_what_is_held_is_counted_once_however_often_it_is_tried() -> None:
+    here, orders = HereWithTurns(), Orders()
+    handler = deferral(here, orders, FREE)
+    orders.set(held_servers=["there"])
+    labels = {"server_name": "here", "limit": "hold"}
+    before = REGISTRY.get_sample_value("synapse_sticky_deferred_total", labels) or 0
+    txn: Any = Transaction(here.database.cursor())
+    events = [NewStickyEvent(f"${n}", "!room", "@eve:there", NOW_MS + 1_000, n) for n in range(3)]
+    for _ in range(2):
+        assert len(handler.defer_txn(txn, events)) == 3
+    for callback, args in txn.after:
+        callback(*args)
+    after = REGISTRY.get_sample_value("synapse_sticky_deferred_total", labels) or 0
+    assert after - before == 3
 
 
 @pytest.mark.requirement("E3", "E4")

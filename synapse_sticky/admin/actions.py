@@ -85,10 +85,12 @@ class Actions:
         request.only()
         action_id = identifier("action_id", request.path[1])
         await self._make_table()
-        action = await self._table.end(action_id, request.admin)
-        if action is None:
+        ended = await self._table.end(action_id, request.admin)
+        if ended is None:
             raise not_found("There is no such action")
-        self._tell("%s has ended %s until %d (%s): %r", action, request.admin)
+        action, was_in_force = ended
+        if was_in_force:
+            self._tell("%s has ended %s until %d (%s): %r", action, request.admin)
         return _shown(action, self._homeserver.now_ms())
 
     def _tell(self, text: str, action: Action, admin: str) -> None:

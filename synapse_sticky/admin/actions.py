@@ -56,7 +56,7 @@ class Actions:
         """All of them, those made last in front. Raises ``SynapseError`` (400)."""
         request.only("from", "limit")
         limit, before = request.limit(), None
-        if (token := request.text("from")) is not None:
+        if (token := request.token()) is not None:
             made, _, action_id = token.partition("~")
             if not action_id or not (made.isascii() and made.isdecimal() and len(made) <= 15):
                 raise wrong("'from' must be the 'next' of an answer")

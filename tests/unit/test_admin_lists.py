@@ -169,6 +169,24 @@ def test_events_of_a_room(asked: Asked, limit: int) -> None:
         assert {event["type"] for event in found} <= {None}
 
 
+@pytest.mark.requirement("E3", "H3")
+def test_ids_that_strangers_have_chosen_do_not_end_a_list(asked: Asked, world: World) -> None:
+    """As long as an ID may be, and with characters that nobody sees."""
+    long = ["$" + f"\u200b{n}".ljust(252, "a") for n in range(3)]
+    for n, event_id in enumerate(long):
+        sql = "UPDATE synapse_sticky_deferred SET event_id = ?, room_id = '!0' WHERE event_id = ?"
+        world.execute(sql, event_id, f"$d{n:03}")
+    found = asked.pages("rooms/!0/events", "events", limit=1)
+    assert {*long} <= {event["event_id"] for event in found}
+    room_ids = ["!" + f"\u200b{n}".ljust(252, "a") for n in range(3)]
+    for event_id, room_id in zip(long, room_ids, strict=True):
+        sql = "UPDATE synapse_sticky_deferred SET room_id = ? WHERE event_id = ?"
+        world.execute(sql, room_id, event_id)
+    for order_by in ("deferred", "name"):
+        rooms = asked.pages("rooms", "rooms", limit=1, order_by=order_by)
+        assert {*room_ids} <= {room["room_id"] for room in rooms}
+
+
 @pytest.mark.requirement("E3")
 def test_the_overview_counts_all(asked: Asked, world: World) -> None:
     answer = asked.overview()

@@ -1,5 +1,6 @@
 """``actions``: what administrators order for a time, and what they ordered before (E3)."""
 
+import re
 import secrets
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +24,12 @@ later does not."""
 _SHORTEST_MS, _USUAL_MS, _LONGEST_MS = 60_000, 3_600_000, 7 * 24 * 3_600_000
 _LONGEST_REASON = 500  # characters
 _AT_ONCE = ("release", "discard")
+# Nothing is of what has another form: nobody would notice that the order does nothing.
+_FORMS = {
+    "server": ("the name of a server", re.compile(r"[^@!#$/ ]+\Z")),
+    "room_id": ("a room ID, which begins with !", re.compile("!.")),
+    "sender": ("a user ID, as @user:server", re.compile("@[^:]*:.")),
+}
 _FIELDS = ("kind", "server", "room_id", "sender", "for_ms", "reason")
 
 
@@ -104,11 +111,7 @@ class Actions:
         if unknown := sorted({*body} - {*_FIELDS}):
             raise wrong(f"{unknown[0]!r} is no field; there are: {', '.join(_FIELDS)}")
         kind = body.get("kind")
-        given = {
-            name: identifier(name, body[name])
-            for name in ("server", "room_id", "sender")
-            if body.get(name) is not None
-        }
+        given = {name: _of_form(name, body[name]) for name in _FORMS if body.get(name) is not None}
         if kind == "hold":
             self._check_hold(given)
         elif kind == "exempt":
@@ -140,6 +143,14 @@ class Actions:
         if self._config.applied().mode is Mode.OFF:
             mode = self._config.mode.value
             raise wrong(f"Nothing can be held, as federation.mode is {mode!r}")
+
+
+def _of_form(name: str, value: object) -> str:
+    text = identifier(name, value)
+    what, form = _FORMS[name]
+    if form.match(text) is None:
+        raise wrong(f"{name!r} must be {what}")
+    return text
 
 
 def _for_ms(kind: str, value: object) -> int:

@@ -166,6 +166,29 @@ def test_what_cannot_be_read_any_more_is_over_in_time(table: Table) -> None:
 
 
 @pytest.mark.requirement("E3")
+@pytest.mark.parametrize(
+    "of",
+    [
+        {"server": "@eve:there"},
+        {"server": "https://there"},
+        {"server": "there "},
+        {"room_id": "#alias:there"},
+        {"room_id": "!"},
+        {"sender": "eve"},
+        {"sender": "@eve"},
+        {"sender": "@eve:"},
+    ],
+)
+def test_an_order_of_nobody_is_refused(table: Table, of: dict[str, str]) -> None:
+    actions = Actions(table.process, table.it, parse({}).federation, lambda: None)
+    request = Request("POST", ["actions"], {}, {"kind": "discard", **of}, ADMIN)
+    with pytest.raises(SynapseError) as raised:
+        table.world.drive(actions.post(request))
+    assert raised.value.code == 400
+    assert table.all() == []
+
+
+@pytest.mark.requirement("E3")
 def test_orders_are_taken_and_listed(table: Table, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     changes: list[None] = []

@@ -155,6 +155,17 @@ def test_one_that_is_under_way_as_a_hold_ends_is_not_forgotten(when: str) -> Non
     assert len(here.entered) == 3
 
 
+@pytest.mark.requirement("E3", "H3")
+def test_what_waits_after_a_hold_is_not_counted_to_its_end() -> None:
+    here, orders = HereWithTurns(), Orders()
+    handler = deferral(here, orders, FREE)
+    orders.set(held_servers=["there"])
+    here.persist(handler, range(5))
+    it: Any = here
+    txn: Any = Transaction(here.database.cursor())
+    assert [DeferredTable(it).count_txn(txn, "there", most) for most in (2, 9)] == [2, 5]
+
+
 @pytest.mark.requirement("E3")
 def test_held_events_expire() -> None:
     here, orders = HereWithTurns(), Orders()

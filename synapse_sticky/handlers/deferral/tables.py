@@ -84,11 +84,13 @@ class DeferredTable:
             ],
         )
 
-    def count_txn(self, txn: Cursor, server: str) -> int:
-        """How many unexpired events of this server's users are deferred."""
+    def count_txn(self, txn: Cursor, server: str, at_most: int) -> int:
+        """How many unexpired events of this server's users are deferred; no more are counted than
+        ``at_most``, as after a hold there may be any number."""
         txn.execute(
-            "SELECT COUNT(*) FROM synapse_sticky_deferred WHERE server = ? AND expires_at_ms > ?",
-            (server, self._homeserver.now_ms()),
+            "SELECT COUNT(*) FROM (SELECT 1 FROM synapse_sticky_deferred"
+            " WHERE server = ? AND expires_at_ms > ? LIMIT ?) AS few",
+            (server, self._homeserver.now_ms(), at_most),
         )
         row = txn.fetchone()
         return int(row[0]) if row else 0

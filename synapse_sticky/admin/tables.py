@@ -46,7 +46,7 @@ class ActionTable:
 
     duty = "admin"
     layout = 1
-    contents = "what administrators have ordered for a time"
+    contents = ""  # no version before had it
     waiting: Waiting = None  # without the module, nothing is held and nobody is exempt
     migrations: Migrations = (
         (

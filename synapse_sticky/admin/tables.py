@@ -172,6 +172,16 @@ class ActionTable:
         row = txn.fetchone()
         return row[0] if row else None
 
+    def spared_txn(self, txn: Cursor) -> set[str]:
+        """The servers that are held or exempt: however many of their events wait, their
+        transactions are not refused for that."""
+        txn.execute(
+            f"SELECT server FROM synapse_sticky_actions WHERE {_IN_FORCE}"
+            " AND kind IN ('hold', 'exempt') AND server IS NOT NULL",
+            (self._homeserver.now_ms(),),
+        )
+        return {server for (server,) in txn.fetchall()}
+
     def discarded_txn(
         self, txn: Cursor, room_id: str, sender: str, since_ms: int
     ) -> tuple[str, int] | None:

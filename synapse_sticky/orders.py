@@ -18,6 +18,7 @@ class Release:
     must be so.
 
     is_discard: whether it is to be dropped instead: it stays in the timeline, and is never sticky.
+    made_ms: what was deferred later, in ms since the epoch, is not meant; None if all is.
     """
 
     id: str
@@ -25,6 +26,7 @@ class Release:
     room_id: str | None
     sender: str | None
     is_discard: bool = False
+    made_ms: int | None = None
 
 
 class Orders:

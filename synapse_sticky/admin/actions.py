@@ -1,5 +1,6 @@
 """``actions``: what administrators order for a time, and what they ordered before (E3)."""
 
+import re
 import secrets
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +24,12 @@ later does not."""
 _SHORTEST_MS, _USUAL_MS, _LONGEST_MS = 60_000, 3_600_000, 7 * 24 * 3_600_000
 _LONGEST_REASON = 500  # characters
 _AT_ONCE = ("release", "discard")
+# Nothing is of what has another form: nobody would notice that the order does nothing.
+_FORMS = {
+    "server": ("the name of a server", re.compile(r"[^@!#$/ ]+\Z")),
+    "room_id": ("a room ID, which begins with !", re.compile("!.")),
+    "sender": ("a user ID, as @user:server", re.compile("@[^:]*:.")),
+}
 _FIELDS = ("kind", "server", "room_id", "sender", "for_ms", "reason")
 
 
@@ -56,7 +63,7 @@ class Actions:
         """All of them, those made last in front. Raises ``SynapseError`` (400)."""
         request.only("from", "limit")
         limit, before = request.limit(), None
-        if (token := request.text("from")) is not None:
+        if (token := request.token()) is not None:
             made, _, action_id = token.partition("~")
             if not action_id or not (made.isascii() and made.isdecimal() and len(made) <= 15):
                 raise wrong("'from' must be the 'next' of an answer")
@@ -85,10 +92,12 @@ class Actions:
         request.only()
         action_id = identifier("action_id", request.path[1])
         await self._make_table()
-        action = await self._table.end(action_id, request.admin)
-        if action is None:
+        ended = await self._table.end(action_id, request.admin)
+        if ended is None:
             raise not_found("There is no such action")
-        self._tell("%s has ended %s until %d (%s): %r", action, request.admin)
+        action, was_in_force = ended
+        if was_in_force:
+            self._tell("%s has ended %s until %d (%s): %r", action, request.admin)
         return _shown(action, self._homeserver.now_ms())
 
     def _tell(self, text: str, action: Action, admin: str) -> None:
@@ -102,11 +111,7 @@ class Actions:
         if unknown := sorted({*body} - {*_FIELDS}):
             raise wrong(f"{unknown[0]!r} is no field; there are: {', '.join(_FIELDS)}")
         kind = body.get("kind")
-        given = {
-            name: identifier(name, body[name])
-            for name in ("server", "room_id", "sender")
-            if body.get(name) is not None
-        }
+        given = {name: _of_form(name, body[name]) for name in _FORMS if body.get(name) is not None}
         if kind == "hold":
             self._check_hold(given)
         elif kind == "exempt":
@@ -138,6 +143,14 @@ class Actions:
         if self._config.applied().mode is Mode.OFF:
             mode = self._config.mode.value
             raise wrong(f"Nothing can be held, as federation.mode is {mode!r}")
+
+
+def _of_form(name: str, value: object) -> str:
+    text = identifier(name, value)
+    what, form = _FORMS[name]
+    if form.match(text) is None:
+        raise wrong(f"{name!r} must be {what}")
+    return text
 
 
 def _for_ms(kind: str, value: object) -> int:

@@ -56,7 +56,8 @@ class Absence:
     is_joined: whether this server is in it.
     is_allowed: whether the room's ACL allows the sender's server.
     has_member: whether that server is in the room.
-    deferred_count: how many events of that server are deferred; None if that cannot be told.
+    deferred_count: how many events of that server are deferred; None if that cannot be told, or
+        if its transactions are not refused for that.
     """
 
     room_id: str | None
@@ -73,12 +74,18 @@ class Asking:
     """Asks the database, and Synapse for the members and the ACL of a room."""
 
     def __init__(
-        self, homeserver: Homeserver, rooms: "Rooms", events: Events, tables: Tables
+        self,
+        homeserver: Homeserver,
+        rooms: "Rooms",
+        events: Events,
+        tables: Tables,
+        refuses: Callable[[str], bool],
     ) -> None:
         self._homeserver = homeserver
         self._rooms = rooms
         self._events = events
         self._tables = tables
+        self._refuses = refuses
 
     async def facts(self, event_id: str, after: str, limit: int) -> Facts:
         """What is known of the event.
@@ -164,7 +171,9 @@ class Asking:
         """What is known of an event that is not here."""
 
         def read_txn(txn: Cursor) -> Absence:
-            can_count = server is not None and self._tables.deferred.duty not in facts.unread
+            can_count = self._tables.deferred.duty not in facts.unread and (
+                server is not None and self._may_refuse_txn(txn, server)
+            )
             return Absence(
                 room_id,
                 server,
@@ -191,3 +200,9 @@ class Asking:
             is_allowed=allows(is_allowed, server),
             has_member=await self._rooms.has_member_of(room_id, server),
         )
+
+    def _may_refuse_txn(self, txn: Cursor, server: str) -> bool:
+        holds = self._tables.holds
+        versions = versions_txn(txn, is_postgres=self._homeserver.is_postgres)
+        is_known = versions.get(holds.duty, 0) >= holds.layout
+        return self._refuses(server) and not (is_known and server in holds.spared_txn(txn))

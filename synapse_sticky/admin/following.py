@@ -23,6 +23,7 @@ class Following:
         self._homeserver = homeserver
         self._table = table
         self._orders = orders
+        self._actions: list[Action] = []
         self._is_made = False
         self._was_read = False
         self._first_read = homeserver.new_signal()
@@ -56,6 +57,10 @@ class Following:
     async def _read(self) -> None:
         try:
             await self._read_once()
+        except Exception:
+            # What was read before goes on, but for no longer than was ordered.
+            self._set_orders()
+            raise
         finally:
             # Nobody waits for the next attempt.
             self._first_read.fire()
@@ -64,17 +69,22 @@ class Following:
         if not self._is_made:
             await migrate(self._homeserver, self._table)
             self._is_made = True
-        actions = await self._table.in_force()
+        self._actions = await self._table.in_force()
+        self._set_orders()
+        self._was_read = True
+        self._alarm.ring_in(EVERY_MS)
+
+    def _set_orders(self) -> None:
+        now_ms = self._homeserver.now_ms()
+        actions = [action for action in self._actions if now_ms < action.until_ms]
         self._orders.set(
             exempt_servers={a.server for a in actions if a.kind == "exempt" and a.server},
             exempt_users={a.sender for a in actions if a.kind == "exempt" and a.sender},
             held_servers={a.server for a in actions if a.kind == "hold" and a.server},
             releases=[_release(a) for a in actions if a.kind in ("release", "discard")],
         )
-        self._was_read = True
-        self._alarm.ring_in(EVERY_MS)
 
 
 def _release(action: Action) -> Release:
     of_what = (action.server, action.room_id, action.sender)
-    return Release(action.action_id, *of_what, is_discard=action.kind == "discard")
+    return Release(action.action_id, *of_what, action.kind == "discard", action.made_ms)

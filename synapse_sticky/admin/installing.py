@@ -71,11 +71,16 @@ def make_api(
 
     tables = Tables(deferred, parked, newcomers, orders)
     max_deferred = config.federation.max_deferred_per_server
+    is_on, exempts = config.is_on("receipt"), config.federation.exempts()
+
+    def refuses(server: str) -> bool:
+        return is_on and not exempts(server)
+
     events, synapses = SynapseEvents(homeserver), SynapseRooms(homeserver)
-    why = Why(Asking(homeserver, rooms, events, tables), max_deferred)
+    why = Why(Asking(homeserver, rooms, events, tables, refuses), max_deferred)
     of_duties = (deferred, parked, newcomers)
     overview = Overview(homeserver, config.federation, synapses, *of_duties, orders)
-    lists = Lists(homeserver, synapses, events, *of_duties, max_deferred)
+    lists = Lists(homeserver, synapses, events, *of_duties, orders, max_deferred, refuses)
     room = RoomEvents(homeserver, events, synapses, deferred, parked)
     return Api(
         [

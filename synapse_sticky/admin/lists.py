@@ -1,9 +1,9 @@
 """``GET rooms`` and ``GET servers``: where something is sticky or waits, and of whom (E3)."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol
 
-from synapse_sticky.admin.facts import Reachability, Table
+from synapse_sticky.admin.facts import Holds, Reachability, Table
 from synapse_sticky.admin.requests import Request
 from synapse_sticky.admin.tallies import Page, Source, tally_txn
 from synapse_sticky.homeserver import Cursor, Homeserver
@@ -50,6 +50,7 @@ class Lists:
 
     Args:
         max_deferred: how many events of one server may wait (``max_deferred_per_server``).
+        refuses: whether the configuration has a server's transactions refused if more wait.
     """
 
     def __init__(
@@ -60,7 +61,9 @@ class Lists:
         deferred: OfBoth,
         parked: OfBoth,
         newcomers: OfServers,
+        holds: Holds,
         max_deferred: int,
+        refuses: Callable[[str], bool],
     ) -> None:
         self._homeserver = homeserver
         self._synapses = synapses
@@ -68,7 +71,9 @@ class Lists:
         self._deferred = deferred
         self._parked = parked
         self._newcomers = newcomers
+        self._holds = holds
         self._max_deferred = max_deferred
+        self._refuses = refuses
 
     async def rooms(self, request: Request) -> dict[str, Any]:
         """The rooms in which something is sticky or waits. Raises ``SynapseError`` (400)."""
@@ -111,10 +116,14 @@ class Lists:
             found, after = tally_txn(txn, sources, page)
             names = [server["name"] for server in found]
             reachable = self._servers.reachability_txn(txn, names)
+            versions = versions_txn(txn, is_postgres=self._homeserver.is_postgres)
+            is_known = versions.get(self._holds.duty, 0) >= self._holds.layout
+            spared = self._holds.spared_txn(txn) if is_known else ()
             for server in found:
                 server["server"] = name = server.pop("name")
                 known = reachable.get(name, Reachability())
-                server["is_refused"] = server["deferred"] >= self._max_deferred
+                is_full = server["deferred"] >= self._max_deferred
+                server["is_refused"] = is_full and self._refuses(name) and name not in spared
                 server["failing_since_ms"] = known.failing_since_ms
                 server["next_try_ms"] = known.next_try_ms
             return _answer(now_ms, "servers", found, after)

@@ -9,6 +9,8 @@ from synapse.module_api.errors import Codes, SynapseError
 LONGEST_ID = 255
 """So long are the IDs of events, rooms and users, in bytes, and the names of servers, at most."""
 
+_LONGEST_TOKEN = LONGEST_ID + 32  # characters
+
 MOST_A_PAGE = 500
 _USUAL_PAGE = 100
 
@@ -55,6 +57,19 @@ class Request:
         if len(values) > 1:
             raise wrong(f"{name!r} is there more than once")
         return identifier(name, values[0])
+
+    def token(self) -> str | None:
+        """The parameter ``from``: the ``next`` of an answer; None if it is not there.
+
+        It has an ID in it, and more. Of what strangers may choose nothing keeps it from going on.
+        """
+        values = self.query.get("from", ())
+        if not values:
+            return None
+        token = values[0]
+        if len(values) > 1 or not 0 < len(token) <= _LONGEST_TOKEN or "\0" in token:
+            raise wrong("'from' must be the 'next' of an answer")
+        return token
 
     def integer(self, name: str, default: int, at_least: int, at_most: int) -> int:
         """The parameter, a whole number within bounds."""

@@ -156,7 +156,7 @@ def _parked(event_id: str, sender: str | None, kind: str | None, pdu: Parked) ->
 
 def _place_of(request: Request) -> tuple[str, str]:
     """The kind to begin with, and after which of it."""
-    token = request.text("from")
+    token = request.token()
     if token is None:
         return _KINDS[0], ""
     kind, tilde, after = token.partition("~")

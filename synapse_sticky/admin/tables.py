@@ -46,7 +46,7 @@ class ActionTable:
 
     duty = "admin"
     layout = 1
-    contents = "what administrators have ordered for a time"
+    contents = ""  # no version before had it
     waiting: Waiting = None  # without the module, nothing is held and nobody is exempt
     migrations: Migrations = (
         (
@@ -120,12 +120,17 @@ class ActionTable:
 
         return await self._homeserver.transact("add_action", write_txn)
 
-    async def end(self, action_id: str, admin: str) -> Action | None:
-        """Ends an action, if it is in force. Gives it as it is then; None if there is none of this
-        ID."""
+    async def end(self, action_id: str, admin: str) -> tuple[Action, bool] | None:
+        """Ends an action, if it is in force. Gives it as it is then, and whether it was; None if
+        there is none of this ID."""
 
-        def write_txn(txn: Cursor) -> Action | None:
+        def write_txn(txn: Cursor) -> tuple[Action, bool] | None:
             now_ms = self._homeserver.now_ms()
+            txn.execute(
+                f"SELECT 1 FROM synapse_sticky_actions WHERE action_id = ? AND {_IN_FORCE}",
+                (action_id, now_ms),
+            )
+            was_in_force = txn.fetchone() is not None
             txn.execute(
                 "UPDATE synapse_sticky_actions SET ended_by = ?, ended_ms = ?"
                 f" WHERE action_id = ? AND {_IN_FORCE}",
@@ -135,7 +140,7 @@ class ActionTable:
                 f"SELECT {_COLUMNS} FROM synapse_sticky_actions WHERE action_id = ?", (action_id,)
             )
             row = txn.fetchone()
-            return None if row is None else Action(*row)
+            return None if row is None else (Action(*row), was_in_force)
 
         return await self._homeserver.transact("end_action", write_txn)
 
@@ -166,6 +171,16 @@ class ActionTable:
         )
         row = txn.fetchone()
         return row[0] if row else None
+
+    def spared_txn(self, txn: Cursor) -> set[str]:
+        """The servers that are held or exempt: however many of their events wait, their
+        transactions are not refused for that."""
+        txn.execute(
+            f"SELECT server FROM synapse_sticky_actions WHERE {_IN_FORCE}"
+            " AND kind IN ('hold', 'exempt') AND server IS NOT NULL",
+            (self._homeserver.now_ms(),),
+        )
+        return {server for (server,) in txn.fetchall()}
 
     def discarded_txn(
         self, txn: Cursor, room_id: str, sender: str, since_ms: int

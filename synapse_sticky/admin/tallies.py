@@ -37,7 +37,7 @@ class Page:
         order_by = request.choice("order_by", [*counted, "name"], counted[0])
         direction = request.choice("dir", ["f", "b"], "f" if order_by == "name" else "b")
         after = None
-        if (token := request.text("from")) is not None:
+        if (token := request.token()) is not None:
             number, tilde, name = token.partition("~")
             if not tilde or not (number.isascii() and number.isdecimal() and len(number) <= 9):
                 raise wrong("'from' must be the 'next' of an answer")

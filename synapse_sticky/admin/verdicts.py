@@ -19,7 +19,9 @@ def verdict(facts: Facts) -> Verdict:
         _of_content(event)
         or _of_limits(facts)
         or _of_time(facts, event)
+        or _of_stream(facts, event)
         or _of_receivers(facts, event)
+        or _of_page(facts)
         or Verdict(
             "delivered",
             "It is delivered to the joined users of this server.",
@@ -116,6 +118,16 @@ def _of_time(facts: Facts, event: PersistedEvent) -> Verdict | None:
     return Verdict("expired", text, "Its sender has to send another one.")
 
 
+def _of_stream(facts: Facts, event: PersistedEvent) -> Verdict | None:
+    if event.stream_id is not None:
+        return None
+    why = "Why is not recorded."
+    if "deferral" in facts.unread:
+        why = "The table of deferred events is not there."
+    text = f"It is not in the stream of sticky events, so nobody gets it as sticky. {why}"
+    return Verdict("not_recorded", text, "See this server's log for the event ID and its room.")
+
+
 def _of_receivers(facts: Facts, event: PersistedEvent) -> Verdict | None:
     if event.server != facts.own_server or not (lack := lacking(facts)):
         return None
@@ -131,6 +143,14 @@ def _of_receivers(facts: Facts, event: PersistedEvent) -> Verdict | None:
     if "waiting" in states:
         return Verdict("being_pushed", text, "Wait: it is being pushed.")
     return Verdict("denied_by_acl", text, "The room's ACL denies them. Ask its moderators.")
+
+
+def _of_page(facts: Facts) -> Verdict | None:
+    if len(facts.receivers) == facts.receivers_count:
+        return None
+    seen = f"{len(facts.receivers)} of {facts.receivers_count} other servers"
+    text = f"This server's users get it. Of {seen}, those of this page, none is known to lack it."
+    return Verdict("delivered", text, "Ask for the other pages of receivers as well.")
 
 
 def reasons(absence: Absence, facts: Facts, max_deferred: int) -> Iterator[Verdict]:

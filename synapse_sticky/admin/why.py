@@ -30,7 +30,7 @@ class Why:
         if not event_id.startswith("$"):
             raise wrong("'event_id' must begin with '$'")
         room_id, server = request.text("room_id"), _server_of(request)
-        after, limit = request.text("from") or "", request.limit()
+        after, limit = request.token() or "", request.limit()
         facts = await self._asking.facts(event_id, after, limit)
         if not facts.is_here:
             return await self._not_here(facts, room_id, server)

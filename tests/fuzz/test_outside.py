@@ -118,7 +118,7 @@ class _Deferred:
     duty = "deferral"
     migrations = ()
 
-    def count_txn(self, txn: None, server: str) -> int:
+    def count_txn(self, txn: None, server: str, at_most: int) -> int:
         return 0
 
 

@@ -55,6 +55,8 @@ def states(of: Facts) -> dict[str, str]:
         (facts(), "delivered"),
         (facts(deferred=DEFERRED), "deferred"),
         (facts(attr.evolve(EVENT, stream_id=None), deferred=DEFERRED), "deferred"),
+        (facts(attr.evolve(EVENT, stream_id=None)), "not_recorded"),
+        (facts(attr.evolve(EVENT, stream_id=None), unread=["deferral"]), "not_recorded"),
         (facts(deferred=DEFERRED, held_until_ms=NOW_MS + 1), "held"),
         (facts(attr.evolve(EVENT, stream_id=None), discarded=("@admin:here", 5)), "discarded"),
         (
@@ -143,6 +145,15 @@ def test_how_far_a_receiver_is(receiver: dict[str, Any], state: str, code: str) 
     known = facts(OWN, receivers=[one], receivers_count=1)
     assert [found for _, found in shown(known)] == [state]
     assert verdict(known).code == code
+
+
+@pytest.mark.requirement("E3", "P7")
+def test_a_page_of_receivers_does_not_stand_for_all() -> None:
+    one = Receiver("there", True, Reachability(acknowledged_up_to=50))
+    known = facts(OWN, receivers=[one], receivers_count=2)
+    assert "Of 1 of 2 other servers" in verdict(known).text
+    assert "pages" in verdict(known).to_do
+    assert "pages" not in verdict(attr.evolve(known, receivers_count=1)).to_do
 
 
 @pytest.mark.requirement("E3")

@@ -36,6 +36,11 @@ class Table:
         added: bool = self.world.drive(self.it.add(action))
         return added
 
+    def pass_s(self, seconds: int) -> None:
+        for _ in range(seconds):
+            self.world.reactor.advance(1)
+            self.world.take_turns()
+
     def in_force(self) -> list[str]:
         return [action.action_id for action in self.world.drive(self.it.in_force())]
 
@@ -58,10 +63,12 @@ def test_an_action_is_in_force_until_it_is_over_or_ended(table: Table) -> None:
     assert table.add("b", server="there", made_ms=now_ms - 1, until_ms=now_ms)
     assert table.add("c", server="other", made_ms=now_ms)
     assert table.in_force() == ["a", "c"]
-    ended = table.world.drive(table.it.end("a", "@other:here"))
+    ended, was_in_force = table.world.drive(table.it.end("a", "@other:here"))
+    assert was_in_force
     assert (ended.ended_by, ended.ended_ms) == ("@other:here", table.process.now_ms())
-    assert table.world.drive(table.it.end("a", ADMIN)) == ended
-    assert table.world.drive(table.it.end("b", ADMIN)).ended_by is None
+    assert table.world.drive(table.it.end("a", ADMIN)) == (ended, False)
+    over, was_in_force = table.world.drive(table.it.end("b", ADMIN))
+    assert (over.ended_by, was_in_force) == (None, False)
     assert table.world.drive(table.it.end("x", ADMIN)) is None
     assert table.in_force() == ["c"]
     # Those that are over are shown, those made last in front.
@@ -139,9 +146,46 @@ def test_a_process_learns_of_all_orders(table: Table) -> None:
     assert orders.exempt_servers == {"free"}
     assert orders.exempt_users == {"@free:there"}
     assert orders.releases == (
-        Release("d", "there", None, None),
-        Release("e", None, "!room", None, is_discard=True),
+        Release("d", "there", None, None, made_ms=1),
+        Release("e", None, "!room", None, is_discard=True, made_ms=2),
     )
+
+
+@pytest.mark.requirement("E3")
+def test_what_cannot_be_read_any_more_is_over_in_time(table: Table) -> None:
+    now_ms = table.process.now_ms()
+    table.add("a", "hold", server="short", until_ms=now_ms + 60_000)
+    table.add("b", "hold", server="long")
+    orders = Orders()
+    table.world.drive(Following(table.process, table.it, orders).begin())
+    table.process.failing = "read_actions"
+    table.pass_s(10)
+    assert orders.held_servers == {"short", "long"}
+    table.pass_s(130)
+    assert orders.held_servers == {"long"}
+
+
+@pytest.mark.requirement("E3")
+@pytest.mark.parametrize(
+    "of",
+    [
+        {"server": "@eve:there"},
+        {"server": "https://there"},
+        {"server": "there "},
+        {"room_id": "#alias:there"},
+        {"room_id": "!"},
+        {"sender": "eve"},
+        {"sender": "@eve"},
+        {"sender": "@eve:"},
+    ],
+)
+def test_an_order_of_nobody_is_refused(table: Table, of: dict[str, str]) -> None:
+    actions = Actions(table.process, table.it, parse({}).federation, lambda: None)
+    request = Request("POST", ["actions"], {}, {"kind": "discard", **of}, ADMIN)
+    with pytest.raises(SynapseError) as raised:
+        table.world.drive(actions.post(request))
+    assert raised.value.code == 400
+    assert table.all() == []
 
 
 @pytest.mark.requirement("E3")
@@ -169,6 +213,10 @@ def test_orders_are_taken_and_listed(table: Table, caplog: pytest.LogCaptureFixt
     action_id = made[0]["action_id"]
     ended = table.world.drive(actions.delete(request("DELETE", "actions", action_id)))
     assert (ended["in_force"], ended["ended_by"]) == (False, ADMIN)
+    # Whoever comes later has ended nothing.
+    late = attr.evolve(request("DELETE", "actions", action_id), admin="@late:here")
+    assert table.world.drive(actions.delete(late)) == ended
+    assert "@late:here" not in caplog.text
     assert len(changes) == 3
     assert f"{ADMIN} has ordered hold of there until" in caplog.text
     assert "'a flood'" in caplog.text

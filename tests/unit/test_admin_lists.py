@@ -9,7 +9,7 @@ from synapse_sticky.admin.actions import Actions
 from synapse_sticky.admin.api import Api
 from synapse_sticky.admin.installing import make_api
 from synapse_sticky.admin.requests import Request
-from synapse_sticky.admin.tables import ActionTable
+from synapse_sticky.admin.tables import Action, ActionTable
 from synapse_sticky.config import parse
 from synapse_sticky.handlers.deferral.reading import DeferredReader
 from synapse_sticky.handlers.deferral.tables import DeferredTable
@@ -41,7 +41,12 @@ class Asked:
             world.execute(f"DELETE FROM {name}")
         orders = ActionTable(process)
         self._api: Api = make_api(
-            *(process, parse({}), Rooms(process), DeferredReader(process, config)),
+            *(
+                process,
+                parse({"federation": {"max_deferred_per_server": 60}}),
+                Rooms(process),
+                DeferredReader(process, config),
+            ),
             *(ParkedReader(), NewcomerReader(process)),
             *(Actions(process, orders, config, lambda: None), orders),
         )
@@ -53,16 +58,7 @@ class Asked:
             # The last of all has expired.
             self._active(n, -1 if n == 59 else HOUR_MS)
         for n in self.kinds["deferred"]:
-            self._insert(
-                "synapse_sticky_deferred",
-                event_id=f"$d{n:03}",
-                room_id=self.room(n),
-                sender=f"@a:{self.server(n)}",
-                server=self.server(n),
-                expires_at_ms=self._now_ms + HOUR_MS,
-                event_stream_ordering=n,
-                past_limit="per_room",
-            )
+            self.defer(n, self.server(n))
         for n in self.kinds["parked"]:
             self._insert(
                 "synapse_sticky_incomplete",
@@ -77,6 +73,18 @@ class Asked:
                 due_ms=1,
             )
         self.kinds["active"] = range(59)
+
+    def defer(self, number: int, server: str) -> None:
+        self._insert(
+            "synapse_sticky_deferred",
+            event_id=f"$d{number:03}",
+            room_id=self.room(number),
+            sender=f"@a:{server}",
+            server=server,
+            expires_at_ms=self._now_ms + HOUR_MS,
+            event_stream_ordering=number,
+            past_limit="per_room",
+        )
 
     @staticmethod
     def room(number: int) -> str:
@@ -103,9 +111,12 @@ class Asked:
         sql = f"INSERT INTO {table} ({', '.join(row)}) VALUES ({marks})"
         self._world.execute(sql, *row.values())
 
-    def overview(self) -> Any:
-        request = Request("GET", ["overview"], {}, {}, "@admin:here")
+    def answer(self, request: Request) -> Any:
         _, answer = self._world.drive(self._api.answer(request))
+        return answer
+
+    def overview(self) -> Any:
+        answer = self.answer(Request("GET", ["overview"], {}, {}, "@admin:here"))
         check("overview", answer)
         return answer
 
@@ -167,6 +178,47 @@ def test_events_of_a_room(asked: Asked, limit: int) -> None:
         assert states.items() <= {"a": "active", "d": "deferred", "p": "parked"}.items()
         # What a PDU says of itself may be anything.
         assert {event["type"] for event in found} <= {None}
+
+
+@pytest.mark.requirement("E3", "H3")
+def test_ids_that_strangers_have_chosen_do_not_end_a_list(asked: Asked, world: World) -> None:
+    """As long as an ID may be, and with characters that nobody sees."""
+    long = ["$" + f"\u200b{n}".ljust(252, "a") for n in range(3)]
+    for n, event_id in enumerate(long):
+        sql = "UPDATE synapse_sticky_deferred SET event_id = ?, room_id = '!0' WHERE event_id = ?"
+        world.execute(sql, event_id, f"$d{n:03}")
+    found = asked.pages("rooms/!0/events", "events", limit=1)
+    assert {*long} <= {event["event_id"] for event in found}
+    room_ids = ["!" + f"\u200b{n}".ljust(252, "a") for n in range(3)]
+    for event_id, room_id in zip(long, room_ids, strict=True):
+        sql = "UPDATE synapse_sticky_deferred SET room_id = ? WHERE event_id = ?"
+        world.execute(sql, room_id, event_id)
+    for order_by in ("deferred", "name"):
+        rooms = asked.pages("rooms", "rooms", limit=1, order_by=order_by)
+        assert {*room_ids} <= {room["room_id"] for room in rooms}
+
+
+@pytest.mark.requirement("E3", "L7")
+def test_a_held_server_is_not_refused(asked: Asked, world: World, process: ThisProcess) -> None:
+    full = asked.server(1)
+    for number in range(60):
+        asked.defer(number + 100, full)
+
+    def refused() -> set[str]:
+        return {s["server"] for s in asked.pages("servers", "servers") if s["is_refused"]}
+
+    def reasons() -> set[str]:
+        query = {"server": [full]}
+        request = Request("GET", ["events", "$gone"], query, {}, "@admin:here")
+        return {reason["code"] for reason in asked.answer(request)["reasons"]}
+
+    assert refused() == {full}
+    assert "refused" in reasons()
+    now_ms = process.now_ms()
+    action = Action("a", "hold", full, None, None, "", "@admin:here", now_ms, now_ms + HOUR_MS)
+    world.drive(ActionTable(process).add(action))
+    assert refused() == set()
+    assert "refused" not in reasons()
 
 
 @pytest.mark.requirement("E3")

@@ -165,6 +165,17 @@ ACTION: dict[str, Any] = {
 }
 
 
+def test_an_id_can_be_copied_from_a_narrow_terminal(
+    api: Api, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    api.answers(200, {"now_ms": NOW_MS, "actions": [{**ACTION, "action_id": "abcdefgh12345678"}]})
+    assert main(["actions"]) == 0
+    said = capsys.readouterr().out
+    assert "abcdefgh12345678" in said
+    assert "…" not in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "body"),
     [

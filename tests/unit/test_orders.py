@@ -4,14 +4,15 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from prometheus_client import REGISTRY
 
 from synapse_sticky.config import FederationConfig, LimitConfig, Mode
-from synapse_sticky.handlers.deferral.handler import DeferralHandler
+from synapse_sticky.handlers.deferral.handler import DeferralHandler, NewStickyEvent
 from synapse_sticky.handlers.deferral.tables import DeferredTable
 from synapse_sticky.limits import LimitReport
 from synapse_sticky.metrics import LimitMetrics
 from synapse_sticky.orders import Orders, Release
-from tests.unit.test_limits import Here, done, table
+from tests.unit.test_limits import NOW_MS, Here, Transaction, done, table
 
 FREE, HOURLY = LimitConfig(1_000.0, 1_000), LimitConfig(0.001, 1)
 
@@ -21,8 +22,23 @@ class HereWithTurns(Here):
 
     before_insert: Callable[[], None] = staticmethod(lambda: None)
 
+    on_last_page: Callable[[], None] = staticmethod(lambda: None)
+
+    bad: str | None = None
+
     async def give_way(self) -> None:
         pass
+
+    async def still_sticky(self, event_ids: Any) -> set[str]:
+        if self.bad in event_ids:
+            raise ValueError("for the test")
+        return await super().still_sticky(event_ids)
+
+    async def transact(self, what: str, function: Any, *args: Any) -> Any:
+        found = await super().transact(what, function, *args)
+        if what == "deferred" and not found:
+            self.on_last_page()
+        return found
 
     def attempt_txn(self, txn: Any, change: Callable[[], None]) -> Exception | None:
         self.before_insert()
@@ -82,6 +98,23 @@ def test_what_waits_already_is_held_too_and_goes_on_then() -> None:
     assert here.persist(handler, range(6, 7)) == set()
 
 
+@pytest.mark.requirement("E3")
+def test_what_is_held_is_counted_once_however_often_it_is_tried() -> None:
+    here, orders = HereWithTurns(), Orders()
+    handler = deferral(here, orders, FREE)
+    orders.set(held_servers=["there"])
+    labels = {"server_name": "here", "limit": "hold"}
+    before = REGISTRY.get_sample_value("synapse_sticky_deferred_total", labels) or 0
+    txn: Any = Transaction(here.database.cursor())
+    events = [NewStickyEvent(f"${n}", "!room", "@eve:there", NOW_MS + 1_000, n) for n in range(3)]
+    for _ in range(2):
+        assert len(handler.defer_txn(txn, events)) == 3
+    for callback, args in txn.after:
+        callback(*args)
+    after = REGISTRY.get_sample_value("synapse_sticky_deferred_total", labels) or 0
+    assert after - before == 3
+
+
 @pytest.mark.requirement("E3", "E4")
 def test_what_is_held_is_held_after_a_restart() -> None:
     here, orders = HereWithTurns(), Orders()
@@ -95,6 +128,20 @@ def test_what_is_held_is_held_after_a_restart() -> None:
     assert len(held) == 5
 
 
+@pytest.mark.requirement("E3", "E4")
+def test_a_hold_that_ends_during_the_start_is_not_forgotten() -> None:
+    here, orders = HereWithTurns(), Orders()
+    orders.set(held_servers=["there"])
+    held = here.persist(deferral(here, orders, FREE), range(5))
+    restarted = Orders()
+    restarted.set(held_servers=["there"])
+    here.due, here.on_last_page = [], restarted.set
+    deferral(here, restarted, FREE)
+    for _ in range(3):
+        here.pass_ms(1_000)
+    assert set(here.entered) == held
+
+
 @pytest.mark.requirement("E3")
 @pytest.mark.parametrize("when", ["before_insert", "on_commit"])
 def test_one_that_is_under_way_as_a_hold_ends_is_not_forgotten(when: str) -> None:
@@ -106,6 +153,17 @@ def test_one_that_is_under_way_as_a_hold_ends_is_not_forgotten(when: str) -> Non
     for _ in range(3):
         here.pass_ms(1_000)
     assert len(here.entered) == 3
+
+
+@pytest.mark.requirement("E3", "H3")
+def test_what_waits_after_a_hold_is_not_counted_to_its_end() -> None:
+    here, orders = HereWithTurns(), Orders()
+    handler = deferral(here, orders, FREE)
+    orders.set(held_servers=["there"])
+    here.persist(handler, range(5))
+    it: Any = here
+    txn: Any = Transaction(here.database.cursor())
+    assert [DeferredTable(it).count_txn(txn, "there", most) for most in (2, 9)] == [2, 5]
 
 
 @pytest.mark.requirement("E3")
@@ -156,6 +214,28 @@ def test_what_waits_is_released_or_discarded_once(
     assert not later & {*here.entered}
 
 
+@pytest.mark.requirement("E3", "E4")
+@pytest.mark.parametrize("is_discard", [False, True])
+def test_an_order_is_about_what_waited_as_it_was_made(is_discard: bool) -> None:
+    """Whoever sees it later, or once more after a restart, leaves out what has come since."""
+    here, orders = HereWithTurns(), Orders()
+    handler = deferral(here, orders, HOURLY)
+    here.persist(handler, range(5))
+    # A row of version 0.1.0.
+    here.database.execute("UPDATE synapse_sticky_deferred SET deferred_ms = NULL WHERE rowid = 1")
+    made_ms = here.now_ms()
+    here.now += 1
+    later = here.persist(handler, range(5, 10))
+    order = Release("a", "there", None, None, is_discard, made_ms)
+    orders.set(releases=[order])
+    assert table(here) == later
+    here.due, restarted = [], Orders()
+    deferral(here, restarted, HOURLY)
+    restarted.set(releases=[order])
+    assert table(here) == later
+    assert len(later) == 5
+
+
 @pytest.mark.requirement("E3")
 def test_what_is_held_can_be_released() -> None:
     here, orders = HereWithTurns(), Orders()
@@ -177,6 +257,51 @@ def test_an_order_that_fails_is_done_later(caplog: pytest.LogCaptureFixture) -> 
     orders.set(releases=[order])
     assert table(here) == deferred
     assert "Could not do what was ordered, trying again in" in caplog.text
+    for _ in range(10):
+        here.pass_ms(10_000)
+    assert set(here.entered) == deferred
+
+
+@pytest.mark.requirement("E3", "E4")
+def test_the_end_of_a_hold_is_not_forgotten_if_the_database_fails_then() -> None:
+    here, orders = HereWithTurns(), Orders()
+    handler = deferral(here, orders, FREE)
+    orders.set(held_servers=["there"])
+    held = here.persist(handler, range(5))
+    here.fails, here.failures = "deferred", 1
+    orders.set()
+    assert here.failed == 1
+    for _ in range(3):
+        here.pass_ms(10_000)
+    assert set(here.entered) == held
+
+
+@pytest.mark.requirement("E3", "E4")
+@pytest.mark.parametrize("is_discard", [False, True])
+def test_what_an_order_could_not_do_before_it_was_over_has_its_turn(is_discard: bool) -> None:
+    here, orders = HereWithTurns(), Orders()
+    handler = deferral(here, orders, LimitConfig(1.0, 1))
+    deferred = here.persist(handler, range(5))
+    here.fails, here.failures = "drop_deferred" if is_discard else "release", 1
+    orders.set(releases=[Release("a", "there", None, None, is_discard)])
+    orders.set()
+    assert here.failed == 1
+    here.pass_ms(2_000)
+    here.persist(handler, range(5, 7))
+    for _ in range(10):
+        here.pass_ms(2_000)
+    assert deferred <= set(here.entered)
+
+
+@pytest.mark.requirement("E3", "H1")
+def test_one_that_cannot_be_released_does_not_hold_up_the_order() -> None:
+    here, orders = HereWithTurns(), Orders()
+    handler = deferral(here, orders, HOURLY)
+    deferred = here.persist(handler, range(5))
+    here.bad = "$3"
+    orders.set(releases=[Release("a", "there", None, None)])
+    assert set(here.entered) == deferred - {"$3"}
+    here.bad = None
     for _ in range(10):
         here.pass_ms(10_000)
     assert set(here.entered) == deferred

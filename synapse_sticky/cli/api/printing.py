@@ -15,12 +15,18 @@ def say(text: str) -> None:
 
 
 def show_rows(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Prints a table; an empty cell for each None."""
+    """Prints a table; an empty cell for each None. Nothing is cut off: IDs are copied from there.
+
+    Args:
+        titles: of the columns. The first has the ID, which is not broken if there is room.
+    """
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table(*titles)
+    columns = [Column(title, overflow="fold") for title in titles]
+    columns[0].no_wrap = True
+    table = Table(*columns)
     for row in rows:
         cells = ("" if cell is None else str(cell) for cell in row)
         table.add_row(*(escape(printable(cell)) for cell in cells))

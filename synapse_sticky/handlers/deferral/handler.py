@@ -111,8 +111,7 @@ class DeferralHandler:
         report: LimitReport,
         orders: Orders | None = None,
     ) -> None:
-        self._homeserver = homeserver
-        self._writer = writer
+        self._homeserver, self._writer = homeserver, writer
         self._table, self._stream = table, stream
         self._config, self._report = config, report
         # Without limits nothing is held, either.
@@ -125,7 +124,7 @@ class DeferralHandler:
             *(homeserver, orders, table, report),
             handles=writer.handles,
             remove=self._waiting.remove,
-            release=self._release_these,
+            release=self._release_apart,
             refill=self._fill,
         )
         self._releasing = Retrying(
@@ -137,7 +136,7 @@ class DeferralHandler:
             homeserver,
             "release_one",
             "Could not release the sticky event",
-            self._release_one,
+            lambda event_id: self._release_these([event_id]),
             _BACKOFF,
             _MAX_STRAGGLERS,
         )
@@ -169,9 +168,10 @@ class DeferralHandler:
             NewerLayoutError: a later version of the module made the table.
         """
         await migrate(self._homeserver, self._table)
+        held = self._orders.held_servers
         await self._read_all()
         self._is_loaded = True
-        self._ordered.begin()
+        self._ordered.begin(held)
         if count := len(self._waiting):
             logger.info("%d sticky events of an earlier run are still deferred", count)
         self._schedule()
@@ -280,9 +280,8 @@ class DeferralHandler:
     async def _release_some(self) -> None:
         if not self._taken:
             self._taken = self._waiting.take(RELEASE_BATCH)
-        stuck = await apart(self._taken, self._release_these)
+        await self._release_apart(self._taken)
         self._taken = []
-        self._stragglers.add(stuck)
 
     async def _release_these(self, event_ids: Sequence[str]) -> None:
         still_sticky = await self._writer.still_sticky(event_ids)
@@ -293,8 +292,8 @@ class DeferralHandler:
         self._taken = [event_id for event_id in self._taken if event_id not in done]
         self._writer.wake(rooms)
 
-    async def _release_one(self, event_id: str) -> None:
-        await self._release_these([event_id])
+    async def _release_apart(self, event_ids: Sequence[str]) -> None:
+        self._stragglers.add(await apart(event_ids, self._release_these))
 
     async def _drop_expired(self) -> None:
         if not self._expired:

@@ -30,7 +30,7 @@ class Ordered:
     Args:
         handles: tells whether this process persists a room's events.
         remove: takes events out of the queue.
-        release: releases events, and deletes their rows.
+        release: releases events, and deletes their rows; it sees to those that it cannot release.
         refill: puts all that is in the table into the queue, but what is held.
     """
 
@@ -62,9 +62,14 @@ class Ordered:
             homeserver, "order", "Could not do what was ordered", self._follow, _BACKOFF
         )
 
-    def begin(self) -> None:
-        """Follows the orders from now on. The queue is without what is held at this moment."""
-        self._held = self._orders.held_servers
+    def begin(self, held: Collection[str]) -> None:
+        """Follows the orders from now on.
+
+        Args:
+            held: the servers that were held as the queue was filled: it may be without their
+                events.
+        """
+        self._held = frozenset(held)
         self._orders.on_read(self._look)
         self._look()
 
@@ -80,8 +85,9 @@ class Ordered:
             await self._each(Release("", server, None, None), self._take_out)
             self._held |= {server}
         if self._held - held:
-            self._held &= held
             await self._refill()
+            # Only then: if that fails, it is done once more.
+            self._held &= held
         if held and self._homeserver.steady_ms() >= self._next_expiry_ms:
             for server in sorted(held):
                 await self._each(Release("", server, None, None), self._expire, is_expired=True)
@@ -96,17 +102,19 @@ class Ordered:
     async def _take_out(self, event_ids: Sequence[str]) -> None:
         self._remove(event_ids)
 
+    # Out of the queue once that is done: what fails has its turn there, should the order be over.
+
     async def _drop(self, event_ids: Sequence[str]) -> None:
-        self._remove(event_ids)
         await self._table.drop(event_ids)
+        self._remove(event_ids)
 
     async def _expire(self, event_ids: Sequence[str]) -> None:
         self._report.expired(event_ids, [HELD] * len(event_ids))
         await self._table.drop(event_ids)
 
     async def _release_now(self, event_ids: Sequence[str]) -> None:
-        self._remove(event_ids)
         await self._release(event_ids)
+        self._remove(event_ids)
 
     async def _each(
         self,

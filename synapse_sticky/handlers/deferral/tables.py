@@ -84,11 +84,13 @@ class DeferredTable:
             ],
         )
 
-    def count_txn(self, txn: Cursor, server: str) -> int:
-        """How many unexpired events of this server's users are deferred."""
+    def count_txn(self, txn: Cursor, server: str, at_most: int) -> int:
+        """How many unexpired events of this server's users are deferred; no more are counted than
+        ``at_most``, as after a hold there may be any number."""
         txn.execute(
-            "SELECT COUNT(*) FROM synapse_sticky_deferred WHERE server = ? AND expires_at_ms > ?",
-            (server, self._homeserver.now_ms()),
+            "SELECT COUNT(*) FROM (SELECT 1 FROM synapse_sticky_deferred"
+            " WHERE server = ? AND expires_at_ms > ? LIMIT ?) AS few",
+            (server, self._homeserver.now_ms(), at_most),
         )
         row = txn.fetchone()
         return int(row[0]) if row else 0
@@ -173,8 +175,14 @@ class DeferredTable:
         if of.sender is not None:
             # There is no index by sender.
             wanted["server"] = of.server or of.sender.partition(":")[2]
-        given = {column: value for column, value in wanted.items() if value is not None}
+        given: dict[str, str | int] = {
+            column: value for column, value in wanted.items() if value is not None
+        }
         where = " AND ".join(f"{column} = ?" for column in given)
+        if of.made_ms is not None:
+            # A process of version 0.1.0 does not write it.
+            where += " AND (deferred_ms IS NULL OR deferred_ms <= ?)"
+            given["deferred_ms"] = of.made_ms
         sign = "<=" if is_expired else ">"
 
         def read_txn(txn: Cursor) -> list[tuple[int, str, str]]:

@@ -197,7 +197,8 @@ class Waiting:
                 del self._decisions[event_id]
         for new in past:
             if new.limit == HELD:
-                self._report.held()
+                if new.event.event_id in final:
+                    self._report.held()
                 # As long as the server is held it is in the table only, and read there afterwards.
                 if new.server not in self._orders.held_servers:
                     self.add(new.event, new.server)

@@ -107,8 +107,9 @@ class Receipt(StagingArea, Protocol):
 class DeferredEvents(HasLayout, Protocol):
     """The table of deferred events."""
 
-    def count_txn(self, txn: Cursor, server: str) -> int:
-        """How many unexpired events of this server's users are deferred."""
+    def count_txn(self, txn: Cursor, server: str, at_most: int) -> int:
+        """How many unexpired events of this server's users are deferred, counted up to
+        ``at_most``."""
 
 
 class ReceiptHandler:
@@ -181,7 +182,7 @@ class ReceiptHandler:
         def find_txn(txn: Cursor) -> Refusal | None:
             most = self._config.max_deferred_per_server
             most_in_room = self._config.max_staged_per_server_in_room
-            deferred = self._deferred.count_txn(txn, origin) if counts_deferred else 0
+            deferred = self._deferred.count_txn(txn, origin, 2 * most) if counts_deferred else 0
             if deferred >= most:
                 wait_ms = self._until_released_ms(deferred - most + 1)
                 return Refusal("max_deferred_per_server", _retry_after_ms(wait_ms))

@@ -20,9 +20,16 @@ class HereWithTurns(Here):
     """One in which others have their turn, too."""
 
     before_insert: Callable[[], None] = staticmethod(lambda: None)
+    on_read: Callable[[], None] = staticmethod(lambda: None)
 
     async def give_way(self) -> None:
         pass
+
+    async def transact(self, what: str, function: Any, *args: Any) -> Any:
+        answer = await super().transact(what, function, *args)
+        if what == "deferred" and not answer:
+            self.on_read()
+        return answer
 
     def attempt_txn(self, txn: Any, change: Callable[[], None]) -> Exception | None:
         self.before_insert()
@@ -93,6 +100,23 @@ def test_what_is_held_is_held_after_a_restart() -> None:
     assert here.entered == []
     assert table(here) == held
     assert len(held) == 5
+
+
+@pytest.mark.requirement("E3", "E4", "L4")
+@pytest.mark.parametrize("is_held", [False, True])
+def test_a_hold_may_begin_or_end_while_what_waits_is_loaded(is_held: bool) -> None:
+    here, orders = HereWithTurns(), Orders()
+    orders.set(held_servers=["there"])
+    held = here.persist(deferral(here, orders, FREE), range(5))
+    here.due = []
+    before, then = (["elsewhere"], ["there"]) if is_held else (["there"], ["elsewhere"])
+    orders = Orders()
+    orders.set(held_servers=before)
+    here.on_read = lambda: orders.set(held_servers=then)
+    deferral(here, orders, FREE)
+    for _ in range(5):
+        here.pass_ms(1_000)
+    assert set(here.entered) == (set() if is_held else held)
 
 
 @pytest.mark.requirement("E3")

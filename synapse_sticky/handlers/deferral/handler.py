@@ -169,9 +169,10 @@ class DeferralHandler:
             NewerLayoutError: a later version of the module made the table.
         """
         await migrate(self._homeserver, self._table)
+        held = self._orders.held_servers
         await self._read_all()
         self._is_loaded = True
-        self._ordered.begin()
+        self._ordered.begin(held)
         if count := len(self._waiting):
             logger.info("%d sticky events of an earlier run are still deferred", count)
         self._schedule()

@@ -62,9 +62,14 @@ class Ordered:
             homeserver, "order", "Could not do what was ordered", self._follow, _BACKOFF
         )
 
-    def begin(self) -> None:
-        """Follows the orders from now on. The queue is without what is held at this moment."""
-        self._held = self._orders.held_servers
+    def begin(self, held: frozenset[str]) -> None:
+        """Follows the orders from now on.
+
+        Args:
+            held: the servers that were held before the queue was filled. The orders may have
+                changed meanwhile.
+        """
+        self._held = held
         self._orders.on_read(self._look)
         self._look()
 

@@ -58,6 +58,7 @@ from synapse_sticky.index.redactions import synapse as redactions
 from synapse_sticky.index.synapse import SynapseStickyStream
 from tests.lab.postgres import Postgres
 from tests.unit.members import MOST_ARGUMENTS
+from tests.unit.settable import METRICS
 from tests.unit.test_limits import done
 
 WRITERS = ["writer1", "writer2", "writer3"]
@@ -1099,6 +1100,35 @@ def test_too_much_for_the_database_comes_in_its_order(
         assert world.stream.asked_apart == 2
         assert world.sql_queries == 1
         assert answer == query.ask(world._theirs)
+
+
+@pytest.mark.requirement("H3")
+def test_few_at_a_time_read_much_from_the_database() -> None:
+    """After a restart all clients come while the index is being filled from there."""
+    reading: list[Deferred[list[StickyRow]]] = []
+
+    async def rows_in_rooms(*args: Any, **options: Any) -> list[StickyRow]:
+        reading.append(Deferred())
+        return await reading[-1]
+
+    async def catch_up(find: Callable[[], None]) -> None:
+        return find()
+
+    stream = SimpleNamespace(positions=dict, rows_in_rooms=rows_in_rooms)
+    empty: Any = SimpleNamespace(holds=lambda _: False, catch_up=catch_up, stream=stream)
+    here: Any = SimpleNamespace(metrics=METRICS)
+    delivery = DeliveryHandler(here, empty, here)
+    question = Question(ROOMS, Position(0), Position(5), 0, 100)
+    asked = [ensureDeferred(delivery.answer(question)) for _ in range(5_000)]
+    assert len(reading) == 3
+    assert sum(answer.called for answer in asked) == 4_997
+    assert asked[-1].result is None, "Synapse's own query serves"
+    for rows in reading:
+        rows.callback([])
+    assert all(answer.called for answer in asked)
+    assert asked[0].result == ({}, Position(5))
+    ensureDeferred(delivery.answer(question))
+    assert len(reading) == 4
 
 
 @pytest.mark.requirement("D4", "H3")

@@ -13,7 +13,7 @@ from twisted.internet import defer
 from synapse_sticky._core import StickyIndex
 from synapse_sticky.config import JoinsConfig
 from synapse_sticky.handlers.joins import refusals
-from synapse_sticky.handlers.joins.detection.reader import RoomChanges
+from synapse_sticky.handlers.joins.detection.reader import RoomChanges, ServerJoin
 from synapse_sticky.handlers.joins.federation import LeftToSynapseError
 from synapse_sticky.handlers.joins.handler import JoinsHandler
 from synapse_sticky.handlers.joins.sent import GRACE_MS
@@ -353,6 +353,26 @@ def test_the_database_is_asked_only_of_what_would_be_pushed() -> None:
     assert here.looked_up == [here.redacted, {"$33", "$34", "$35", "$36"}]
     assert done(next_batch("there", 4)).event_ids == ["$29", "$30", "$31", "$32"]
     assert here.looked_up[2:] == [{"$29", "$30", "$31", "$32"}]
+
+
+@pytest.mark.requirement("P3", "P7")
+def test_who_joins_again_is_asked_for_what_it_got_first() -> None:
+    """That may be the newest, while the oldest are still to be pushed. It may have lost it."""
+    here = Here(NOW_MS + HOUR_MS, list(range(11, 41)))
+    handler = install(here)
+    done(handler.load())
+    next_batch = here.callbacks["serve_backlog_from"]
+    (first,) = done(next_batch("there", 4)).event_ids
+    done(here.callbacks["on_acknowledged"]("there", [("!room", first)]))
+    before = handler._destinations.find("there", "!room")
+    assert before is not None
+    for event_id in done(next_batch("there", 4)).event_ids:
+        before.mark_delivered(event_id)
+    assert (before.position, before.delivered_count) == (11, 4)
+    handler._newcomers.joined([ServerJoin("there", "!room")], [], NOW_MS + HOUR_MS)
+    push = handler._destinations.find("there", "!room")
+    assert push is not None
+    assert push.probe == "$40"
 
 
 @pytest.mark.requirement("P3", "E2")

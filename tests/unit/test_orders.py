@@ -128,18 +128,21 @@ def test_what_is_held_is_held_after_a_restart() -> None:
     assert len(held) == 5
 
 
-@pytest.mark.requirement("E3", "E4")
-def test_a_hold_that_ends_during_the_start_is_not_forgotten() -> None:
+@pytest.mark.requirement("E3", "E4", "L4")
+@pytest.mark.parametrize("is_held", [False, True])
+def test_a_hold_may_begin_or_end_while_what_waits_is_loaded(is_held: bool) -> None:
     here, orders = HereWithTurns(), Orders()
     orders.set(held_servers=["there"])
     held = here.persist(deferral(here, orders, FREE), range(5))
-    restarted = Orders()
-    restarted.set(held_servers=["there"])
-    here.due, here.on_last_page = [], restarted.set
-    deferral(here, restarted, FREE)
-    for _ in range(3):
+    here.due = []
+    before, then = (["elsewhere"], ["there"]) if is_held else (["there"], ["elsewhere"])
+    orders = Orders()
+    orders.set(held_servers=before)
+    here.on_last_page = lambda: orders.set(held_servers=then)
+    deferral(here, orders, FREE)
+    for _ in range(5):
         here.pass_ms(1_000)
-    assert set(here.entered) == held
+    assert set(here.entered) == (set() if is_held else held)
 
 
 @pytest.mark.requirement("E3")

@@ -290,6 +290,28 @@ def test_many_servers_cannot_shut_others_out(
     assert parked(table, "worse.test") == ["$1", "$2", "$3"]
 
 
+def test_places_are_counted_without_a_look_at_the_pdus(homeserver: Any, table: ParkedTable) -> None:
+    assert park_outside(table, "bad.test", "$first")
+    counts: list[str] = []
+
+    def park_txn(txn: Any) -> None:
+        class Explaining:
+            fetchall, fetchone = txn.fetchall, txn.fetchone
+
+            def execute(self, sql: str, args: Any = ()) -> None:
+                plan = txn.execute(f"EXPLAIN QUERY PLAN {sql}", args).fetchall()
+                counts.extend(detail for *_, detail in plan if "COUNT" in sql)
+                txn.execute(sql, args)
+
+        pdu = ParkedPdu("bad.test", "$second", ROOM, "{}", "{}", ("$before",), is_outside=True)
+        assert places.make_place_txn(Explaining(), pdu)  # type: ignore[arg-type]
+
+    asyncio.run(homeserver.transact("park", park_txn))
+    looks = [detail for detail in counts if "synapse_sticky_incomplete" in detail]
+    assert len(looks) == 4
+    assert all("COVERING INDEX" in detail for detail in looks), looks
+
+
 @pytest.mark.requirement("F3", "H3", "L6")
 def test_little_is_kept_for_rooms_that_this_server_is_not_in(
     homeserver: Any, table: ParkedTable, monkeypatch: pytest.MonkeyPatch

@@ -126,6 +126,30 @@ def test_there_is_one_attempt(sqlstate: str, verdict: Verdict, lacks_prev_events
         assert sqlstate in why
 
 
+@pytest.mark.requirement("L3", "H7")
+@pytest.mark.parametrize("leaves", [False, True])
+def test_what_comes_as_this_server_leaves_the_room_is_kept(leaves: bool) -> None:
+    """It may come back while the PDU is sticky, and whoever sent it was told that it is here."""
+    answers = [True, not leaves]
+    failed: Failed = []
+
+    async def original(*_: Any, **__: Any) -> None:
+        """Synapse ditches it without an error if this server is not in the room."""
+
+    async def fail(pdu: Any, staged: Any, why: str, verdict: Verdict, reason: str) -> None:
+        failed.append((why, verdict))
+        assert pdu.is_outside
+
+    async def in_room(*_: Any) -> bool:
+        return answers.pop(0)
+
+    staging: Any = staging_of(psycopg2, on_receive_pdu=original, _process_pulled_event=original)
+    staging._store.is_host_joined = in_room
+    staging.park_by(fail)
+    step(staging._handler.on_receive_pdu(ORIGIN, sticky_pdu()))
+    assert failed == ([("this server is not in the room yet", PASSES)] if leaves else [])
+
+
 @pytest.mark.requirement("L3")
 def test_what_synapse_itself_refuses_is_not_kept() -> None:
     refusal = FederationError("ERROR", 403, "No", affected="$e")

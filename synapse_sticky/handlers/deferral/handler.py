@@ -148,8 +148,7 @@ class DeferralHandler:
         self._dirty: set[str] = set()
         # Rooms whose deferred events may be gone: up to which event ID that was found out.
         self._purged: dict[str, str] = {}
-        # Those of them that were purged once more meanwhile.
-        self._purged_again: set[str] = set()
+        self._purged_again: set[str] = set()  # those that were purged once more meanwhile
         self._refusals = self._no_insert_before_ms = 0
 
     def install(self) -> None:

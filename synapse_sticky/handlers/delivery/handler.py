@@ -12,6 +12,10 @@ from synapse_sticky.handlers.delivery.present import first_answer, is_first, rea
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.index import IndexFollower, Position
 
+_MOST_APART = 3
+"""So many responses at a time are read apart. After a restart all clients come at once, while the
+index is being filled from the same database."""
+
 
 class Delivery(Protocol):
     """What a user's sync is given in its sections of sticky events."""
@@ -30,6 +34,7 @@ class DeliveryHandler:
         self._metrics = homeserver.metrics
         self._follower = follower
         self._delivery = delivery
+        self._apart = 0
 
     def install(self) -> None:
         """Takes effect from the next sync on."""
@@ -77,9 +82,16 @@ class DeliveryHandler:
         return by_room, reached
 
     async def _first_by_database(self, question: Question) -> Answer | None:
-        """What the index would answer; None if the rooms have too many events."""
-        now = _position(self._follower.stream.positions())
-        index = await read_apart(self._follower.stream, question, now)
+        """What the index would answer; None if the rooms have too many events, or too many others
+        ask."""
+        if self._apart >= _MOST_APART:
+            return None
+        self._apart += 1
+        try:
+            now = _position(self._follower.stream.positions())
+            index = await read_apart(self._follower.stream, question, now)
+        finally:
+            self._apart -= 1
         return None if index is None else first_answer(index, question, now)
 
 

@@ -146,9 +146,13 @@ class PushedRooms:
         now_ms = self._homeserver.now_ms()
         return self._follower.index.own_events(room_id, from_id, now_ms, limit)
 
-    def own_before(self, room_id: str, position: int) -> list[str]:
-        """The IDs of the room's own events before the position, in stream order."""
-        return [e for at, e, _ in self._own(room_id, 0, 2**31) if at < position]
+    def last_done(self, push: Push) -> str | None:
+        """The ID of the last of the room's own events that the push is done with."""
+        if not push.position and not push.finished:
+            return None
+        own = self._own(push.room_id, 0, 2**31)
+        done = (e for at, e, _ in reversed(own) if at < push.position or at in push.finished)
+        return next(done, None)
 
     async def ask_if_dirty(self, push: Push) -> None:
         """Asks the database for the room's last rows if the push is dirty. This process may see the

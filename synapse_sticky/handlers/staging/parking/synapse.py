@@ -174,7 +174,8 @@ class SynapseStaging:
                 # only, and the other processes ignore them. None is in the staging area any more.
                 if self._is_queued(pdu):
                     await self._fail(fail, origin, pdu, "the room is being joined", is_outside=True)
-                elif not in_room:
+                # Synapse looks once more whether this server is in the room: it may have left.
+                elif not in_room or not await self._may_be_in_room(pdu.room_id):
                     why = "this server is not in the room yet"
                     await self._fail(fail, origin, pdu, why, is_outside=True)
 

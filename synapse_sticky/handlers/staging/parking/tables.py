@@ -86,6 +86,12 @@ class ParkedTable:
                 ON synapse_sticky_incomplete (room_id, reason, event_id)
             """,
         ),
+        (
+            """
+            CREATE INDEX IF NOT EXISTS synapse_sticky_incomplete_outside
+                ON synapse_sticky_incomplete (outside, room_id, origin)
+            """,
+        ),
     )
 
     def __init__(self, homeserver: Homeserver) -> None:

@@ -289,6 +289,9 @@ class Installer:
         homeserver, config = self._homeserver, self._config
         deferred = DeferredReader(homeserver, config.federation)
         readers = deferred, ParkedReader(), NewcomerReader(homeserver)
-        actions = Actions(homeserver, self._actions, config.federation, self._following.look)
+        actions = Actions(
+            *(homeserver, self._actions, config.federation, self._following.look),
+            defers=config.is_on("deferral"),
+        )
         api = make_api(homeserver, config, Rooms(homeserver), *readers, actions, self._actions)
         install_admin(homeserver, config, api)

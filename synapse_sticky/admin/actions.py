@@ -38,6 +38,7 @@ class Actions:
 
     Args:
         on_change: is called after each.
+        defers: whether the duty deferral is on. Without it nothing can be held.
     """
 
     def __init__(
@@ -46,8 +47,11 @@ class Actions:
         table: ActionTable,
         config: FederationConfig,
         on_change: Callable[[], None],
+        *,
+        defers: bool = True,
     ) -> None:
         self._homeserver = homeserver
+        self._defers = defers
         self._table = table
         self._config = config
         self._on_change = on_change
@@ -143,6 +147,8 @@ class Actions:
         if self._config.applied().mode is Mode.OFF:
             mode = self._config.mode.value
             raise wrong(f"Nothing can be held, as federation.mode is {mode!r}")
+        if not self._defers:
+            raise wrong("Nothing can be held, as the duty 'deferral' is off")
 
 
 def _of_form(name: str, value: object) -> str:

@@ -90,7 +90,7 @@ class ActionTable:
             )
             return [Action(*row) for row in txn.fetchall()]
 
-        return await self._homeserver.transact("read_actions", read_txn)
+        return await self._homeserver.transact_briefly("read_actions", read_txn)
 
     async def add(self, action: Action) -> bool:
         """Adds an action, and deletes those that are over for long. Gives False, and adds nothing,

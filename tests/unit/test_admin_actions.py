@@ -188,6 +188,17 @@ def test_an_order_of_nobody_is_refused(table: Table, of: dict[str, str]) -> None
     assert table.all() == []
 
 
+@pytest.mark.requirement("H1")
+def test_nothing_is_held_without_the_duty(table: Table) -> None:
+    """Else the limits would be lifted for nothing."""
+    config = parse({"federation": {"mode": "reject"}}).federation
+    actions = Actions(table.process, table.it, config, lambda: None, defers=False)
+    request = Request("POST", ["actions"], {}, {"kind": "hold", "server": "there"}, ADMIN)
+    with pytest.raises(SynapseError, match="'deferral' is off"):
+        table.world.drive(actions.post(request))
+    assert table.all() == []
+
+
 @pytest.mark.requirement("E3")
 def test_orders_are_taken_and_listed(table: Table, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")

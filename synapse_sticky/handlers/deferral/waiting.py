@@ -209,6 +209,8 @@ class Waiting:
             elif self._bounds is not None and len(self) >= self._bounds.total:
                 if new.event.event_id in final:
                     self._deferred(new)
+            elif new.server in self._orders.held_servers:
+                self._deferred(new)  # held since it was decided on
             elif self.add(new.event, new.server):
                 self._deferred(new)
 

@@ -176,11 +176,11 @@ const WHAT = {
     await go(page, "Actions");
     await page.getByRole("link", { name: "A new action…" }).click();
     await page.locator("select[name=kind]").selectOption("hold");
-    await page.getByLabel("Server", { exact: true }).fill(given.hostile);
+    await page.getByLabel("Server", { exact: true }).fill("<b>elsewhere");
     await page.getByLabel("Reason").fill(given.hostile);
     await page.getByRole("button", { name: "Go on…" }).click();
     const dialog = page.getByRole("dialog");
-    await shown(dialog, given.hostile);
+    await shown(dialog, "<b>elsewhere");
     await page.keyboard.press("Escape");
     await dialog.waitFor({ state: "detached" });
     await page.getByRole("button", { name: "Go on…" }).click();

@@ -119,6 +119,7 @@ def test_it_is_redacted(servers: Servers) -> None:
     assert step(answer, "checked")["details"] == {"redacted_by": [*redaction]}
 
 
+@pytest.mark.slow
 @pytest.mark.requirement("E3", "P3")
 def test_the_newcomer_is_unreachable(servers: Servers, peer: Peer) -> None:
     (server,) = servers({})
@@ -514,6 +515,7 @@ def look_at_lists(server: Homeserver, peer: Peer) -> None:
         assert refused(answer) == (400, "M_INVALID_PARAM")
 
 
+@pytest.mark.slow
 @pytest.mark.requirement("E3", "P3")
 def test_a_server_that_cannot_be_reached_is_listed(servers: Servers, peer: Peer) -> None:
     (server,) = servers({})

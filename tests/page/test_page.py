@@ -85,6 +85,7 @@ def test_the_keyboard_is_enough(story: Story) -> None:
     story.browse("keyboard")
 
 
+@pytest.mark.slow
 def test_ten_thousand_rooms(story: Story) -> None:
     print(story.browse("many_rooms"))  # noqa: T201  # the figure
 

@@ -11,6 +11,7 @@ from tests.integration.rooms import (
     backlogged_rooms,
     introduce,
     room_of,
+    wait_until_gone,
     wait_until_seen,
 )
 from tests.lab import Client, Homeserver, Peer, wait_until
@@ -287,4 +288,28 @@ def test_both_ends_with_the_module(servers: Servers) -> None:
     # What was under way when the ACL was sent gets through: one transaction, and no second one.
     assert len(seen.keys() & old) <= PDUS_OF_A_TRANSACTION
     alice.send_state(room_id, ACL, ALLOWS_ALL)
+    assert carol.collect_sticky(room_id, old | new, SOON_S).keys() >= old | new
+
+
+@pytest.mark.slow
+@pytest.mark.one_process
+@pytest.mark.requirement("H7", "P3")
+def test_our_own_leaving_and_coming_back(servers: Servers) -> None:
+    """Before the first push gets through, nobody of this server is in the room any more."""
+    a, c = servers({"config": NO_LIMITS}, {"forwarded": True, "config": NO_LIMITS})
+    assert c.forwarder is not None
+    alice, carol = a.user(), c.user()
+    room_id = alice.create_room()
+    old = {alice.send_sticky(room_id) for _ in range(60)}
+    introduce(c, a)
+    c.forwarder.hold()
+    carol.join(room_id, a.name)
+    wait_until_seen(a, c, room_id)
+    alice.leave(room_id)
+    c.forwarder.release()
+    held = f"{a.name} may not send in {room_id} now"
+    wait_until(lambda: a.log_has(held), "the push to be held")
+    wait_until_gone(carol, room_id, alice)
+    alice.join(room_id, c.name)
+    new = {alice.send_sticky(room_id) for _ in range(5)}
     assert carol.collect_sticky(room_id, old | new, SOON_S).keys() >= old | new

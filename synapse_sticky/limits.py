@@ -170,12 +170,13 @@ class LimitReport:
         """An event waits whose server an administrator holds: no limit, and no line in the log."""
         self._metrics.count("deferred", HELD)
 
-    def released(self, limits: Iterable[str]) -> None:
-        """Deferred events were delivered; gets the limit of each. That has no line in the log."""
+    def released(self, limits: Iterable[str | None]) -> None:
+        """Deferred events were delivered; gets the limit of each, None if nobody has noted it. That
+        has no line in the log."""
         self._metrics.count_each("released", limits)
 
-    def expired(self, event_ids: Sequence[str], limits: Iterable[str]) -> None:
-        """Deferred events expired before their turn; gets the limit of each."""
+    def expired(self, event_ids: Sequence[str], limits: Iterable[str | None]) -> None:
+        """Deferred events expired before their turn; gets the limit of each, likewise."""
         self._metrics.count_each("expired", limits)
         example = f"before their turn, such as {event_ids[0]}"
         self._report("expired", "deferred", "other servers", example, "", len(event_ids))

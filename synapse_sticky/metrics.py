@@ -7,8 +7,9 @@ As a stranger could make up any number of them, no room, user or remote server i
 """
 
 import weakref
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from itertools import product
 from time import perf_counter
 from typing import Any, Final, TypeVar
 
@@ -17,24 +18,39 @@ from prometheus_client import Counter, Gauge, Histogram
 _SERVER = "server_name"
 """The label by which Synapse tells the homeservers of a process apart."""
 
-LIMITS = (
-    *("per_server", "per_server_in_room", "per_sender", "per_room", "per_user"),
+_OF_SERVERS = ("per_server", "per_server_in_room", "per_sender")
+REFUSING = (
+    *(*_OF_SERVERS, "per_user"),
     *("max_deferred_per_server", "max_staged_per_server_in_room"),
 )
-DEFERRING = ("per_server", "per_server_in_room", "per_sender", "per_room", "hold")
-EARLIER: Final = "earlier_run"
-"""The limit of events that were deferred before this process started: nobody has noted it."""
+DEFERRING = (*_OF_SERVERS, "per_room", "hold")
+NOT_RECORDED: Final = "not_recorded"
+"""The limit of deferred events that a version of this module deferred which has not noted it."""
+
+CORE = ("index", "deferral", "receipt", "sending")
+"""The duties that use the Rust core."""
 
 STATES = ("on", "off", "unfit", "native")
 ANSWERED_BY = ("index", "database")
 OUTCOMES = ("deferred", "refused", "released", "expired")
 STEPS = ("sent", "resent", "acknowledged", "confirmed", "believed", "refused", "given_up")
 ANSWERS = (
-    *("says", "lacks", "silent", "too_large", "refuses", "busy", "unreachable"),
-    "limited",
+    *("says", "lacks", "silent", "too_large"),
+    *("refuses", "limited", "busy", "unreachable"),
 )
-REASONS = ("prev_events", "auth_events", "database", "unknown", "state", "joining")
-DROPS = ("refused", "tried_often", "full", "unwritable")
+REASONS = ("prev_events", "auth_events", "database", "unknown", "state", "joining", "not_joined")
+DROPS = ("refused", "tried_often", "full", "evicted", "unwritable", "redacted", "purged")
+
+
+_FROM_0: dict[Counter, Sequence[tuple[str, ...]]] = {}  # with the values of their labels
+
+
+def _counter(name: str, text: str, **labels: Sequence[str]) -> Counter:
+    """One that begins at 0: else Prometheus would not see the first increment."""
+    counter = Counter(name, text, [_SERVER, *labels])
+    _FROM_0[counter] = [*product(*labels.values())]
+    return counter
+
 
 DUTY = Gauge(
     "synapse_sticky_duty",
@@ -42,10 +58,10 @@ DUTY = Gauge(
     " what has panicked is being made anew) or native (Synapse does it itself)",
     [_SERVER, "duty", "state"],
 )
-PANICS = Counter(
+PANICS = _counter(
     "synapse_sticky_panics",
     "Panics of the Rust core, each a bug; what has panicked is made anew",
-    [_SERVER, "duty"],
+    duty=CORE,
 )
 SECONDS = Histogram(
     "synapse_sticky_duty_seconds",
@@ -53,84 +69,79 @@ SECONDS = Histogram(
     [_SERVER, "duty", "path"],
     buckets=(0.001, 0.01, 0.1, 1.0, 10.0),
 )
-QUESTIONS = Counter(
+QUESTIONS = _counter(
     "synapse_sticky_sync_questions",
     "Questions of /sync and sliding sync for sticky events, by who answered them",
-    [_SERVER, "by"],
+    by=ANSWERED_BY,
 )
-REFUSED = Counter(
+REFUSED = _counter(
     "synapse_sticky_refused",
     "Sticky events that were refused with 429: of other servers in /send, of local users in"
     " PUT /send",
-    [_SERVER, "limit"],
+    limit=REFUSING,
 )
-DEFERRED = Counter(
+DEFERRED = _counter(
     "synapse_sticky_deferred",
     "Sticky events of other servers that were persisted to be delivered later",
-    [_SERVER, "limit"],
+    limit=DEFERRING,
 )
-RELEASED = Counter(
+RELEASED = _counter(
     "synapse_sticky_released",
     "Deferred sticky events that were delivered, by the limit that deferred them",
-    [_SERVER, "limit"],
+    limit=(*DEFERRING, NOT_RECORDED),
 )
-EXPIRED = Counter(
+EXPIRED = _counter(
     "synapse_sticky_deferred_expired",
     "Deferred sticky events that expired before their turn, by the limit that deferred them",
-    [_SERVER, "limit"],
+    limit=(*DEFERRING, NOT_RECORDED),
 )
 OBSERVED = Counter(
     "synapse_sticky_observed",
     "What limits would have done to sticky events in mode observe (H6)",
     [_SERVER, "outcome", "limit"],
 )
-PUSHED = Counter(
+PUSHED = _counter(
     "synapse_sticky_pushed_events",
     "Own sticky events on their way to newcomers, by step",
-    [_SERVER, "step"],
+    step=STEPS,
 )
-ASKED = Counter(
+ASKED = _counter(
     "synapse_sticky_newcomer_questions",
     "Questions to newcomers whether they have what they acknowledged, by answer",
-    [_SERVER, "answer"],
+    answer=ANSWERS,
 )
-PARKED = Counter(
+PARKED = _counter(
     "synapse_sticky_parked",
     "Acknowledged sticky PDUs that were parked, by why they could not be persisted",
+    reason=REASONS,
+)
+PARKED_NOW = Gauge(
+    "synapse_sticky_parked_now",
+    "Parked PDUs of all processes, when this one looked last, by why they could not be persisted",
     [_SERVER, "reason"],
 )
-PARKED_PERSISTED = Counter(
-    "synapse_sticky_parked_persisted", "Parked PDUs that were persisted after all", [_SERVER]
+PARKED_PERSISTED = _counter(
+    "synapse_sticky_parked_persisted", "Parked PDUs that were persisted after all"
 )
-PARKED_EXPIRED = Counter(
-    "synapse_sticky_parked_expired", "Parked PDUs that expired before they could be", [_SERVER]
+PARKED_EXPIRED = _counter(
+    "synapse_sticky_parked_expired", "Parked PDUs that expired before they could be"
 )
-PARKED_DROPPED = Counter(
+PARKED_DROPPED = _counter(
     "synapse_sticky_parked_dropped",
     "Acknowledged sticky PDUs that were dropped, by why they were not parked, or not any longer",
-    [_SERVER, "reason"],
+    reason=DROPS,
 )
-STAGED_KEPT = Counter(
-    "synapse_sticky_staged_kept",
-    "Staged sticky PDUs that plain Synapse would have pruned",
-    [_SERVER],
+STAGED_KEPT = _counter(
+    "synapse_sticky_staged_kept", "Staged sticky PDUs that plain Synapse would have pruned"
 )
-DUMMY_EVENTS = Counter(
-    "synapse_sticky_dummy_events", "Dummy events that merged forward extremities", [_SERVER]
-)
-LEFT_OUT = Counter(
+DUMMY_EVENTS = _counter("synapse_sticky_dummy_events", "Dummy events that were sent")
+LEFT_OUT = _counter(
     "synapse_sticky_rooms_left_out",
     "Rooms that were left out for an hour, as no local user could send a dummy event",
-    [_SERVER],
 )
 
-
-def _gauge(name: str, text: str) -> Gauge:
-    return Gauge(f"synapse_sticky_{name}", text, [_SERVER])
-
-
 GAUGES: Mapping[str, Gauge] = {
-    name: _gauge(name, text)
+    name: Gauge(f"synapse_sticky_{name}", text, [_SERVER])
     for name, text in {
         "active_events": "Unexpired sticky events, as of the last 10 seconds",
         "index_rows": "Rows of the index, with expired ones that it has not dropped yet",
@@ -139,25 +150,9 @@ GAUGES: Mapping[str, Gauge] = {
         "observed_waiting": "Sticky events that would be deferred at the moment (mode observe)",
         "newcomers_open": "Newcomers, one for each room, that may lack sticky events",
         "newcomer_oldest_seconds": "For how long this process has had the oldest open newcomer",
-        "parked_now": "Parked PDUs of all processes, when this one looked last",
     }.items()
 }
 """What is shown of each process, by its name without the prefix."""
-
-WITH_LABELS: Mapping[Counter, tuple[tuple[str, ...], ...]] = {
-    QUESTIONS: (ANSWERED_BY,),
-    REFUSED: (LIMITS,),
-    DEFERRED: (DEFERRING,),
-    RELEASED: ((*DEFERRING, EARLIER),),
-    EXPIRED: ((*DEFERRING, EARLIER),),
-    PUSHED: (STEPS,),
-    ASKED: (ANSWERS,),
-    PARKED: (REASONS,),
-    PARKED_DROPPED: (DROPS,),
-    **dict.fromkeys((PARKED_PERSISTED, PARKED_EXPIRED, STAGED_KEPT, DUMMY_EVENTS, LEFT_OUT), ()),
-}
-"""The values of the labels of counters that begin at 0: else Prometheus would not see the first
-increment."""
 
 T = TypeVar("T")
 
@@ -187,10 +182,10 @@ class LimitMetrics:
         else:
             self._counters[outcome].labels(self._name, limit).inc(count)
 
-    def count_each(self, outcome: str, limits: Iterable[str]) -> None:
-        """The same of one event for each of these."""
+    def count_each(self, outcome: str, limits: Iterable[str | None]) -> None:
+        """The same of one event for each of these; None if it is not known which limit it was."""
         for limit in limits:
-            self.count(outcome, limit)
+            self.count(outcome, limit or NOT_RECORDED)
 
 
 class Metrics:
@@ -206,14 +201,16 @@ class Metrics:
         self._states: dict[str, str] = {}
         self._broken: set[str] = set()
         self._answered = {by: QUESTIONS.labels(server_name, by) for by in ANSWERED_BY}
-        for counter, values in WITH_LABELS.items():
-            for value in values[0] if values else [None]:
-                counter.labels(server_name, *([] if value is None else [value]))
+        for counter, all_values in _FROM_0.items():
+            for values in all_values:
+                counter.labels(server_name, *values)
 
     def close(self) -> None:
         """The homeserver has ended: shows nothing of the present any more."""
         for gauge in GAUGES.values():
             _remove(gauge, self._name)
+        for reason in REASONS:
+            _remove(PARKED_NOW, self._name, reason)
         for duty in self._states:
             for state in STATES:
                 _remove(DUTY, self._name, duty, state)
@@ -320,14 +317,19 @@ class Metrics:
         """A PDU was parked for this reason (``REASONS``)."""
         PARKED.labels(self._name, reason).inc()
 
+    def parked_now(self, counts: Mapping[str, int]) -> None:
+        """So many PDUs are parked for each reason (``REASONS``), of all processes."""
+        for reason in REASONS:
+            PARKED_NOW.labels(self._name, reason).set(counts.get(reason, 0))
+
     def unparked(self, persisted: int, expired: int) -> None:
         """So many parked PDUs were persisted, and so many have expired."""
         PARKED_PERSISTED.labels(self._name).inc(persisted)
         PARKED_EXPIRED.labels(self._name).inc(expired)
 
-    def dropped(self, reason: str) -> None:
-        """An acknowledged sticky PDU was dropped for this reason (``DROPS``)."""
-        PARKED_DROPPED.labels(self._name, reason).inc()
+    def dropped(self, reason: str, count: int = 1) -> None:
+        """So many acknowledged sticky PDUs were dropped for this reason (``DROPS``)."""
+        PARKED_DROPPED.labels(self._name, reason).inc(count)
 
     def kept_staged(self, count: int) -> None:
         """So many staged PDUs were not pruned, as they are sticky."""

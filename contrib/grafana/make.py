@@ -84,7 +84,7 @@ ROWS: list[tuple[str, list[Panel]]] = [
                 "Panics of the Rust core",
                 "short",
                 "Each is a bug. Please report it.",
-                [(rate("panics_total", "duty") + " or vector(0)", "{{duty}}")],
+                [(rate("panics_total", "duty"), "{{duty}}")],
             ),
         ],
     ),
@@ -169,8 +169,9 @@ ROWS: list[tuple[str, list[Panel]]] = [
             (
                 "Parked now",
                 "short",
-                "Of all processes. At most 500 of one server, and 5,000 in all.",
-                [(now("parked_now", "server_name", "max"), "parked")],
+                "Of all processes, by why they could not be persisted. At most 500 of one server,"
+                " and 5,000 in all.",
+                [(now("parked_now", "reason", "max"), "{{reason}}")],
             ),
             (
                 "Parked, by reason",
@@ -181,7 +182,7 @@ ROWS: list[tuple[str, list[Panel]]] = [
             (
                 "Parked PDUs: what becomes of them",
                 "hertz",
-                "Dropped ones are lost; the log names each.",
+                "Dropped ones are lost, but for those redacted or purged.",
                 [
                     (rate("parked_persisted_total", "server_name"), "persisted"),
                     (rate("parked_expired_total", "server_name"), "expired"),

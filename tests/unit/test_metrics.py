@@ -13,7 +13,7 @@ from prometheus_client import REGISTRY
 
 from synapse_sticky import metrics
 from synapse_sticky.handlers.joins.confirmation.asking import AnswerKind
-from synapse_sticky.metrics import DUTY, GAUGES, Metrics
+from synapse_sticky.metrics import DUTY, GAUGES, PARKED_NOW, Metrics
 from tests.metrics.prometheus import ROOT, RULES
 from tests.metrics.queries import DASHBOARD, alerts, panels
 
@@ -63,16 +63,13 @@ def label_names(name: str) -> list[tuple[str, ...]]:
     return [one._labelnames for one in found]
 
 
-def test_each_metric_has_a_reader() -> None:
-    asked = expressions()
-    unread = {name for name in exported() if not re.search(rf"\b{name}(_|\b)", asked)}
-    assert unread == set()
-
-
-def test_what_is_asked_for_is_there() -> None:
+def test_each_metric_has_a_reader_and_no_other_is_asked_for() -> None:
     asked = {*re.findall(r"synapse_sticky_\w+", expressions())}
-    parts = {f"{name}_{part}" for name in exported() for part in ("bucket", "count", "sum")}
-    assert asked <= {*exported(), *parts}
+    expected = set()
+    for name, metric in exported().items():
+        parts = ("_bucket", "_count", "_sum") if metric.type == "histogram" else ("",)
+        expected |= {f"{name}{part}" for part in parts}
+    assert asked == expected
 
 
 def test_no_label_is_a_strangers_choice() -> None:
@@ -85,7 +82,8 @@ def test_no_label_is_a_strangers_choice() -> None:
 def test_the_page_has_each_value_of_a_label() -> None:
     values = {
         *(*metrics.STATES, *metrics.ANSWERED_BY, *metrics.OUTCOMES, *metrics.STEPS),
-        *(*metrics.ANSWERS, *metrics.REASONS, *metrics.DROPS, *metrics.LIMITS, metrics.EARLIER),
+        *(*metrics.ANSWERS, *metrics.REASONS, *metrics.DROPS, *metrics.REFUSING),
+        *(*metrics.DEFERRING, metrics.NOT_RECORDED, *metrics.CORE),
     }
     assert {value for value in values if f"`{value}`" not in PAGE} == set()
 
@@ -98,6 +96,7 @@ SOURCES = "\n".join(path.read_text() for path in PACKAGE.rglob("*.py"))
     [
         (r'pushed\("(\w+)"', metrics.STEPS),
         (r'\.dropped\("(\w+)"', metrics.DROPS),
+        (r'Renewed\(\s*\w+,\s*"(\w+)"', metrics.CORE),
         (r'answered\("(\w+)" if \w+ is None else "(\w+)"', metrics.ANSWERED_BY),
         (r'\.count(?:_each)?\("(\w+)"', metrics.OUTCOMES),
     ],
@@ -116,6 +115,14 @@ def test_each_path_is_explained() -> None:
     assert len(timed) >= 14
     for duty, path in timed:
         assert re.search(rf"^\| {duty} \| [^|]*`{path}`", PAGE, re.MULTILINE), (duty, path)
+
+
+def test_the_alert_about_slow_duties_leaves_out_where_nobody_waits() -> None:
+    rows = re.findall(r"^\| \w+ \| ([^|]*) \|[^|]*\| ([^|]*) \|$", PAGE, re.MULTILINE)
+    waits = {path: who for paths, who in rows for path in re.findall(r"`(\w+)`", paths)}
+    nobody = {path for path, who in waits.items() if who.startswith("nobody")}
+    (slow,) = [alert["expr"] for alert in alerts() if alert["alert"] == "StickyDutySlow"]
+    assert {*re.findall(r'path!~"([^"]*)"', slow)} == {"|".join(sorted(nobody))}
 
 
 # Homeservers in one process
@@ -153,12 +160,21 @@ def test_each_homeserver_counts_for_itself() -> None:
     assert samples("one.test") == found
 
 
+@pytest.mark.parametrize("duty", metrics.CORE)
+def test_the_first_panic_is_seen(duty: str) -> None:
+    """Prometheus sees no increase where there was nothing before."""
+    Metrics("new.test")
+    labels = {"server_name": "new.test", "duty": duty}
+    assert REGISTRY.get_sample_value("synapse_sticky_panics_total", labels) == 0
+
+
 def test_what_has_ended_shows_nothing_of_the_present() -> None:
     ended, owner = Metrics("ended.test"), Owner()
     ended.show("newcomers_open", owner, Owner.read)
     ended.set("index_lag", 1)
+    ended.parked_now({"database": 1})
     ended.set_duty("index", "on")
-    gauges = {gauge.describe()[0].name for gauge in (DUTY, *GAUGES.values())}  # type: ignore[index]
+    gauges = {gauge.describe()[0].name for gauge in (DUTY, PARKED_NOW, *GAUGES.values())}  # type: ignore[index]
     assert gauges & {name.split()[0] for name in samples("ended.test")}
     ended.close()
     ended.close()
@@ -223,7 +239,10 @@ FIRING = {
         ('newcomer_questions_total{answer="limited",$}', "0+5x120"),
         ('newcomer_questions_total{answer="says",$}', "0+5x120"),
     ],
-    "StickyParkedMany": [("parked_now{$}", "2501x60")],
+    "StickyParkedMany": [
+        ('parked_now{reason="prev_events",$}', "1500x60"),
+        ('parked_now{reason="database",$}', "1001x60"),
+    ],
     "StickyPdusDropped": [('parked_dropped_total{reason="full",$}', "0x50 1x60")],
     "StickyParkedExpired": [("parked_expired_total{$}", "0x9 1x60")],
     "StickyRoomsLeftOut": [("rooms_left_out_total{$}", "0+1x120")],
@@ -249,14 +268,20 @@ CALM = [
     ('pushed_events_total{step="sent",$}', "0+20x120"),
     ('newcomer_questions_total{answer="limited",$}', "0+1x120"),
     ('newcomer_questions_total{answer="says",$}', "0+9x120"),
-    ("parked_now{$}", "2500x120"),
+    ('parked_now{reason="prev_events",$}', "1500x120"),
+    ('parked_now{reason="database",$}', "1000x120"),
+    # Another process that sees the same.
+    ('parked_now{reason="database",server_name="here",instance="two"}', "1000x120"),
     ('parked_dropped_total{reason="full",$}', "3x120"),
+    ('parked_dropped_total{reason="purged",$}', "0x50 7x70"),
     ("parked_expired_total{$}", "3x120"),
     ("rooms_left_out_total{$}", "3x120"),
     ('duty_seconds_bucket{le="1.0",duty="delivery",path="sync",$}', "0+99x120"),
     ('duty_seconds_count{duty="delivery",path="sync",$}', "0+100x120"),
     ('duty_seconds_bucket{le="1.0",duty="extremities",path="round",$}', "0+1x120"),
     ('duty_seconds_count{duty="extremities",path="round",$}', "0+9x120"),
+    ('duty_seconds_bucket{le="1.0",duty="joins",path="ask",$}', "0+1x120"),
+    ('duty_seconds_count{duty="joins",path="ask",$}', "0+9x120"),
 ]
 """What no alert fires at."""
 

@@ -63,6 +63,11 @@ def limits_in(here: Here) -> set[str]:
     return {limit for (limit,) in rows}
 
 
+def counted(outcome: str, limit: str = "hold") -> float:
+    labels = {"server_name": "here", "limit": limit}
+    return REGISTRY.get_sample_value(f"synapse_sticky_{outcome}_total", labels) or 0
+
+
 @pytest.mark.requirement("E3")
 @pytest.mark.parametrize("limit", [None, FREE, HOURLY])
 def test_a_held_server_waits_whatever_the_limit(limit: LimitConfig | None) -> None:
@@ -103,16 +108,34 @@ def test_what_is_held_is_counted_once_however_often_it_is_tried() -> None:
     here, orders = HereWithTurns(), Orders()
     handler = deferral(here, orders, FREE)
     orders.set(held_servers=["there"])
-    labels = {"server_name": "here", "limit": "hold"}
-    before = REGISTRY.get_sample_value("synapse_sticky_deferred_total", labels) or 0
+    before = counted("deferred")
     txn: Any = Transaction(here.database.cursor())
     events = [NewStickyEvent(f"${n}", "!room", "@eve:there", NOW_MS + 1_000, n) for n in range(3)]
     for _ in range(2):
         assert len(handler.defer_txn(txn, events)) == 3
     for callback, args in txn.after:
         callback(*args)
-    after = REGISTRY.get_sample_value("synapse_sticky_deferred_total", labels) or 0
-    assert after - before == 3
+    assert counted("deferred") == before + 3
+
+
+@pytest.mark.requirement("E3")
+@pytest.mark.parametrize("end", ["over", "released", "restart"])
+def test_what_was_held_is_counted_as_it_is_released(end: str) -> None:
+    here, orders = HereWithTurns(), Orders()
+    handler = deferral(here, orders, FREE)
+    orders.set(held_servers=["there"])
+    here.persist(handler, range(3))
+    before = counted("released")
+    if end == "released":
+        orders.set(held_servers=["there"], releases=[Release("a", "there", None, None)])
+    elif end == "restart":
+        here.due = []
+        deferral(here, Orders(), FREE)
+    else:
+        orders.set()
+    here.pass_ms(1_000)
+    assert len(here.entered) == 3
+    assert counted("released") == before + 3
 
 
 @pytest.mark.requirement("E3", "E4")
@@ -176,10 +199,12 @@ def test_held_events_expire() -> None:
     orders.set(held_servers=["there"])
     here.persist(handler, range(3), for_ms=1_000)
     here.persist(handler, range(3, 5))
+    before = counted("deferred_expired")
     here.now += 30_000
     orders.set(held_servers=["there"])
     assert table(here) == {"$3", "$4"}
     assert here.entered == []
+    assert counted("deferred_expired") == before + 3
 
 
 @pytest.mark.requirement("E3")

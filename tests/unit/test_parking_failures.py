@@ -78,7 +78,7 @@ def received(
         tries += 1
         raise error
 
-    async def fail(pdu: Any, staged: Any, why: str, verdict: Verdict, reason: str) -> None:
+    async def fail(pdu: Any, staged: Any, why: str, verdict: Verdict) -> None:
         failed.append((why, verdict))
 
     async def there(event_ids: Any) -> set[str]:
@@ -136,7 +136,7 @@ def test_what_comes_as_this_server_leaves_the_room_is_kept(leaves: bool) -> None
     async def original(*_: Any, **__: Any) -> None:
         """Synapse ditches it without an error if this server is not in the room."""
 
-    async def fail(pdu: Any, staged: Any, why: str, verdict: Verdict, reason: str) -> None:
+    async def fail(pdu: Any, staged: Any, why: str, verdict: Verdict) -> None:
         failed.append((why, verdict))
         assert pdu.is_outside
 

@@ -3,6 +3,7 @@
 The homeserver, its database and what it does to delete a room are the real ones.
 """
 
+import logging
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
@@ -24,6 +25,7 @@ from synapse_sticky.homeserver.rooms import Rooms
 from synapse_sticky.index.synapse import SynapseStickyStream
 from tests.unit.staging import CountingStore, prepared
 from tests.unit.test_limits_in_synapse import HOUR_MS, done
+from tests.unit.test_parking_counts import dropped
 
 DELETED, KEPT = "!deleted:there", "!kept:there"
 ORIGIN, LIMIT = "there", 3
@@ -59,8 +61,8 @@ class Parking:
     def park(self, room_id: str, number: int) -> Outcome:
         pdu = ParkedPdu(ORIGIN, f"${room_id}{number}", room_id, "{}", "{}", ("$before",))
         now_ms = self.store.now_ms()
-        parked: Outcome = done(self.table.park(pdu, now_ms + HOUR_MS, now_ms))
-        return parked
+        parked: tuple[Outcome, object] = done(self.table.park(pdu, now_ms + HOUR_MS, now_ms))
+        return parked[0]
 
     def parked(self) -> list[str]:
         rows = self.store.sql("SELECT room_id FROM synapse_sticky_incomplete ORDER BY room_id")
@@ -74,13 +76,19 @@ def parking(store: CountingStore, monkeypatch: pytest.MonkeyPatch) -> Parking:
 
 
 @pytest.mark.requirement("L3", "H3")
-def test_pdus_of_a_deleted_room_take_no_places(store: CountingStore, parking: Parking) -> None:
+def test_pdus_of_a_deleted_room_take_no_places(
+    store: CountingStore, parking: Parking, caplog: pytest.LogCaptureFixture
+) -> None:
     done(parking.handler.load())
+    caplog.set_level(logging.INFO)
+    before = dropped("purged", store.server_name)
     for number in range(LIMIT):
         assert parking.park(DELETED, number) is Outcome.PARKED
     assert parking.park(KEPT, 0) is Outcome.FULL
     done(store.store.purge_room(DELETED))
     assert parking.parked() == []
+    assert dropped("purged", store.server_name) == before + LIMIT
+    assert f"Forgot {LIMIT} parked PDUs of {DELETED}, which is gone here" in caplog.messages
     assert parking.park(KEPT, 0) is Outcome.PARKED
 
 

@@ -23,6 +23,7 @@ from synapse_sticky.homeserver.rooms import Rooms
 from synapse_sticky.index.synapse import SynapseStickyStream
 from tests.unit.staging import CountingStore, prepared
 from tests.unit.test_limits_in_synapse import HOUR_MS, done
+from tests.unit.test_parking_counts import dropped
 
 pytestmark = pytest.mark.requirement("S5", "L3")
 
@@ -96,6 +97,7 @@ def parking(store: CountingStore) -> Parking:
 
 
 def test_those_of_the_sender_in_the_room_alone(parking: Parking) -> None:
+    before = dropped("redacted", parking.store.server_name)
     parking.park(1, MALLORY)
     kept = [
         parking.park(2, BOB),
@@ -105,6 +107,7 @@ def test_those_of_the_sender_in_the_room_alone(parking: Parking) -> None:
     parking.redact(MALLORY)
     parking.pass_a_moment()
     assert parking.parked() == kept
+    assert dropped("redacted", parking.store.server_name) == before + 1
 
 
 def test_a_name_of_any_signs(parking: Parking) -> None:

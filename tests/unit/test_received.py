@@ -110,7 +110,7 @@ class Process:
         homeserver.replace(self.handler, "_process_pulled_events", lambda _: _process_pulled_events)
         self.staging = SynapseStaging(homeserver, Held(), self.received)
 
-        async def fail(pdu: Any, staged: Any, why: str, verdict: Verdict, reason: str) -> None:
+        async def fail(pdu: Any, staged: Any, why: str, verdict: Verdict) -> None:
             self.failed.append(staged.until_ms())
 
         self.staging.park_by(fail)

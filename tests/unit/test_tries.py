@@ -70,7 +70,7 @@ def test_only_tries_for_a_reason_that_nobody_knows_count() -> None:
     pdu = ParkedPdu("a.test", "$1", ROOM, "{}", "{}", ("$before",))
 
     def park(*counted_due_ms: int) -> tuple[Outcome, int | None]:
-        outcome = asyncio.run(table.park(pdu, 3_600_000, 1, counted_due_ms))
+        outcome, _ = asyncio.run(table.park(pdu, 3_600_000, 1, counted_due_ms))
         return outcome, asyncio.run(table.ahead())[0]
 
     assert park() == (Outcome.PARKED, 1)

@@ -87,10 +87,10 @@ class _Clerk(LimitReport):
     ) -> None:
         self._fate, self._limit = Fate.LATER, limit
 
-    def released(self, limits: Iterable[str]) -> None:
+    def released(self, limits: Iterable[str | None]) -> None:
         """Counted nowhere."""
 
-    def expired(self, event_ids: Sequence[str], limits: Iterable[str]) -> None:
+    def expired(self, event_ids: Sequence[str], limits: Iterable[str | None]) -> None:
         for event_id in event_ids:
             self._outcome.expired(event_id)
 

@@ -121,10 +121,11 @@ class DeferralHandler:
             homeserver, config, report, fill=self._fill, on_whole=self._schedule, orders=orders
         )
         self._ordered = Ordered(
-            *(homeserver, orders, table, report),
+            *(homeserver, orders, table),
             handles=writer.handles,
             remove=self._waiting.remove,
             release=self._release_apart,
+            expire=self._expire,
             refill=self._fill,
         )
         self._releasing = Retrying(
@@ -284,8 +285,9 @@ class DeferralHandler:
 
     async def _release_these(self, event_ids: Sequence[str]) -> None:
         still_sticky = await self._writer.still_sticky(event_ids)
-        rooms = await self._table.release(event_ids, still_sticky, self._writer.enter_txn)
-        self._report.released(self._waiting.limits_of(still_sticky))
+        release = self._table.release
+        rooms, limits = await release(event_ids, still_sticky, self._writer.enter_txn)
+        self._report.released(limits)
         # Not once more, if the database fails at the others of its batch.
         done = set(event_ids)
         self._taken = [event_id for event_id in self._taken if event_id not in done]
@@ -297,13 +299,13 @@ class DeferralHandler:
     async def _drop_expired(self) -> None:
         if not self._expired:
             self._expired = self._waiting.expire(EXPIRE_BATCH)
-            if not self._expired:
-                return
-            self._report.expired(self._expired, self._waiting.limits_of(self._expired))
-        stuck = await apart(self._expired, self._table.drop)
-        self._expired = []
         # Releasing one that has expired drops it, too.
-        self._stragglers.add(stuck)
+        self._stragglers.add(await apart(self._expired, self._expire))
+        self._expired = []
+
+    async def _expire(self, event_ids: Sequence[str]) -> None:
+        limits = await self._table.drop(event_ids)
+        self._report.expired(event_ids, limits)
 
     def _event_changed(self, event_id: str) -> None:
         if event_id in self._waiting:

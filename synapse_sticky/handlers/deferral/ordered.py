@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 from synapse_sticky.backoff import Backoff, Retrying
 from synapse_sticky.homeserver import Homeserver
-from synapse_sticky.limits import LimitReport
-from synapse_sticky.orders import HELD, Orders, Release
+from synapse_sticky.orders import Orders, Release
 
 if TYPE_CHECKING:
     from synapse_sticky.handlers.deferral.tables import DeferredTable
@@ -31,6 +30,7 @@ class Ordered:
         handles: tells whether this process persists a room's events.
         remove: takes events out of the queue.
         release: releases events, and deletes their rows; it sees to those that it cannot release.
+        expire: deletes the rows of events that have expired, and counts these.
         refill: puts all that is in the table into the queue, but what is held.
     """
 
@@ -39,20 +39,20 @@ class Ordered:
         homeserver: Homeserver,
         orders: Orders,
         table: "DeferredTable",
-        report: LimitReport,
         *,
         handles: Callable[[str], bool],
         remove: Callable[[Collection[str]], None],
         release: Callable[[Sequence[str]], Awaitable[None]],
+        expire: Callable[[Sequence[str]], Awaitable[None]],
         refill: Callable[[], Awaitable[None]],
     ) -> None:
         self._homeserver = homeserver
         self._orders = orders
         self._table = table
-        self._report = report
         self._handles = handles
         self._remove = remove
         self._release = release
+        self._expire = expire
         self._refill = refill
         self._held: frozenset[str] = frozenset()
         self._next_expiry_ms = 0
@@ -107,10 +107,6 @@ class Ordered:
     async def _drop(self, event_ids: Sequence[str]) -> None:
         await self._table.drop(event_ids)
         self._remove(event_ids)
-
-    async def _expire(self, event_ids: Sequence[str]) -> None:
-        self._report.expired(event_ids, [HELD] * len(event_ids))
-        await self._table.drop(event_ids)
 
     async def _release_now(self, event_ids: Sequence[str]) -> None:
         await self._release(event_ids)

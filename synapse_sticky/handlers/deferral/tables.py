@@ -126,7 +126,7 @@ class DeferredTable:
         event_ids: Sequence[str],
         still_sticky: Collection[str],
         enter_txn: Callable[[Cursor, Sequence[NewStickyEvent]], None],
-    ) -> list[str]:
+    ) -> tuple[list[str], list[str | None]]:
         """Deletes these events, and in the same transaction enters into the stream those that are
         still sticky and unexpired.
 
@@ -135,35 +135,46 @@ class DeferredTable:
             enter_txn: enters events into the stream, in the given order.
 
         Returns:
-            The IDs of the rooms with a released event.
+            The IDs of the rooms with a released event, and for each such event the name of the
+            limit that deferred it; None if a version that does not note it has deferred it.
         """
 
-        def write_txn(txn: Cursor) -> list[str]:
+        def write_txn(txn: Cursor) -> tuple[list[str], list[str | None]]:
             deferred: dict[str, NewStickyEvent] = {}
+            limits: dict[str, str | None] = {}
             for portion in portions(event_ids):
                 clause, args = self._homeserver.in_list("event_id", portion)
                 txn.execute(
-                    f"SELECT {_COLUMNS} FROM synapse_sticky_deferred"
+                    f"SELECT {_COLUMNS}, past_limit FROM synapse_sticky_deferred"
                     f" WHERE {clause} AND expires_at_ms > ?",
                     (*args, self._homeserver.now_ms()),
                 )
-                deferred |= {row[0]: NewStickyEvent(*row) for row in txn.fetchall()}
+                for *columns, limit in txn.fetchall():
+                    event = NewStickyEvent(*columns)
+                    deferred[event.event_id], limits[event.event_id] = event, limit
                 txn.execute(f"DELETE FROM synapse_sticky_deferred WHERE {clause}", args)
             released = [deferred[e] for e in event_ids if e in deferred and e in still_sticky]
             enter_txn(txn, released)
-            return list({event.room_id: None for event in released})
+            rooms = list({event.room_id: None for event in released})
+            return rooms, [limits[event.event_id] for event in released]
 
         return await self._homeserver.transact("release", write_txn)
 
-    async def drop(self, event_ids: Collection[str]) -> None:
-        """Deletes these events. They are not released."""
+    async def drop(self, event_ids: Collection[str]) -> list[str | None]:
+        """Deletes these events. They are not released. Gives the name of the limit that deferred
+        each of them, likewise."""
 
-        def write_txn(txn: Cursor) -> None:
+        def write_txn(txn: Cursor) -> list[str | None]:
+            limits: list[str | None] = []
             for portion in portions(event_ids):
                 clause, args = self._homeserver.in_list("event_id", portion)
-                txn.execute(f"DELETE FROM synapse_sticky_deferred WHERE {clause}", args)
+                of_these = f"FROM synapse_sticky_deferred WHERE {clause}"
+                txn.execute(f"SELECT past_limit {of_these}", args)
+                limits += [limit for (limit,) in txn.fetchall()]
+                txn.execute(f"DELETE {of_these}", args)
+            return limits
 
-        await self._homeserver.transact("drop_deferred", write_txn)
+        return await self._homeserver.transact("drop_deferred", write_txn)
 
     async def matching(
         self, of: Release, after: int | None, limit: int, *, is_expired: bool = False

@@ -15,7 +15,7 @@ from synapse_sticky._core import Limiter, ReleaseQueue
 from synapse_sticky.config import FederationConfig
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.limits import LimitReport, federation_limiter, per_second
-from synapse_sticky.metrics import EARLIER
+from synapse_sticky.metrics import NOT_RECORDED
 from synapse_sticky.orders import HELD, Orders
 from synapse_sticky.renewal import OnPanic, Renewed
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _MAX_DECISIONS = 10_000
 _MAX_LIMITS = 100_000
-"""Of how many events that wait it is remembered which limit deferred them; about 20 MB."""
+"""Of how many observed events it is remembered which limit would defer them; about 20 MB."""
 _REFUSED = "max_deferred_per_server"
 
 
@@ -110,7 +110,8 @@ class Waiting:
         self._lock = threading.Lock()
         # Decisions of transactions that are not through, by event ID: they may be tried again.
         self._decisions: OrderedDict[str, str | None] = OrderedDict()
-        # By event ID, for the metrics: the limit that deferred it.
+        # By event ID, for the metrics: the limit that would defer it. Of deferred events the table
+        # has it.
         self._limits: OrderedDict[str, str] = OrderedDict()
         name = "observed_waiting" if report.observes else "deferred_waiting"
         homeserver.metrics.show(name, self, len)
@@ -215,13 +216,15 @@ class Waiting:
                 self._deferred(new)
 
     def limits_of(self, event_ids: Collection[str]) -> list[str]:
-        """Which limit deferred each of these events, that wait no more. Forgets that."""
-        return [self._limits.pop(event_id, EARLIER) for event_id in event_ids]
+        """Which limit would have deferred each of these observed events, that wait no more. Forgets
+        that."""
+        return [self._limits.pop(event_id, NOT_RECORDED) for event_id in event_ids]
 
     def _deferred(self, new: PastLimit) -> None:
-        self._limits[new.event.event_id] = new.limit
-        while len(self._limits) > _MAX_LIMITS:
-            self._limits.popitem(last=False)
+        if self._report.observes:
+            self._limits[new.event.event_id] = new.limit
+            while len(self._limits) > _MAX_LIMITS:
+                self._limits.popitem(last=False)
         count = self._queue.waiting(new.server)
         delay_ms = round(count * 1000 / per_second(self._config, new.limit))
         room_id, sender = new.event.room_id, new.event.sender

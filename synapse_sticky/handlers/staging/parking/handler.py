@@ -76,13 +76,12 @@ class Staging(Protocol):
 
         Args:
             fail: takes a PDU that Synapse drops, or has in memory only while it joins the room,
-                with the reason, whether that passes, and the reason's name. It waits for nothing
-                but the database, and is called while Synapse has the room's lock. It gets no PDU
-                that is too large.
+                with the reason, and whether that passes. It waits for nothing but the database,
+                and is called while Synapse has the room's lock. It gets no PDU that is too large.
         """
 
 
-Fail = Callable[[ParkedPdu, StagedPdu, str, Verdict, str], Awaitable[None]]
+Fail = Callable[[ParkedPdu, StagedPdu, str, Verdict], Awaitable[None]]
 
 
 class ParkingHandler:
@@ -103,7 +102,7 @@ class ParkingHandler:
         self._table = table
         self._writer = ParkedWriter(homeserver, table, staging, held, self._on_parked)
         self._stream = stream
-        self._purged = PurgedRooms(homeserver, table, self._writer, staging.known_txn)
+        self._purged = PurgedRooms(homeserver, self._writer, staging.known_txn)
         self._redacted = RedactedSenders(homeserver)
         self._trying = Trying(homeserver, rooms, staging, table, origins, self._purged.note)
 
@@ -134,27 +133,19 @@ class ParkingHandler:
 
     # Parking
 
-    async def fail(
-        self,
-        pdu: ParkedPdu,
-        staged: StagedPdu,
-        why: str,
-        verdict: Verdict,
-        reason: str = "unknown",
-    ) -> None:
+    async def fail(self, pdu: ParkedPdu, staged: StagedPdu, why: str, verdict: Verdict) -> None:
         """Parks or drops a PDU that Synapse is about to drop, or has in memory only.
 
         There is one attempt to write it into the table; then it stays staged until that goes well.
 
         Args:
-            why: for the log.
+            why: for the log, the administrator and the metrics (``reasons``).
             verdict: whether the reason passes.
-            reason: the same as ``why``, for the metrics (``metrics.REASONS``).
         """
         if verdict is Verdict.REFUSED:
             await self._writer.drop(pdu, why)
         else:
-            await self._writer.park(ToPark(pdu, staged, why, verdict is Verdict.UNKNOWN, reason))
+            await self._writer.park(ToPark(pdu, staged, why, verdict is Verdict.UNKNOWN))
 
     def _on_parked(self) -> None:
         self._trying.within(FIRST_TRY_MS)

@@ -65,6 +65,7 @@ class RedactedSenders:
                 self._redacted.add(pair)
                 raise
             if count:
+                self._homeserver.metrics.dropped("redacted", count)
                 logger.info("Forgot %d parked PDUs of %s, redacted in %s", count, pair[1], pair[0])
         if self._redacted:
             self._alarm.ring_in(PAUSE_MS)

@@ -17,6 +17,7 @@ from synapse_sticky.handlers.staging.held import Held
 from synapse_sticky.handlers.staging.parking.passed_over import PassedOver
 from synapse_sticky.handlers.staging.parking.pdus import ParkedPdu
 from synapse_sticky.handlers.staging.parking.possible import is_possible
+from synapse_sticky.handlers.staging.parking.reasons import Reason
 from synapse_sticky.handlers.staging.pdu import StagedPdu
 from synapse_sticky.handlers.staging.received.synapse import note_handed_on
 from synapse_sticky.homeserver import Cursor, Homeserver
@@ -79,7 +80,7 @@ _CAUSE = "org.matrix.msc4354.synapse_sticky.cause"
 _READS_CAUSE = "_synapse_sticky_reads_cause"
 """What the servlet, whose class all homeservers of a process share, does for one of them."""
 
-Fail = Callable[[ParkedPdu, StagedPdu, str, Verdict, str], Awaitable[None]]
+Fail = Callable[[ParkedPdu, StagedPdu, str, Verdict], Awaitable[None]]
 
 
 class SynapseStaging:
@@ -173,11 +174,10 @@ class SynapseStaging:
                 # The main process joins rooms. Until it has, it queues the room's PDUs in memory
                 # only, and the other processes ignore them. None is in the staging area any more.
                 if self._is_queued(pdu):
-                    await self._fail(fail, origin, pdu, "the room is being joined", is_outside=True)
+                    await self._fail(fail, origin, pdu, str(Reason.JOINING), is_outside=True)
                 # Synapse looks once more whether this server is in the room: it may have left.
                 elif not in_room or not await self._may_be_in_room(pdu.room_id):
-                    why = "this server is not in the room yet"
-                    await self._fail(fail, origin, pdu, why, is_outside=True)
+                    await self._fail(fail, origin, pdu, str(Reason.NOT_JOINED), is_outside=True)
 
             return on_receive_pdu
 
@@ -219,23 +219,22 @@ class SynapseStaging:
 
         return remove_received_event_from_staging
 
-    async def _verdict_on(self, pdu: EventBase, e: Exception) -> tuple[str, Verdict, str] | None:
-        """Why it was not persisted, whether that passes, and the reason's name; None if Synapse
-        itself refuses it."""
+    async def _verdict_on(self, pdu: EventBase, e: Exception) -> tuple[str, Verdict] | None:
+        """Why it was not persisted, and whether that passes; None if Synapse itself refuses it."""
         cause = self._cause_of(e)
         verdict = None if cause is None else cause.verdict()
         if verdict is Verdict.PASSES:
-            return f"it cannot be persisted for now: {cause}", verdict, "database"
+            return f"{Reason.DATABASE}: {cause}", verdict
         if isinstance(e, SynapseError) and e.code == HTTPStatus.CONFLICT:
             # It did so in both of Synapse's attempts.
-            return "the room's state has become whole meanwhile", Verdict.PASSES, "state"
+            return str(Reason.STATE), Verdict.PASSES
         if lacking := await self._lacking(pdu):
             # Synapse has not come to the PDU itself. One of these failed.
-            return f"its {lacking} cannot be fetched", Verdict.PASSES, lacking
+            return str(lacking), Verdict.PASSES
         if verdict is None:
             return None
         self._passed_over.failed(pdu.event_id, verdict)
-        return f"it cannot be persisted: {cause}", verdict, "unknown"
+        return f"{Reason.UNKNOWN}: {cause}", verdict
 
     async def _fail(
         self,
@@ -244,7 +243,6 @@ class SynapseStaging:
         pdu: EventBase,
         why: str,
         verdict: Verdict = Verdict.PASSES,
-        reason: str = "joining",
         *,
         is_outside: bool = False,
     ) -> None:
@@ -253,7 +251,7 @@ class SynapseStaging:
             return
         try:
             parked = attr.evolve(_parked_pdu_of(origin, pdu), is_outside=is_outside)
-            await fail(parked, self._staged_pdu_of(pdu), why, verdict, reason)
+            await fail(parked, self._staged_pdu_of(pdu), why, verdict)
         except Exception:
             logger.exception("Could not park the sticky PDU %s", pdu.event_id)
 
@@ -295,17 +293,19 @@ class SynapseStaging:
             e = e.__cause__
         return None
 
-    async def _lacking(self, pdu: EventBase) -> str:
-        """Which of the events that it comes after are missing here; empty if none is."""
+    async def _lacking(self, pdu: EventBase) -> Reason | None:
+        """Which of the events that it comes after are missing here; None if none is."""
         prev_event_ids, auth_event_ids = set(pdu.prev_event_ids()), set(pdu.auth_event_ids())
         try:
             if prev_event_ids - await self.persisted(prev_event_ids):
-                return "prev_events"
-            return "auth_events" if auth_event_ids - await self.existing(auth_event_ids) else ""
+                return Reason.PREV_EVENTS
+            if auth_event_ids - await self.existing(auth_event_ids):
+                return Reason.AUTH_EVENTS
+            return None
         except Exception as e:
             logger.exception("Could not find out whether the events before %s are here", pdu)
             passes = self.verdict_of(e) in (Verdict.PASSES, Verdict.UNKNOWN)
-            return "prev_events" if passes else ""
+            return Reason.PREV_EVENTS if passes else None
 
 
 def _handing_on(original: Callable[..., Any]) -> Callable[..., Any]:

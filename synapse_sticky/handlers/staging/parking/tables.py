@@ -5,13 +5,13 @@ from collections.abc import Collection, Mapping, Sequence
 
 from synapse_sticky.handlers.staging.parking.pdus import (
     LONGEST_MS,
-    KnownTxn,
     Outcome,
     ParkedPdu,
     ScheduledPdu,
     StageTxn,
 )
-from synapse_sticky.handlers.staging.parking.places import make_place_txn
+from synapse_sticky.handlers.staging.parking.places import Evicted, make_place_txn
+from synapse_sticky.handlers.staging.parking.reasons import LONGEST, counts_by_name
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.database import portions
 from synapse_sticky.homeserver.layout import Migrations, Waiting, migrate
@@ -116,8 +116,9 @@ class ParkedTable:
         *,
         received_ts_ms: int | None = None,
         why: str | None = None,
-    ) -> Outcome:
-        """Parks a PDU until it expires. Does not wait long for a table that is locked.
+    ) -> tuple[Outcome, Evicted | None]:
+        """Parks a PDU until it expires. Does not wait long for a table that is locked. Gives the
+        PDU that had its place, too, if one had.
 
         Args:
             until_ms: when it expires, in ms since the epoch.
@@ -131,17 +132,17 @@ class ParkedTable:
         now_ms = self._homeserver.now_ms()
         at_ms = now_ms if received_ts_ms is None else min(received_ts_ms, now_ms)
 
-        def write_txn(txn: Cursor) -> Outcome:
+        def write_txn(txn: Cursor) -> tuple[Outcome, Evicted | None]:
             key = (pdu.origin, pdu.event_id)
             where = "synapse_sticky_incomplete WHERE origin = ? AND event_id = ?"
             txn.execute(f"SELECT tries FROM {where}", key)
             row = txn.fetchone()
             if row is not None and not counted_due_ms:
-                return Outcome.STILL_PARKED
+                return Outcome.STILL_PARKED, None
             tries = (row[0] if row else 0) + (1 if counted_due_ms else 0)
             if tries > len(counted_due_ms):
                 txn.execute(f"DELETE FROM {where}", key)
-                return Outcome.GIVEN_UP
+                return Outcome.GIVEN_UP, None
             first_due_ms = counted_due_ms[tries - 1] if tries else due_ms
             if row is not None:
                 txn.execute(
@@ -149,9 +150,10 @@ class ParkedTable:
                     " WHERE origin = ? AND event_id = ?",
                     (tries, first_due_ms, *key),
                 )
-                return Outcome.STILL_PARKED
-            if not make_place_txn(txn, pdu):
-                return Outcome.FULL
+                return Outcome.STILL_PARKED, None
+            place = make_place_txn(txn, pdu)
+            if place is None:
+                return Outcome.FULL, None
             txn.execute(
                 "INSERT INTO synapse_sticky_incomplete"
                 f" ({_COLUMNS}, received_ts_ms, until_ms, due_ms, tries, outside, reason)"
@@ -164,7 +166,7 @@ class ParkedTable:
                     why and _storable(why),
                 ),
             )
-            return Outcome.PARKED
+            return Outcome.PARKED, place.evicted
 
         return await self._homeserver.transact_briefly("park", write_txn)
 
@@ -217,48 +219,38 @@ class ParkedTable:
 
         return await self._homeserver.transact("due_parked", read_txn)
 
-    async def postpone(self, origin: str, room_id: str, by_ms: int) -> None:
-        """Puts all PDUs of the origin for the room off by this time, and deletes expired ones."""
+    async def postpone(self, origin: str, room_id: str, by_ms: int) -> int:
+        """Puts all PDUs of the origin for the room off by this time, and deletes expired ones.
+        Gives how many these were."""
 
-        def write_txn(txn: Cursor) -> None:
+        def write_txn(txn: Cursor) -> int:
             where = "WHERE origin = ? AND room_id = ?"
             now_ms = self._homeserver.now_ms()
-            txn.execute(
-                f"DELETE FROM synapse_sticky_incomplete {where} AND until_ms <= ?",
-                (origin, room_id, now_ms),
-            )
+            expired = f"FROM synapse_sticky_incomplete {where} AND until_ms <= ?"
+            txn.execute(f"SELECT COUNT(*) {expired}", (origin, room_id, now_ms))
+            ((count,),) = txn.fetchall()
+            txn.execute(f"DELETE {expired}", (origin, room_id, now_ms))
             txn.execute(
                 f"UPDATE synapse_sticky_incomplete SET due_ms = ? {where}",
                 (now_ms + by_ms, origin, room_id),
             )
+            return int(count)
 
-        await self._homeserver.transact("postpone_parked", write_txn)
+        return await self._homeserver.transact("postpone_parked", write_txn)
 
-    async def forget_gone(self, room_ids: Collection[str], known_txn: KnownTxn) -> set[str]:
-        """Deletes the parked PDUs of those of the rooms that are gone, and gives these rooms."""
+    async def ahead(self) -> tuple[int | None, Mapping[str, int]]:
+        """When the next parked PDU is to be tried, None if none is parked; and how many are, by the
+        name of the reason (``metrics.REASONS``)."""
 
-        def write_txn(txn: Cursor) -> set[str]:
-            gone = {*room_ids} - known_txn(txn, room_ids)
-            if not gone:
-                return gone
-            # There is an index by both.
-            txn.execute("SELECT DISTINCT origin, room_id FROM synapse_sticky_incomplete")
-            pairs = sorted((origin, room_id) for origin, room_id in txn.fetchall())
-            txn.execute_batch(
-                "DELETE FROM synapse_sticky_incomplete WHERE origin = ? AND room_id = ?",
-                [pair for pair in pairs if pair[1] in gone],
+        def read_txn(txn: Cursor) -> tuple[int | None, Mapping[str, int]]:
+            txn.execute("SELECT MIN(due_ms) FROM synapse_sticky_incomplete")
+            ((due_ms,),) = txn.fetchall()
+            # There is an index with it: the PDUs are not read.
+            txn.execute(
+                f"SELECT substr(reason, 1, {LONGEST}) AS words, COUNT(*)"
+                " FROM synapse_sticky_incomplete GROUP BY words"
             )
-            return gone
-
-        return await self._homeserver.transact("forget_parked", write_txn)
-
-    async def ahead(self) -> tuple[int | None, int]:
-        """When the next parked PDU is to be tried, None if none is parked; and how many are."""
-
-        def read_txn(txn: Cursor) -> tuple[int | None, int]:
-            txn.execute("SELECT MIN(due_ms), COUNT(*) FROM synapse_sticky_incomplete")
-            due_ms, count = txn.fetchone() or (None, 0)
-            return due_ms, count
+            return due_ms, counts_by_name(txn.fetchall())
 
         return await self._homeserver.transact("next_parked_ms", read_txn)
 

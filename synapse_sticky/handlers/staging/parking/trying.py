@@ -155,8 +155,8 @@ class Trying:
 
     async def _wait_ms(self) -> int:
         """How long until there is something to do; negative if there is now."""
-        (next_ms, count), look_ms = await self._table.ahead(), self._paces.next_look_ms()
-        self._homeserver.metrics.set("parked_now", count)
+        (next_ms, counts), look_ms = await self._table.ahead(), self._paces.next_look_ms()
+        self._homeserver.metrics.parked_now(counts)
         wait_ms = _POLL_MS if next_ms is None else next_ms - self._homeserver.now_ms()
         if wait_ms > LONGEST_MS:
             wait_ms = 0  # the clock was set back since
@@ -177,7 +177,8 @@ class Trying:
 
     async def _postpone(self, origin: str, room_id: str) -> None:
         try:
-            await self._table.postpone(origin, room_id, _AFTER_FAILURE_MS)
+            expired = await self._table.postpone(origin, room_id, _AFTER_FAILURE_MS)
+            self._homeserver.metrics.unparked(0, expired)
         except Exception:
             # Here they are put off all the same, or they would come first again at once.
             logger.info("Could not put off PDUs of %s for %s", origin, room_id, exc_info=True)

@@ -17,6 +17,8 @@ from synapse_sticky.backoff import Backoff, Retrying
 from synapse_sticky.handlers.staging.held import Held
 from synapse_sticky.handlers.staging.parking import unknown
 from synapse_sticky.handlers.staging.parking.pdus import Outcome, ParkedPdu
+from synapse_sticky.handlers.staging.parking.places import Evicted
+from synapse_sticky.handlers.staging.parking.reasons import name_of
 from synapse_sticky.handlers.staging.parking.tables import ParkedTable
 from synapse_sticky.handlers.staging.pdu import StagedPdu
 from synapse_sticky.homeserver import Homeserver
@@ -40,16 +42,14 @@ _MOST_IN_MEMORY = 500
 class ToPark:
     """A PDU that is to be parked.
 
-    why: for the log and the administrator.
+    why: for the log, the administrator and the metrics (``reasons``).
     counts: whether this failure is one of the few after which it is given up.
-    reason: for the metrics.
     """
 
     pdu: ParkedPdu
     staged: StagedPdu
     why: str
     counts: bool = False
-    reason: str = "unknown"
 
 
 class ParkedWriter:
@@ -149,7 +149,8 @@ class ParkedWriter:
         while self._waiting:
             key, to_park = next(iter(self._waiting.items()))
             try:
-                await self._write(to_park)
+                if not await self._write(to_park):
+                    self._homeserver.metrics.unparked(0, 1)
             except Exception:
                 if key in self._waiting:
                     # Should it be the fault of this one, the others do not wait for it.
@@ -185,14 +186,14 @@ class ParkedWriter:
                 # Synapse looks for what is staged from time to time.
                 logger.info("Could not go on with %s", room_id, exc_info=True)
 
-    async def _write(self, to_park: ToPark) -> None:
-        """Raises what may pass."""
+    async def _write(self, to_park: ToPark) -> bool:
+        """Gives False if it has expired. Raises what may pass."""
         pdu, now_ms = to_park.pdu, self._homeserver.now_ms()
         until_ms = to_park.staged.until_ms()
         if until_ms <= now_ms:
-            return
+            return False
         try:
-            outcome = await self._table.park(
+            outcome, evicted = await self._table.park(
                 *(pdu, until_ms, now_ms + _BACKOFF.min_ms),
                 [now_ms + after_ms for after_ms in unknown.AFTER_MS if to_park.counts],
                 received_ts_ms=to_park.staged.received_ts_ms,
@@ -203,10 +204,22 @@ class ParkedWriter:
                 raise
             logger.warning("Could not park the sticky PDU %s: %r", pdu.event_id, e)
             self._homeserver.metrics.dropped("unwritable")
-            return
+            return True
+        self._say(to_park, outcome, evicted)
+        return True
+
+    def _say(self, to_park: ToPark, outcome: Outcome, evicted: Evicted | None) -> None:
+        pdu = to_park.pdu
+        if evicted is not None:
+            self._homeserver.metrics.dropped("evicted")
+            logger.warning(
+                "Dropping the sticky PDU %s of %s in %s: its server has parked most, and %s of %s"
+                " needs a place",
+                *(evicted.event_id, evicted.origin, evicted.room_id, pdu.event_id, pdu.origin),
+            )
         if outcome is Outcome.PARKED:
             logger.info("Parked the sticky PDU %s: %s", pdu.event_id, to_park.why)
-            self._homeserver.metrics.parked(to_park.reason)
+            self._homeserver.metrics.parked(name_of(to_park.why))
             self._on_parked()
         elif outcome is Outcome.STILL_PARKED:
             # The operator knows; one that cannot be completed fails until it expires.

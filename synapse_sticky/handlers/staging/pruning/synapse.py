@@ -7,7 +7,7 @@ later the more of the last one stays.
 
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from typing import Any
 
 import attr
@@ -82,23 +82,25 @@ class SynapsePruning:
         """From now on prunes what this gives for a room, and looks at nothing itself."""
         self._take_prunable = take_prunable
 
-    def exempt_from_pruning(self, is_exempt: Callable[[StagedPdu], bool]) -> None:
+    def replace_pruning(self, prune: Callable[[str, object], Awaitable[bool]]) -> None:
         def make(original: Callable[..., Any]) -> Callable[..., Any]:
             # This never calls the original. The original would look at the area once more, and
             # might prune sticky PDUs that were staged in between.
-            async def prune(room_id: str, room_version: Any, *args: Any, **options: Any) -> bool:
+            async def prune_staged(
+                room_id: str, room_version: Any, *args: Any, **options: Any
+            ) -> bool:
                 try:
-                    return await self._prune(room_id, room_version, is_exempt)
+                    return await prune(room_id, room_version)
                 except Exception:
                     # Pruning is housekeeping: leaving it out this time loses nothing.
                     logger.exception("Could not prune the staged PDUs of %s", room_id)
                     return False
 
-            return prune
+            return prune_staged
 
         self._homeserver.replace(self._store, "prune_staged_events_in_room", make)
 
-    async def _prune(
+    async def prune(
         self, room_id: str, room_version: Any, is_exempt: Callable[[StagedPdu], bool]
     ) -> bool:
         keys = self._take_prunable(room_id)

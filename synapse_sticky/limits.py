@@ -175,11 +175,14 @@ class LimitReport:
         has no line in the log."""
         self._metrics.count_each("released", limits)
 
-    def expired(self, event_ids: Sequence[str], limits: Iterable[str | None]) -> None:
-        """Deferred events expired before their turn; gets the limit of each, likewise."""
+    def expired(self, event_ids: Sequence[str], limits: Sequence[str | None]) -> None:
+        """Some of these deferred events expired before their turn; gets the limit of each that did,
+        likewise."""
+        if not limits:
+            return
         self._metrics.count_each("expired", limits)
         example = f"before their turn, such as {event_ids[0]}"
-        self._report("expired", "deferred", "other servers", example, "", len(event_ids))
+        self._report("expired", "deferred", "other servers", example, "", len(limits))
 
     def _report(
         self, what: str, limit: str, who: str, where: str, outlook: str, count: int

@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +18,9 @@ from synapse_sticky.handlers.staging.parking.tables import ParkedTable
 from synapse_sticky.handlers.staging.pdu import StagedPdu
 from synapse_sticky.homeserver.causes import Verdict
 from synapse_sticky.homeserver.layout import migrate
+from tests.unit.staging import CountingStore, prepared
 from tests.unit.test_causes import of_postgres
+from tests.unit.test_limits_in_synapse import done
 from tests.unit.test_parking import ROOM, handler_of, park, parked
 from tests.unit.test_parking_failures import _Waiting, loaded
 
@@ -112,6 +116,25 @@ def test_reasons_are_counted_without_a_look_at_the_pdus(
     looks = [plan for plan in plans if "synapse_sticky_incomplete" in plan]
     assert len(looks) == 2, plans
     assert all("COVERING INDEX" in plan for plan in looks), looks
+
+
+@pytest.mark.parametrize("kind", ["sqlite", pytest.param("postgres", marks=pytest.mark.slow)])
+def test_each_database_counts_them(kind: str, tmp_path: Path) -> None:
+    with prepared(kind, tmp_path) as hs, closing(CountingStore(hs)) as store:
+        table = ParkedTable(store)
+        done(table.prepare())
+        store.sql("DELETE FROM synapse_sticky_incomplete")
+        now_ms = store.now_ms()
+        for number, why in enumerate([*map(str, Reason), f"{Reason.DATABASE}: it is full", None]):
+            pdu = ParkedPdu("there", f"${number}", ROOM, "{}", "{}", ("$before",))
+            done(table.park(pdu, now_ms + 3_600_000, now_ms + number, why=why))
+        due_ms, counts = done(table.ahead())
+        assert due_ms == now_ms
+        assert counts == dict.fromkeys(metrics.REASONS, 1) | {"database": 2, "unknown": 2}
+        assert done(table.postpone("there", ROOM, 0)) == 0
+        store.now += 3_600_000
+        assert done(table.postpone("there", ROOM, 0)) == len(Reason) + 2
+        assert done(table.ahead()) == (None, {})
 
 
 # What gives up its place

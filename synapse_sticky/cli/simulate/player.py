@@ -90,7 +90,7 @@ class _Clerk(LimitReport):
     def released(self, limits: Iterable[str | None]) -> None:
         """Counted nowhere."""
 
-    def expired(self, event_ids: Sequence[str], limits: Iterable[str | None]) -> None:
+    def expired(self, event_ids: Sequence[str], limits: Sequence[str | None]) -> None:
         for event_id in event_ids:
             self._outcome.expired(event_id)
 

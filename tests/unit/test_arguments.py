@@ -83,7 +83,7 @@ def test_more_events_than_a_database_takes_arguments(world: World, process: This
             "test", table.insert_txn, [(event, "there", "per_room") for event in events]
         )
     )
-    assert world.drive(table.release(ids, set(ids), writer.enter_txn)) == ["!a"]
+    assert world.drive(table.release(ids, set(ids), writer.enter_txn)).room_ids == ["!a"]
     world.drive(table.drop(ids))
     assert world.drive(process.transact("test", turns.persisted_txn, ids)) == set()
     assert world.drive(process.transact("test", writer._entered_txn, set(ids))) == []

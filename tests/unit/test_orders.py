@@ -14,6 +14,7 @@ from synapse_sticky.metrics import LimitMetrics
 from synapse_sticky.orders import Orders, Release
 from tests.unit.test_limits import NOW_MS, Here, Transaction, done, table
 
+EXPIRED = "deferred_expired"
 FREE, HOURLY = LimitConfig(1_000.0, 1_000), LimitConfig(0.001, 1)
 
 
@@ -199,12 +200,29 @@ def test_held_events_expire() -> None:
     orders.set(held_servers=["there"])
     here.persist(handler, range(3), for_ms=1_000)
     here.persist(handler, range(3, 5))
-    before = counted("deferred_expired")
+    before = counted(EXPIRED)
     here.now += 30_000
     orders.set(held_servers=["there"])
     assert table(here) == {"$3", "$4"}
     assert here.entered == []
-    assert counted("deferred_expired") == before + 3
+    assert counted(EXPIRED) == before + 3
+
+
+@pytest.mark.requirement("E3")
+def test_what_expires_while_the_database_fails_is_counted_as_expired() -> None:
+    here = HereWithTurns()
+    handler = deferral(here, Orders(), LimitConfig(1.0, 1))
+    assert len(here.persist(handler, range(3), for_ms=10_000)) == 2
+    before = {outcome: counted(outcome, "per_sender") for outcome in ("released", EXPIRED)}
+    here.failures = 1
+    here.pass_ms(2_000)
+    assert here.failed == 1, "one of them has had its turn"
+    for _ in range(4):
+        here.pass_ms(20_000)
+    assert table(here) == set()
+    assert here.entered == []
+    assert counted("released", "per_sender") == before["released"]
+    assert counted(EXPIRED, "per_sender") == before[EXPIRED] + 2
 
 
 @pytest.mark.requirement("E3")

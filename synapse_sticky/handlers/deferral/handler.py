@@ -285,13 +285,13 @@ class DeferralHandler:
 
     async def _release_these(self, event_ids: Sequence[str]) -> None:
         still_sticky = await self._writer.still_sticky(event_ids)
-        release = self._table.release
-        rooms, limits = await release(event_ids, still_sticky, self._writer.enter_txn)
-        self._report.released(limits)
+        found = await self._table.release(event_ids, still_sticky, self._writer.enter_txn)
+        self._report.released(found.limits)
+        self._report.expired(event_ids, found.expired)
         # Not once more, if the database fails at the others of its batch.
         done = set(event_ids)
         self._taken = [event_id for event_id in self._taken if event_id not in done]
-        self._writer.wake(rooms)
+        self._writer.wake(found.room_ids)
 
     async def _release_apart(self, event_ids: Sequence[str]) -> None:
         self._stragglers.add(await apart(event_ids, self._release_these))

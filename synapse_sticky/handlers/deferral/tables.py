@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Collection, Sequence
 
+import attr
+
 from synapse_sticky.handlers.deferral.handler import NewStickyEvent
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.database import portions
@@ -12,6 +14,20 @@ _PAGE = 500
 _FIRST = -(2**63)
 
 _COLUMNS = "event_id, room_id, sender, expires_at_ms, event_stream_ordering, sticky_key, newness_ms"
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class Released:
+    """What has become of deferred events whose turn it was.
+
+    room_ids: those of the released events.
+    limits, expired: for each released event, and each one that has expired, the name of the limit
+        that deferred it; None if a version that does not note it has deferred it.
+    """
+
+    room_ids: Sequence[str]
+    limits: Sequence[str | None]
+    expired: Sequence[str | None]
 
 
 class DeferredTable:
@@ -126,43 +142,43 @@ class DeferredTable:
         event_ids: Sequence[str],
         still_sticky: Collection[str],
         enter_txn: Callable[[Cursor, Sequence[NewStickyEvent]], None],
-    ) -> tuple[list[str], list[str | None]]:
+    ) -> Released:
         """Deletes these events, and in the same transaction enters into the stream those that are
         still sticky and unexpired.
 
         Args:
             event_ids: in the order of their release.
             enter_txn: enters events into the stream, in the given order.
-
-        Returns:
-            The IDs of the rooms with a released event, and for each such event the name of the
-            limit that deferred it; None if a version that does not note it has deferred it.
         """
 
-        def write_txn(txn: Cursor) -> tuple[list[str], list[str | None]]:
+        def write_txn(txn: Cursor) -> Released:
             deferred: dict[str, NewStickyEvent] = {}
             limits: dict[str, str | None] = {}
+            now_ms = self._homeserver.now_ms()
             for portion in portions(event_ids):
                 clause, args = self._homeserver.in_list("event_id", portion)
                 txn.execute(
-                    f"SELECT {_COLUMNS}, past_limit FROM synapse_sticky_deferred"
-                    f" WHERE {clause} AND expires_at_ms > ?",
-                    (*args, self._homeserver.now_ms()),
+                    f"SELECT {_COLUMNS}, past_limit FROM synapse_sticky_deferred WHERE {clause}",
+                    args,
                 )
                 for *columns, limit in txn.fetchall():
                     event = NewStickyEvent(*columns)
                     deferred[event.event_id], limits[event.event_id] = event, limit
                 txn.execute(f"DELETE FROM synapse_sticky_deferred WHERE {clause}", args)
-            released = [deferred[e] for e in event_ids if e in deferred and e in still_sticky]
+            sticky = [deferred[e] for e in event_ids if e in deferred and e in still_sticky]
+            released = [event for event in sticky if now_ms < event.expires_at_ms]
             enter_txn(txn, released)
-            rooms = list({event.room_id: None for event in released})
-            return rooms, [limits[event.event_id] for event in released]
+            return Released(
+                list({event.room_id: None for event in released}),
+                [limits[event.event_id] for event in released],
+                [limits[event.event_id] for event in sticky if event.expires_at_ms <= now_ms],
+            )
 
         return await self._homeserver.transact("release", write_txn)
 
     async def drop(self, event_ids: Collection[str]) -> list[str | None]:
         """Deletes these events. They are not released. Gives the name of the limit that deferred
-        each of them, likewise."""
+        each of them; None if a version that does not note it has deferred it."""
 
         def write_txn(txn: Cursor) -> list[str | None]:
             limits: list[str | None] = []

@@ -73,8 +73,8 @@ def draw(running: Prometheus, server_names: list[str], began_s: float, ended_s: 
     figure.tight_layout(rect=(0, 0, 1, 0.985))
     drawing = io.StringIO()
     figure.savefig(drawing, metadata={"Date": None})
-    # A hundredth of a pixel is enough.
-    PATH.write_text(re.sub(r"(\d\.\d\d)\d+", r"\1", drawing.getvalue()))
+    # A hundredth of a point is enough for a place. Text, which ends before a tag, stays as it is.
+    PATH.write_text(re.sub(r"(\d\.\d\d)\d+(?=[\s\")])", r"\1", drawing.getvalue()))
 
 
 def _series(

@@ -196,8 +196,8 @@ def reasons(absence: Absence, facts: Facts, max_deferred: int) -> Iterator[Verdi
         yield Verdict(
             "say_more",
             "An event ID does not say which server and room it is of.",
-            "Ask again with `room_id` and `sender`: then the room's ACL, the members, and what"
-            " waits of that server can be looked up.",
+            "Ask again, and say the room and the sender as well: then the room's ACL, the members,"
+            " and what waits of that server can be looked up.",
         )
     yield Verdict(
         "not_received",

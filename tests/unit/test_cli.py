@@ -87,7 +87,8 @@ def test_one_that_lacks_only_some(tmp_path: Path) -> None:
     command = [sys.executable, str(file), "simulate", "--rate", "1"]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 2
-    assert "simulate needs click, rich, plotext" in run.stderr
+    assert "simulate needs plotext, which" in run.stderr
+    assert f"{sys.executable} -m pip install 'synapse-sticky[simulate]'" in run.stderr
 
 
 def test_help_has_all_commands_and_examples(capsys: pytest.CaptureFixture[str]) -> None:

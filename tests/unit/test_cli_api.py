@@ -3,6 +3,7 @@
 import json
 import threading
 from collections.abc import Iterator
+from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,25 @@ def test_status(api: Api, capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out) == OVERVIEW
 
 
+def test_why_says_everything_once_and_when_its_turn_is(
+    api: Api, capsys: pytest.CaptureFixture[str]
+) -> None:
+    deferred = EVENT["verdict"]
+    step = {"name": "limited", "state": "waiting", "text": "It waits", "at_ms": NOW_MS}
+    about = {"limit": "per_sender", "about_ms": NOW_MS + 60_000}
+    api.answers(200, {**EVENT, "reasons": [deferred], "steps": [{**step, "details": about}]})
+    assert main(["why", "$a"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("deferred: It is past per_sender.") == said.count("Wait.") == 1
+    at = f"{datetime.fromtimestamp(NOW_MS / 1000 + 60):%H:%M:%S}"
+    assert at in said[said.index("about until") :]
+    # Of a held one that is not known.
+    held = {"limit": "per_sender", "about_ms": "not recorded"}
+    api.answers(200, {**EVENT, "steps": [{**step, "details": held}]})
+    assert main(["why", "$a"]) == 0
+    assert "about until" not in capsys.readouterr().out
+
+
 def test_why(api: Api, capsys: pytest.CaptureFixture[str]) -> None:
     api.answers(200, EVENT)
     room, sender = "!r oom:x&y", "@ü:there.example"
@@ -209,7 +229,8 @@ def test_what_is_ordered(
         (["exempt", "--for", "1h"], "--server or --sender"),
         (["hold"], "Missing option '--server'"),
         (["hold", "--server", "a", "--for", "60"], "with a unit"),
-        (["hold", "--server", "a", "--for", "8d"], "a duration from"),
+        (["hold", "--server", "a", "--for", "59s"], "from 1m to 7d"),
+        (["hold", "--server", "a", "--for", "8d"], "from 1m to 7d"),
     ],
 )
 def test_what_is_not_ordered(

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from synapse_sticky.cli.api.options import asking
 from synapse_sticky.cli.api.printing import say, show_next, show_rows, time_of
-from synapse_sticky.cli.durations import duration_of
+from synapse_sticky.cli.durations import duration_from
 
 if TYPE_CHECKING:
     import click
@@ -103,7 +103,7 @@ def _ordering(
                 metavar="DURATION",
                 default="1h",
                 show_default=True,
-                callback=duration_of,
+                callback=duration_from(60_000, "1m"),
                 help="For how long, from 1m to 7d.",
             )
         )

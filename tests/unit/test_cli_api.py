@@ -1,6 +1,8 @@
 """The commands that ask the API for administrators: what they send, print and refuse (E3)."""
 
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from datetime import datetime
@@ -410,3 +412,17 @@ def test_another_path(api: Api) -> None:
     api.answers(200, OVERVIEW)
     assert main(["status", "--url", f"{api.url}/_synapse/other/"]) == 0
     assert api.asked[0][0] == "/_synapse/other/admin/v1/overview"
+
+
+def test_a_reader_that_has_read_enough_is_no_error(api: Api) -> None:
+    """As with ``watch --json | head -1``."""
+    api.answers(200, OVERVIEW)
+    command = [sys.executable, "-m", "synapse_sticky", "watch", "--every", "1", "--json"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as run:
+        assert run.stdout is not None
+        assert run.stderr is not None
+        assert json.loads(run.stdout.readline()) == OVERVIEW
+        run.stdout.close()
+        assert run.stderr.read() == ""
+    assert run.returncode == 0

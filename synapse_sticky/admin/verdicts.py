@@ -114,7 +114,7 @@ def _of_time(facts: Facts, event: PersistedEvent) -> Verdict | None:
         if event.stream_id is not None
         else ("Whether it was delivered before was not recorded")
     )
-    text = f"It has expired: nothing is sticky for longer than an hour. {was}."
+    text = f"It has expired: it was sticky for as long as it asked for, an hour at most. {was}."
     return Verdict("expired", text, "Its sender has to send another one.")
 
 

@@ -243,6 +243,14 @@ def test_what_is_not_ordered(
     assert api.asked == []
 
 
+def test_a_release_does_not_last(api: Api, capsys: pytest.CaptureFixture[str]) -> None:
+    api.answers(200, {**ACTION, "kind": "release"})
+    assert main(["release", "--server", "flood.example"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("release of flood.example is ordered, once")
+    assert "until" not in said
+
+
 def test_end_and_actions(api: Api, capsys: pytest.CaptureFixture[str]) -> None:
     ended = {**ACTION, "in_force": False, "ended_by": "@admin:here.example"}
     api.answers(200, ended)

@@ -119,9 +119,13 @@ def _ordering(
 
 
 def _show_action(action: Any) -> None:
-    state = "is in force" if action["in_force"] else "is over"
-    until = "" if action["kind"] == "release" else f", until {time_of(action['until_ms'])}"
-    say(f"{action['kind']} of {_whom(action)} {state}{until} ({action['action_id']})")
+    if not action["in_force"]:
+        state = "is over"
+    elif action["kind"] in ("release", "discard"):
+        state = "is ordered, once, of what waits now; `status` has what still does"
+    else:
+        state = f"is in force, until {time_of(action['until_ms'])}"
+    say(f"{action['kind']} of {_whom(action)} {state} ({action['action_id']})")
 
 
 def _show_actions(answer: Any) -> None:

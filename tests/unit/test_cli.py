@@ -122,8 +122,8 @@ def test_both_have_the_same_base_commands(
         (["check", "--nonsense"], "No such option"),
         (["drain"], "Missing option '-c'"),
         (["simulate", "--rate", "fast"], "'fast' is not a valid float"),
-        (["simulate", "--for", "1 minute"], "a string such as '30s', '5m' or '1h'"),
-        (["simulate", "--for", "60"], "a number with a unit, such as 30s"),
+        (["simulate", "--for", "1 minute"], "from 1s to 7d, as a number with a unit"),
+        (["simulate", "--for", "60"], "as a number with a unit (5m)"),
     ],
 )
 def test_wrong_arguments(

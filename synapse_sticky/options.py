@@ -144,9 +144,10 @@ def duration(at_least_ms: int, at_most_ms: int) -> Check:
 
 def parse_section(default: Any, values: object, path: tuple[str, ...]) -> Any:
     """The section with what is set in ``values``; what is not stays as it is by default."""
-    if not isinstance(values, Mapping):
-        raise error(path, f"must be a mapping of options, not {_shown(values)}")
     fields = {field.name.removesuffix("_ms"): field for field in attr.fields(type(default))}
+    if not isinstance(values, Mapping):
+        problem = f"must be a mapping of options, not {_shown(values)}; there are: "
+        raise error(path, problem + ", ".join(fields))
     parsed: dict[str, Any] = {}
     for key, value in values.items():
         field = fields.get(key) if isinstance(key, str) else None

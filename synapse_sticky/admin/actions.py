@@ -119,8 +119,7 @@ class Actions:
         if kind == "hold":
             self._check_hold(given)
         elif kind == "exempt":
-            if len(given) != 1 or "room_id" in given:
-                raise wrong("'exempt' needs either 'server' or 'sender', and no other")
+            self._check_exempt(given)
         elif kind in _AT_ONCE:
             if not given:
                 raise wrong(f"{kind!r} needs 'server', 'room_id' or 'sender'; or several of them")
@@ -138,6 +137,16 @@ class Actions:
             now_ms,
             now_ms + _for_ms(kind, body.get("for_ms")),
         )
+
+    def _check_exempt(self, given: dict[str, str]) -> None:
+        if len(given) != 1 or "room_id" in given:
+            raise wrong("'exempt' needs either 'server' or 'sender', and no other")
+        server = given.get("server") or given["sender"].partition(":")[2]
+        if server == self._homeserver.server_name:
+            raise wrong(
+                "This server's own users are limited by local.per_user. Name them in"
+                " local.exempt_users, or override their rate limits by Synapse's Admin API"
+            )
 
     def _check_hold(self, given: dict[str, str]) -> None:
         if given.keys() != {"server"}:

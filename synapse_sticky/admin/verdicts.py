@@ -114,7 +114,7 @@ def _of_time(facts: Facts, event: PersistedEvent) -> Verdict | None:
         if event.stream_id is not None
         else ("Whether it was delivered before was not recorded")
     )
-    text = f"It has expired: nothing is sticky for longer than an hour. {was}."
+    text = f"It has expired: it was sticky for as long as it asked for, an hour at most. {was}."
     return Verdict("expired", text, "Its sender has to send another one.")
 
 
@@ -196,8 +196,8 @@ def reasons(absence: Absence, facts: Facts, max_deferred: int) -> Iterator[Verdi
         yield Verdict(
             "say_more",
             "An event ID does not say which server and room it is of.",
-            "Ask again with `room_id` and `sender`: then the room's ACL, the members, and what"
-            " waits of that server can be looked up.",
+            "Ask again, and say the room and the sender as well: then the room's ACL, the members,"
+            " and what waits of that server can be looked up.",
         )
     yield Verdict(
         "not_received",

@@ -196,6 +196,8 @@ def _delivered(facts: Facts) -> Step:
         text = "It has a row in the stream of sticky events, and clients are not given it"
         return Step("delivered", FAILED, text, None, details)
     text = "It is in the stream of sticky events: joined users get it in their next sync"
+    if event.ends_ms is not None and facts.now_ms >= event.ends_ms:
+        text = "It was in the stream of sticky events: joined users got it until it expired"
     return Step("delivered", DONE, text, None, details)
 
 
@@ -206,7 +208,10 @@ def _pushed(facts: Facts) -> Step:
     counts: dict[str, int] = {}
     for _, state in shown(facts):
         counts[state] = counts.get(state, 0) + 1
-    state = WAITING if lacking(facts) else DONE
+    state = DONE
+    if lacking(facts):
+        is_over = event.ends_ms is not None and facts.now_ms >= event.ends_ms
+        state = FAILED if is_over else WAITING
     text = f"{facts.receivers_count} other servers are in the room"
     return Step("pushed", state, text, None, {"servers": counts})
 
@@ -218,5 +223,5 @@ def _ended(facts: Facts) -> Step:
     if ends_ms is None:
         return Step("expired", NOT_RECORDED if facts.event is None else NONE, "It has no end")
     if facts.now_ms < ends_ms:
-        return Step("expired", NONE, "It is still sticky", ends_ms)
+        return Step("expired", NONE, "It has not expired", ends_ms)
     return Step("expired", DONE, "It is not sticky any more", ends_ms)

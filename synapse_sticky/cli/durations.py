@@ -1,5 +1,6 @@
 """Durations on the command line."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -8,21 +9,32 @@ if TYPE_CHECKING:
 _WEEK_MS = 7 * 86_400_000
 
 
-def duration_of(ctx: "click.Context", param: "click.Parameter", value: str) -> int:
-    """A duration in ms, from ``30s`` and the like, as in the configuration but for a bare number.
+def duration_from(
+    at_least_ms: int, shown: str
+) -> "Callable[[click.Context, click.Parameter, str], int]":
+    """Takes a duration as ``30s`` and the like, and gives it in ms; at most a week.
 
-    Raises:
-        click.BadParameter: it is none, or more than a week.
+    Args:
+        shown: the least, as somebody would write it.
+
+    Returns:
+        A callback of an option. It raises ``click.BadParameter``.
     """
-    import click
-
     from synapse_sticky.options import duration
 
-    try:
-        if value.isdecimal():
-            # In a configuration these are ms, which nobody would guess here.
-            raise ValueError("a number with a unit, such as 30s, 5m or 1h")
-        checked: int = duration(1, _WEEK_MS)(value)
-    except ValueError as e:
-        raise click.BadParameter(f"must be {e}") from None
-    return checked
+    check = duration(at_least_ms, _WEEK_MS)
+
+    def duration_of(ctx: "click.Context", param: "click.Parameter", value: str) -> int:
+        import click
+
+        try:
+            if value.isdecimal():
+                # In a configuration these are ms, which nobody would guess here.
+                raise ValueError
+            checked: int = check(value)
+        except ValueError:
+            problem = f"{value!r} is no duration from {shown} to 7d, as a number with a unit (5m)"
+            raise click.BadParameter(problem) from None
+        return checked
+
+    return duration_of

@@ -5,6 +5,7 @@ To add one, write a file with a function ``command``, which imports click and gi
 an extra there: every module of this package can be imported without any.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -43,11 +44,13 @@ class ExtraCommand:
 
     def lacks(self) -> str:
         """What to install to run it; empty if nothing."""
-        if all(map(_is_there, self.needs)):
+        lacking = [package for package in self.needs if not _is_there(package)]
+        if not lacking:
             return ""
+        # Not just `pip`: that of another environment would bring them there.
         return (
-            f"synapse-sticky {self.name} needs {', '.join(self.needs)}. Install them into this"
-            f" environment: pip install 'synapse-sticky[{self.extra}]'"
+            f"synapse-sticky {self.name} needs {', '.join(lacking)}, which this environment lacks:"
+            f" {sys.executable} -m pip install 'synapse-sticky[{self.extra}]'"
         )
 
 

@@ -336,6 +336,7 @@ def require_enabled(config: "HomeServerConfig") -> None:
             "synapse-sticky needs Synapse's own sticky events. Add to homeserver.yaml:\n"
             "experimental_features:\n"
             "  msc4354_enabled: true\n"
-            "and restart Synapse, or take the module out of `modules:`.",
+            "and restart Synapse, or take the module out of `modules:`. If it is there already,"
+            " look for a second `experimental_features:`, as of two the last one counts.",
             path=("experimental_features", "msc4354_enabled"),
         )

@@ -205,6 +205,7 @@ def test_orders_that_make_no_sense_are_refused(servers: Servers) -> None:
         return raised.value.status, raised.value.errcode
 
     wrong = (400, "M_INVALID_PARAM")
+    user = server.user("user")
     for body in (
         {},
         {"kind": "stop"},
@@ -222,6 +223,8 @@ def test_orders_that_make_no_sense_are_refused(servers: Servers) -> None:
         {"kind": "exempt"},
         {"kind": "exempt", "server": "a", "sender": "@a:b"},
         {"kind": "exempt", "room_id": "!a"},
+        {"kind": "exempt", "server": server.name},
+        {"kind": "exempt", "sender": user.user_id},
         {"kind": "release"},
         {"kind": "release", "server": "a", "for_ms": 60_000},
         {"kind": "push", "server": "a", "room_id": "!a"},
@@ -232,7 +235,6 @@ def test_orders_that_make_no_sense_are_refused(servers: Servers) -> None:
     with pytest.raises(ApiError) as raised:
         end(admin, "none")
     assert (raised.value.status, raised.value.errcode) == (404, "M_NOT_FOUND")
-    user = server.user("user")
     assert refused(user, kind="hold", server="a") == (403, "M_FORBIDDEN")
     assert ask(admin, "actions")["actions"] == []
 

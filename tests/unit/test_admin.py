@@ -258,3 +258,17 @@ def test_all_that_is_there_is_described(process: ThisProcess) -> None:
     there = {(route.method.lower(), f"/{route.path}") for route in api.routes}
     paths = description()["paths"]
     assert there == {(method, path) for path, methods in paths.items() for method in methods}
+
+
+@pytest.mark.requirement("E3")
+def test_what_has_expired_waits_for_nothing() -> None:
+    """Neither a receiver that lacks it nor a client gets it any more."""
+    lacks = Receiver("there", is_allowed=True, reachability=Reachability(), backlog=7)
+    for ends_ms, state, said in (
+        (NOW_MS + 1, "waiting", "get it in their next sync"),
+        (NOW_MS, "failed", "got it until it expired"),
+    ):
+        own = attr.evolve(OWN, ends_ms=ends_ms)
+        *_, delivered, pushed, _ = way(facts(own, receivers=[lacks], receivers_count=1))
+        assert (pushed.name, pushed.state) == ("pushed", state)
+        assert said in delivered.text

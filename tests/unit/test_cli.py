@@ -87,7 +87,8 @@ def test_one_that_lacks_only_some(tmp_path: Path) -> None:
     command = [sys.executable, str(file), "simulate", "--rate", "1"]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 2
-    assert "simulate needs click, rich, plotext" in run.stderr
+    assert "simulate needs plotext, which" in run.stderr
+    assert f"{sys.executable} -m pip install 'synapse-sticky[simulate]'" in run.stderr
 
 
 def test_help_has_all_commands_and_examples(capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,8 +122,8 @@ def test_both_have_the_same_base_commands(
         (["check", "--nonsense"], "No such option"),
         (["drain"], "Missing option '-c'"),
         (["simulate", "--rate", "fast"], "'fast' is not a valid float"),
-        (["simulate", "--for", "1 minute"], "a string such as '30s', '5m' or '1h'"),
-        (["simulate", "--for", "60"], "a number with a unit, such as 30s"),
+        (["simulate", "--for", "1 minute"], "from 1s to 7d, as a number with a unit"),
+        (["simulate", "--for", "60"], "as a number with a unit (5m)"),
     ],
 )
 def test_wrong_arguments(

@@ -1,8 +1,11 @@
 """The commands that ask the API for administrators: what they send, print and refuse (E3)."""
 
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -136,6 +139,25 @@ def test_status(api: Api, capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out) == OVERVIEW
 
 
+def test_why_says_everything_once_and_when_its_turn_is(
+    api: Api, capsys: pytest.CaptureFixture[str]
+) -> None:
+    deferred = EVENT["verdict"]
+    step = {"name": "limited", "state": "waiting", "text": "It waits", "at_ms": NOW_MS}
+    about = {"limit": "per_sender", "about_ms": NOW_MS + 60_000}
+    api.answers(200, {**EVENT, "reasons": [deferred], "steps": [{**step, "details": about}]})
+    assert main(["why", "$a"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("deferred: It is past per_sender.") == said.count("Wait.") == 1
+    at = f"{datetime.fromtimestamp(NOW_MS / 1000 + 60):%H:%M:%S}"
+    assert at in said[said.index("about until") :]
+    # Of a held one that is not known.
+    held = {"limit": "per_sender", "about_ms": "not recorded"}
+    api.answers(200, {**EVENT, "steps": [{**step, "details": held}]})
+    assert main(["why", "$a"]) == 0
+    assert "about until" not in capsys.readouterr().out
+
+
 def test_why(api: Api, capsys: pytest.CaptureFixture[str]) -> None:
     api.answers(200, EVENT)
     room, sender = "!r oom:x&y", "@ü:there.example"
@@ -209,7 +231,8 @@ def test_what_is_ordered(
         (["exempt", "--for", "1h"], "--server or --sender"),
         (["hold"], "Missing option '--server'"),
         (["hold", "--server", "a", "--for", "60"], "with a unit"),
-        (["hold", "--server", "a", "--for", "8d"], "a duration from"),
+        (["hold", "--server", "a", "--for", "59s"], "from 1m to 7d"),
+        (["hold", "--server", "a", "--for", "8d"], "from 1m to 7d"),
     ],
 )
 def test_what_is_not_ordered(
@@ -218,6 +241,14 @@ def test_what_is_not_ordered(
     assert main(arguments) == 2
     assert said in capsys.readouterr().err
     assert api.asked == []
+
+
+def test_a_release_does_not_last(api: Api, capsys: pytest.CaptureFixture[str]) -> None:
+    api.answers(200, {**ACTION, "kind": "release"})
+    assert main(["release", "--server", "flood.example"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("release of flood.example is ordered, once")
+    assert "until" not in said
 
 
 def test_end_and_actions(api: Api, capsys: pytest.CaptureFixture[str]) -> None:
@@ -389,3 +420,17 @@ def test_another_path(api: Api) -> None:
     api.answers(200, OVERVIEW)
     assert main(["status", "--url", f"{api.url}/_synapse/other/"]) == 0
     assert api.asked[0][0] == "/_synapse/other/admin/v1/overview"
+
+
+def test_a_reader_that_has_read_enough_is_no_error(api: Api) -> None:
+    """As with ``watch --json | head -1``."""
+    api.answers(200, OVERVIEW)
+    command = [sys.executable, "-m", "synapse_sticky", "watch", "--every", "1", "--json"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as run:
+        assert run.stdout is not None
+        assert run.stderr is not None
+        assert json.loads(run.stdout.readline()) == OVERVIEW
+        run.stdout.close()
+        assert run.stderr.read() == ""
+    assert run.returncode == 0

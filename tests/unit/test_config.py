@@ -221,7 +221,11 @@ def test_exemptions() -> None:
             ("federation", "per_room", "per_minute"),
             "federation.per_room.per_minute is no option; there are: per_second, burst_count",
         ),
-        ({"local": {"per_user": 3}}, ("local", "per_user"), "must be a mapping of options, not 3"),
+        (
+            {"local": {"per_user": 3}},
+            ("local", "per_user"),
+            "must be a mapping of options, not 3; there are: per_second, burst_count",
+        ),
         ({"local": None}, ("local",), "local must be a mapping of options, not None"),
         (
             {"federation": {"max_deferred_per_server": 0}},

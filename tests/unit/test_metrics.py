@@ -214,6 +214,8 @@ def test_each_alert_has_a_section() -> None:
         link = alert["annotations"]["runbook_url"]
         assert link == f"docs/metrics.md#{alert['alert'].lower()}"
         assert alert["labels"]["severity"] in ("critical", "warning", "info")
+        # An increase is extrapolated: 166.92700128044407 events.
+        assert "$value }}" not in alert["annotations"]["summary"]
 
 
 NEEDS_PROMTOOL = pytest.mark.skipif(

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from synapse_sticky.cli.api.options import asking
 from synapse_sticky.cli.api.printing import say, show_next, show_rows, time_of
-from synapse_sticky.cli.durations import duration_of
+from synapse_sticky.cli.durations import duration_from
 
 if TYPE_CHECKING:
     import click
@@ -103,7 +103,7 @@ def _ordering(
                 metavar="DURATION",
                 default="1h",
                 show_default=True,
-                callback=duration_of,
+                callback=duration_from(60_000, "1m"),
                 help="For how long, from 1m to 7d.",
             )
         )
@@ -119,9 +119,13 @@ def _ordering(
 
 
 def _show_action(action: Any) -> None:
-    state = "is in force" if action["in_force"] else "is over"
-    until = "" if action["kind"] == "release" else f", until {time_of(action['until_ms'])}"
-    say(f"{action['kind']} of {_whom(action)} {state}{until} ({action['action_id']})")
+    if not action["in_force"]:
+        state = "is over"
+    elif action["kind"] in ("release", "discard"):
+        state = "is ordered, once, of what waits now; `status` has what still does"
+    else:
+        state = f"is in force, until {time_of(action['until_ms'])}"
+    say(f"{action['kind']} of {_whom(action)} {state} ({action['action_id']})")
 
 
 def _show_actions(answer: Any) -> None:

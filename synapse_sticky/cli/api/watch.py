@@ -1,6 +1,8 @@
 """The command ``watch``: what ``status`` shows, again and again."""
 
 import json
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -66,6 +68,10 @@ def _watch(url: str, token_file: str | None, as_json: bool, every_s: int) -> int
                 except AskingError as e:
                     click.echo(f"{e} It is asked again.", err=True)
     except KeyboardInterrupt:
+        return ALL_FIT
+    except BrokenPipeError:
+        # Whoever reads has enough, such as `head`. Else Python tells of it once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ALL_FIT
 
 

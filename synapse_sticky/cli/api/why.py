@@ -64,11 +64,13 @@ def _ask(
 def _show(event: Any) -> None:
     known = [f"{name} {event[name]}" for name in ("type", "sender", "room_id") if event[name]]
     say(f"{event['event_id']}{': ' if known else ''}{', '.join(known)}")
+    said: set[str] = set()  # the verdict is one of the reasons, or asks for the same as one
     for reason in (event["verdict"], *event["reasons"]):
-        say(f"{reason['code']}: {reason['text']}")
-        if reason["to_do"]:
-            say(f"  {reason['to_do']}")
-    steps = ((s["name"], s["state"], time_of(s["at_ms"]), s["text"]) for s in event["steps"])
+        for text in (f"{reason['code']}: {reason['text']}", f"  {reason['to_do']}"):
+            if text.strip() and text not in said:
+                say(text)
+                said.add(text)
+    steps = ((s["name"], s["state"], time_of(s["at_ms"]), _text_of(s)) for s in event["steps"])
     show_rows(("step", "state", "when", "what"), steps)
     if event["receivers"]:
         receivers = (
@@ -78,3 +80,10 @@ def _show(event: Any) -> None:
         say(f"These are of {event['receivers_total']} other servers in the room:")
         show_rows(("server", "state", "fails since", "next try"), receivers)
         show_next(event)
+
+
+def _text_of(step: Any) -> str:
+    """What is said of a step; of one that waits, also until about when."""
+    about_ms = step["details"].get("about_ms")
+    text: str = step["text"]
+    return f"{text}, about until {time_of(about_ms)}" if isinstance(about_ms, int) else text

@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from synapse_sticky.cli.durations import duration_of
+from synapse_sticky.cli.durations import duration_from
 
 if TYPE_CHECKING:
     import click
@@ -77,7 +77,7 @@ def _options() -> "list[click.Parameter]":
             metavar="DURATION",
             default=default,
             show_default=True,
-            callback=duration_of,
+            callback=duration_from(1_000, "1s"),
             help=text,
         )
 

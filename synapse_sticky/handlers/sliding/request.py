@@ -16,6 +16,7 @@ class SlidingRequest(Protocol):
     """A request of sliding sync that asks for sticky events."""
 
     connection: Connection
+    """Names that are short, and that any database takes."""
     room_ids: AbstractSet[str]
     """The rooms that the user is joined to and that the client's lists could match (D2, D8)."""
     limit: int

@@ -1,5 +1,6 @@
 """The section of sticky events in sliding sync."""
 
+import hashlib
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
@@ -71,6 +72,7 @@ SEAMS = (
 )
 
 _ONLY_WRITER = 0
+_LONGEST_NAME = 64
 _Section = SlidingSyncResult.Extensions.StickyEventsExtension
 
 
@@ -189,7 +191,7 @@ class _Response:
         self._parts: list[tuple[int, dict[str, list[str]]]] = []
         self._of_senders: dict[str, list[str]] = {}
         device_id: str = sync_config.requester.device_id or ""
-        self.connection = (self._user_id, device_id, sync_config.conn_id or "")
+        self.connection = (self._user_id, device_id, _storable(sync_config.conn_id or ""))
         self.room_ids = room_ids
         self.limit: int = min(request.limit, MOST_IN_SECTION)
         self.since = since
@@ -263,3 +265,10 @@ class _Response:
         next_batch = await self._sliding.write_token(page.next_batch)
         section = _DueSection if page.is_due else _Section
         return section(room_id_to_sticky_events=rooms, next_batch=next_batch)
+
+
+def _storable(name: str) -> str:
+    """The client's name for a connection. Of one that no index or database might take, its hash."""
+    if len(name) <= _LONGEST_NAME and name.isascii() and name.isprintable():
+        return name
+    return hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,6 +1,5 @@
 """The section of sticky events in sliding sync."""
 
-import hashlib
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
@@ -13,7 +12,12 @@ from synapse.types.rest.client import SlidingSyncStickyEventsToken
 from synapse_sticky.handlers.sliding.handler import SlidingPage
 from synapse_sticky.handlers.sliding.joined.synapse import SynapseJoinedRooms
 from synapse_sticky.handlers.sliding.pages import Shown
-from synapse_sticky.handlers.sliding.request import MOST_IN_SECTION, SlidingRequest, Unignored
+from synapse_sticky.handlers.sliding.request import (
+    MOST_IN_SECTION,
+    SlidingRequest,
+    Unignored,
+    storable,
+)
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.homeserver.access import still_sticky
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, attributes, method
@@ -72,7 +76,6 @@ SEAMS = (
 )
 
 _ONLY_WRITER = 0
-_LONGEST_NAME = 64
 _Section = SlidingSyncResult.Extensions.StickyEventsExtension
 
 
@@ -191,7 +194,7 @@ class _Response:
         self._parts: list[tuple[int, dict[str, list[str]]]] = []
         self._of_senders: dict[str, list[str]] = {}
         device_id: str = sync_config.requester.device_id or ""
-        self.connection = (self._user_id, device_id, _storable(sync_config.conn_id or ""))
+        self.connection = (self._user_id, device_id, storable(sync_config.conn_id or ""))
         self.room_ids = room_ids
         self.limit: int = min(request.limit, MOST_IN_SECTION)
         self.since = since
@@ -265,10 +268,3 @@ class _Response:
         next_batch = await self._sliding.write_token(page.next_batch)
         section = _DueSection if page.is_due else _Section
         return section(room_id_to_sticky_events=rooms, next_batch=next_batch)
-
-
-def _storable(name: str) -> str:
-    """The client's name for a connection. Of one that no index or database might take, its hash."""
-    if len(name) <= _LONGEST_NAME and name.isascii() and name.isprintable():
-        return name
-    return hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()

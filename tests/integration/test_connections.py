@@ -41,7 +41,7 @@ def pages_of(server: Homeserver, user: Client) -> int:
 
 
 @pytest.mark.requirement("H1", "D5")
-@pytest.mark.parametrize("name", ["\0", secrets.token_hex(5_000), "é" * 3_000])
+@pytest.mark.parametrize("name", ["\0", secrets.token_hex(5_000)])
 def test_a_name_that_no_database_takes(on_postgres: Homeserver, name: str) -> None:
     """It concerns nobody else. Before, no page of anybody was stored until the next one was."""
     server = on_postgres

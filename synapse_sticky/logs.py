@@ -1,7 +1,7 @@
 """The log lines of one kind are bounded: strangers choose how often something happens (H3).
 
 A kind is one message of the code, before its arguments are put in. So nobody but the code decides
-how many kinds there are.
+how many kinds there are. Strangers choose names, too: a line stays one line, whatever is in them.
 """
 
 import logging
@@ -48,6 +48,8 @@ class Bounded(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Is this line written?"""
+        if isinstance(record.args, tuple):
+            record.args = tuple(map(_on_one_line, record.args))
         if record.levelno <= logging.DEBUG:
             return True
         now_s = self._now_s()
@@ -71,6 +73,16 @@ class Bounded(logging.Filter):
         """Begins anew with all kinds."""
         with self._lock:
             self._kinds.clear()
+
+
+def _on_one_line(argument: object) -> object:
+    """The argument of a line, with escapes in place of what ends a line or controls a terminal."""
+    if argument is None or isinstance(argument, (int, float)):
+        return argument
+    text = str(argument)
+    if text.isprintable():
+        return argument
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 BOUNDED = Bounded()

@@ -125,6 +125,9 @@ class Answering:
 UNRECOGNIZED = (404, {"errcode": "M_UNRECOGNIZED", "error": "Unrecognized request"})
 HTML = (404, b"<html><body>Not Found</body></html>")
 HTML_200 = (200, b"<html><body>Welcome</body></html>")
+_DEEP = b"[" * 20_000 + b"]" * 20_000
+DEEP_200 = (200, b'{"pdus": ' + _DEEP + b"}")
+DEEP_404 = (404, _DEEP)
 
 
 @pytest.mark.one_process
@@ -138,8 +141,9 @@ HTML_200 = (200, b"<html><body>Welcome</body></html>")
         pytest.param((200, {}), True, marks=pytest.mark.slow),
         ((403, {"errcode": "M_FORBIDDEN"}), False),
         ((404, b'""'), True),
+        (DEEP_200, True),
     ],
-    ids=["unrecognized", "html", "html-200", "no-pdus", "forbidden", "not-found"],
+    ids=["unrecognized", "html", "html-200", "no-pdus", "forbidden", "not-found", "deep"],
 )
 def test_an_answer_that_says_nothing(
     three: list[Homeserver], peer: Peer, answer: tuple[int, Any], is_believed_at_once: bool
@@ -293,3 +297,23 @@ def test_what_a_plain_newcomer_prunes_is_sent_again(servers: Servers) -> None:
     wait_until(lambda: a.log_has("pruned events of"), "the loss to be noticed", 120)
     wait_until_all_pushed(a, room_id)
     assert max(times_sent(c).values()) <= MOST_SENDS
+
+
+@pytest.mark.one_process
+@pytest.mark.requirement("P7", "H1")
+def test_a_404_that_cannot_be_parsed(servers: Servers, peer: Peer) -> None:
+    """Who joins again is asked for one event; that it lacks it is not what this says."""
+    (server,) = servers(SENDER)
+    alice, eve = server.user(), peer.user("eve")
+    room_id = alice.create_room()
+    old = [alice.send_sticky(room_id) for _ in range(3)]
+    peer.join(server, room_id, eve)
+    wait_until(lambda: len(peer.received) >= len(old), "the events")
+    wait_until_all_pushed(server, room_id)
+    alice.kick(room_id, eve)
+    answering = Answering(peer, ("/event/", DEEP_404))
+    peer.join(server, room_id, eve)
+    wait_until(lambda: answering.asked_s, "the question")
+    wait_until(lambda: server.log_has("does not say which events it has (404"), "what it says")
+    assert set(old) <= peer.events.keys()
+    assert "Traceback" not in server.output()

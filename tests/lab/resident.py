@@ -22,13 +22,17 @@ class Resident:
     ``omitted`` is left out of the state that the answer has.
     """
 
-    def __init__(self, peer: Peer) -> None:
+    def __init__(self, peer: Peer, name: str | None = None) -> None:
+        """
+        Args:
+            name: the part of the room ID before the server's name; any by default.
+        """
         self.peer = peer
         self.eve = peer.user("eve")
         self.override: Callable[[str, str], Answer | None] = lambda method, path: None
         self.joining: Callable[[], None] = lambda: None
         self.omitted: set[str] = set()
-        room_id = f"!{secrets.token_hex(9)}:{peer.name}"
+        room_id = f"!{name or secrets.token_hex(9)}:{peer.name}"
         self.room = PeerRoom(room_id, _VERSION, {}, [], 0)
         peer.know(self.room)
         self._state("m.room.create", {"room_version": _VERSION.identifier})

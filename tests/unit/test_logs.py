@@ -96,3 +96,22 @@ def test_who_logs_is_bounded() -> None:
     found = dict(loggers())
     assert len(found) > len(UNBOUNDED)
     assert {path for path, by in found.items() if by != bounded.__name__} == UNBOUNDED
+
+
+@pytest.mark.requirement("H3")
+def test_a_line_stays_one_line_whatever_strangers_call_themselves(log: Log) -> None:
+    names = (
+        "!r\n2026-01-01 ERROR",
+        "é\x1b[31m\u202e",
+        "\ud800",
+        ValueError("a\nb"),
+        ["\n"],
+        5,
+        None,
+    )
+    log.logger.warning("%s %s %s %s %s %d %s", *names)
+    log.logger.debug("%s", names[0])
+    assert log.lines == [
+        "!r\\n2026-01-01 ERROR é\\x1b[31m\\u202e \\ud800 a\\nb ['\\n'] 5 None",
+        "!r\\n2026-01-01 ERROR",
+    ]

@@ -48,7 +48,6 @@ logger = bounded(__name__)
 
 _START = Position(0)
 _MOST_REMEMBERED = 10_000
-_LONGEST_NAMES = 1_000
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
@@ -275,9 +274,7 @@ class SlidingHandler:
     ) -> None:
         """The token stands for what this response took into account."""
         self._last.pop(request.connection, None)
-        # A device and a connection have what name a client likes.
-        names = sum(map(len, request.connection))
-        if not self._can_store or names > _LONGEST_NAMES:
+        if not self._can_store:
             return
         position = position_of_page(token, self._sliding_sync.writers) or token
         start = Start(position, Page((), request.shown, until), is_known=is_known)

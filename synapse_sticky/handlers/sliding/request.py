@@ -1,5 +1,6 @@
 """A request of sliding sync, as ``handler`` asks it."""
 
+import hashlib
 from collections.abc import Collection
 from collections.abc import Set as AbstractSet
 from typing import Protocol
@@ -11,11 +12,14 @@ from synapse_sticky.index import Position
 MOST_IN_SECTION = 100
 """So many events at most a client asks for, as Synapse reads it."""
 
+_LONGEST_NAME = 64
+
 
 class SlidingRequest(Protocol):
     """A request of sliding sync that asks for sticky events."""
 
     connection: Connection
+    """Names that are short, and that any database takes."""
     room_ids: AbstractSet[str]
     """The rooms that the user is joined to and that the client's lists could match (D2, D8)."""
     limit: int
@@ -64,3 +68,10 @@ class Unignored(Protocol):
     async def senders(self, user_id: str, after: int | None, up_to: int) -> set[str]:
         """Whom the user has stopped ignoring between these positions of the account data, the
         second one included; None for an hour ago."""
+
+
+def storable(name: str) -> str:
+    """The client's name for a connection. Of one that no index or database might take, its hash."""
+    if len(name) <= _LONGEST_NAME and name.isascii() and name.isprintable():
+        return name
+    return hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()

@@ -12,7 +12,12 @@ from synapse.types.rest.client import SlidingSyncStickyEventsToken
 from synapse_sticky.handlers.sliding.handler import SlidingPage
 from synapse_sticky.handlers.sliding.joined.synapse import SynapseJoinedRooms
 from synapse_sticky.handlers.sliding.pages import Shown
-from synapse_sticky.handlers.sliding.request import MOST_IN_SECTION, SlidingRequest, Unignored
+from synapse_sticky.handlers.sliding.request import (
+    MOST_IN_SECTION,
+    SlidingRequest,
+    Unignored,
+    storable,
+)
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.homeserver.access import still_sticky
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, attributes, method
@@ -189,7 +194,7 @@ class _Response:
         self._parts: list[tuple[int, dict[str, list[str]]]] = []
         self._of_senders: dict[str, list[str]] = {}
         device_id: str = sync_config.requester.device_id or ""
-        self.connection = (self._user_id, device_id, sync_config.conn_id or "")
+        self.connection = (self._user_id, device_id, storable(sync_config.conn_id or ""))
         self.room_ids = room_ids
         self.limit: int = min(request.limit, MOST_IN_SECTION)
         self.since = since

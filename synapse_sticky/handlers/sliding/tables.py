@@ -18,7 +18,10 @@ _FORGET_AFTER_MS = 65 * 60 * 1000
 into account: only those within the hour count, by whichever process's clock."""
 
 _MOST_READ = 100
-"""Of one device's pages; it has as many within the hour as it likes."""
+"""Of one device's pages."""
+
+_MOST_KEPT = 1_000
+"""Of one device's pages: its client chooses how many connections it begins."""
 
 Connection = tuple[str, str, str]
 """Whose it is: user ID, device ID, and the client's name for the connection."""
@@ -58,7 +61,8 @@ class PageTable:
         self._homeserver = homeserver
 
     async def store(self, connection: Connection, token: Position, page: Page) -> None:
-        """Stores what counts when the connection's client comes with this token."""
+        """Stores what counts when the connection's client comes with this token. Of one device's
+        pages the latest are kept."""
         shown = None if page.shown is None else dumped_shown(page.shown)
         until = None if page.until is None else dumped(page.until)
 
@@ -76,6 +80,15 @@ class PageTable:
                 " DO UPDATE SET older = EXCLUDED.older, noted_ts_ms = EXCLUDED.noted_ts_ms,"
                 " shown = EXCLUDED.shown, until = EXCLUDED.until",
                 (*connection, dumped(token), dumped_older(page.older), now_ms, shown, until),
+            )
+            device = connection[:2]
+            txn.execute(
+                "DELETE FROM synapse_sticky_pages"
+                " WHERE user_id = ? AND device_id = ? AND noted_ts_ms <"
+                " (SELECT noted_ts_ms FROM synapse_sticky_pages"
+                " WHERE user_id = ? AND device_id = ?"
+                " ORDER BY noted_ts_ms DESC LIMIT 1 OFFSET ?)",
+                (*device, *device, _MOST_KEPT - 1),
             )
 
         await self._homeserver.transact("store_page", write_txn)

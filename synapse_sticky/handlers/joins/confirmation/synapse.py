@@ -109,6 +109,8 @@ class SynapseAsking:
             return _of_failure(e)
         except FederationDeniedError:
             return Answer(AnswerKind.REFUSES, reason="this server may not ask it")
+        except RecursionError:
+            return Answer(AnswerKind.SILENT, reason="the answer is nested too deeply")
         pdus = answer.get("pdus")
         if not isinstance(pdus, list):
             return Answer(AnswerKind.SILENT, reason="it has no PDUs")
@@ -138,7 +140,7 @@ def _is_not_found(body: bytes) -> bool:
     """Is it what a homeserver says of an event that it lacks? What Synapse says is ``""``."""
     try:
         answer = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return answer == "" or (isinstance(answer, dict) and answer.get("errcode") == "M_NOT_FOUND")
 

@@ -26,6 +26,7 @@ from synapse_sticky.handlers.joins.confirmation.places import (
 from synapse_sticky.handlers.joins.confirmation.questions import OVERDUE_MS, Questions
 from synapse_sticky.handlers.joins.push import Push
 from synapse_sticky.handlers.joins.sent import MOST_SENDS, PACE_MS, PATIENCE_MS
+from tests.unit.pushes import choose
 from tests.unit.settable import Settable
 from tests.unit.test_limits import done
 from tests.unit.test_limits_in_synapse import begin
@@ -143,7 +144,7 @@ class World:
         self.held[room_id] = push = self.push(destination, room_id)
         self.own[room_id] = [(n, f"${destination}.{n}", "@user:here") for n in (1, 2)]
         self.update(push)
-        for event_id in [*push.choose(50, BEGIN_MS), *push.choose(50, BEGIN_MS)]:
+        for event_id in [*choose(push, 50, BEGIN_MS), *choose(push, 50, BEGIN_MS)]:
             push.acknowledge(event_id, BEGIN_MS)
         self.confirmation.begin(push, 0)
 
@@ -173,7 +174,7 @@ class World:
     def send(self, push: Push) -> None:
         """Sends a batch, which is acknowledged at once."""
         now_ms = self.clock.clock_ms
-        chosen = push.choose(50, now_ms)
+        chosen = choose(push, 50, now_ms)
         self.times_sent.update(chosen)
         last_ms = max([now_ms, *(t for e, t in self.taken_ms.items() if e in self._ids(push))])
         for event_id in chosen:

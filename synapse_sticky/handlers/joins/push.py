@@ -207,16 +207,13 @@ class Push(Confirmable):
 
     def next_events(self, limit: int, now_ms: int) -> dict[str, int]:
         """What can be sent now, at most ``limit`` events, oldest first: stream IDs by event ID. If
-        not all can be sent now, it is those that are ``first``, then the oldest.
+        not all can be sent now, it is those that are ``first``, then the oldest. ``send`` sends it.
 
         A newcomer that is still joining answers /send, but acknowledges nothing. Until its first
         acknowledgement, each attempt sends one event, and not the same one as the last attempt.
         """
-        return {sent.event_id: sent.stream_id for sent in self._next(limit, now_ms)}
-
-    def _next(self, limit: int, now_ms: int) -> list[Sent]:
         if not self._may_send(now_ms):
-            return []
+            return {}
         due = [s for s in self._unsent.values() if s.due_ms <= now_ms]
         candidates = [*self._due(now_ms), *due]
         candidates.sort(key=lambda s: (self.first.get(s.event_id, NO_END), s.stream_id))
@@ -224,15 +221,16 @@ class Push(Confirmable):
         if not self._contact.is_made:
             candidates.sort(key=lambda s: (s.attempts, s.stream_id))
             free = min(free, 1)
-        return sorted(candidates[:free], key=lambda s: s.stream_id)
+        chosen = sorted(candidates[:free], key=lambda s: s.stream_id)
+        return {sent.event_id: sent.stream_id for sent in chosen}
 
-    def choose(self, limit: int, now_ms: int, among: Collection[str] | None = None) -> list[str]:
-        """The event IDs to send now, those of ``next_events``; they count as sent from here on.
-
-        Args:
-            among: if given, only these.
-        """
-        chosen = [s for s in self._next(limit, now_ms) if among is None or s.event_id in among]
+    def send(self, event_ids: Iterable[str], now_ms: int) -> list[str]:
+        """These events of ``next_events`` are sent now. Gives those that count as sent from here
+        on: not what has been acknowledged, or has expired, since they were chosen."""
+        found = [self._unsent.get(e) or self._sent.get(e) for e in event_ids]
+        chosen = [s for s in found if s is not None and s.acknowledged_ms is None]
+        if not self._may_send(now_ms):
+            return []
         if chosen:
             self._contact.try_again(now_ms)
         for sent in chosen:

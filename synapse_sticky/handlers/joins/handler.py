@@ -76,6 +76,7 @@ class JoinsHandler:
             find=self._destinations.find,
             retry_at_ms=federation.retry_at_ms,
             servers=lambda room_id: follower.index.server_count(room_id, homeserver.now_ms()),
+            done=self._pushed.last_done,
             update=self._pushed.update,
             on_progress=self._progressed,
             on_end=self._asking_ended,

@@ -10,7 +10,7 @@ event counts as an outlier only if the newcomer has one that refers to it: for n
 it have been fetched.
 """
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Container, Iterable
 
 from synapse_sticky.handlers.joins.confirmation.asking import (
     Answer,
@@ -140,14 +140,7 @@ class Copies:
             _forget(push, there.intersection(named))
             return answer
         _forget(push, named)
-        outliers = (
-            event_id
-            for event_id in left
-            if _is_told(place := places.get(event_id), answer)
-            and place is not None
-            and not there.isdisjoint(place.referring)
-        )
-        if any(outliers):
+        if any(_is_outlier(places.get(event_id), answer, there) for event_id in left):
             logger.info("%s has only fetched events of %s", push.destination, push.room_id)
             push.note_outlier()
         return answer
@@ -156,6 +149,12 @@ class Copies:
 def _is_told(place: Place | None, answer: Answer) -> bool:
     """Would the answer have an event of this place that can be reached?"""
     return place is not None and place.depth > answer.down_to
+
+
+def _is_outlier(place: Place | None, answer: Answer, there: Container[str]) -> bool:
+    """Is an event that refers to it in the answer, and the event itself, which was named, not?"""
+    refers = place is not None and any(event_id in there for event_id in place.referring)
+    return refers and _is_told(place, answer)
 
 
 def _forget(push: Push, event_ids: Iterable[str]) -> None:

@@ -13,7 +13,7 @@ from twisted.internet import defer
 
 from synapse_sticky.handlers.joins.confirmation.asking import Answer, AnswerKind, Place
 from synapse_sticky.homeserver import Cursor, Homeserver
-from synapse_sticky.homeserver.database import found_txn
+from synapse_sticky.homeserver.database import found_txn, portions
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, attributes, method, table
 
 _TIMEOUT_MS = 10_000
@@ -94,13 +94,14 @@ class SynapseAsking:
     async def places(self, event_ids: Collection[str]) -> Mapping[str, Place]:
         def read_txn(txn: Cursor) -> dict[str, Place]:
             found = {}
-            clause, args = self._homeserver.in_list("event_id", event_ids)
-            txn.execute(f"SELECT event_id, depth FROM events WHERE {clause}", args)
-            for event_id, depth in txn.fetchall():
-                # Strangers choose how many there are. One that the newcomer has is enough.
-                select = "SELECT event_id FROM event_edges WHERE prev_event_id = ? LIMIT ?"
-                txn.execute(select, (event_id, _MOST_REFERRING))
-                found[event_id] = Place(depth, [one for (one,) in txn.fetchall()])
+            for portion in portions(event_ids):
+                clause, args = self._homeserver.in_list("event_id", portion)
+                txn.execute(f"SELECT event_id, depth FROM events WHERE {clause}", args)
+                for event_id, depth in txn.fetchall():
+                    # Strangers choose how many there are. One that the newcomer has is enough.
+                    select = "SELECT event_id FROM event_edges WHERE prev_event_id = ? LIMIT ?"
+                    txn.execute(select, (event_id, _MOST_REFERRING))
+                    found[event_id] = Place(depth, [one for (one,) in txn.fetchall()])
             return found
 
         return await self._homeserver.transact("places", read_txn)

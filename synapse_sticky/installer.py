@@ -105,12 +105,10 @@ class Installer:
             self._made_follower = IndexFollower(self._homeserver, stream)
         return self._made_follower
 
-    @property
-    def _followed_orders(self) -> Orders:
-        """What administrators have ordered. None of it is in force without the API."""
+    def _follow_orders(self) -> None:
+        """Has what administrators order be in force here. Nothing is without the API."""
         if self._config.admin.enabled:
             self._homeserver.in_background("follow_orders", self._following.begin)
-        return self._orders
 
     def _install_delivery(self) -> None:
         from synapse_sticky.handlers.delivery.synapse import SynapseDelivery
@@ -232,20 +230,22 @@ class Installer:
 
         homeserver, config = self._homeserver, self._config.federation
         receipt = SynapseReceipt(homeserver)
-        deferred, report, orders = self._deferred, self._report, self._followed_orders
+        deferred, report, orders = self._deferred, self._report, self._orders
         ReceiptHandler(homeserver, receipt, deferred, config, report, orders).install()
+        self._follow_orders()
 
     def _install_deferral(self) -> None:
         from synapse_sticky.handlers.deferral.synapse import SynapseWriter
 
         homeserver, config = self._homeserver, self._config.federation
         writer = SynapseWriter(homeserver, self._received)
-        stream, orders = self.follower.stream, self._followed_orders
+        stream, orders = self.follower.stream, self._orders
         deferral = DeferralHandler(
             homeserver, writer, self._deferred, stream, config.applied(), self._report, orders
         )
         # Without limits, too: events may be deferred from when there were some.
         deferral.install()
+        self._follow_orders()
 
         async def load() -> None:
             # What is held is not released meanwhile.

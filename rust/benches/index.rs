@@ -60,6 +60,32 @@ fn full_index(rows: &[Row]) -> StickyIndex {
     index
 }
 
+/// So many rows of a room, all of them newest of their keys.
+fn keys_in_a_room(rows: i64, senders: i64) -> StickyIndex {
+    let mut index = StickyIndex::new("own.example");
+    for stream_id in 1..=rows {
+        let shuffled = stream_id * 7919 % rows;
+        let sender = format!(
+            "@user{}:server{}.example",
+            shuffled % senders,
+            shuffled % senders % 97
+        );
+        let new = NewRow {
+            stream_id,
+            instance_name: "event_persister1",
+            room_id: "!room:example.org",
+            event_id: &format!("${shuffled:0>43}"),
+            sender: &sender,
+            expires_at_ms: rows,
+            key: Some(stream_id),
+            newness_ms: rows + shuffled,
+            size_bytes: 1_000,
+        };
+        index.insert(new).expect("the index is not full");
+    }
+    index
+}
+
 fn range(after: i64, up_to: i64) -> Range {
     let at = |stream_id| Position {
         stream_id,
@@ -119,6 +145,17 @@ fn queries(c: &mut Criterion) {
             let range = range(0, ROWS);
             b.iter(|| {
                 let Ok(present) = index.present_by_room(black_box(set), &range, 0, &most);
+                present.found.count
+            });
+        });
+    }
+    for (name, senders) in [("one sender", 1), ("a sender each", 20_000)] {
+        let index = keys_in_a_room(20_000, senders);
+        let room: HashSet<&str> = HashSet::from(["!room:example.org"]);
+        group.bench_function(format!("20,000 keys in a room, {name}"), |b| {
+            let range = range(0, 20_000);
+            b.iter(|| {
+                let Ok(present) = index.present_by_room(black_box(&room), &range, 0, &most);
                 present.found.count
             });
         });

@@ -14,8 +14,11 @@ from tests.lab.client import (
     STICKY_FIELD,
     TTL,
     WITHOUT_TIMELINE,
+    assert_nothing_new,
+    ignore,
     sliding_sticky_events,
     sticky_events,
+    token_of,
 )
 from tests.lab.membership import NOT_JOINED
 from tests.lab.scene import Scene
@@ -98,17 +101,6 @@ def test_section_of_sliding_sync(target: Target) -> None:
     assert seen == list(sent.values())
     off: dict[str, Any] = {"extensions": {SLIDING_EXTENSION: {"enabled": False}}}
     assert not bob.sliding_sync(first, **off)["extensions"][SLIDING_EXTENSION]["rooms"]
-
-
-def token_of(answer: Any) -> str:
-    token: str = answer["extensions"][SLIDING_EXTENSION]["next_batch"]
-    return token
-
-
-def assert_nothing_new(user: Client, since: str, **body: Any) -> None:
-    """A new connection that goes on from there has no section, whatever its limit."""
-    for limit in (100, 1, 0):
-        assert not user.sliding_sync(since=since, limit=limit, **body)["has_section"], limit
 
 
 _CONNECTIONS = pytest.mark.parametrize("body", [{}, {"conn_id": "new"}], ids=["same", "new"])
@@ -219,12 +211,6 @@ def test_who_joins_gets_it_by_sliding_sync(target: Target, history_visibility: s
     answer = bob.sliding_sync()
     bob.join(room_id)
     assert sliding_pages(bob, room_id, answer, 1) == [old]
-
-
-def ignore(user: Client, *others: Client) -> None:
-    """The user ignores these, and nobody else."""
-    content: Any = {"ignored_users": {other.user_id: {} for other in others}}
-    user.request("PUT", f"user/{user.user_id}/account_data/m.ignored_user_list", content)
 
 
 @pytest.mark.requirement("D6")

@@ -8,53 +8,16 @@ import pytest
 from tests.conftest import Servers
 from tests.integration.rooms import entered, room_of
 from tests.integration.test_mended import KILLED_OR_NOT
-from tests.lab import Client, Homeserver, wait_until
+from tests.lab import Homeserver, wait_until
 from tests.lab.client import (
-    SLIDING_EXTENSION,
     WITHOUT_TIMELINE,
     ApiError,
+    ignore,
     sliding_sticky_events,
     sticky_events,
+    token_of,
 )
 from tests.lab.spam import PARTIAL_STATE_HOLDER, hold_state, release_state
-
-
-def ignore(user: Client, *others: Client) -> None:
-    """The user ignores these, and nobody else."""
-    content: Any = {"ignored_users": {other.user_id: {} for other in others}}
-    user.request("PUT", f"user/{user.user_id}/account_data/m.ignored_user_list", content)
-
-
-@pytest.mark.slow
-@pytest.mark.one_process
-@pytest.mark.requirement("H7", "D6", "D4")
-@pytest.mark.parametrize("is_sliding", [False, True])
-def test_who_is_not_ignored_any_more(three: list[Homeserver], is_sliding: bool) -> None:
-    server = three[0]
-    alice, mallory, bob = server.user(), server.user(), server.user()
-    room_id = room_of(alice, mallory, bob, via=server)
-    answer: Any = None
-
-    def shown() -> list[str]:
-        nonlocal answer
-        if is_sliding:
-            answer = bob.sliding_sync(answer)
-            return sliding_sticky_events(answer, room_id)
-        answer = bob.sync(answer and answer["next_batch"], filter_=WITHOUT_TIMELINE)
-        return sticky_events(answer, room_id)
-
-    shown()
-    ignore(bob, mallory)
-    shown()
-    hidden = [mallory.send_sticky(room_id) for _ in range(3)]
-    of_alice = alice.send_sticky(room_id)
-    assert shown() == [of_alice]
-    assert shown() == []
-    ignore(bob)
-    assert shown() == hidden
-    assert shown() == []
-    later = mallory.send_sticky(room_id)
-    assert shown() == [later]
 
 
 @pytest.mark.requirement("H7", "D6", "D4", "E2", "E4")
@@ -109,11 +72,6 @@ def check_who_is_not_ignored_any_more(server: Homeserver, *, is_killed: bool) ->
     since = token_of(anew)
     wait_until(lambda: shows(bob.sliding_sync(since=since), [later]), "and in sliding sync")
     assert shows(sync(), [*hidden, *seen, later]), "a first sync"
-
-
-def token_of(answer: Any) -> str:
-    token: str = answer["extensions"][SLIDING_EXTENSION]["next_batch"]
-    return token
 
 
 @pytest.mark.slow

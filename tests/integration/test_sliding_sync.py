@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import Servers
 from tests.integration.rooms import NO_LIMITS
 from tests.lab import Client, Homeserver, wait_until
-from tests.lab.client import SLIDING_EXTENSION, ApiError, sliding_sticky_events
+from tests.lab.client import ApiError, assert_nothing_new, sliding_sticky_events, token_of
 
 LIMIT = 100
 
@@ -16,11 +16,6 @@ LIMIT = 100
 @pytest.fixture(scope="module")
 def server(three: list[Homeserver]) -> Homeserver:
     return three[0]
-
-
-def token_of(answer: Any) -> str:
-    token: str = answer["extensions"][SLIDING_EXTENSION]["next_batch"]
-    return token
 
 
 def sync_until_empty(user: Client, answer: Any, room_ids: list[str]) -> list[dict[str, list[str]]]:
@@ -126,73 +121,6 @@ def test_two_joins_while_pages_are_read(server: Homeserver) -> None:
     assert not bob.sliding_sync(since=token_of(answer))["has_section"], "nothing is left"
 
 
-def assert_nothing(user: Client, answer: Any, **body: Any) -> None:
-    """A new connection that goes on from there gets no section, whatever its limit."""
-    for limit in (100, 1, 0):
-        again = user.sliding_sync(since=token_of(answer), limit=limit, **body)
-        assert not again["has_section"], limit
-
-
-CONNECTIONS = pytest.mark.parametrize("body", [{}, {"conn_id": "new"}], ids=["same", "new"])
-
-
-@CONNECTIONS
-@pytest.mark.requirement("D4", "D5")
-def test_a_new_connection_from_before_a_join_and_from_after_it(
-    server: Homeserver, body: Any
-) -> None:
-    """The position is the same: nothing is sticky between them."""
-    alice, bob = server.user(), server.user()
-    room_id = alice.create_room()
-    old = [alice.send_sticky(room_id) for _ in range(3)]
-    bob.send_sticky(bob.create_room())
-    before = bob.sliding_sync()
-    bob.join(room_id)
-    answer = bob.sliding_sync(since=token_of(before), **body)
-    assert sliding_sticky_events(answer, room_id) == old
-    assert not sliding_sticky_events(bob.sliding_sync(answer, **body), room_id)
-    assert_nothing(bob, answer, **body)
-    again = bob.sliding_sync(since=token_of(before), **body)
-    assert sliding_sticky_events(again, room_id) == old
-
-
-@CONNECTIONS
-@pytest.mark.requirement("D4")
-def test_a_new_connection_goes_on_from_since(server: Homeserver, body: Any) -> None:
-    alice, bob = server.user(), server.user()
-    room_id = alice.create_room()
-    bob.join(room_id)
-    old = [alice.send_sticky(room_id) for _ in range(3)]
-    answer = bob.sliding_sync()
-    assert sliding_sticky_events(answer, room_id) == old
-    assert_nothing(bob, answer, **body)
-    new = alice.send_sticky(room_id)
-    answer = bob.sliding_sync(since=token_of(answer), **body)
-    assert sliding_sticky_events(answer, room_id) == [new]
-    assert_nothing(bob, answer, **body)
-
-
-@CONNECTIONS
-@pytest.mark.requirement("D2", "D4")
-@pytest.mark.parametrize("limits", [[1, 1, 1, 1], [1, 0, 3], [2, 3], [0, 2, 0, 100]], ids=str)
-def test_new_connections_one_page_each(server: Homeserver, limits: list[int], body: Any) -> None:
-    alice, bob = server.user(), server.user()
-    room_id = alice.create_room()
-    bob.join(room_id)
-    sent = [alice.send_sticky(room_id) for _ in range(4)]
-    seen: list[str] = []
-    since = None
-    for limit in limits:
-        answer = bob.sliding_sync(since=since, limit=limit, **body)
-        page = sliding_sticky_events(answer, room_id)
-        assert len(page) == min(limit, 4 - len(seen))
-        assert answer["has_section"] is bool(page)
-        seen += page
-        since = token_of(answer) if page else since
-    assert seen == sent
-    assert_nothing(bob, answer, **body)
-
-
 @pytest.mark.requirement("D4", "D5")
 def test_a_new_connection_in_the_middle_of_what_is_older(server: Homeserver) -> None:
     alice, bob = server.user(), server.user()
@@ -206,7 +134,7 @@ def test_a_new_connection_in_the_middle_of_what_is_older(server: Homeserver) -> 
         answer = bob.sliding_sync(since=token_of(answer), limit=1, conn_id=str(number))
         seen += sliding_sticky_events(answer, room_id)
     assert seen == old
-    assert_nothing(bob, answer)
+    assert_nothing_new(bob, token_of(answer))
 
 
 def begins_anew(server: Homeserver, user: Client) -> None:
@@ -244,7 +172,7 @@ def test_an_unknown_pos(server: Homeserver, forget: Callable[[Homeserver, Client
     assert sliding_sticky_events(answer, room_id) == old[2:]
     assert sliding_sticky_events(answer, later) == older
     assert not bob.sliding_sync(answer)["has_section"]
-    assert_nothing(bob, answer)
+    assert_nothing_new(bob, token_of(answer))
     new = alice.send_sticky(later)
     answer = bob.sliding_sync(since=token_of(answer))
     assert sliding_sticky_events(answer, later) == [new]
@@ -265,7 +193,7 @@ def test_a_new_connection_after_a_restart(servers: Servers) -> None:
     wait_until(lambda: server.output().count("sliding is on\n") == 2, "the table of pages")
     answer = bob.sliding_sync(since=token_of(first), conn_id="new")
     assert sliding_sticky_events(answer, room_id) == sent[2:]
-    assert_nothing(bob, answer)
+    assert_nothing_new(bob, token_of(answer))
 
 
 @pytest.mark.requirement("D4", "D5")

@@ -217,3 +217,21 @@ def sliding_sticky_events(answer: Any, room_id: str) -> list[str]:
     """The IDs in the room's section of sticky events in an answer of sliding sync."""
     rooms = answer["extensions"][SLIDING_EXTENSION]["rooms"]
     return [event["event_id"] for event in rooms.get(room_id, {}).get("events", [])]
+
+
+def token_of(answer: Any) -> str:
+    """Where an answer of sliding sync has its client go on."""
+    token: str = answer["extensions"][SLIDING_EXTENSION]["next_batch"]
+    return token
+
+
+def assert_nothing_new(user: Client, since: str, **body: Any) -> None:
+    """A new connection that goes on from there has no section, whatever its limit."""
+    for limit in (100, 1, 0):
+        assert not user.sliding_sync(since=since, limit=limit, **body)["has_section"], limit
+
+
+def ignore(user: Client, *others: Client) -> None:
+    """The user ignores these, and nobody else."""
+    content: Any = {"ignored_users": {other.user_id: {} for other in others}}
+    user.request("PUT", f"user/{user.user_id}/account_data/m.ignored_user_list", content)

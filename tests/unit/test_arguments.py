@@ -89,6 +89,7 @@ def test_more_events_than_a_database_takes_arguments(world: World, process: This
     assert world.drive(process.transact("test", writer._entered_txn, set(ids))) == []
     assert world.drive(SynapseStickyStream(process).rows_of(ids)) == []
     assert world.drive(SynapseAsking(process).referenced(ids)) == set()
+    assert world.drive(SynapseAsking(process).places(ids[:50])) == {}
     assert world.execute("SELECT COUNT(*) FROM synapse_sticky_deferred") == [(0,)]
 
 

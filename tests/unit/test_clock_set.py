@@ -18,6 +18,7 @@ from synapse_sticky.handlers.staging.parking.tables import ParkedTable
 from synapse_sticky.homeserver import Signal
 from synapse_sticky.homeserver.clock import SetClock
 from synapse_sticky.homeserver.layout import migrate
+from tests.unit.pushes import choose
 from tests.unit.test_limits import done
 from tests.unit.test_parking import ROOM, _Homeserver, park
 
@@ -209,18 +210,18 @@ def test_a_push_sends_again_when_it_would_have(by_ms: int) -> None:
     push = Push("there", "!r", position=0, watch_until_ms=now_ms + HOUR_MS, backoff=backoff)
     own = [(1, "$1", "@us:here"), (2, "$2", "@us:here")]
     push.update(own, now_ms, 10)
-    assert push.choose(10, now_ms) == ["$1"]
+    assert choose(push, 10, now_ms) == ["$1"]
     now_ms += by_ms + 1_000
     push.clock_set(by_ms)
-    assert push.choose(10, now_ms) == []
+    assert choose(push, 10, now_ms) == []
     assert push.next_due_ms(now_ms) == now_ms + 4_000
     # It acknowledges one: the other is sent, and sent again after the delay.
     push.acknowledge("$1", now_ms)
-    assert push.choose(10, now_ms) == ["$2"]
+    assert choose(push, 10, now_ms) == ["$2"]
     now_ms += by_ms
     push.clock_set(by_ms)
-    assert push.choose(10, now_ms + 4_000) == []
-    assert push.choose(10, now_ms + 5_000) == ["$2"]
+    assert choose(push, 10, now_ms + 4_000) == []
+    assert choose(push, 10, now_ms + 5_000) == ["$2"]
     (sent,) = push.unconfirmed()
     assert sent.acknowledged_ms == sent.patient_from_ms == now_ms
 

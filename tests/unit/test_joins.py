@@ -372,7 +372,28 @@ def test_who_joins_again_is_asked_for_what_it_got_first() -> None:
     handler._newcomers.joined([ServerJoin("there", "!room")], [], NOW_MS + HOUR_MS)
     push = handler._destinations.find("there", "!room")
     assert push is not None
-    assert push.probe == "$40"
+    assert push.is_back
+    assert handler._pushed.last_done(push, 50) == ["$37", "$38", "$39", "$40"]
+    assert handler._pushed.last_done(push, 3) == ["$38", "$39", "$40"]
+
+
+@pytest.mark.requirement("P7", "H3")
+def test_a_push_waits_for_what_a_newcomer_may_say_while_that_is_sticky() -> None:
+    here = Here(NOW_MS - 1, [10])
+    handler = install(here)
+    done(handler.load())
+    push = handler._destinations.find("there", "!room")
+    assert push is not None
+    next_batch = functools.partial(here.callbacks["serve_backlog_from"], "there", 50)
+    assert done(next_batch()).event_ids == ["$10"]
+    done(here.callbacks["on_acknowledged"]("there", [("!room", "$10")]))
+    push.mark_present(["$10"], NOW_MS, is_named=True)
+    assert done(next_batch()) is None
+    assert here.settled == []
+    # Also where it cannot be asked for an hour.
+    here.clock_ms += HOUR_MS + 1
+    done(handler._ending.end_expired("there"))
+    assert here.settled == [False]
 
 
 @pytest.mark.requirement("P3", "E2")

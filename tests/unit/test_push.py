@@ -8,6 +8,7 @@ import pytest
 from synapse_sticky.backoff import Backoff
 from synapse_sticky.handlers.joins.push import WATCH_AFTER_RECORD_MS, Push
 from synapse_sticky.handlers.joins.sent import GRACE_MS, MOST_SENDS, PATIENT_ATTEMPTS
+from tests.unit.pushes import choose
 
 BACKOFF = Backoff(1_000, 8_000)
 NOW_MS = 1_000_000
@@ -35,21 +36,21 @@ def acknowledge_all(push: Push, event_ids: list[str], now_ms: int = NOW_MS) -> N
 @pytest.mark.requirement("P5")
 def test_oldest_first_and_no_more_than_the_window() -> None:
     push = push_of(3, 5, 7, 9, window=2)
-    assert push.choose(50, NOW_MS) == ["$3", "$5"]
-    assert push.choose(50, NOW_MS) == []
+    assert choose(push, 50, NOW_MS) == ["$3", "$5"]
+    assert choose(push, 50, NOW_MS) == []
     acknowledge_all(push, ["$3", "$5"])
-    assert push.choose(50, NOW_MS) == [], "acknowledged is not yet out of the staging area"
+    assert choose(push, 50, NOW_MS) == [], "acknowledged is not yet out of the staging area"
     push.mark_delivered("$3")
-    assert push.choose(50, NOW_MS) == ["$7"]
+    assert choose(push, 50, NOW_MS) == ["$7"]
 
 
 def test_limit_of_a_transaction() -> None:
-    assert push_of(1, 2, 3).choose(2, NOW_MS) == ["$1", "$2"]
+    assert choose(push_of(1, 2, 3), 2, NOW_MS) == ["$1", "$2"]
 
 
 def test_after_the_watch_new_events_are_left_to_the_ordinary_queue() -> None:
     push = push_of(3, window=10)
-    assert push.choose(50, NOW_MS) == ["$3"]
+    assert choose(push, 50, NOW_MS) == ["$3"]
     acknowledge_all(push, ["$3"])
     push.mark_delivered("$3")
     over_ms = push.watch_until_ms
@@ -59,13 +60,13 @@ def test_after_the_watch_new_events_are_left_to_the_ordinary_queue() -> None:
     # Unless Synapse says that it skipped some on the way.
     push.dirty_marks += 1
     push.update(own(200), over_ms, 10)
-    assert push.choose(50, over_ms) == ["$200"]
+    assert choose(push, 50, over_ms) == ["$200"]
 
 
 @pytest.mark.requirement("P3", "E2")
 def test_what_this_process_sees_late_is_pushed_however_late() -> None:
     push = push_of(3)
-    acknowledge_all(push, push.choose(50, NOW_MS))
+    acknowledge_all(push, choose(push, 50, NOW_MS))
     push.mark_delivered("$3")
     # The clock may be set back meanwhile.
     push.catch_up_recorded(NOW_MS - 60_000)
@@ -77,7 +78,7 @@ def test_what_this_process_sees_late_is_pushed_however_late() -> None:
     push.take_in_last_rows({"here": 90, "there": 200}, push.dirty_marks, over_ms)
     assert not push.is_dirty(over_ms + 1)
     push.update(own(3, 90, 200, 201), over_ms + 60_000, 10)
-    assert push.choose(50, over_ms + 60_000) == ["$90", "$200"]
+    assert choose(push, 50, over_ms + 60_000) == ["$90", "$200"]
 
 
 def test_a_push_that_gets_dirty_while_the_database_is_asked_stays_dirty() -> None:
@@ -94,10 +95,10 @@ def test_unacknowledged_events_go_out_again_ever_later() -> None:
     now_ms = NOW_MS
     delays_ms = []
     for _ in range(6):
-        assert push.choose(50, now_ms) == ["$1"]
+        assert choose(push, 50, now_ms) == ["$1"]
         due_ms = push.next_due_ms(now_ms)
         assert due_ms is not None
-        assert push.choose(50, due_ms - 1) == []
+        assert choose(push, 50, due_ms - 1) == []
         delays_ms.append(due_ms - now_ms)
         now_ms = due_ms
     for delay_ms, expected_ms in zip(delays_ms, (1, 2, 4, 8, 8, 8), strict=True):
@@ -106,13 +107,13 @@ def test_unacknowledged_events_go_out_again_ever_later() -> None:
 
 def test_events_that_never_get_through_do_not_block_the_others() -> None:
     push = push_of(1, 2, 3, window=1)
-    acknowledge_all(push, push.choose(50, NOW_MS))
+    acknowledge_all(push, choose(push, 50, NOW_MS))
     push.mark_delivered("$1")
     now_ms = NOW_MS
     for _ in range(PATIENT_ATTEMPTS + 1):
-        assert push.choose(50, now_ms) == ["$2"]
+        assert choose(push, 50, now_ms) == ["$2"]
         now_ms = push.next_due_ms(now_ms) or now_ms
-    assert push.choose(50, now_ms - 1) == ["$3"]
+    assert choose(push, 50, now_ms - 1) == ["$3"]
 
 
 @pytest.mark.requirement("F3", "H3")
@@ -120,36 +121,36 @@ def test_a_newcomer_that_acknowledges_nothing_is_sent_one_event_at_a_time() -> N
     """It may still be joining: each event is sent once more in its turn, not all of them."""
     push = push_of(1, 2, 3, window=10, is_known_there=False)
     now_ms = NOW_MS
-    sent = [push.choose(50, now_ms)]
+    sent = [choose(push, 50, now_ms)]
     for _ in range(4):
         now_ms = push.next_due_ms(now_ms) or now_ms
-        assert push.choose(50, now_ms - 1) == []
+        assert choose(push, 50, now_ms - 1) == []
         assert push.worth_sending(now_ms)
-        sent.append(push.choose(50, now_ms))
+        sent.append(choose(push, 50, now_ms))
     assert sent == [["$1"], ["$2"], ["$3"], ["$1"], ["$2"]]
     # Once it knows the room, the rest follows at once.
     assert push.acknowledge("$2", now_ms)
-    assert push.choose(50, now_ms) == ["$1", "$3"]
+    assert choose(push, 50, now_ms) == ["$1", "$3"]
 
 
 @pytest.mark.requirement("P7", "H2", "H7")
 def test_what_is_refused_goes_out_one_at_a_time_until_something_is_taken() -> None:
     push = push_of(1, 2, 3, 4, window=3)
-    assert push.choose(50, NOW_MS) == ["$1", "$2", "$3"]
+    assert choose(push, 50, NOW_MS) == ["$1", "$2", "$3"]
     acknowledge_all(push, ["$1"])
     assert push.refuse({"$2", "$3", "$of-no-interest"}, NOW_MS) == 2
-    assert push.choose(50, NOW_MS) == []
+    assert choose(push, 50, NOW_MS) == []
     now_ms, sent = NOW_MS, []
     for _ in range(6):
         now_ms = push.next_due_ms(now_ms) or now_ms
-        assert push.choose(50, now_ms - 1) == []
-        sent += push.choose(50, now_ms)
+        assert choose(push, 50, now_ms - 1) == []
+        sent += choose(push, 50, now_ms)
         assert push.refuse(sent[-1:], now_ms) == 0, "that is nothing new"
     # What is refused is not staged there, so the window is no bound.
     assert sent == ["$4", "$2", "$3", "$4", "$2", "$3"]
     assert push.is_refused
     assert push.acknowledge("$3", now_ms)
-    assert push.choose(50, now_ms) == ["$2", "$4"]
+    assert choose(push, 50, now_ms) == ["$2", "$4"]
     assert push.refuse(["$3"], now_ms) == 0, "of what it has it refused another copy"
     acknowledge_all(push, ["$2", "$4"], now_ms)
     for event_id in ("$1", "$2", "$3", "$4"):
@@ -166,11 +167,11 @@ def test_a_newcomer_that_refuses_while_it_joins_gets_it_once_it_knows_the_room()
     now_ms = NOW_MS
     for event_id in ("$1", "$2", "$1"):
         now_ms = push.next_due_ms(now_ms) or now_ms
-        assert push.choose(50, now_ms) == [event_id]
+        assert choose(push, 50, now_ms) == [event_id]
         assert push.refuse([event_id], now_ms) == 0
     # Something of the room went by the ordinary queue.
     assert not push.acknowledge("$of-no-interest", now_ms)
-    assert push.choose(50, now_ms) == ["$1", "$2"]
+    assert choose(push, 50, now_ms) == ["$1", "$2"]
 
 
 @pytest.mark.requirement("P7", "H7")
@@ -178,37 +179,37 @@ def test_once_the_cause_may_be_over_what_was_refused_is_tried_at_once() -> None:
     push = push_of(1, 2, 3)
     now_ms = NOW_MS
     for _ in range(20):
-        push.refuse(push.choose(50, now_ms), now_ms)
+        push.refuse(choose(push, 50, now_ms), now_ms)
         now_ms = push.next_due_ms(now_ms) or now_ms
-    push.refuse(push.choose(50, now_ms), now_ms)
-    assert push.choose(50, now_ms) == []
+    push.refuse(choose(push, 50, now_ms), now_ms)
+    assert choose(push, 50, now_ms) == []
     push.try_now(now_ms, is_sent=False)
-    (first,) = push.choose(50, now_ms)
-    assert push.choose(50, now_ms) == [], "it may be too early there"
+    (first,) = choose(push, 50, now_ms)
+    assert choose(push, 50, now_ms) == [], "it may be too early there"
     push.refuse([first], now_ms)
     soon_ms = push.next_due_ms(now_ms) or 0
     assert soon_ms - now_ms <= 1.2 * BACKOFF.min_ms
-    (next_one,) = push.choose(50, soon_ms)
+    (next_one,) = choose(push, 50, soon_ms)
     assert push.acknowledge(next_one, soon_ms)
-    assert len(push.choose(50, soon_ms)) == 2
+    assert len(choose(push, 50, soon_ms)) == 2
 
 
 @pytest.mark.requirement("P7", "H2", "H7")
 def test_what_the_ordinary_queue_had_refused_goes_out_again() -> None:
     push = push_of(3, 101)
     push.refuse(["$3", "$101"], NOW_MS)
-    assert push.choose(50, NOW_MS) == []
+    assert choose(push, 50, NOW_MS) == []
     now_ms, sent = NOW_MS, []
     for _ in range(2):
         now_ms = push.next_due_ms(now_ms) or now_ms
-        sent += push.choose(50, now_ms)
+        sent += choose(push, 50, now_ms)
     assert sent == ["$3", "$101"]
 
 
 @pytest.mark.requirement("P7", "H7")
 def test_what_the_ordinary_queue_had_refused_after_the_watch_is_due() -> None:
     push = push_of(3)
-    acknowledge_all(push, push.choose(50, NOW_MS))
+    acknowledge_all(push, choose(push, 50, NOW_MS))
     push.mark_delivered("$3")
     over_ms = push.watch_until_ms
     push.take_in_last_rows({"here": 100}, push.dirty_marks, over_ms)
@@ -218,7 +219,7 @@ def test_what_the_ordinary_queue_had_refused_after_the_watch_is_due() -> None:
     assert push.is_dirty(over_ms), "the database is asked how much there is"
     push.take_in_last_rows({"here": 201}, push.dirty_marks, over_ms)
     push.update(own(200, 201), over_ms, 10)
-    assert "$201" in push.choose(50, over_ms)
+    assert "$201" in choose(push, 50, over_ms)
     # It is not told twice of what it knows or is done with.
     marks = push.dirty_marks
     push.refused(201, "$201")
@@ -235,7 +236,7 @@ def test_a_newcomer_that_takes_one_and_refuses_the_rest() -> None:
     push.update(own(*range(1, 101)), NOW_MS, 10)
     now_ms, sent = NOW_MS, Counter[str]()
     while now_ms is not None and now_ms < NOW_MS + 3_600_000:
-        chosen = push.choose(50, now_ms)
+        chosen = choose(push, 50, now_ms)
         sent.update(chosen)
         push.refuse([e for e in chosen if e != "$1"], now_ms)
         if "$1" in chosen:
@@ -252,7 +253,7 @@ def test_an_event_that_is_always_refused_holds_up_no_other() -> None:
     push = push_of(*range(1, 31), window=10)
     now_ms, sent, taken = NOW_MS, Counter[str](), set()
     for _ in range(100):
-        chosen = push.choose(50, now_ms)
+        chosen = choose(push, 50, now_ms)
         sent.update(chosen)
         push.refuse({"$1"} & set(chosen), now_ms)
         for event_id in [e for e in chosen if e != "$1"]:
@@ -274,22 +275,22 @@ def test_what_was_lost_after_a_refusal_is_sent_again_all_the_same() -> None:
     push = push_of(1, 2)
     now_ms = NOW_MS
     for _ in range(2 * MOST_SENDS):
-        push.refuse(push.choose(50, now_ms), now_ms)
+        push.refuse(choose(push, 50, now_ms), now_ms)
         now_ms = push.next_due_ms(now_ms) or now_ms
-    (taken,) = push.choose(50, now_ms)
+    (taken,) = choose(push, 50, now_ms)
     push.acknowledge(taken, now_ms)
     push.mark_lost(push.unconfirmed(), now_ms)
-    assert taken in push.choose(50, now_ms)
+    assert taken in choose(push, 50, now_ms)
 
 
 @pytest.mark.requirement("P7")
 def test_what_is_refused_is_not_forgotten_when_all_is_sent_again() -> None:
     push = push_of(1, 2, 3)
     now_ms = NOW_MS
-    push.refuse(push.choose(50, now_ms)[:2], now_ms)
+    push.refuse(choose(push, 50, now_ms)[:2], now_ms)
     push.acknowledge("$3", now_ms)
     for _ in range(3):
-        push.refuse(push.choose(50, now_ms), now_ms)
+        push.refuse(choose(push, 50, now_ms), now_ms)
         now_ms = push.next_due_ms(now_ms) or now_ms
     push.mark_lost(push.unconfirmed(), now_ms)
     assert push.restart_if_lost()
@@ -302,9 +303,9 @@ def test_what_is_refused_is_not_forgotten_when_all_is_sent_again() -> None:
 def test_events_sent_after_the_join_are_left_to_the_ordinary_queue_first() -> None:
     push = push_of(101)
     assert push.is_open
-    assert push.choose(50, NOW_MS + GRACE_MS - 1) == []
+    assert choose(push, 50, NOW_MS + GRACE_MS - 1) == []
     assert push.next_due_ms(NOW_MS) == NOW_MS + GRACE_MS
-    assert push.choose(50, NOW_MS + GRACE_MS) == ["$101"]
+    assert choose(push, 50, NOW_MS + GRACE_MS) == ["$101"]
 
 
 @pytest.mark.requirement("F3", "E4")
@@ -313,7 +314,7 @@ def test_the_watch_ends_soon_after_the_ordinary_queue_got_through() -> None:
     until_ms = push.watch_until_ms
     # Something of another room.
     push.catch_up_recorded(NOW_MS)
-    assert push.choose(50, NOW_MS) == ["$3"]
+    assert choose(push, 50, NOW_MS) == ["$3"]
     acknowledge_all(push, ["$3"])
     push.mark_delivered("$3")
     assert not push.acknowledge("$3", NOW_MS)
@@ -334,17 +335,17 @@ def test_what_the_ordinary_queue_delivered_is_not_pushed() -> None:
     push.dirty_marks += 1
     push.update(own(3, 4, 101), NOW_MS, 10)
     acknowledge_all(push, ["$3", "$101"])
-    assert push.choose(50, NOW_MS) == ["$4"]
+    assert choose(push, 50, NOW_MS) == ["$4"]
     assert [sent.event_id for sent in push.unconfirmed()] == ["$3", "$101"]
 
 
 @pytest.mark.requirement("S2")
 def test_expired_and_redacted_events_are_forgotten() -> None:
     push = push_of(1, 2, 3)
-    push.choose(2, NOW_MS)
+    choose(push, 2, NOW_MS)
     assert push.update(own(3), NOW_MS, 10) == 2, "both were sent in vain"
     assert push.position == 3
-    assert push.choose(50, NOW_MS + 2_000) == ["$3"]
+    assert choose(push, 50, NOW_MS + 2_000) == ["$3"]
     push.acknowledge("$3", NOW_MS)
     assert push.update([], NOW_MS, 10) == 0
     assert not push.is_open
@@ -353,7 +354,7 @@ def test_expired_and_redacted_events_are_forgotten() -> None:
 
 def test_position_follows_what_is_done() -> None:
     push = push_of(3, 5, 7)
-    acknowledge_all(push, push.choose(50, NOW_MS))
+    acknowledge_all(push, choose(push, 50, NOW_MS))
     push.mark_delivered("$5")
     push.update(own(3, 5, 7), NOW_MS, 10)
     assert (push.backlog_position, push.position) == (0, 3)
@@ -370,33 +371,33 @@ def test_position_follows_what_is_done() -> None:
 
 def test_a_lower_backlog_starts_over_from_there() -> None:
     push = push_of(3)
-    acknowledge_all(push, push.choose(50, NOW_MS))
+    acknowledge_all(push, choose(push, 50, NOW_MS))
     push.mark_delivered("$3")
     push.update(own(3), NOW_MS, 10)
     push.settle()
     push.reopen_from(2)
     push.update(own(2, 3), NOW_MS, 10)
-    assert push.choose(50, NOW_MS) == ["$2", "$3"]
+    assert choose(push, 50, NOW_MS) == ["$2", "$3"]
 
 
 @pytest.mark.requirement("L3")
 def test_everything_goes_out_again_once_if_a_newcomer_has_lost_something() -> None:
     push = push_of(1, 2, 101)
-    chosen = push.choose(50, NOW_MS + GRACE_MS)
+    chosen = choose(push, 50, NOW_MS + GRACE_MS)
     assert push.count_resent(chosen) == 0
     acknowledge_all(push, chosen)
     push.mark_delivered("$2")
     assert push.mark_lost(push.unconfirmed()[:1], NOW_MS) == 0
     assert [sent.event_id for sent in push.unconfirmed()] == ["$101"]
     push.mark_delivered("$101")
-    assert push.choose(50, NOW_MS) == ["$1"]
+    assert choose(push, 50, NOW_MS) == ["$1"]
     acknowledge_all(push, ["$1"])
     push.mark_delivered("$1")
     push.update(own(1, 2, 101), NOW_MS, 10)
     assert not push.is_open
     assert push.restart_if_lost()
     push.update(own(1, 2, 101), NOW_MS, 10)
-    assert push.choose(50, NOW_MS) == ["$2", "$101"], "the first one has been sent again already"
+    assert choose(push, 50, NOW_MS) == ["$2", "$101"], "the first one has been sent again already"
     assert push.count_resent(["$2", "$101"]) == 2
     acknowledge_all(push, ["$2", "$101"])
     assert push.mark_lost(push.unconfirmed(), NOW_MS) == 2, "it is given up"
@@ -408,22 +409,22 @@ def test_everything_goes_out_again_once_if_a_newcomer_has_lost_something() -> No
 @pytest.mark.requirement("L3", "P7")
 def test_what_was_acknowledged_goes_out_again_once_if_the_newcomer_was_away() -> None:
     push = push_of(1, 2, 3)
-    acknowledge_all(push, push.choose(2, NOW_MS))
+    acknowledge_all(push, choose(push, 2, NOW_MS))
     push.mark_present(["$1"], NOW_MS)
     push.suspect_loss()
     push.mark_present(["$2"], NOW_MS)
     assert push.unconfirmed() == []
-    assert push.choose(1, NOW_MS) == ["$2"]
+    assert choose(push, 1, NOW_MS) == ["$2"]
     acknowledge_all(push, ["$2"])
     push.suspect_loss()
     push.mark_present(["$2"], NOW_MS)
-    assert push.choose(50, NOW_MS) == ["$3"]
+    assert choose(push, 50, NOW_MS) == ["$3"]
 
 
 @pytest.mark.requirement("P7")
 def test_patience_begins_anew_with_what_came_before_and_not_with_what_came_later() -> None:
     push = push_of(1, 2, 3)
-    push.choose(50, NOW_MS)
+    choose(push, 50, NOW_MS)
     for number, event_id in enumerate(("$1", "$2", "$3")):
         push.acknowledge(event_id, NOW_MS + number)
     push.mark_present(["$2"], NOW_MS + 1_000)
@@ -434,7 +435,7 @@ def test_patience_begins_anew_with_what_came_before_and_not_with_what_came_later
 @pytest.mark.requirement("H2")
 def test_one_who_joins_again_lacks_what_came_since_and_what_was_not_confirmed() -> None:
     before = push_of(1, 2, 3, 4)
-    acknowledge_all(before, before.choose(50, NOW_MS))
+    acknowledge_all(before, choose(before, 50, NOW_MS))
     before.mark_present(["$1", "$3"], NOW_MS)
     before.update(own(1, 2, 3, 4), NOW_MS, 10)
     assert before.position == 2
@@ -442,20 +443,20 @@ def test_one_who_joins_again_lacks_what_came_since_and_what_was_not_confirmed() 
     push.continue_from(before.position, before, NOW_MS + 5_000)
     push.update(own(2, 3, 4, 5), NOW_MS, 10)
     assert push.acknowledge("$2", NOW_MS)
-    assert push.choose(50, NOW_MS + 4_999) == [], "an acknowledgement does not bring it forward"
+    assert choose(push, 50, NOW_MS + 4_999) == [], "an acknowledgement does not bring it forward"
     assert push.next_due_ms(NOW_MS) == NOW_MS + 5_000
-    assert push.choose(50, NOW_MS + 5_000) == ["$4", "$5"]
+    assert choose(push, 50, NOW_MS + 5_000) == ["$4", "$5"]
     # Unless it says that it has lost even that.
     push.restart_in_full()
     push.update(own(1, 2, 3, 4, 5), NOW_MS, 10)
-    assert push.choose(50, NOW_MS + 5_000) == ["$1", "$3"]
+    assert choose(push, 50, NOW_MS + 5_000) == ["$1", "$3"]
 
 
 @pytest.mark.requirement("P6")
 def test_skipped_events_never_go_out() -> None:
     push = push_of(1, 2)
     push.skip([(1, "$1")])
-    assert push.choose(50, NOW_MS) == ["$2"]
+    assert choose(push, 50, NOW_MS) == ["$2"]
 
 
 def test_whatever_happens_all_is_delivered_and_the_window_kept() -> None:
@@ -469,7 +470,7 @@ def test_whatever_happens_all_is_delivered_and_the_window_kept() -> None:
             if not push.is_open:
                 break
             push.update(events, now_ms, push.window)
-            chosen = push.choose(50, now_ms)
+            chosen = choose(push, 50, now_ms)
             assert len(chosen) <= push.window, seed
             for event_id in chosen:
                 if chance.random() < 0.7:
@@ -483,3 +484,22 @@ def test_whatever_happens_all_is_delivered_and_the_window_kept() -> None:
                     delivered.add(sent.event_id)
             now_ms += chance.randint(1, 2_000)
         assert delivered == {event_id for _, event_id, _ in events}, seed
+
+
+@pytest.mark.requirement("P7", "H3")
+def test_what_happens_while_the_database_is_asked_counts() -> None:
+    push = push_of(1, 2, 3, 4)
+    chosen = push.next_events(50, NOW_MS)
+    assert chosen == {"$1": 1, "$2": 2, "$3": 3, "$4": 4}
+    assert push.acknowledge("$1", NOW_MS)
+    push.skip([(2, "$2")])
+    push.update(own(1, 4), NOW_MS, 10)
+    assert push.send(chosen, NOW_MS) == ["$4"]
+    assert choose(push, 50, NOW_MS) == []
+    # And where nothing may be sent any more.
+    push = push_of(1, 2)
+    chosen = push.next_events(50, NOW_MS)
+    push.is_blocked = True
+    assert push.send(chosen, NOW_MS) == []
+    push.is_blocked = False
+    assert choose(push, 50, NOW_MS) == ["$1", "$2"]

@@ -14,6 +14,7 @@ from synapse_sticky.handlers.joins.order import (
 )
 from synapse_sticky.handlers.joins.push import Push
 from synapse_sticky.handlers.joins.rooms import PushedRooms
+from tests.unit.pushes import choose
 from tests.unit.test_joins import HOUR_MS, NOW_MS, Here
 from tests.unit.test_limits import done
 
@@ -67,7 +68,7 @@ class Room:
 
     def batch(self) -> list[str]:
         self.rooms.update(self.push)
-        return self.push.choose(50, self.here.now_ms())
+        return choose(self.push, 50, self.here.now_ms())
 
     def deliver(self, event_ids: list[str]) -> None:
         for event_id in event_ids:

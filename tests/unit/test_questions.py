@@ -15,7 +15,7 @@ from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
 from synapse_sticky.backoff import Backoff
-from synapse_sticky.handlers.joins.confirmation.asking import Answer, AnswerKind
+from synapse_sticky.handlers.joins.confirmation.asking import Answer, AnswerKind, Place
 from synapse_sticky.handlers.joins.confirmation.confirmation import Confirmation
 from synapse_sticky.handlers.joins.confirmation.places import (
     MOST_AT_ONCE,
@@ -26,6 +26,7 @@ from synapse_sticky.handlers.joins.confirmation.places import (
 from synapse_sticky.handlers.joins.confirmation.questions import OVERDUE_MS, Questions
 from synapse_sticky.handlers.joins.push import Push
 from synapse_sticky.handlers.joins.sent import MOST_SENDS, PACE_MS, PATIENCE_MS
+from tests.unit.pushes import choose
 from tests.unit.settable import Settable
 from tests.unit.test_limits import done
 from tests.unit.test_limits_in_synapse import begin
@@ -89,7 +90,9 @@ class World:
     """Pushes of some rooms to one newcomer, which takes one event of a room each ``takes_ms``.
 
     many, one: what it answers in place of the truth.
+    had: what a newcomer that comes back got before, of this server's own events.
     loses: what it acknowledges and does not take.
+    outliers: what it takes once it is sent to it again; until then it has only fetched it.
     """
 
     def __init__(self, rooms: int, events: int, *, takes_ms: int = 50, window: int = 48) -> None:
@@ -98,6 +101,7 @@ class World:
         self.many: Callable[[], Answer | None] = lambda: None
         self.one: Callable[[], Answer | None] = lambda: None
         self.loses: set[str] = set()
+        self.outliers: set[str] = set()
         self.own = {
             f"!{r}": [(r * 1_000 + n, f"${r}.{n}", "@user:here") for n in range(1, events + 1)]
             for r in range(rooms)
@@ -107,6 +111,7 @@ class World:
         self.asked: list[tuple[int, str, tuple[str, ...]]] = []
         self.taken_ms: dict[str, int] = {}
         self.ended: list[str] = []
+        self.had: list[str] = []
         self.pushes: dict[str, Push] = {}
         self.held: dict[str, Push] = {}
         self.unanswered: list[Deferred[None]] = []
@@ -121,6 +126,7 @@ class World:
             find=lambda destination, room_id: self.pushes.get(room_id) or self.held.get(room_id),
             retry_at_ms=self.retry_at_ms,
             servers=lambda room_id: 1,
+            done=lambda push, limit: self.had[-limit:],
             update=self.update,
             on_progress=self.send,
             on_end=lambda push: self.ended.append(push.room_id),
@@ -143,7 +149,7 @@ class World:
         self.held[room_id] = push = self.push(destination, room_id)
         self.own[room_id] = [(n, f"${destination}.{n}", "@user:here") for n in (1, 2)]
         self.update(push)
-        for event_id in [*push.choose(50, BEGIN_MS), *push.choose(50, BEGIN_MS)]:
+        for event_id in [*choose(push, 50, BEGIN_MS), *choose(push, 50, BEGIN_MS)]:
             push.acknowledge(event_id, BEGIN_MS)
         self.confirmation.begin(push, 0)
 
@@ -173,10 +179,12 @@ class World:
     def send(self, push: Push) -> None:
         """Sends a batch, which is acknowledged at once."""
         now_ms = self.clock.clock_ms
-        chosen = push.choose(50, now_ms)
+        chosen = choose(push, 50, now_ms)
         self.times_sent.update(chosen)
         last_ms = max([now_ms, *(t for e, t in self.taken_ms.items() if e in self._ids(push))])
         for event_id in chosen:
+            if self.times_sent[event_id] > 1:
+                self.outliers.discard(event_id)
             if event_id not in self.loses:
                 last_ms += self.takes_ms
                 self.taken_ms.setdefault(event_id, last_ms)
@@ -207,7 +215,28 @@ class World:
             self.unanswered.append(Deferred())
             await self.unanswered[-1]
         self.asked.append((self.clock.clock_ms, "many", tuple(event_ids)))
-        return self.many() or Answer(AnswerKind.SAYS, [e for e in event_ids if self.has(e)])
+        return self.many() or self.backfill(room_id, event_ids, limit)
+
+    def backfill(self, room_id: str, event_ids: Collection[str], limit: int) -> Answer:
+        """As Synapse does it: the latest events of the room's chain first."""
+        found: list[str] = []
+        walks = False
+        for event_id in reversed([event_id for _, event_id, _ in self.own[room_id]]):
+            is_walked_to = walks and event_id not in self.outliers
+            walks = self.has(event_id) and (is_walked_to or event_id in event_ids)
+            if walks and len(found) < limit:
+                found.append(event_id)
+        down_to = int(found[-1].partition(".")[2]) if len(found) == limit else 0
+        return Answer(AnswerKind.SAYS, found, down_to)
+
+    async def places(self, event_ids: Collection[str]) -> dict[str, Place]:
+        found = {}
+        for event_id in event_ids:
+            room, _, number = event_id.partition(".")
+            is_last = int(number) == len(self.own[f"!{room[1:]}"])
+            next_ids = [] if is_last else [f"{room}.{int(number) + 1}"]
+            found[event_id] = Place(int(number), next_ids)
+        return found
 
     async def has_event(self, destination: str, event_id: str) -> Answer:
         self.asked.append((self.clock.clock_ms, "one", (event_id,)))
@@ -248,10 +277,13 @@ def test_questions_follow_one_another_whatever_the_number_of_rooms() -> None:
 
 
 @pytest.mark.requirement("P7", "L3")
-def test_the_last_event_is_never_asked_for() -> None:
-    world = World(3, 5, takes_ms=2_000).begin().run(60_000)
+def test_of_the_last_event_the_acknowledgement_suffices() -> None:
+    world = World(3, 5, takes_ms=2_000)
+    world.loses = {"$0.5", "$1.5", "$2.5"}
+    world.begin().run(60_000)
     assert world.is_over()
-    assert not {"$0.5", "$1.5", "$2.5"} & {e for _, _, asked in world.asked for e in asked}
+    assert set(world.times_sent.values()) == {1}
+    assert not any(kind == "one" for _, kind, _ in world.asked)
 
 
 @pytest.mark.requirement("P7", "H4")
@@ -405,8 +437,9 @@ def test_who_waited_in_line_for_too_long_is_still_asked_what_it_had_before() -> 
     for number in range(MOST_AT_ONCE):
         world.hold_a_place(f"slow{number}")
     world.clock.run(BEGIN_MS + 10)
-    world.pushes["!0"].probe = "$of-before"
-    world.taken_ms["$of-before"] = BEGIN_MS
+    world.pushes["!0"].is_back = True
+    world.had = ["$0.1"]
+    world.taken_ms["$0.1"] = BEGIN_MS
     world.begin().run(OVERDUE_MS + 5_000)
     assert not world.pushes["!0"].is_open
     assert world.asked == []
@@ -415,8 +448,121 @@ def test_who_waited_in_line_for_too_long_is_still_asked_what_it_had_before() -> 
     for unanswered in world.unanswered:
         unanswered.callback(None)
     world.run(2 * OVERDUE_MS)
-    assert [asked for _, _, asked in world.asked if "$of-before" in asked] == [("$of-before",)]
-    assert world.pushes["!0"].probe is None
+    # And for what shows that this is no outlier.
+    assert [asked for _, _, asked in world.asked if "$0.1" in asked] == [("$0.1",)]
+    assert world.asked[-1][2] == ("$0.2",)
+    assert not world.pushes["!0"].is_back
+
+
+class Rejoined(World):
+    """A newcomer that was in the room before, and was found to have all of its events."""
+
+    def __init__(self, events: int) -> None:
+        super().__init__(1, events)
+        own = self.own["!0"]
+        self.taken_ms = {event_id: BEGIN_MS for _, event_id, _ in own}
+        self.again = self.pushes["!0"]
+        self.again.continue_from(own[-1][0] + 1, None, BEGIN_MS)
+        self.again.is_back = True
+        self.had = [event_id for _, event_id, _ in own]
+        self.confirmation.begin(self.again, 0)
+
+
+@pytest.mark.requirement("P7", "H2", "H4")
+def test_who_comes_back_and_has_everything_is_asked_two_questions() -> None:
+    world = Rejoined(300).run(60_000)
+    assert world.is_over()
+    assert world.times_sent == {}
+    assert world.questions() == 2
+    assert [len(asked) for _, _, asked in world.asked] == [50, 1]
+
+
+@pytest.mark.requirement("P3", "P7")
+@pytest.mark.parametrize("kept", [1, 10])
+def test_what_a_join_fetches_by_itself_does_not_hide_that_the_rest_is_lost(kept: int) -> None:
+    world = Rejoined(60)
+    for _, event_id, _ in world.own["!0"][:-kept]:
+        del world.taken_ms[event_id]
+    world.run(60_000)
+    assert world.is_over()
+    assert world.times_sent == Counter(event_id for _, event_id, _ in world.own["!0"])
+    assert world.questions() <= 10
+
+
+@pytest.mark.requirement("P3", "P7")
+def test_who_comes_back_and_has_lost_everything_is_asked_for_one() -> None:
+    world = Rejoined(20)
+    world.taken_ms.clear()
+    world.run(60_000)
+    assert world.is_over()
+    assert set(world.times_sent.values()) == {1}
+    assert [asked for _, kind, asked in world.asked if kind == "one"] == [("$0.1",)]
+
+
+@pytest.mark.requirement("P7", "H2")
+def test_who_cannot_say_yet_what_it_has_lacks_nothing() -> None:
+    """Synapse's /backfill says nothing while it has partial state, and its /event fails."""
+    world = Rejoined(20)
+    world.many = lambda: Answer(AnswerKind.SAYS)
+    world.one = lambda: Answer(AnswerKind.BUSY)
+    world.run(60_000)
+    assert world.times_sent == {}
+    assert world.again.is_back
+    world.many = world.one = lambda: None
+    world.run(120_000)
+    assert world.is_over()
+    assert world.times_sent == {}
+
+
+@pytest.mark.requirement("L3", "P7")
+@pytest.mark.parametrize("outlier", [1, 25, 59])
+def test_what_it_has_only_fetched_is_sent_again_once(outlier: int) -> None:
+    world = World(1, 60)
+    world.outliers = {f"$0.{outlier}"}
+    world.begin().run(60_000)
+    assert world.is_over()
+    assert world.outliers == set()
+    # With all of it, as what could not be asked for may be an outlier, too.
+    assert set(world.times_sent.values()) == {2}
+    assert world.questions() <= 30
+
+
+@pytest.mark.requirement("P7", "H2")
+def test_an_outlier_that_stays_one_is_sent_no_more_than_twice() -> None:
+    world = World(2, 60)
+    world.outliers = Stubborn(f"$0.{n}" for n in range(1, 60))
+    world.begin().run(HOUR_MS // 2)
+    assert world.is_over()
+    assert max(world.times_sent.values()) == MOST_SENDS
+    assert {times for event, times in world.times_sent.items() if event[1] == "1"} == {1}
+
+
+class Stubborn(set[str]):
+    def discard(self, event_id: object, /) -> None:
+        """It stays as it is."""
+
+
+@pytest.mark.requirement("P7", "H2")
+def test_what_is_only_fetched_of_before_is_sent_again() -> None:
+    world = Rejoined(60)
+    world.outliers = {"$0.30"}
+    world.times_sent.update(event_id for _, event_id, _ in world.own["!0"])
+    world.run(60_000)
+    assert world.is_over()
+    assert world.outliers == set()
+    assert set(world.times_sent.values()) == {2}
+
+
+@pytest.mark.requirement("P7", "H2", "H4")
+@pytest.mark.parametrize("between", [1, 20])
+def test_where_others_write_a_cut_answer_tells_of_part_only(between: int) -> None:
+    """So many events of others are after each own one; the answer has a hundred in all."""
+    world = Rejoined(400)
+    world.had = world.had[:: between + 1]
+    world.run(60_000)
+    assert world.is_over()
+    assert world.times_sent == {}
+    assert world.questions() <= 8
 
 
 class Asked:

@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
@@ -36,11 +37,27 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(skip)
 
 
+@contextmanager
+def deployed(lab: Lab, **options: Any) -> Iterator[WorkerHomeserver]:
+    """Ten processes with the module, made with these options of ``Lab.make_workers``."""
+    lab.prepare()
+    started = lab.make_workers(**options)
+    started.first_start()
+    yield started
+    lab.close_servers([started])
+
+
 @pytest.fixture(scope="module")
 def deployment(lab: Lab) -> Iterator[WorkerHomeserver]:
     """Ten processes with the module, with limits that no test reaches."""
-    lab.prepare()
-    started = lab.make_workers(config=FAR_LIMITS)
+    with deployed(lab, config=FAR_LIMITS) as started:
+        yield started
+
+
+@pytest.fixture
+def plain(lab: Lab) -> Iterator[Homeserver]:
+    """A homeserver without the module, in one process."""
+    started = lab.make(module=False)
     started.first_start()
     yield started
     lab.close_servers([started])

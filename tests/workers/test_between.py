@@ -33,7 +33,7 @@ from tests.lab.workers import (
     SYNC,
     WORKERS,
 )
-from tests.workers.conftest import enter_where, newcomer_of, transactions
+from tests.workers.conftest import deployed, enter_where, newcomer_of, transactions
 
 PACE = range(5)
 """The flood's transactions."""
@@ -50,11 +50,8 @@ Disturb = Callable[[Callable[[], object]], None]
 
 @pytest.fixture(scope="module")
 def deployment(lab: Lab) -> Iterator[WorkerHomeserver]:
-    lab.prepare()
-    started = lab.make_workers(module_name=FAULTY_MODULE, config=CONFIG, metrics=True)
-    started.first_start()
-    yield started
-    lab.close_servers([started])
+    with deployed(lab, module_name=FAULTY_MODULE, config=CONFIG, metrics=True) as started:
+        yield started
 
 
 @pytest.fixture

@@ -11,26 +11,16 @@ from tests.integration.test_mended_users import check_who_is_not_ignored_any_mor
 from tests.integration.test_parking import LONG_BACK_OFF, check_all_come_back, check_auth_events
 from tests.lab import Homeserver, Lab, Peer, WorkerHomeserver
 from tests.lab.spam import PARTIAL_STATE
+from tests.workers.conftest import deployed
 
 pytestmark = [pytest.mark.workers, pytest.mark.requirement("E2", "H7")]
 
 
 @pytest.fixture(scope="module")
 def deployment(lab: Lab) -> Iterator[WorkerHomeserver]:
-    lab.prepare()
     extra = {"modules": [{"module": PARTIAL_STATE}], **LONG_BACK_OFF}
-    started = lab.make_workers(host=HOST, config=NO_LIMITS, extra=extra)
-    started.first_start()
-    yield started
-    lab.close_servers([started])
-
-
-@pytest.fixture
-def plain(lab: Lab) -> Iterator[Homeserver]:
-    started = lab.make(module=False)
-    started.first_start()
-    yield started
-    lab.close_servers([started])
+    with deployed(lab, host=HOST, config=NO_LIMITS, extra=extra) as started:
+        yield started
 
 
 @pytest.mark.requirement("L3")

@@ -10,8 +10,8 @@ import pytest
 
 from tests.integration.rooms import entered, joined_line, limits
 from tests.integration.story import pages_of
-from tests.integration.test_mended_users import ignore
 from tests.lab import Lab, Peer, WorkerHomeserver, wait_until
+from tests.lab.client import ignore
 from tests.lab.scene import enter
 from tests.lab.workers import (
     PERSISTERS,
@@ -20,7 +20,7 @@ from tests.lab.workers import (
     SYNC,
     WORKERS,
 )
-from tests.workers.conftest import TRANSACTIONS, enter_where, newcomer_of, transactions
+from tests.workers.conftest import TRANSACTIONS, deployed, enter_where, newcomer_of, transactions
 
 pytestmark = pytest.mark.workers
 
@@ -80,11 +80,8 @@ _HAS_DONE = {
 
 @pytest.fixture(scope="module")
 def deployment(lab: Lab) -> Iterator[WorkerHomeserver]:
-    lab.prepare()
-    started = lab.make_workers(config=CONFIG, metrics=True, probed=True)
-    started.first_start()
-    yield started
-    lab.close_servers([started])
+    with deployed(lab, config=CONFIG, metrics=True, probed=True) as started:
+        yield started
 
 
 def kind_of(name: str) -> str:

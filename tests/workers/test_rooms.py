@@ -10,7 +10,7 @@ from tests.integration.test_staging import begin_to_join, parked
 from tests.lab import Homeserver, Lab, WorkerHomeserver, wait_until
 from tests.lab.spam import JOIN_HOLDER, release_joins
 from tests.lab.workers import MAIN
-from tests.workers.conftest import FAR_LIMITS
+from tests.workers.conftest import FAR_LIMITS, deployed
 
 pytestmark = pytest.mark.workers
 
@@ -22,19 +22,8 @@ EXTRA: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def deployment(lab: Lab) -> Iterator[WorkerHomeserver]:
-    lab.prepare()
-    started = lab.make_workers(config=FAR_LIMITS, extra=EXTRA)
-    started.first_start()
-    yield started
-    lab.close_servers([started])
-
-
-@pytest.fixture
-def plain(lab: Lab) -> Iterator[Homeserver]:
-    started = lab.make(module=False)
-    started.first_start()
-    yield started
-    lab.close_servers([started])
+    with deployed(lab, config=FAR_LIMITS, extra=EXTRA) as started:
+        yield started
 
 
 @pytest.mark.requirement("E2", "E4", "F3", "L3")

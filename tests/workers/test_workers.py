@@ -17,11 +17,11 @@ from tests.integration.test_parking import AHEAD_MS, HOUR_MS
 from tests.integration.test_staging import parked, withhold
 from tests.lab import Lab, Peer, WorkerHomeserver, wait_until
 from tests.lab.client import (
-    SLIDING_EXTENSION,
     TTL,
     WITHOUT_TIMELINE,
     sliding_sticky_events,
     sticky_events,
+    token_of,
 )
 from tests.lab.scene import Scene, enter
 from tests.lab.workers import MAIN, PERSISTERS, RECEIVERS, SENDERS, WORKERS
@@ -157,11 +157,6 @@ def test_sliding_sync_goes_on_from_since_without_pos(deployment: WorkerHomeserve
     for limit in (1, 3, 100):
         since = collect(limit)
         assert not bob.sliding_sync(since=since, limit=limit)["has_section"]
-
-
-def token_of(answer: Any) -> str:
-    token: str = answer["extensions"][SLIDING_EXTENSION]["next_batch"]
-    return token
 
 
 @pytest.mark.workers

@@ -1,7 +1,6 @@
 //! What somebody is given first who arrives late: all there is, or the present of it (D4).
 
-use std::cmp::Reverse;
-use std::collections::HashMap;
+use std::num::NonZeroI64;
 
 use super::query::RoomEvents;
 use super::{Range, Rooms, Row, StickyIndex};
@@ -125,9 +124,12 @@ fn choose(rows: &[&Row], most: &Most) -> (Vec<bool>, Option<i64>) {
     (chosen, whole_up_to)
 }
 
-/// A row by its place in the stream, with the numbers of its names, and how many of its group come before it.
+/// A row by its place in the stream, with what its turn follows from, and how many of its group come before it.
 #[derive(Clone, Copy)]
 struct Turn {
+    newness_ms: i64,
+    /// 0 if the row has none.
+    key: i64,
     at: u32,
     rank: u32,
     room: u32,
@@ -138,6 +140,8 @@ struct Turn {
 impl Turn {
     fn new(at: usize, row: &Row) -> Self {
         Self {
+            newness_ms: row.newness_ms(),
+            key: row.key.map_or(0, NonZeroI64::get),
             at: u32::try_from(at).expect("there are fewer rows"),
             rank: 0,
             room: row.room,
@@ -146,49 +150,68 @@ impl Turn {
         }
     }
 
-    const fn of_sender(&self) -> [u32; 2] {
-        [self.room, self.sender]
+    const fn of_sender(&self) -> u64 {
+        pair(self.room, self.sender)
     }
+
+    fn is_of_same_key(&self, other: &Self) -> bool {
+        self.key != 0 && self.key == other.key && self.of_sender() == other.of_sender()
+    }
+}
+
+/// Both as one number: to compare it is one step.
+const fn pair(first: u32, second: u32) -> u64 {
+    (first as u64) << 32 | second as u64
 }
 
 /// The places of the newest row of each key, at most `most` of a sender in a room, in the order of their turns.
+///
+/// Only numbers are sorted. To compare two event IDs takes a look at both rows; senders choose how often it is needed.
 fn newest_of_each_key(rows: &[&Row], most: usize) -> Vec<usize> {
-    let newness = |at: usize| (rows[at].newness_ms(), rows[at].event_id.as_str());
-    let mut newest = HashMap::new();
-    let mut turns = Vec::new();
-    for (at, row) in rows.iter().enumerate() {
-        if let Some(key) = row.key {
-            let of_key = newest.entry((row.room, row.sender, key)).or_insert(at);
-            if newness(*of_key) < newness(at) {
-                *of_key = at;
-            }
-        } else {
-            turns.push(Turn::new(at, row));
+    let newest_first = |one: &Turn, other: &Turn| {
+        let by_id = || {
+            let id_of = |turn: &Turn| rows[turn.at as usize].event_id.as_str();
+            id_of(other).cmp(id_of(one))
+        };
+        other.newness_ms.cmp(&one.newness_ms).then_with(by_id)
+    };
+    let turns = rows.iter().enumerate();
+    let mut turns: Vec<_> = turns.map(|(at, row)| Turn::new(at, row)).collect();
+    turns.sort_unstable_by_key(|turn| (turn.of_sender(), turn.key));
+    turns.dedup_by(|next, kept| {
+        let is_same = next.is_of_same_key(kept);
+        if is_same && newest_first(next, kept).is_lt() {
+            *kept = *next;
         }
-    }
-    turns.extend(newest.into_values().map(|at| Turn::new(at, rows[at])));
-
-    turns.sort_by(|one, other| {
-        let by_newness = || newness(other.at as usize).cmp(&newness(one.at as usize));
-        let by_sender = one.of_sender().cmp(&other.of_sender());
-        by_sender.then_with(by_newness)
+        is_same
     });
-    number(&mut turns, Turn::of_sender);
-    turns.retain(|turn| (turn.rank as usize) < most);
-    take_turns(&mut turns, |turn| [turn.room, turn.server]);
-    take_turns(&mut turns, |turn| [turn.room, 0]);
-    take_turns(&mut turns, |_| [0, 0]);
-    turns.iter().map(|turn| turn.at as usize).collect()
+    let mut first_ones = Vec::new();
+    for of_sender in turns.chunk_by_mut(|one, other| one.of_sender() == other.of_sender()) {
+        if most < of_sender.len() {
+            of_sender.select_nth_unstable_by(most, newest_first);
+        }
+        let count = most.min(of_sender.len());
+        let first = &mut of_sender[..count];
+        first.sort_unstable_by(newest_first);
+        number(first, Turn::of_sender);
+        first_ones.extend_from_slice(first);
+    }
+    take_turns(&mut first_ones, |turn| pair(turn.room, turn.server));
+    take_turns(&mut first_ones, |turn| turn.room.into());
+    take_turns(&mut first_ones, |_| 0);
+    first_ones.iter().map(|turn| turn.at as usize).collect()
 }
 
 /// Within each group, all with the same rank come before all with the next one; of these the newest first.
-fn take_turns(turns: &mut [Turn], group: impl Fn(&Turn) -> [u32; 2]) {
-    turns.sort_by_key(|turn| (group(turn), turn.rank, Reverse(turn.at)));
+fn take_turns(turns: &mut [Turn], group: impl Fn(&Turn) -> u64) {
+    turns.sort_unstable_by_key(|turn| {
+        u128::from(group(turn)) << 64 | u128::from(pair(turn.rank, !turn.at))
+    });
     number(turns, group);
 }
 
 /// Ranks what is sorted by group.
-fn number(turns: &mut [Turn], group: impl Fn(&Turn) -> [u32; 2]) {
+fn number(turns: &mut [Turn], group: impl Fn(&Turn) -> u64) {
     let mut before = None;
     for turn in turns {
         let of = group(turn);

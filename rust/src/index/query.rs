@@ -249,6 +249,9 @@ impl StickyIndex {
                     found.last_stream_id = found.last_stream_id.max(Some(row.stream_id));
                     found.bytes += row.size();
                     events.push(row.event_id.as_str());
+                    if found.count + events.len() > enough {
+                        break;
+                    }
                 }
             }
             if let Some(first_id) = first_id {

@@ -50,7 +50,8 @@ def first_answer(index: StickyIndex, question: Question, now: Position) -> Answe
     """
     room_ids, after, up_to, now_ms, limit = question
     if limit is None:
-        # Nobody asks for these once more, as the client's token is past them.
+        # Nobody asks for these once more: the client's token is past them. It cannot stay before
+        # them, as it has one position for all rooms, and the others would come again.
         before, _, _ = index.events_by_room(
             room_ids, after.stream_id, after.writers, up_to.stream_id, up_to.writers, now_ms, None
         )

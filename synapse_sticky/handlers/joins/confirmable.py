@@ -12,11 +12,14 @@ class Confirmable:
 
     delivered_count: how many events it was found to have, or believed to have.
     expired_count: how many events were sent and expired, or were redacted, unacknowledged.
+    named: the delivered events that the newcomer said to have some copy of, by ID. They are still
+        to be told from outliers.
     """
 
     def __init__(self, backoff: Backoff) -> None:
         self.delivered_count = self.expired_count = 0
         self.is_settled = False
+        self.named: dict[str, None] = {}
         self._backoff = backoff
         self._contact = FirstContact(backoff)
         self._sent: dict[str, Sent] = {}
@@ -88,10 +91,14 @@ class Confirmable:
             self._highest_delivered = max(self._highest_delivered, sent.stream_id)
             self.delivered_count += 1
 
-    def mark_present(self, event_ids: Iterable[str], now_ms: int) -> int:
-        """The newcomer says that it has some copy of these events, or their acknowledgements
-        suffice. Gives how many of them were open. An event that may have been lost is resent: the
-        newcomer may only have fetched its copy."""
+    def mark_present(self, event_ids: Iterable[str], now_ms: int, *, is_named: bool = False) -> int:
+        """The newcomer has these events, or their acknowledgements suffice. Gives how many of them
+        were open. An event that may have been lost is resent: the newcomer may only have fetched
+        its copy.
+
+        Args:
+            is_named: the newcomer says that it has some copy of them.
+        """
         found = [sent for e in event_ids if (sent := self._sent.get(e))]
         taken = [sent.acknowledged_ms for sent in found if sent.acknowledged_ms is not None]
         for sent in found:
@@ -99,6 +106,8 @@ class Confirmable:
                 self._resend(sent, now_ms)
             else:
                 self.mark_delivered(sent.event_id)
+                if is_named and sent.sends < MOST_SENDS:
+                    self.named[sent.event_id] = None
         for sent in self._sent.values():
             if taken and sent.acknowledged_ms is not None and min(taken) <= sent.acknowledged_ms:
                 sent.patient_from_ms = now_ms

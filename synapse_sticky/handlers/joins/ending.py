@@ -51,8 +51,9 @@ class Ending:
             or not self._follower.has_taken_in(push.last_rows)
         ):
             return  # the index may yet bring something, or the database has to be asked again
-        if push.probe is not None and now_ms < push.stored_watch_until_ms:
-            return  # the newcomer may yet say that it lacks everything
+        is_asked = push.named or (push.is_back and now_ms < push.stored_watch_until_ms)
+        if is_asked and self._pushed.last_done(push, 1):
+            return  # the newcomer may yet say that it lacks something that is still sticky
         watched = now_ms < push.watch_until_ms
         if push.expired_count:
             logger.info(

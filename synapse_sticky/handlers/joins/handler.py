@@ -76,6 +76,7 @@ class JoinsHandler:
             find=self._destinations.find,
             retry_at_ms=federation.retry_at_ms,
             servers=lambda room_id: follower.index.server_count(room_id, homeserver.now_ms()),
+            done=self._pushed.last_done,
             update=self._pushed.update,
             on_progress=self._progressed,
             on_end=self._asking_ended,
@@ -232,7 +233,8 @@ class JoinsHandler:
             rows = await self._follower.stream.rows_at(planned)
             whole = {row.event_id for row in rows if row.deliverable}
             push.skip((at, event_id) for event_id, at in planned.items() if event_id not in whole)
-            if event_ids := push.choose(limit, self._homeserver.now_ms(), whole):
+            # In its order: the rows have none.
+            if event_ids := push.send(planned, self._homeserver.now_ms()):
                 resent = push.count_resent(event_ids)
                 self._homeserver.metrics.pushed("sent", len(event_ids) - resent)
                 self._homeserver.metrics.pushed("resent", resent)

@@ -74,10 +74,10 @@ class Newcomers:
         push.continue_from(position, before, not_before_ms)
         self._destinations.update_times(push)
         # While the index is made anew nobody knows what the newcomer should have.
-        last = self._rooms.last_done(push) if self._follower.is_whole else None
-        if last and not push.is_believed:
+        done = self._rooms.last_done(push, 1) if self._follower.is_whole else []
+        if done and not push.is_believed:
             # It may have lost what it had, and what was under way when it left.
-            push.probe = last
+            push.is_back = True
             self._confirmation.begin(push, max(not_before_ms - now_ms, LATER_MS))
 
     def add(self, destination: str, room_id: str, *, position: int, watch_until_ms: int) -> Push:

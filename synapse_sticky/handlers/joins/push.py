@@ -28,10 +28,10 @@ class Push(Confirmable):
     backlog_position: what Synapse's backlog has for as long as the push lasts. If the module is
         taken out, Synapse starts over from there.
     position: the push is done with all own events before it.
-    last_rows: each writer's last row of the room's own events, as stream IDs. The database had
-        these rows when it was asked; this process may see them later. Events up to there are due
-        at once. While the push is dirty, all events are. Later events are left to Synapse's
-        ordinary queue, but the push watches for them until ``watch_until_ms``.
+    last_rows: each writer's last row of the room's own events, as stream IDs, when the database was
+        asked; this process may see them later. Events up to there are due at once; while the push
+        is dirty, all are. Later events are left to Synapse's ordinary queue, but the push watches
+        for them until ``watch_until_ms``.
     stored_watch_until_ms: the ``watch_until_ms`` in the table of newcomers. It tells this join from
         an earlier or later one.
     first: which events are pushed before all others, and their places, by event ID.
@@ -39,8 +39,8 @@ class Push(Confirmable):
         ordinary queue leaves something out.
     is_blocked: whether nothing may be sent for now: this server is not in the room, or the room's
         ACL denies one of the two. It ends with a change of the room's state, and takes no attempts.
-    is_believed: whether its acknowledgements suffice, as it is one of too many newcomers.
-    probe: an event that the newcomer had when it was in the room before. It is asked for once.
+    is_believed: whether its acknowledgements suffice: too many newcomers are watched.
+    is_back: whether it is to be asked if it still has what it got when it was in the room before.
     """
 
     def __init__(
@@ -63,8 +63,7 @@ class Push(Confirmable):
         self.first: Mapping[str, int] = {}
         self.dirty_marks = 1
         self.window = 1
-        self.is_blocked = self.is_believed = False
-        self.probe: str | None = None
+        self.is_blocked = self.is_believed = self.is_back = False
         self.asked = Asked()
         self._answered_marks = 0
         """What ``dirty_marks`` was when the handler asked the database."""
@@ -78,9 +77,9 @@ class Push(Confirmable):
         """The stream IDs of events that are not resent any more, whatever the newcomer answers."""
 
     def continue_from(self, position: int, before: "Push | None", not_before_ms: int) -> None:
-        """The newcomer was in the room before, and has all own events before ``position``. If the
-        push ``before`` is still there, the newcomer also has what that push is done with. Nothing
-        is sent until ``not_before_ms`` (ms since the epoch)."""
+        """The newcomer was in the room before, and has all own events before ``position``, and what
+        the push ``before`` is done with. Nothing is sent until ``not_before_ms`` (since the epoch).
+        """
         self.position = self._start = max(self.position, position)
         self._contact.not_before_ms = not_before_ms
         if before is not None:
@@ -101,6 +100,10 @@ class Push(Confirmable):
         self.position = self._start = self.backlog_position
         self._finished = Finished()
         self.is_settled = False
+
+    def note_outlier(self) -> None:
+        """It has only fetched an event: all is sent once more (see ``restart_if_lost``)."""
+        self._start, self._has_lost = self.backlog_position, True
 
     def is_dirty(self, now_ms: int) -> bool:
         """Must the handler ask the database for the last rows? It must after each mark, and once
@@ -199,24 +202,20 @@ class Push(Confirmable):
             self._unsent[event_id] = Sent(stream_id, event_id, left_until_ms)
 
     def take_in_named(self, stream_id: int, event_id: str, now_ms: int) -> None:
-        """Takes in an own event of the room that an answer of the newcomer names. It may be later
-        than all that ``update`` has taken in."""
+        """An answer names this own event: it may be later than all that ``update`` took in."""
         is_known = event_id in self._sent or event_id in self._unsent
         if not is_known and stream_id >= self.position and stream_id not in self._finished:
             self._expect(stream_id, event_id, now_ms, now_ms + GRACE_MS)
 
     def next_events(self, limit: int, now_ms: int) -> dict[str, int]:
         """What can be sent now, at most ``limit`` events, oldest first: stream IDs by event ID. If
-        not all can be sent now, it is those that are ``first``, then the oldest.
+        not all can be sent now, it is those that are ``first``, then the oldest. ``send`` sends it.
 
         A newcomer that is still joining answers /send, but acknowledges nothing. Until its first
         acknowledgement, each attempt sends one event, and not the same one as the last attempt.
         """
-        return {sent.event_id: sent.stream_id for sent in self._next(limit, now_ms)}
-
-    def _next(self, limit: int, now_ms: int) -> list[Sent]:
         if not self._may_send(now_ms):
-            return []
+            return {}
         due = [s for s in self._unsent.values() if s.due_ms <= now_ms]
         candidates = [*self._due(now_ms), *due]
         candidates.sort(key=lambda s: (self.first.get(s.event_id, NO_END), s.stream_id))
@@ -224,15 +223,16 @@ class Push(Confirmable):
         if not self._contact.is_made:
             candidates.sort(key=lambda s: (s.attempts, s.stream_id))
             free = min(free, 1)
-        return sorted(candidates[:free], key=lambda s: s.stream_id)
+        chosen = sorted(candidates[:free], key=lambda s: s.stream_id)
+        return {sent.event_id: sent.stream_id for sent in chosen}
 
-    def choose(self, limit: int, now_ms: int, among: Collection[str] | None = None) -> list[str]:
-        """The event IDs to send now, those of ``next_events``; they count as sent from here on.
-
-        Args:
-            among: if given, only these.
-        """
-        chosen = [s for s in self._next(limit, now_ms) if among is None or s.event_id in among]
+    def send(self, event_ids: Iterable[str], now_ms: int) -> list[str]:
+        """These events of ``next_events`` are sent now. Gives those that count as sent from here
+        on: not what has been acknowledged, or has expired, since they were chosen."""
+        found = [self._unsent.get(e) or self._sent.get(e) for e in event_ids]
+        chosen = [s for s in found if s is not None and s.acknowledged_ms is None]
+        if not self._may_send(now_ms):
+            return []
         if chosen:
             self._contact.try_again(now_ms)
         for sent in chosen:
@@ -294,8 +294,7 @@ class Push(Confirmable):
         whether that is so.
 
         The newcomer may have fetched what it pruned, because another event refers to it. Then it
-        answers that it has the event. But it does not take the event for sticky until this server
-        sends it in full.
+        has the event, but does not take it for sticky until this server sends it in full.
         """
         if not self._has_lost:
             return False

@@ -5,6 +5,7 @@ them. If not, nothing is done, however many events and newcomers there are (H1, 
 """
 
 from collections.abc import Collection, Mapping
+from itertools import islice
 
 import attr
 
@@ -146,13 +147,13 @@ class PushedRooms:
         now_ms = self._homeserver.now_ms()
         return self._follower.index.own_events(room_id, from_id, now_ms, limit)
 
-    def last_done(self, push: Push) -> str | None:
-        """The ID of the last of the room's own events that the push is done with."""
+    def last_done(self, push: Push, limit: int) -> list[str]:
+        """The IDs of the last of the room's own events that the push is done with, ascending."""
         if not push.position and not push.finished:
-            return None
+            return []
         own = self._own(push.room_id, 0, 2**31)
         done = (e for at, e, _ in reversed(own) if at < push.position or at in push.finished)
-        return next(done, None)
+        return list(islice(done, limit))[::-1]
 
     async def ask_if_dirty(self, push: Push) -> None:
         """Asks the database for the room's last rows if the push is dirty. This process may see the

@@ -1,6 +1,6 @@
 """What a newcomer can be asked, and what it can answer."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from enum import Enum
 from typing import Protocol
 
@@ -25,14 +25,28 @@ class AnswerKind(Enum):
 class Answer:
     """An answer.
 
-    event_ids: those of the events asked for that it has some copy of: an outlier and a rejected
-        event are copies, too.
+    event_ids: the events that the answer has. Of one that was asked for by itself, it has some
+        copy: that may be an outlier. Of any other it has the event with its place in the room.
+    down_to: the depth down to which it has what can be reached. 0 if it has all of it, and not as
+        many events as it may have.
     reason: why it says nothing, for the log.
     """
 
     kind: AnswerKind
     event_ids: Collection[str] = ()
+    down_to: int = 0
     reason: str = ""
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class Place:
+    """
+    depth: the event's.
+    referring: some of the events that have it among their prev_events.
+    """
+
+    depth: int
+    referring: Collection[str] = ()
 
 
 class Asking(Protocol):
@@ -41,14 +55,17 @@ class Asking(Protocol):
     async def has_events(
         self, destination: str, room_id: str, event_ids: Collection[str], limit: int
     ) -> Answer:
-        """Asks which of the room's events it has (federation ``/backfill``). It may answer with
-        ``limit`` events. It may also have events that its answer does not name."""
+        """Asks which of the room's events it has, of these and of those that they refer to, and so
+        on (federation ``/backfill``). It may answer with ``limit`` events."""
 
     async def has_event(self, destination: str, event_id: str) -> Answer:
         """Asks for one event (federation ``/event``)."""
 
     async def referenced(self, event_ids: Collection[str]) -> set[str]:
         """Those of the events that are prev_events of others, by this server's database."""
+
+    async def places(self, event_ids: Collection[str]) -> Mapping[str, Place]:
+        """Where the events are in the room, by this server's database."""
 
 
 @attr.s(auto_attribs=True, slots=True)

@@ -10,6 +10,11 @@ from collections.abc import Awaitable, Callable
 from synapse_sticky._core import MAX_STICKY_DURATION_MS
 from synapse_sticky.backoff import Backoff
 from synapse_sticky.handlers.joins.confirmation.asking import Answer, AnswerKind, Asked, Asking
+from synapse_sticky.handlers.joins.confirmation.copies import (
+    LEAST_LIMIT,
+    MOST_ASKED_FOR,
+    Copies,
+)
 from synapse_sticky.handlers.joins.confirmation.questions import APART_MS, Questions
 from synapse_sticky.handlers.joins.push import Push
 from synapse_sticky.handlers.joins.sent import PACE_MS, PATIENCE_MS, Sent
@@ -26,8 +31,6 @@ LATER_MS = 2_000
 
 _IN_VAIN = Backoff(SOON_MS, 30_000)
 _IN_VAIN_AND_NOTHING_WAITS = Backoff(LATER_MS, 60_000)
-_MOST_ASKED_FOR = 50
-_LEAST_LIMIT = 10
 _REFUSALS_TO_BELIEVE = 3
 _MOST_BELIEVED = 10_000
 _UNASKED_MS = 60_000
@@ -47,6 +50,7 @@ class Confirmation:
         find: Callable[[str, str], Push | None],
         retry_at_ms: Callable[[str], Awaitable[int]],
         servers: Callable[[str], int],
+        done: Callable[[Push, int], list[str]],
         update: Callable[[Push], None],
         on_progress: Callable[[Push], None],
         on_end: Callable[[Push], None],
@@ -57,6 +61,7 @@ class Confirmation:
             find: the present push to a destination of a room.
             retry_at_ms: when the destination's back-off ends (ms since the epoch).
             servers: how many servers have sticky events in the room.
+            done: the last own events that a push is done with, at most so many, ascending.
             update: has a push take in the present events of its room.
             on_progress: there may be something to send.
             on_end: nothing is left to be asked for.
@@ -67,7 +72,6 @@ class Confirmation:
         self._is_on = is_on
         self._find = find
         self._retry_at_ms = retry_at_ms
-        self._servers = servers
         self._update = update
         self._on_progress = on_progress
         self._on_end = on_end
@@ -77,6 +81,7 @@ class Confirmation:
             is_believed=self._is_believed,
             on_overdue=self._note_overdue,
         )
+        self._copies = Copies(homeserver, asking, servers=servers, done=done, update=update)
         self._silent: dict[str, int] = {}
         self._overdue: dict[str, int] = {}
         """Until when a destination's acknowledgements suffice (ms of the steady time). One in
@@ -123,7 +128,7 @@ class Confirmation:
     async def _confirm(self, push: Push) -> int | None:
         """Asks once; gives when to ask again, None if nothing is left to be asked for."""
         if self._is_silent(push.destination):
-            push.probe = None
+            push.is_back = False
             return self._believe_all(push)
         if push.is_blocked:  # the newcomer tells nothing to a server that is not in the room
             return self._in_vain(push)
@@ -132,8 +137,8 @@ class Confirmation:
             return self._cannot_reach(push, retry_at_ms)
         if self._is_overdue(push.destination):
             return self._believe_all(push)
-        if push.probe is not None:
-            return await self._ask_for_probe(push, push.probe)
+        if push.is_back:
+            return self._after(push, await self._copies.ask_who_is_back(push))
         return await self._ask_for_referenced(push)
 
     async def _ask_for_referenced(self, push: Push) -> int | None:
@@ -142,6 +147,8 @@ class Confirmation:
         asked = [s for s in waiting if s.event_id in referenced and not push.is_last(s)]
         rest = [sent.event_id for sent in waiting if sent not in asked]
         now_ms = self._homeserver.now_ms()
+        if push.named and (not asked or len(push.named) >= MOST_ASKED_FOR):
+            return self._after(push, await self._copies.tell_outliers(push))
         if not asked:
             self._metrics.pushed("believed", push.mark_present(rest, now_ms))
             return None
@@ -152,26 +159,23 @@ class Confirmation:
 
     async def _ask_for_many(self, push: Push, asked: list[Sent], rest: list[str]) -> int | None:
         """Asks for these events. For the rest, the acknowledgements suffice."""
-        event_ids = [sent.event_id for sent in asked[:_MOST_ASKED_FOR]]
-        limit = len(event_ids) * max(self._servers(push.room_id), 1) + _LEAST_LIMIT
-        answer = await self._asking.has_events(
-            push.destination, push.room_id, event_ids, min(limit, push.asked.limit)
-        )
-        self._metrics.asked(answer.kind.name.lower())
+        event_ids = [sent.event_id for sent in asked[:MOST_ASKED_FOR]]
+        answer = await self._copies.ask_for(push, event_ids, len(event_ids))
         if answer.kind is not AnswerKind.SAYS:
             return self._without_answer(push, answer)
         now_ms = self._homeserver.now_ms()
         self._questions.reached(push.destination)
         self._metrics.pushed("believed", push.mark_present(rest, now_ms))
-        found = push.mark_present(answer.event_ids, now_ms)
+        named = set(answer.event_ids).intersection(event_ids)
+        found = push.mark_present(named, now_ms, is_named=True)
         self._metrics.pushed("confirmed", found)
         left_ms = [
             sent.patient_from_ms + PATIENCE_MS - now_ms
             for sent in asked
-            if sent.event_id not in answer.event_ids
+            if sent.event_id not in named
         ]
         if not left_ms:
-            return None
+            return APART_MS if push.named else None
         push.asked.is_doubted = min(left_ms) < 0
         if push.asked.is_doubted:
             return APART_MS
@@ -192,7 +196,8 @@ class Confirmation:
             push.asked.refusals += 1
             is_enough = push.asked.refusals >= _REFUSALS_TO_BELIEVE
             event_ids = [sent.event_id for sent in late[: None if is_enough else 1]]
-            self._metrics.pushed("confirmed", push.mark_present(event_ids, now_ms))
+            found = push.mark_present(event_ids, now_ms, is_named=True)
+            self._metrics.pushed("confirmed", found)
         elif answer.kind is AnswerKind.LACKS:
             self._metrics.pushed("given_up", push.mark_lost(late, now_ms))
         else:
@@ -200,22 +205,13 @@ class Confirmation:
         self._questions.reached(push.destination)
         return APART_MS
 
-    async def _ask_for_probe(self, push: Push, event_id: str) -> int | None:
-        """The newcomer was in the room before: does it still have what it got then?"""
-        answer = await self._asking.has_event(push.destination, event_id)
-        self._metrics.asked(answer.kind.name.lower())
-        if answer.kind in {AnswerKind.LIMITED, AnswerKind.BUSY, AnswerKind.UNREACHABLE}:
-            return self._without_answer(push, answer)
-        push.probe = None
-        if answer.kind is AnswerKind.LACKS:
-            logger.info("%s lacks what it had of %s", push.destination, push.room_id)
-            push.restart_in_full()
-            self._update(push)
-        elif answer.kind is AnswerKind.SILENT:
-            return self._without_answer(push, answer)
-        return APART_MS
-
     # Without an answer
+
+    def _after(self, push: Push, answer: Answer | None) -> int | None:
+        if answer is None or answer.kind in {AnswerKind.SAYS, AnswerKind.LACKS}:
+            self._questions.reached(push.destination)
+            return APART_MS
+        return self._without_answer(push, answer)
 
     def _without_answer(self, push: Push, answer: Answer) -> int | None:
         if answer.kind is AnswerKind.UNREACHABLE:
@@ -226,15 +222,17 @@ class Confirmation:
         self._questions.reached(push.destination)
         if answer.kind is AnswerKind.SILENT:
             self._note_silence(push.destination, answer.reason)
-            push.probe = None
+            push.is_back = False
             return self._believe_all(push)
-        if answer.kind is AnswerKind.TOO_LARGE and push.asked.limit > _LEAST_LIMIT:
-            push.asked.limit = _LEAST_LIMIT
+        if answer.kind is AnswerKind.TOO_LARGE and push.asked.limit > LEAST_LIMIT:
+            push.asked.limit = LEAST_LIMIT
             return APART_MS
         push.asked.refusals += 1
         if push.asked.refusals < _REFUSALS_TO_BELIEVE:
             return self._in_vain(push)
         # No answer will come: the acknowledgements suffice.
+        push.is_back = False
+        push.named.clear()
         believed = push.unconfirmed()
         for sent in believed:
             push.mark_delivered(sent.event_id)
@@ -303,7 +301,7 @@ class Confirmation:
             if other.worth_sending(now_ms):
                 self._on_progress(other)
         times_ms = [self._believe(push, now_ms)]
-        if push.probe is not None:  # it is asked for once the destination is asked again
+        if push.is_back:  # it is asked for once the destination is asked again
             left_ms = self._overdue.get(push.destination, 0) - self._homeserver.steady_ms()
             times_ms.append(now_ms + left_ms if left_ms > 0 else None)
         next_ms = min((ms for ms in times_ms if ms is not None), default=None)
@@ -312,6 +310,7 @@ class Confirmation:
     def _believe(self, push: Push, now_ms: int) -> int | None:
         """What was acknowledged is delivered, at the pace of a plain Synapse. Gives when the next
         will be (ms since the epoch); None if nothing is left."""
+        push.named.clear()
         times = {s.event_id: (s.acknowledged_ms or 0) + s.pace_ms() for s in push.unconfirmed()}
         believed = [event_id for event_id, ms in times.items() if ms <= now_ms]
         for event_id in believed:

@@ -2,7 +2,7 @@
 
 import json
 import urllib.parse
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from synapse.api.errors import FederationDeniedError, HttpResponseException, RequestSendFailed
@@ -11,9 +11,9 @@ from synapse.http.client import BodyExceededMaxSize
 from synapse.http.matrixfederationclient import JsonParser
 from twisted.internet import defer
 
-from synapse_sticky.handlers.joins.confirmation.asking import Answer, AnswerKind
+from synapse_sticky.handlers.joins.confirmation.asking import Answer, AnswerKind, Place
 from synapse_sticky.homeserver import Cursor, Homeserver
-from synapse_sticky.homeserver.database import found_txn
+from synapse_sticky.homeserver.database import found_txn, portions
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, attributes, method, table
 
 _TIMEOUT_MS = 10_000
@@ -21,6 +21,7 @@ _PREFIX = "/_matrix/federation/v1"
 _NOT_FOUND = 404
 _LIMITED = 429
 _HASHED_AT_ONCE = 20
+_MOST_REFERRING = 3
 _NOT_ROUTED = (_NOT_FOUND, 405, 501)
 
 SEAMS = (
@@ -35,6 +36,7 @@ SEAMS = (
     method(STORE, "async get_room_version(room_id, /) -> RoomVersion"),
     method("synapse.events", "make_event_from_dict(event_dict, /, *, room_version)"),
     table("event_edges", "event_id text, prev_event_id text"),
+    table("events", "event_id text, depth integer"),
 )
 
 
@@ -65,12 +67,13 @@ class SynapseAsking:
         if isinstance(answer, Answer):
             return answer
         room_version = await self._store.get_room_version(room_id)
-        found = set()
-        for number, pdu in enumerate(answer[:limit]):
+        found, pdus = set(), answer[:limit]
+        for number, pdu in enumerate(pdus):
             if number % _HASHED_AT_ONCE == 0:
                 await self._homeserver.give_way()
-            found.add(self._own_event_id(pdu, room_version))
-        return Answer(AnswerKind.SAYS, found.intersection(event_ids))
+            found.add(_event_id(pdu, room_version))
+        down_to = min(map(_depth, pdus)) if len(pdus) == limit else 0
+        return Answer(AnswerKind.SAYS, found, down_to)
 
     async def has_event(self, destination: str, event_id: str) -> Answer:
         path = f"{_PREFIX}/event/{urllib.parse.quote(event_id, safe='')}"
@@ -87,6 +90,21 @@ class SynapseAsking:
             return found_txn(self._homeserver, txn, select, "prev_event_id", event_ids)
 
         return await self._homeserver.transact("referenced", read_txn)
+
+    async def places(self, event_ids: Collection[str]) -> Mapping[str, Place]:
+        def read_txn(txn: Cursor) -> dict[str, Place]:
+            found = {}
+            for portion in portions(event_ids):
+                clause, args = self._homeserver.in_list("event_id", portion)
+                txn.execute(f"SELECT event_id, depth FROM events WHERE {clause}", args)
+                for event_id, depth in txn.fetchall():
+                    # Strangers choose how many there are. One that the newcomer has is enough.
+                    select = "SELECT event_id FROM event_edges WHERE prev_event_id = ? LIMIT ?"
+                    txn.execute(select, (event_id, _MOST_REFERRING))
+                    found[event_id] = Place(depth, [one for (one,) in txn.fetchall()])
+            return found
+
+        return await self._homeserver.transact("places", read_txn)
 
     async def _ask(
         self, destination: str, path: str, args: dict[str, list[str]] | None, parser: JsonParser
@@ -116,14 +134,18 @@ class SynapseAsking:
             return Answer(AnswerKind.SILENT, reason="it has no PDUs")
         return pdus
 
-    def _own_event_id(self, pdu: Any, room_version: Any) -> str:
-        """The event ID of one of this server's PDUs, which is its hash; "" for any other PDU."""
-        try:
-            if pdu["sender"].endswith(f":{self._homeserver.server_name}"):
-                return make_event_from_dict(pdu, room_version=room_version).event_id
-        except Exception:
-            return ""  # another server may send anything in the place of a PDU
-        return ""
+
+def _event_id(pdu: Any, room_version: Any) -> str:
+    """The event ID of a PDU, which is its hash; "" of what is none."""
+    try:
+        return make_event_from_dict(pdu, room_version=room_version).event_id
+    except Exception:
+        return ""  # another server may send anything in the place of a PDU
+
+
+def _depth(pdu: Any) -> int:
+    depth = pdu.get("depth") if isinstance(pdu, dict) else None
+    return depth if isinstance(depth, int) else 0
 
 
 def _of_error(error: HttpResponseException, path: str) -> Answer:

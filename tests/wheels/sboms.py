@@ -1,14 +1,67 @@
 """What the SBOMs of a wheel say: each is CycloneDX, and each part in it has a licence."""
 
 import json
+import re
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
 
-from tests.wheels import StepError
+from tests.wheels import StepError, needed, run
 
-NAMED = {"synapse-sticky.cyclonedx.json": "pyo3", "page.cyclonedx.json": "preact"}
-"""The SBOMs that a wheel has, and a part that each of them cannot lack."""
+CORE = "synapse-sticky.cyclonedx.json"
+"""The one that maturin makes, of the Rust core."""
+NAMED = {
+    CORE: {"pyo3", "rust-std", "llvm-libunwind"},
+    "page.cyclonedx.json": {"preact"},
+}
+"""The SBOMs that a wheel has, and the parts that each of them cannot lack."""
+
+
+def linked() -> list[dict[str, Any]]:
+    """What the tools link into the core, which no lock file names: components for its SBOM.
+
+    Raises:
+        StepError: a tool is not there.
+    """
+    rust = run((needed("rustc", "it builds the core"), "--version")).split()[1]
+    zig = run((sys.executable, "-m", "ziglang", "cc", "--version"))
+    clang = re.search(r"clang version ([\d.]+)", zig)
+    if clang is None:
+        raise StepError(f"zig does not say the version of its LLVM: {zig}")
+    return [
+        _library("rust-std", rust, "Rust's standard library", "MIT OR Apache-2.0"),
+        _library(
+            "llvm-libunwind",
+            clang[1],
+            "What unwinds the stack after a panic, as zig brings it",
+            "Apache-2.0 WITH LLVM-exception",
+        ),
+    ]
+
+
+def _library(name: str, version: str, description: str, licence: str) -> dict[str, Any]:
+    return {
+        "type": "library",
+        "bom-ref": f"{name}@{version}",
+        "name": name,
+        "version": version,
+        "description": description,
+        "scope": "required",
+        "licenses": [{"expression": licence}],
+    }
+
+
+def with_linked(text: str, components: list[dict[str, Any]]) -> str:
+    """The core's SBOM, with these components of the core."""
+    bom = json.loads(text)
+    core = bom["metadata"]["component"]["bom-ref"]
+    bom["components"] += components
+    for known in bom["dependencies"]:
+        if known["ref"] == core:
+            known["dependsOn"] = known.get("dependsOn", []) + [c["bom-ref"] for c in components]
+    bom["dependencies"] += [{"ref": component["bom-ref"]} for component in components]
+    return json.dumps(bom, indent=2)
 
 
 def named_parts(wheel: Path) -> list[str]:
@@ -39,8 +92,8 @@ def parts(name: str, text: str) -> list[str]:
         Each with its version.
 
     Raises:
-        StepError: CycloneDX's schema does not take it, a part lacks its licence or its digest, or
-            the part that it cannot lack is missing.
+        StepError: CycloneDX's schema does not take it, a part lacks its licence, one from a
+            registry lacks its digest, or a part that it cannot lack is missing.
     """
     # Only here, as what starts Synapse needs nothing of this.
     from cyclonedx.schema import SchemaVersion
@@ -54,11 +107,11 @@ def parts(name: str, text: str) -> list[str]:
     for component in (bom["metadata"]["component"], *components):
         if not _licensed(component):
             raise StepError(f"{name} does not say the licence of {component['name']}")
-    if bare := [component["name"] for component in components if not component.get("hashes")]:
+    if bare := [c["name"] for c in components if "purl" in c and not c.get("hashes")]:
         raise StepError(f"{name} has no digest of {', '.join(bare)}")
     used = [component for component in components if component.get("scope") != "excluded"]
-    if NAMED[name] not in {component["name"] for component in used}:
-        raise StepError(f"{name} does not name {NAMED[name]}")
+    if missing := NAMED[name] - {component["name"] for component in used}:
+        raise StepError(f"{name} does not name {', '.join(sorted(missing))}")
     return [f"{component['name']} {component['version']}" for component in used]
 
 

@@ -228,9 +228,8 @@ def refused() -> str:
         return last
 
 
-def shown() -> str:
-    """The lines for homeserver.yaml in the README of the module that is installed."""
-    readme = metadata("synapse-sticky")["Description"]
+def five_lines(readme: str) -> str:
+    """The lines for homeserver.yaml that the README shows."""
     blocks = re.findall(r"^```yaml\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
     if len(blocks) != 1 or blocks[0].count("\n") != 5:
         sys.exit(f"The README does not show five lines of YAML: {blocks}")
@@ -250,9 +249,8 @@ def check(config: Path) -> list[str]:
     return list(states)
 
 
-def sent_and_seen(server: Server, duties: list[str]) -> None:
-    """Sends a sticky event; /sync has to have it in the sticky section, not in the timeline. Each
-    process has to run the duties that belong there: all, where it is the only one."""
+def sent_and_seen(server: Server) -> None:
+    """Sends a sticky event; /sync has to have it in the sticky section, not in the timeline."""
     token = server.register()
     room = server.request("POST", "/_matrix/client/v3/createRoom", {}, token)["room_id"]
     sent = server.request(
@@ -268,12 +266,25 @@ def sent_and_seen(server: Server, duties: list[str]) -> None:
     sections = synced["rooms"]["join"][room].get("msc4354_sticky", {})
     if [event["event_id"] for event in sections.get("events", ())] != [sent]:
         fail(server, f"/sync has {sections}, not {sent}")
-    said = server.log.read_text(errors="replace")
-    names = ("master", WORKER)[: len(server.processes)]
-    ran = f"{', '.join(duties)}\n" if len(names) == 1 else "index, delivery"
-    for name in names:
-        if f"synapse-sticky runs in {name}: {ran}" not in said:
-            fail(server, f"The log does not say that the module runs in {name}: {ran}")
+
+
+def all_run(server: Server, duties: list[str]) -> None:
+    """Waits until each process says that it runs its duties: the main process all of them, where it
+    is the only one."""
+    for name in ("master", WORKER)[: len(server.processes)]:
+        asked = set(duties) if len(server.processes) == 1 else {"index", "delivery"}
+        began_s = time.monotonic()
+        while missing := asked - _running(server.log.read_text(errors="replace"), name):
+            if time.monotonic() - began_s > _PATIENCE_S:
+                fail(server, f"The log does not say that {name} runs {', '.join(sorted(missing))}")
+            time.sleep(0.05)
+
+
+def _running(said: str, process: str) -> set[str]:
+    """The duties that the log says are on in a process, those that were loading among them."""
+    line = re.search(rf"synapse-sticky runs in {process}: ([^\n;]*)[^\n]*\n", said)
+    on = set() if line is None else set(line[1].split(", "))
+    return on | set(re.findall(r"\b(\w+) is on$", said, re.MULTILINE))
 
 
 def main() -> None:
@@ -286,7 +297,9 @@ def main() -> None:
     shared = json.loads(sys.argv[1]) if len(sys.argv) > 1 else None
     for attempt in range(_ATTEMPTS):
         with tempfile.TemporaryDirectory() as folder:
-            server = Server(Path(folder), shown(), shared)
+            server = Server(
+                Path(folder), five_lines(metadata("synapse-sticky")["Description"]), shared
+            )
             began_s = time.monotonic()
             duties = check(server.config)
             checked_s = time.monotonic()
@@ -294,7 +307,8 @@ def main() -> None:
                 server.start()
                 server.wait_until_ready()
                 ready_s = time.monotonic()
-                sent_and_seen(server, duties)
+                sent_and_seen(server)
+                all_run(server, duties)
             except TakenError:
                 if attempt + 1 == _ATTEMPTS:
                     raise

@@ -320,7 +320,7 @@ def main() -> None:
         f"synapse-sticky {version('synapse-sticky')} on Synapse {version('matrix-synapse')}:"
         f" check took {checked_s - began_s:.0f} s, Synapse was up after"
         f" {ready_s - checked_s:.0f} s, a sticky event came through"
-        f"{' a worker' if shared else ''}, {len(duties)} duties are on\n"
+        f"{' a worker' if shared else f', all {len(duties)} duties are on'}\n"
     )
 
 

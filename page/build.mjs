@@ -55,7 +55,8 @@ const component = ({ name, version, license }) => {
     purl,
   };
 };
-const page = { type: "application", "bom-ref": "page.js", name: locked[""].name, licenses: [{ expression: "Apache-2.0" }] };
+const own = [{ expression: "Apache-2.0" }];
+const page = { type: "application", "bom-ref": "page.js", name: locked[""].name, licenses: own };
 const components = parts.map(component);
 const bom = {
   bomFormat: "CycloneDX",

@@ -13,6 +13,8 @@ from tests.wheels.prove import interpreters
 
 _VENV = "/opt/venvs/matrix-synapse"
 _SYSTEM = "/usr/bin/python3"
+LACKS_SYNAPSE = "No module named 'synapse'"
+"""How Synapse ends where the environment finds nothing of it; docs/install.md says it."""
 # A Debian keeps pip from its own Python; the image's Python is not Debian's.
 _MARKER = "usr/lib/python3*/EXTERNALLY-MANAGED"
 DOCKERFILE = PROJECT / "contrib" / "docker" / "Dockerfile"
@@ -64,7 +66,7 @@ def _lacks_synapse(place: Place, python: str) -> str:
         place.run(python, "-m", "synapse.app.homeserver")
     except StepError as e:
         said = str(e).strip().splitlines()[-1]
-        if "No module named 'synapse'" in said:
+        if said.endswith(LACKS_SYNAPSE):
             return said
         raise
     raise StepError("Synapse is found by the new Python")

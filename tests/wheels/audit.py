@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.wheels import PROJECT, Platform, StepError, run
+from tests.wheels.sboms import named_parts
 
 _CORE = "synapse_sticky/_core.abi3.so"
+_MOST_KIB = 1024  # as docs/install.md says
 # The C library under the names of its parts. All else would have to be bundled.
 _LIBC = ("libc.so", "libpthread.so", "libdl.so", "libm.so", "librt.so", "ld-linux-", "libc.musl-")
 
@@ -41,6 +43,8 @@ def audited(platform: Platform, wheels: Sequence[Path]) -> str:
     wheel = find(platform, wheels)
     if "-cp310-abi3-" not in wheel.name:
         raise StepError(f"{wheel.name} is not for every CPython from 3.10 on")
+    if wheel.stat().st_size > _MOST_KIB * 1024:
+        raise StepError(f"{described(wheel)}, is larger than docs/install.md says")
     needs = _contents(wheel)
     with tempfile.TemporaryDirectory() as nothing:
         # It is not to look at this machine's libraries, which may be of another kind.
@@ -50,7 +54,8 @@ def audited(platform: Platform, wheels: Sequence[Path]) -> str:
         raise StepError(f"auditwheel does not find it as its name says:\n{shown}")
     _abi3(wheel)
     return (
-        f"{described(wheel)}; needs {', '.join(needs)}; auditwheel and abi3audit find it in order"
+        f"{described(wheel)}; needs {', '.join(needs)}; auditwheel and abi3audit find it in order;"
+        f" its SBOMs name {', '.join(named_parts(wheel))}"
     )
 
 
@@ -79,7 +84,7 @@ def _contents(wheel: Path) -> list[str]:
     page = [
         f"synapse_sticky/admin/page/{file}" for file in ("index.html", "page.js", "LICENSES.txt")
     ]
-    for end in ("synapse_sticky/py.typed", "/licenses/LICENSE", ".cyclonedx.json", *page):
+    for end in ("synapse_sticky/py.typed", "/licenses/LICENSE", *page):
         if not any(name.endswith(end) for name in names):
             raise StepError(f"{wheel.name} has no {end}")
     if others := [n for n in names if not n.startswith(("synapse_sticky/", "synapse_sticky-"))]:

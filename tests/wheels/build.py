@@ -10,8 +10,10 @@ import tempfile
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from tests.wheels import PLATFORMS, PROJECT, Platform, StepError, needed, run
+from tests.wheels.sboms import CORE, linked, with_linked
 
 _RUSTUP = "Rust is needed, best from rustup"
 _PROJECT_IN_WHEEL = "/synapse-sticky"
@@ -101,7 +103,7 @@ def build_wheel(platform: Platform, out: Path, project: Path = PROJECT) -> Path:
         (built,) = Path(folder).glob("*.whl")
         arch = platform.name.partition("-")[2]
         _make_room(out, f"*{platform.tag}_{arch}.whl")
-        return _finished(built, out / built.name, platform, project)
+        return _finished(built, out / built.name, platform, project, linked())
 
 
 def build_sdist(out: Path, project: Path = PROJECT) -> Path:
@@ -127,16 +129,18 @@ def _make_room(out: Path, pattern: str) -> None:
         old.unlink()
 
 
-def _finished(wheel: Path, target: Path, platform: Platform, project: Path) -> Path:
-    """Writes the wheel anew: its SBOM does not say where it was built, all modes are the same, and
-    musl has the name that it has on its systems."""
+def _finished(
+    wheel: Path, target: Path, platform: Platform, project: Path, parts: list[dict[str, Any]]
+) -> Path:
+    """Writes the wheel anew: the core's SBOM names these parts as well, and not where it was built,
+    all modes are the same, and musl has the name that it has on its systems."""
     changed = {}
     with zipfile.ZipFile(wheel) as old, zipfile.ZipFile(target, "w") as new:
         for info in old.infolist():
             content = old.read(info)
-            if "/sboms/" in info.filename:
-                content = content.replace(str(project).encode(), _PROJECT_IN_WHEEL.encode())
-                changed[info.filename] = content
+            if info.filename.endswith(f"/sboms/{CORE}"):
+                sbom = content.decode().replace(str(project), _PROJECT_IN_WHEEL)
+                content = changed[info.filename] = with_linked(sbom, parts).encode()
             elif info.filename.endswith(".so") and platform.name.startswith("musllinux"):
                 content = changed[info.filename] = _with_musl(content, platform)
             elif info.filename.endswith(".dist-info/RECORD"):  # the last one

@@ -1,8 +1,9 @@
 """Starts Synapse with the module that is installed, and sends a sticky event.
 
 It is run by the Python of a clean environment, with nothing but what is installed there: it imports
-the standard library, and Synapse's own key maker. Prints one line if all is well; otherwise it ends
-with what Synapse said.
+the standard library, and Synapse's own key maker. Synapse is configured by the lines that the
+README of the installed module shows, and has to run with all duties. Prints one line if all is
+well; otherwise it ends with what Synapse said.
 
 With an argument, a JSON object, there is a worker as well, which persists the events and answers
 /sync. It has ``database`` (a Postgres) and ``redis``, Synapse's sections of these names.
@@ -13,6 +14,7 @@ With the argument ``refused`` the module must not be there, and the line is what
 import hashlib
 import hmac
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -21,12 +23,15 @@ import tempfile
 import time
 import urllib.parse
 import urllib.request
-from importlib.metadata import version
+from importlib.metadata import metadata, version
 from pathlib import Path
 from typing import Any, NoReturn
 
 _SECRET = "registration"
 WORKER = "persister1"
+LACKS = "ModuleNotFoundError: No module named 'synapse_sticky'"
+"""How Synapse ends where the module is configured but not installed; docs/install.md says it."""
+_MODULE_ALONE = "modules: [{module: synapse_sticky.StickyEventsModule}]\n"
 _ATTEMPTS = 3
 _PATIENCE_S = 120
 
@@ -48,16 +53,22 @@ class Server:
 
     Args:
         folder: an empty one.
+        lines: what an administrator adds to homeserver.yaml for the module.
         shared: what its worker and the main process share; without it there is no worker.
     """
 
-    def __init__(self, folder: Path, shared: dict[str, Any] | None = None) -> None:
+    def __init__(self, folder: Path, lines: str, shared: dict[str, Any] | None = None) -> None:
         self.log = folder / "output"
+        self.config = folder / "homeserver.yaml"
         self._folder = folder
         self._port = self._sync_port = free_port()
-        self._write_config(shared)
-        self.processes = [self._started("homeserver", "homeserver.yaml")]
+        self._write_config(lines, shared)
+        self.processes: list[subprocess.Popen[bytes]] = []
         self._has_worker = shared is not None
+
+    def start(self) -> None:
+        """Starts the main process."""
+        self.processes.append(self._started("homeserver", self.config.name))
 
     def _started(self, app: str, *files: str) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-I", "-m", f"synapse.app.{app}"]
@@ -73,13 +84,13 @@ class Server:
             "worker_log_config": "log.yaml",
             "worker_pid_file": "worker.pid",
             "worker_listeners": [
-                _listener(self._sync_port),
+                _listener(self._sync_port, "client"),
                 {**socket_of_it, "resources": [{"names": ["replication"]}]},
             ],
         }
         (self._folder / "worker.yaml").write_text(json.dumps(worker))
 
-    def _write_config(self, shared: dict[str, Any] | None) -> None:
+    def _write_config(self, lines: str, shared: dict[str, Any] | None) -> None:
         from signedjson.key import generate_signing_key, write_signing_keys
 
         with (self._folder / "signing.key").open("w") as file:
@@ -92,7 +103,7 @@ class Server:
         (self._folder / "log.yaml").write_text(json.dumps(log))
         config: dict[str, Any] = {
             "server_name": f"localhost:{self._port}",
-            "listeners": [_listener(self._port)],
+            "listeners": [_listener(self._port, "client", "federation")],
             "database": {"name": "sqlite3", "args": {"database": "homeserver.db"}},
             "log_config": "log.yaml",
             "pid_file": "homeserver.pid",
@@ -103,9 +114,6 @@ class Server:
             "form_secret": "form",
             "trusted_key_servers": [],
             "report_stats": False,
-            # What an administrator writes:
-            "experimental_features": {"msc4354_enabled": True},
-            "modules": [{"module": "synapse_sticky.StickyEventsModule"}],
         }
         if shared:
             main = {"path": str(self._folder / "main"), "type": "http"}
@@ -118,7 +126,8 @@ class Server:
                 },
                 "stream_writers": {"events": [WORKER]},
             }
-        (self._folder / "homeserver.yaml").write_text(json.dumps(config))
+        before = "".join(f"{name}: {json.dumps(value)}\n" for name, value in config.items())
+        self.config.write_text(before + lines)
 
     def request(
         self, method: str, path: str, body: object = None, token: str = "", *, sync: bool = False
@@ -188,12 +197,12 @@ class Server:
                 process.wait()
 
 
-def _listener(port: int) -> dict[str, Any]:
+def _listener(port: int, *names: str) -> dict[str, Any]:
     return {
         "port": port,
         "bind_addresses": ["127.0.0.1"],
         "type": "http",
-        "resources": [{"names": ["client"]}],
+        "resources": [{"names": names}],
     }
 
 
@@ -205,25 +214,39 @@ def fail(server: Server, why: str) -> NoReturn:
 def refused() -> str:
     """What Synapse says last, where the module is configured but not installed."""
     with tempfile.TemporaryDirectory() as folder:
-        server = Server(Path(folder))
+        server = Server(Path(folder), _MODULE_ALONE)
+        server.start()
         try:
             server.processes[0].wait(_PATIENCE_S)
         except subprocess.TimeoutExpired:
             fail(server, "Synapse starts without the module that it is to load")
         finally:
             server.stop()
-        lines = server.log.read_text(errors="replace").strip().splitlines()
-        if not any("No module named 'synapse_sticky'" in line for line in lines):
-            fail(server, "Synapse does not name what it lacks")
-        return lines[-1].strip()
+        last = server.log.read_text(errors="replace").strip().splitlines()[-1]
+        if last != LACKS:
+            fail(server, "Synapse does not end with what it lacks")
+        return last
 
 
-def check() -> None:
-    """The module's own check of the Synapse that is installed beside it."""
-    command = [sys.executable, "-I", "-m", "synapse_sticky", "check"]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
+def five_lines(readme: str) -> str:
+    """The lines for homeserver.yaml that the README shows."""
+    blocks = re.findall(r"^```yaml\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+    if len(blocks) != 1 or blocks[0].count("\n") != 5:
+        sys.exit(f"The README does not show five lines of YAML: {blocks}")
+    lines: str = blocks[0]
+    return lines
+
+
+def check(config: Path) -> list[str]:
+    """The module's own check of the configuration. Gives the duties, which have to be on."""
+    command = [sys.executable, "-I", "-m", "synapse_sticky", "check", "--json", "-c", str(config)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=config.parent)
     if done.returncode:
         sys.exit(f"check ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+    duties: dict[str, Any] = json.loads(done.stdout)["duties"]
+    if not duties or any(duty["state"] != "on" or duty.get("idle") for duty in duties.values()):
+        sys.exit(f"check does not find all duties on: {duties}")
+    return list(duties)
 
 
 def sent_and_seen(server: Server) -> None:
@@ -243,10 +266,25 @@ def sent_and_seen(server: Server) -> None:
     sections = synced["rooms"]["join"][room].get("msc4354_sticky", {})
     if [event["event_id"] for event in sections.get("events", ())] != [sent]:
         fail(server, f"/sync has {sections}, not {sent}")
-    said = server.log.read_text(errors="replace")
+
+
+def all_run(server: Server, duties: list[str]) -> None:
+    """Waits until each process says that it runs its duties: the main process all of them, where it
+    is the only one."""
     for name in ("master", WORKER)[: len(server.processes)]:
-        if f"synapse-sticky runs in {name}: index, delivery" not in said:
-            fail(server, f"The log does not say that the module runs in {name}")
+        asked = set(duties) if len(server.processes) == 1 else {"index", "delivery"}
+        began_s = time.monotonic()
+        while missing := asked - _running(server.log.read_text(errors="replace"), name):
+            if time.monotonic() - began_s > _PATIENCE_S:
+                fail(server, f"The log does not say that {name} runs {', '.join(sorted(missing))}")
+            time.sleep(0.05)
+
+
+def _running(said: str, process: str) -> set[str]:
+    """The duties that the log says are on in a process, those that were loading among them."""
+    line = re.search(rf"synapse-sticky runs in {process}: ([^\n;]*)[^\n]*\n", said)
+    on = set() if line is None else set(line[1].split(", "))
+    return on | set(re.findall(r"\b(\w+) is on$", said, re.MULTILINE))
 
 
 def main() -> None:
@@ -257,16 +295,20 @@ def main() -> None:
         sys.stdout.write(f"Synapse ended, and said: {refused()}\n")
         return
     shared = json.loads(sys.argv[1]) if len(sys.argv) > 1 else None
-    began_s = time.monotonic()
-    check()
-    checked_s = time.monotonic()
     for attempt in range(_ATTEMPTS):
         with tempfile.TemporaryDirectory() as folder:
-            server = Server(Path(folder), shared)
+            server = Server(
+                Path(folder), five_lines(metadata("synapse-sticky")["Description"]), shared
+            )
+            began_s = time.monotonic()
+            duties = check(server.config)
+            checked_s = time.monotonic()
             try:
+                server.start()
                 server.wait_until_ready()
                 ready_s = time.monotonic()
                 sent_and_seen(server)
+                all_run(server, duties)
             except TakenError:
                 if attempt + 1 == _ATTEMPTS:
                     raise
@@ -278,7 +320,7 @@ def main() -> None:
         f"synapse-sticky {version('synapse-sticky')} on Synapse {version('matrix-synapse')}:"
         f" check took {checked_s - began_s:.0f} s, Synapse was up after"
         f" {ready_s - checked_s:.0f} s, a sticky event came through"
-        f"{' a worker' if shared else ''}\n"
+        f"{' a worker' if shared else f', all {len(duties)} duties are on'}\n"
     )
 
 

@@ -114,6 +114,8 @@ class SynapseReceipt:
             raise refusal.error()
 
     async def is_answered(self, origin: str, transaction_id: str) -> bool:
+        if "\0" in transaction_id:
+            return False  # Postgres cannot even be asked: Synapse answers with an error
         return await self._store.get_received_txn_response(transaction_id, origin) is not None
 
     def tell_staged(self, staged: Callable[[str, StickyPdu], None]) -> None:

@@ -158,7 +158,7 @@ class Server:
     def _wait(self, *, sync: bool) -> None:
         began_s = time.monotonic()
         while time.monotonic() - began_s < _PATIENCE_S:
-            if self._has_ended():
+            if self.has_ended():
                 if "Address already in use" in self.log.read_text(errors="replace"):
                     raise TakenError
                 fail(self, "Synapse ended")
@@ -169,7 +169,7 @@ class Server:
                 pass  # it does not listen yet
         fail(self, f"Synapse did not answer within {_PATIENCE_S} s")
 
-    def _has_ended(self) -> bool:
+    def has_ended(self) -> bool:
         """Whether a process ends within a moment."""
         try:
             self.processes[-1].wait(0.1)
@@ -275,9 +275,8 @@ def all_run(server: Server, duties: list[str]) -> None:
         asked = set(duties) if len(server.processes) == 1 else {"index", "delivery"}
         began_s = time.monotonic()
         while missing := asked - _running(server.log.read_text(errors="replace"), name):
-            if time.monotonic() - began_s > _PATIENCE_S:
+            if server.has_ended() or time.monotonic() - began_s > _PATIENCE_S:
                 fail(server, f"The log does not say that {name} runs {', '.join(sorted(missing))}")
-            time.sleep(0.05)
 
 
 def _running(said: str, process: str) -> set[str]:

@@ -26,6 +26,7 @@ from synapse_sticky.handlers.staging.parking.reading import ParkedReader
 from synapse_sticky.handlers.staging.parking.tables import ParkedTable
 from synapse_sticky.homeserver.layout import migrate
 from synapse_sticky.homeserver.rooms import Rooms
+from synapse_sticky.lately import Lately
 from tests.lab.postgres import Postgres
 from tests.lab.say import say
 from tests.unit.members import ThisProcess, World
@@ -108,11 +109,12 @@ def run(kind: str, folder: Path, settings: dict[str, Any] | None) -> None:
     config = parse({})
     with world.process() as process:
         fill(world, process)
-        table = ActionTable(process)
+        rooms, table = Rooms(process), ActionTable(process)
         readers = DeferredReader(process, config.federation), ParkedReader()
         api = make_api(
-            *(process, config, Rooms(process), *readers, NewcomerReader(process)),
-            *(Actions(process, table, config.federation, lambda: None), table),
+            *(process, config, rooms, *readers, NewcomerReader(process)),
+            *(Actions(process, rooms, table, config.federation, lambda: None), table),
+            Lately(process.now_ms),
         )
         for path, query in (
             ("overview", {}),

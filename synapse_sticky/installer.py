@@ -36,6 +36,7 @@ from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.homeserver.received import Received
 from synapse_sticky.index import EventsOfSenders, IndexFollower
 from synapse_sticky.index.gone import GoneRows
+from synapse_sticky.lately import Lately
 from synapse_sticky.limits import LimitReport
 from synapse_sticky.loading import Loading
 from synapse_sticky.orders import Orders
@@ -60,8 +61,10 @@ class Installer:
         self._homeserver = homeserver
         self._config = config
         self._loading = loading
-        self._report = LimitReport(homeserver.steady_ms, homeserver.metrics.limits)
-        self._observes = LimitReport(homeserver.steady_ms, homeserver.metrics.observed)
+        self._lately = Lately(homeserver.now_ms)
+        metrics = homeserver.metrics
+        self._report = LimitReport(homeserver.steady_ms, metrics.limits, self._lately)
+        self._observes = LimitReport(homeserver.steady_ms, metrics.observed)
         self._deferred = DeferredTable(homeserver)
         self._parked = ParkedTable(homeserver)
         self._orders = Orders()
@@ -171,6 +174,8 @@ class Installer:
             SynapseStateChanges(homeserver),
             table,
             self._config.joins,
+            self._followed_orders,
+            self._actions.done,
         )
         joins.install()
 
@@ -234,6 +239,7 @@ class Installer:
         receipt = SynapseReceipt(homeserver)
         deferred, report, orders = self._deferred, self._report, self._followed_orders
         ReceiptHandler(homeserver, receipt, deferred, config, report, orders).install()
+        self._lately.recorded.add("refused")
 
     def _install_deferral(self) -> None:
         from synapse_sticky.handlers.deferral.synapse import SynapseWriter
@@ -254,6 +260,8 @@ class Installer:
             await deferral.load()
 
         self._loading.duties["deferral"] = load
+        if config.applied().mode is not Mode.OFF:
+            self._lately.recorded.add("deferred")
         if config.mode is Mode.OBSERVE:
             Observer(homeserver, writer, stream, config, self._observes).install()
 
@@ -287,11 +295,12 @@ class Installer:
         from synapse_sticky.homeserver.rooms import Rooms
 
         homeserver, config = self._homeserver, self._config
+        rooms = Rooms(homeserver)
         deferred = DeferredReader(homeserver, config.federation)
         readers = deferred, ParkedReader(), NewcomerReader(homeserver)
         actions = Actions(
-            *(homeserver, self._actions, config.federation, self._following.look),
-            defers=config.is_on("deferral"),
+            *(homeserver, rooms, self._actions, config.federation, self._following.look),
+            duties=[duty for duty in ("deferral", "joins") if config.is_on(duty)],
         )
-        api = make_api(homeserver, config, Rooms(homeserver), *readers, actions, self._actions)
+        api = make_api(*(homeserver, config, rooms, *readers, actions, self._actions, self._lately))
         install_admin(homeserver, config, api)

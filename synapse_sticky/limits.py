@@ -10,6 +10,7 @@ from synapse.module_api.errors import Codes, SynapseError
 
 from synapse_sticky._core import Limiter
 from synapse_sticky.config import FederationConfig, LimitConfig, LocalConfig, Mode
+from synapse_sticky.lately import Lately
 from synapse_sticky.logs import bounded
 from synapse_sticky.metrics import LimitMetrics
 from synapse_sticky.orders import HELD
@@ -18,6 +19,9 @@ logger = bounded(__name__)
 
 _CAPACITY = 65_536
 """How many buckets that are not full a limiter keeps apart; about 15 MB at worst."""
+
+HELD_FACTOR = 10
+"""While an administrator holds a server, so many times as many of its events may wait."""
 
 _REPORT_EVERY_MS = 10_000
 _MAX_SUBJECTS = 1_000
@@ -60,6 +64,15 @@ def per_second(config: FederationConfig, limit: str) -> float:
     """How many events a second the option of this name lets through; 1 if it is not set."""
     limit_config: LimitConfig | None = getattr(config, limit)
     return 1.0 if limit_config is None else limit_config.per_second
+
+
+def most_deferred(config: FederationConfig, *, is_held: bool) -> int:
+    """How many events of one server may wait before its transactions are refused (H3).
+
+    Args:
+        is_held: whether an administrator holds the server.
+    """
+    return config.max_deferred_per_server * (HELD_FACTOR if is_held else 1)
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
@@ -117,11 +130,15 @@ class LimitReport:
         now_ms: gives the time in ms.
         metrics: counts the same. If it observes, the limits are not applied, and the lines say what
             would be done (H6).
+        lately: counts it for each server.
     """
 
-    def __init__(self, now_ms: Callable[[], int], metrics: LimitMetrics) -> None:
+    def __init__(
+        self, now_ms: Callable[[], int], metrics: LimitMetrics, lately: Lately | None = None
+    ) -> None:
         self._now_ms = now_ms
         self._metrics = metrics
+        self._lately = lately
         self.observes = metrics.observes
         self._subjects: OrderedDict[tuple[str, str, str], _Subject] = OrderedDict()
 
@@ -137,6 +154,8 @@ class LimitReport:
             retry_after_ms: how long they were asked to wait; None if that cannot be told.
         """
         self._metrics.count("refused", limit, count)
+        if self._lately is not None and not who.startswith("@"):
+            self._lately.count("refused", limit, who, count)
         answer = ""
         if retry_after_ms is not None:
             would_be = "would be " if self.observes else ""
@@ -161,6 +180,8 @@ class LimitReport:
                 the server, which may make up any number of them.
         """
         self._metrics.count("deferred", limit)
+        if self._lately is not None:
+            self._lately.count("deferred", limit, server, 1)
         are = "would be" if self.observes else "are"
         outlook = f"{server_count} of its events {are} deferred, the last for about {delay_ms} ms"
         whose = f", this one by {sender!r}" if limit == "per_sender" else ""

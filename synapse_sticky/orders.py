@@ -29,6 +29,15 @@ class Release:
     made_ms: int | None = None
 
 
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class PushAgain:
+    """Own sticky events of this room are to be pushed once more to this server."""
+
+    id: str
+    server: str
+    room_id: str
+
+
 class Orders:
     """Those that are in force. Database threads look at them, too.
 
@@ -36,6 +45,7 @@ class Orders:
     exempt_users: per_sender does not.
     held_servers: their sticky events are persisted, and wait.
     releases: in the order in which they were made.
+    pushes: likewise; each is over once it is begun.
     """
 
     def __init__(self) -> None:
@@ -43,6 +53,7 @@ class Orders:
         self.exempt_users: frozenset[str] = frozenset()
         self.held_servers: frozenset[str] = frozenset()
         self.releases: tuple[Release, ...] = ()
+        self.pushes: tuple[PushAgain, ...] = ()
         self._callbacks: list[Callable[[], None]] = []
 
     def on_read(self, callback: Callable[[], None]) -> None:
@@ -56,11 +67,13 @@ class Orders:
         exempt_users: Collection[str] = (),
         held_servers: Collection[str] = (),
         releases: Collection[Release] = (),
+        pushes: Collection[PushAgain] = (),
     ) -> None:
         """These are in force from now on, and no others."""
         self.exempt_servers = frozenset(exempt_servers)
         self.exempt_users = frozenset(exempt_users)
         self.held_servers = frozenset(held_servers)
         self.releases = tuple(releases)
+        self.pushes = tuple(pushes)
         for callback in self._callbacks:
             callback()

@@ -24,6 +24,10 @@ const KINDS = {
     text: "What waits now is never sticky. Nobody can undo that.",
     fields: ["server", "room_id", "sender"],
   },
+  push: {
+    text: "The server is sent this server's own sticky events of the room once more, also those that it has confirmed.",
+    fields: ["server", "room_id"],
+  },
 };
 const LABELS = { server: "Server", room_id: "Room ID", sender: "User ID" };
 const DURATIONS = [
@@ -140,7 +144,9 @@ export function Actions({ ask }) {
                   </>
                 ) : (
                   <>
-                    Over.
+                    {action.kind === "push" && action.ended_ms !== null && action.ended_by === null
+                      ? "Begun: the server is sent what is sticky."
+                      : "Over."}
                     {action.ended_by && (
                       <>
                         {" Ended by "}

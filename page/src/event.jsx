@@ -150,7 +150,7 @@ function plain(value) {
   return Object.entries(value).map(([name, count]) => `${name}: ${count}`).join(", ");
 }
 
-function Receivers({ found: { receivers, receivers_total: total, now_ms: now } }) {
+function Receivers({ found: { room_id, receivers, receivers_total: total, now_ms: now } }) {
   return (
     <table>
       <caption>
@@ -175,6 +175,9 @@ function Receivers({ found: { receivers, receivers_total: total, now_ms: now } }
                   , tried next <When ms={next} now={now} />
                 </>
               )}
+            </td>
+            <td>
+              <a href={to(["act"], { kind: "push", room_id, server })}>push…</a>
             </td>
           </tr>
         ))}

@@ -59,6 +59,7 @@ export function Servers({ ask, query }) {
       </Said>
       <p>
         <i>lacking</i> and <i>newcomer</i> are numbers of rooms. A link leads to the actions on the server.
+        {pages.answer && <Lately of={pages.answer.lately} now={now} />}
       </p>
       <List
         key={by}
@@ -73,6 +74,7 @@ export function Servers({ ask, query }) {
             </b>
             <span>
               {server.is_refused && "refused (429) now. "}
+              {["refused", "deferred"].map((what) => late(what, server[`${what}_lately`]))}
               {server.failing_since_ms !== null && (
                 <>
                   not reached since <When ms={server.failing_since_ms} now={now} />.{" "}
@@ -83,6 +85,30 @@ export function Servers({ ask, query }) {
           </>
         )}
       </List>
+    </>
+  );
+}
+
+/** How often its events were refused or deferred of late, by limit. */
+function late(what, by) {
+  const counts = typeof by === "string" ? [] : Object.entries(by);
+  return counts.length > 0 && `${what} of late: ${counts.map(([limit, count]) => `${count} (${limit})`).join(", ")}. `;
+}
+
+/** What the process that answers knows of refusals, also of servers that are in no list. */
+function Lately({ of: { process, since_ms, most_refused }, now }) {
+  return (
+    <>
+      {" "}
+      <i>Of late</i> is since <When ms={since_ms} now={now} />, as far as the process <Name>{process}</Name> knows.{" "}
+      {typeof most_refused === "string" ? (
+        "That process refuses nothing: another one, which is sent events, knows of refusals."
+      ) : (
+        <>
+          Refused most:{" "}
+          <Name>{most_refused.map(({ server, events }) => `${server} (${events})`).join(", ") || "nobody"}</Name>.
+        </>
+      )}
     </>
   );
 }
@@ -98,7 +124,7 @@ export function Room({ ask, roomId }) {
         </code>
       </p>
       <nav aria-label="Actions on this room">
-        {["release", "discard"].map((kind) => (
+        {["release", "discard", "push"].map((kind) => (
           <a key={kind} href={to(["act"], { kind, room_id: roomId })}>
             {kind}…
           </a>

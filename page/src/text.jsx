@@ -1,13 +1,21 @@
 // What others have chosen, and times. Preact makes text of text: nothing here is ever HTML.
 
 const LONGEST = 1_000; // more than an ID or what the API says
-// Control characters, and those that change the direction of what follows.
-const INVISIBLE = /[\p{Cc}\u061c\u200b\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]/gu;
+// What nobody sees: control characters, those that change the direction of text, blanks other than the space, and
+// characters that are shown as nothing.
+const INVISIBLE = /[\p{C}\p{Default_Ignorable_Code_Point}\u2800]|(?! )\p{Z}/gu;
+
+/** A character as its number: "\u200b". */
+function escaped(character) {
+  const number = character.codePointAt(0);
+  const [letter, digits] = number < 0x10000 ? ["u", 4] : ["U", 8];
+  return `\\${letter}${number.toString(16).padStart(digits, "0")}`;
+}
 
 /** The text, with what could hide something made visible, and not longer than it may be. */
 export function printable(text) {
   const all = String(text);
-  const shown = all.slice(0, LONGEST).replace(INVISIBLE, "\ufffd");
+  const shown = all.slice(0, LONGEST).replace(INVISIBLE, escaped);
   return all.length > LONGEST ? `${shown}…` : shown;
 }
 

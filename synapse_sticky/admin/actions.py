@@ -2,14 +2,14 @@
 
 import re
 import secrets
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import Any, Protocol
 
 import attr
 from synapse.module_api.errors import Codes, SynapseError
 
-from synapse_sticky.admin.requests import Request, identifier, not_found, wrong
-from synapse_sticky.admin.tables import MOST_IN_FORCE, Action, ActionTable
+from synapse_sticky.admin.requests import Request, busy, identifier, not_found, wrong
+from synapse_sticky.admin.tables import MOST_IN_FORCE, Action, ActionTable, TooSoonError
 from synapse_sticky.config import FederationConfig, Mode
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.homeserver.layout import migrate
@@ -23,7 +23,14 @@ later does not."""
 
 _SHORTEST_MS, _USUAL_MS, _LONGEST_MS = 60_000, 3_600_000, 7 * 24 * 3_600_000
 _LONGEST_REASON = 500  # characters
-_AT_ONCE = ("release", "discard")
+_AT_ONCE = {
+    "release": RELEASED_WITHIN_MS,
+    "discard": RELEASED_WITHIN_MS,
+    # The process that sends may be down. After an hour nothing is sticky that was.
+    "push": 3_600_000,
+}
+"""What is done once: for how long it is in force, if nobody does it."""
+
 # Nothing is of what has another form: nobody would notice that the order does nothing.
 _FORMS = {
     "server": ("the name of a server", re.compile(r"[^@!#$/ ]+\Z")),
@@ -33,25 +40,35 @@ _FORMS = {
 _FIELDS = ("kind", "server", "room_id", "sender", "for_ms", "reason")
 
 
+class Rooms(Protocol):
+    """Who is in a room now."""
+
+    async def is_in_room(self, room_id: str, /) -> bool: ...
+    async def is_joined(self, room_id: str, server: str, /) -> bool: ...
+
+
 class Actions:
     """Takes orders, ends them and lists them. Each has a row, and a line in the log.
 
     Args:
         on_change: is called after each.
-        defers: whether the duty deferral is on. Without it nothing can be held.
+        duties: those that are on. Without ``deferral`` nothing can be held, without ``joins``
+            nothing is pushed.
     """
 
     def __init__(
         self,
         homeserver: Homeserver,
+        rooms: Rooms,
         table: ActionTable,
         config: FederationConfig,
         on_change: Callable[[], None],
         *,
-        defers: bool = True,
+        duties: Collection[str] = ("deferral", "joins"),
     ) -> None:
         self._homeserver = homeserver
-        self._defers = defers
+        self._rooms = rooms
+        self._duties = duties
         self._table = table
         self._config = config
         self._on_change = on_change
@@ -81,11 +98,19 @@ class Actions:
         return answer
 
     async def post(self, request: Request) -> dict[str, Any]:
-        """Makes one. Raises ``SynapseError``: 400 if it is not as it must be."""
+        """Makes one. Raises ``SynapseError``: 400 if it is not as it must be, 429 if it is a push
+        too soon after another one."""
         request.only()
         action = self._action_of(request)
+        if action.kind == "push":
+            await self._check_push(str(action.room_id), str(action.server))
         await self._make_table()
-        if not await self._table.add(action):
+        try:
+            is_added = await self._table.add(action)
+        except TooSoonError as e:
+            problem = "This room is being pushed to this server, or was a moment ago"
+            raise busy(problem, e.retry_after_ms) from None
+        if not is_added:
             problem = f"{MOST_IN_FORCE} actions are in force: end some first"
             raise SynapseError(400, problem, Codes.LIMIT_EXCEEDED)
         self._tell("%s has ordered %s until %d (%s): %r", action, action.made_by)
@@ -119,13 +144,15 @@ class Actions:
         if kind == "hold":
             self._check_hold(given)
         elif kind == "exempt":
-            if len(given) != 1 or "room_id" in given:
-                raise wrong("'exempt' needs either 'server' or 'sender', and no other")
-        elif kind in _AT_ONCE:
+            self._check_exempt(given)
+        elif kind == "push":
+            if given.keys() != {"server", "room_id"}:
+                raise wrong("'push' needs 'server' and 'room_id', and no other")
+        elif kind in ("release", "discard"):
             if not given:
                 raise wrong(f"{kind!r} needs 'server', 'room_id' or 'sender'; or several of them")
         else:
-            raise wrong("'kind' must be one of: hold, exempt, release, discard")
+            raise wrong("'kind' must be one of: hold, exempt, release, discard, push")
         now_ms = self._homeserver.now_ms()
         return Action(
             secrets.token_urlsafe(12),
@@ -147,8 +174,36 @@ class Actions:
         if self._config.applied().mode is Mode.OFF:
             mode = self._config.mode.value
             raise wrong(f"Nothing can be held, as federation.mode is {mode!r}")
-        if not self._defers:
+        if "deferral" not in self._duties:
             raise wrong("Nothing can be held, as the duty 'deferral' is off")
+
+    def _check_exempt(self, given: dict[str, str]) -> None:
+        if len(given) != 1 or "room_id" in given:
+            raise wrong("'exempt' needs either 'server' or 'sender', and no other")
+        if self._config.applied().mode is Mode.OFF:
+            mode = self._config.mode.value
+            raise wrong(f"There is no limit to be exempt from, as federation.mode is {mode!r}")
+        server = given.get("server") or given["sender"].partition(":")[2]
+        if server == self._homeserver.server_name:
+            raise wrong("No limit of 'federation' applies to this server's own users")
+
+    async def _check_push(self, room_id: str, server: str) -> None:
+        here = self._homeserver.server_name
+        if server == here:
+            raise wrong("This server pushes nothing to itself")
+        if "joins" not in self._duties:
+            raise wrong("Nothing is pushed, as the duty 'joins' is off")
+        if not await self._rooms.is_in_room(room_id):
+            raise wrong("This server is not in the room")
+        for name in (here, server):
+            if not await self._is_joined(room_id, name):
+                raise wrong(f"{name!r} is not in the room, or the room's ACL denies it")
+
+    async def _is_joined(self, room_id: str, server: str) -> bool:
+        try:
+            return await self._rooms.is_joined(room_id, server)
+        except ValueError:
+            return False  # no name of a server, by which the ACL could be asked
 
 
 def _of_form(name: str, value: object) -> str:
@@ -159,11 +214,11 @@ def _of_form(name: str, value: object) -> str:
     return text
 
 
-def _for_ms(kind: str, value: object) -> int:
+def _for_ms(kind: Any, value: object) -> int:
     if kind in _AT_ONCE:
         if value is not None:
             raise wrong(f"{kind!r} has no 'for_ms'")
-        return RELEASED_WITHIN_MS
+        return _AT_ONCE[kind]
     if value is None:
         return _USUAL_MS
     is_number = isinstance(value, int) and not isinstance(value, bool)

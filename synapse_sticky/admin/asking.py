@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import attr
 
+from synapse_sticky.admin.bounds import Bounds
 from synapse_sticky.admin.facts import (
     Facts,
     Newcomer,
@@ -56,8 +57,8 @@ class Absence:
     is_joined: whether this server is in it.
     is_allowed: whether the room's ACL allows the sender's server.
     has_member: whether that server is in the room.
-    deferred_count: how many events of that server are deferred; None if that cannot be told, or
-        if its transactions are not refused for that.
+    too_many_deferred: how many events of that server are deferred, if its transactions are refused
+        for that; None if they are not, or if that cannot be told.
     """
 
     room_id: str | None
@@ -66,7 +67,7 @@ class Absence:
     is_joined: bool = True
     is_allowed: bool = True
     has_member: bool = True
-    deferred_count: int | None = None
+    too_many_deferred: int | None = None
     reachability: Reachability = Reachability()
 
 
@@ -79,13 +80,13 @@ class Asking:
         rooms: "Rooms",
         events: Events,
         tables: Tables,
-        refuses: Callable[[str], bool],
+        bounds: Bounds,
     ) -> None:
         self._homeserver = homeserver
         self._rooms = rooms
         self._events = events
         self._tables = tables
-        self._refuses = refuses
+        self._bounds = bounds
 
     async def facts(self, event_id: str, after: str, limit: int) -> Facts:
         """What is known of the event.
@@ -171,16 +172,11 @@ class Asking:
         """What is known of an event that is not here."""
 
         def read_txn(txn: Cursor) -> Absence:
-            can_count = self._tables.deferred.duty not in facts.unread and (
-                server is not None and self._may_refuse_txn(txn, server)
-            )
             return Absence(
                 room_id,
                 server,
                 is_known=room_id is None or self._events.is_known_txn(txn, room_id),
-                deferred_count=(
-                    self._tables.deferred.of_server_txn(txn, str(server)) if can_count else None
-                ),
+                too_many_deferred=self._too_many_txn(txn, server, facts),
                 reachability=(
                     self._events.reachability_txn(txn, [server]).get(server, Reachability())
                     if server is not None
@@ -201,8 +197,14 @@ class Asking:
             has_member=await self._rooms.has_member_of(room_id, server),
         )
 
-    def _may_refuse_txn(self, txn: Cursor, server: str) -> bool:
+    def _too_many_txn(self, txn: Cursor, server: str | None, facts: Facts) -> int | None:
+        if server is None or self._tables.deferred.duty in facts.unread:
+            return None
         holds = self._tables.holds
         versions = versions_txn(txn, is_postgres=self._homeserver.is_postgres)
         is_known = versions.get(holds.duty, 0) >= holds.layout
-        return self._refuses(server) and not (is_known and server in holds.spared_txn(txn))
+        most = self._bounds.now_txn(txn, holds if is_known else None)(server)
+        if most is None:
+            return None
+        count = self._tables.deferred.of_server_txn(txn, server)
+        return count if count >= most else None

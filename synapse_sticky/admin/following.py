@@ -5,7 +5,7 @@ from synapse_sticky.backoff import Alarm, Backoff, Retrying
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.homeserver.layout import migrate
 from synapse_sticky.logs import bounded
-from synapse_sticky.orders import Orders, Release
+from synapse_sticky.orders import Orders, PushAgain, Release
 
 logger = bounded(__name__)
 
@@ -82,6 +82,11 @@ class Following:
             exempt_users={a.sender for a in actions if a.kind == "exempt" and a.sender},
             held_servers={a.server for a in actions if a.kind == "hold" and a.server},
             releases=[_release(a) for a in actions if a.kind in ("release", "discard")],
+            pushes=[
+                PushAgain(a.action_id, a.server, a.room_id)
+                for a in actions
+                if a.kind == "push" and a.server and a.room_id
+            ],
         )
 
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Protocol
 from synapse_sticky.admin.actions import Actions
 from synapse_sticky.admin.api import Api, Route
 from synapse_sticky.admin.asking import Asking
+from synapse_sticky.admin.bounds import Bounds
 from synapse_sticky.admin.facts import DeferredTable, Holds, NewcomerTable, ParkedTable, Tables
 from synapse_sticky.admin.lists import Lists, OfBoth, OfServers
 from synapse_sticky.admin.overview import Counts, Overview
@@ -12,6 +13,7 @@ from synapse_sticky.admin.room import DeferredOfRoom, ParkedOfRoom, RoomEvents
 from synapse_sticky.admin.why import Why
 from synapse_sticky.config import StickyConfig
 from synapse_sticky.homeserver import Homeserver
+from synapse_sticky.lately import Lately
 
 if TYPE_CHECKING:
     from synapse_sticky.homeserver.rooms import Rooms
@@ -64,31 +66,27 @@ def make_api(
     newcomers: Newcomers,
     actions: Actions,
     orders: Orders,
+    lately: Lately,
 ) -> Api:
     """Everything that can be asked for."""
     from synapse_sticky.admin.events.synapse import SynapseEvents
     from synapse_sticky.admin.rooms.synapse import SynapseRooms
 
     tables = Tables(deferred, parked, newcomers, orders)
-    max_deferred = config.federation.max_deferred_per_server
-    is_on, exempts = config.is_on("receipt"), config.federation.exempts()
-
-    def refuses(server: str) -> bool:
-        return is_on and not exempts(server)
-
     events, synapses = SynapseEvents(homeserver), SynapseRooms(homeserver)
-    why = Why(Asking(homeserver, rooms, events, tables, refuses), max_deferred)
+    bounds = Bounds.of(config)
+    why = Why(Asking(homeserver, rooms, events, tables, bounds))
     of_duties = (deferred, parked, newcomers)
     overview = Overview(homeserver, config.federation, synapses, *of_duties, orders)
-    lists = Lists(homeserver, synapses, events, *of_duties, orders, max_deferred, refuses)
+    lists = Lists(homeserver, synapses, events, *of_duties, orders, bounds, lately)
     room = RoomEvents(homeserver, events, synapses, deferred, parked)
     return Api(
         [
-            Route("GET", "overview", overview.get),
+            Route("GET", "overview", overview.get, is_list=True),
             Route("GET", "events/{event_id}", why.get),
-            Route("GET", "rooms", lists.rooms),
-            Route("GET", "rooms/{room_id}/events", room.get),
-            Route("GET", "servers", lists.servers),
+            Route("GET", "rooms", lists.rooms, is_list=True),
+            Route("GET", "rooms/{room_id}/events", room.get, is_list=True),
+            Route("GET", "servers", lists.servers, is_list=True),
             Route("GET", "actions", actions.get),
             Route("POST", "actions", actions.post),
             Route("DELETE", "actions/{action_id}", actions.delete),

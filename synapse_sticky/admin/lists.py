@@ -1,13 +1,19 @@
 """``GET rooms`` and ``GET servers``: where something is sticky or waits, and of whom (E3)."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
+from synapse_sticky.admin.bounds import Bounds
 from synapse_sticky.admin.facts import Holds, Reachability, Table
 from synapse_sticky.admin.requests import Request
 from synapse_sticky.admin.tallies import Page, Source, tally_txn
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.layout import versions_txn
+from synapse_sticky.lately import Lately
+
+_NOT_RECORDED = "not recorded"
+_MOST_REFUSED = 20
+"""So many of the servers that were refused most are named."""
 
 
 class OfRooms(Table, Protocol):
@@ -46,11 +52,12 @@ class Servers(Protocol):
 
 
 class Lists:
-    """Lists rooms and servers. Each process lists the same.
+    """Lists rooms and servers. Each process lists the same; what limits did lately is that of the
+    process that answers.
 
     Args:
-        max_deferred: how many events of one server may wait (``max_deferred_per_server``).
-        refuses: whether the configuration has a server's transactions refused if more wait.
+        bounds: of how many events of one server may wait.
+        lately: what limits did lately, as far as this process knows.
     """
 
     def __init__(
@@ -62,8 +69,8 @@ class Lists:
         parked: OfBoth,
         newcomers: OfServers,
         holds: Holds,
-        max_deferred: int,
-        refuses: Callable[[str], bool],
+        bounds: Bounds,
+        lately: Lately,
     ) -> None:
         self._homeserver = homeserver
         self._synapses = synapses
@@ -72,8 +79,8 @@ class Lists:
         self._parked = parked
         self._newcomers = newcomers
         self._holds = holds
-        self._max_deferred = max_deferred
-        self._refuses = refuses
+        self._bounds = bounds
+        self._lately = lately
 
     async def rooms(self, request: Request) -> dict[str, Any]:
         """The rooms in which something is sticky or waits. Raises ``SynapseError`` (400)."""
@@ -118,17 +125,31 @@ class Lists:
             reachable = self._servers.reachability_txn(txn, names)
             versions = versions_txn(txn, is_postgres=self._homeserver.is_postgres)
             is_known = versions.get(self._holds.duty, 0) >= self._holds.layout
-            spared = self._holds.spared_txn(txn) if is_known else ()
+            bound_of = self._bounds.now_txn(txn, self._holds if is_known else None)
             for server in found:
                 server["server"] = name = server.pop("name")
                 known = reachable.get(name, Reachability())
-                is_full = server["deferred"] >= self._max_deferred
-                server["is_refused"] = is_full and self._refuses(name) and name not in spared
+                most = bound_of(name)
+                server["is_refused"] = most is not None and server["deferred"] >= most
                 server["failing_since_ms"] = known.failing_since_ms
                 server["next_try_ms"] = known.next_try_ms
             return _answer(now_ms, "servers", found, after)
 
-        return await self._homeserver.transact("admin_servers", read_txn)
+        answer = await self._homeserver.transact("admin_servers", read_txn)
+        for server in answer["servers"]:
+            for what in ("refused", "deferred"):
+                counts = self._lately.of(what, server["server"])
+                server[f"{what}_lately"] = _NOT_RECORDED if counts is None else counts
+        return {**answer, "lately": self._lately_here()}
+
+    def _lately_here(self) -> dict[str, Any]:
+        # Of a server that is refused, nothing may be sticky.
+        most: Any = _NOT_RECORDED
+        if "refused" in self._lately.recorded:
+            refused = self._lately.most("refused", _MOST_REFUSED)
+            most = [{"server": server, "events": number} for server, number in refused]
+        process, since_ms = self._homeserver.instance_name, self._lately.since_ms
+        return {"process": process, "since_ms": since_ms, "most_refused": most}
 
     def _there_txn(self, txn: Cursor) -> Any:
         versions = versions_txn(txn, is_postgres=self._homeserver.is_postgres)

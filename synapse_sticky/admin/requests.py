@@ -1,5 +1,6 @@
 """Requests to the API: what they ask for, checked, and the errors that say what is wrong (E3)."""
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,17 @@ def wrong(problem: str) -> SynapseError:
 def not_found(problem: str) -> SynapseError:
     """The error for something that this server does not know."""
     return SynapseError(404, problem, Codes.NOT_FOUND)
+
+
+def busy(problem: str, retry_after_ms: int) -> SynapseError:
+    """The error for what may be asked again after this time (429)."""
+    return SynapseError(
+        429,
+        problem,
+        Codes.LIMIT_EXCEEDED,
+        additional_fields={"retry_after_ms": retry_after_ms},
+        headers={"Retry-After": str(math.ceil(retry_after_ms / 1000))},
+    )
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)

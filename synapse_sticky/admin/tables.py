@@ -11,6 +11,8 @@ from synapse_sticky.homeserver.layout import Migrations, Waiting
 MOST_IN_FORCE = 1_000
 MOST_KEPT = 10_000
 KEPT_FOR_MS = 90 * 24 * 3_600_000
+PUSHES_APART_MS = 60_000
+"""A room is pushed again to a server at most this often."""
 
 _COLUMNS = (
     "action_id, kind, server, room_id, sender, reason, made_by, made_ms, until_ms, ended_by,"
@@ -23,7 +25,7 @@ _IN_FORCE = "ended_ms IS NULL AND until_ms > ?"
 class Action:
     """What an administrator has ordered. Times are in ms since the epoch.
 
-    kind: ``hold``, ``exempt``, ``release`` or ``discard``.
+    kind: ``hold``, ``exempt``, ``release``, ``discard`` or ``push``.
     until_ms: then it is over by itself.
     ended_by: who ended it before; None if nobody did.
     """
@@ -39,6 +41,14 @@ class Action:
     until_ms: int
     ended_by: str | None = None
     ended_ms: int | None = None
+
+
+class TooSoonError(Exception):
+    """The same was ordered a moment ago, or has yet to be begun."""
+
+    def __init__(self, retry_after_ms: int) -> None:
+        super().__init__(retry_after_ms)
+        self.retry_after_ms = retry_after_ms
 
 
 class ActionTable:
@@ -94,10 +104,17 @@ class ActionTable:
 
     async def add(self, action: Action) -> bool:
         """Adds an action, and deletes those that are over for long. Gives False, and adds nothing,
-        if too many are in force."""
+        if too many are in force.
+
+        Raises:
+            TooSoonError: it is a push of a room to a server that had one within the minute, or that
+                has one to be begun.
+        """
 
         def write_txn(txn: Cursor) -> bool:
             now_ms = self._homeserver.now_ms()
+            if action.kind == "push":
+                self._raise_if_too_soon_txn(txn, action, now_ms)
             txn.execute(f"SELECT COUNT(*) FROM synapse_sticky_actions WHERE {_IN_FORCE}", (now_ms,))
             ((count,),) = txn.fetchall()
             if count >= MOST_IN_FORCE:
@@ -119,6 +136,30 @@ class ActionTable:
             return True
 
         return await self._homeserver.transact("add_action", write_txn)
+
+    def _raise_if_too_soon_txn(self, txn: Cursor, push: Action, now_ms: int) -> None:
+        txn.execute(
+            "SELECT MAX(made_ms) FROM synapse_sticky_actions WHERE until_ms > ? AND kind = 'push'"
+            " AND server = ? AND room_id = ? AND (ended_ms IS NULL OR made_ms > ?)",
+            (now_ms, push.server, push.room_id, now_ms - PUSHES_APART_MS),
+        )
+        ((made_ms,),) = txn.fetchall()
+        if made_ms is not None:
+            left_ms = made_ms + PUSHES_APART_MS - now_ms
+            raise TooSoonError(left_ms if 0 < left_ms <= PUSHES_APART_MS else PUSHES_APART_MS)
+
+    async def done(self, action_id: str) -> None:
+        """The action was done: it is over, and nobody has ended it."""
+
+        def write_txn(txn: Cursor) -> None:
+            now_ms = self._homeserver.now_ms()
+            txn.execute(
+                "UPDATE synapse_sticky_actions SET ended_ms = ?"
+                f" WHERE action_id = ? AND {_IN_FORCE}",
+                (now_ms, action_id, now_ms),
+            )
+
+        await self._homeserver.transact("action_done", write_txn)
 
     async def end(self, action_id: str, admin: str) -> tuple[Action, bool] | None:
         """Ends an action, if it is in force. Gives it as it is then, and whether it was; None if
@@ -172,15 +213,17 @@ class ActionTable:
         row = txn.fetchone()
         return row[0] if row else None
 
-    def spared_txn(self, txn: Cursor) -> set[str]:
-        """The servers that are held or exempt: however many of their events wait, their
-        transactions are not refused for that."""
+    def spared_txn(self, txn: Cursor) -> tuple[set[str], set[str]]:
+        """The servers that are held, and those that are exempt."""
         txn.execute(
-            f"SELECT server FROM synapse_sticky_actions WHERE {_IN_FORCE}"
+            f"SELECT kind, server FROM synapse_sticky_actions WHERE {_IN_FORCE}"
             " AND kind IN ('hold', 'exempt') AND server IS NOT NULL",
             (self._homeserver.now_ms(),),
         )
-        return {server for (server,) in txn.fetchall()}
+        found: dict[str, set[str]] = {"hold": set(), "exempt": set()}
+        for kind, server in txn.fetchall():
+            found[kind].add(server)
+        return found["hold"], found["exempt"]
 
     def discarded_txn(
         self, txn: Cursor, room_id: str, sender: str, since_ms: int

@@ -153,7 +153,7 @@ def _of_page(facts: Facts) -> Verdict | None:
     return Verdict("delivered", text, "Ask for the other pages of receivers as well.")
 
 
-def reasons(absence: Absence, facts: Facts, max_deferred: int) -> Iterator[Verdict]:
+def reasons(absence: Absence, facts: Facts) -> Iterator[Verdict]:
     """Why an event may not be here; those that are certain first."""
     room_id, server = absence.room_id, absence.server
     if not absence.is_known or not absence.is_joined:
@@ -172,12 +172,12 @@ def reasons(absence: Absence, facts: Facts, max_deferred: int) -> Iterator[Verdi
             f"No user of {server} is in {room_id}, as far as this server knows.",
             "If the room's state here is wrong, nothing of that server is accepted.",
         )
-    if absence.deferred_count is not None and absence.deferred_count >= max_deferred:
+    if absence.too_many_deferred is not None:
         yield Verdict(
             "refused",
-            f"{absence.deferred_count} events of {server} wait, so its transactions are refused"
+            f"{absence.too_many_deferred} events of {server} wait, so its transactions are refused"
             " (429) until there is room (federation.max_deferred_per_server).",
-            "Its server sends it again. Raise the limits, or exempt the server.",
+            "Its server sends it again. Raise the limits, exempt the server, or end its hold.",
         )
     if absence.reachability.failing_since_ms is not None:
         yield Verdict(

@@ -13,15 +13,10 @@ from synapse_sticky.admin.way import Verdict, way
 
 
 class Why:
-    """Answers for one event.
+    """Answers for one event."""
 
-    Args:
-        max_deferred: how many events of one server may wait (``max_deferred_per_server``).
-    """
-
-    def __init__(self, asking: Asking, max_deferred: int) -> None:
+    def __init__(self, asking: Asking) -> None:
         self._asking = asking
-        self._max_deferred = max_deferred
 
     async def get(self, request: Request) -> dict[str, Any]:
         """The answer. Raises ``SynapseError`` (400) if a parameter is not as it must be."""
@@ -56,7 +51,7 @@ class Why:
         self, facts: Facts, room_id: str | None, server: str | None
     ) -> dict[str, Any]:
         absence = await self._asking.absence(room_id, server, facts)
-        found = list(reasons(absence, facts, self._max_deferred))
+        found = list(reasons(absence, facts))
         said = Verdict("not_here", "This server does not have the event.", found[0].to_do)
         answer = _head(facts, said)
         answer["room_id"] = room_id

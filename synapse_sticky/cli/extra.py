@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING
 import attr
 from packaging.version import Version
 
-from synapse_sticky.cli.api.actions import actions, end, exempt, hold, release
+from synapse_sticky.cli.api.actions import (
+    actions,
+    discard,
+    end,
+    exempt,
+    hold,
+    push,
+    release,
+)
 from synapse_sticky.cli.api.lists import rooms, servers
 from synapse_sticky.cli.api.status import command as status
 from synapse_sticky.cli.api.watch import command as watch
@@ -60,6 +68,8 @@ EXTRA: Sequence[ExtraCommand] = (
     ExtraCommand("rooms", "where something is sticky or waits", rooms, "cli", _TERMINAL),
     ExtraCommand("servers", "whose events are sticky or wait", servers, "cli", _TERMINAL),
     ExtraCommand("release", "deliver what waits", release, "cli", _TERMINAL),
+    ExtraCommand("discard", "have what waits never be sticky", discard, "cli", _TERMINAL),
+    ExtraCommand("push", "send a room's own events to a server again", push, "cli", _TERMINAL),
     ExtraCommand("exempt", "no limits for a time", exempt, "cli", _TERMINAL),
     ExtraCommand("hold", "have a server's events wait for a time", hold, "cli", _TERMINAL),
     ExtraCommand("actions", "what administrators have ordered", actions, "cli", _TERMINAL),

@@ -228,7 +228,8 @@ def test_orders_that_make_no_sense_are_refused(servers: Servers) -> None:
         {"kind": ["release"], "server": "a"},
     ):
         assert refused(admin, **body) == wrong, body
-    assert refused(off.user("admin", admin=True), kind="hold", server="a") == wrong
+    for kind in ("hold", "exempt"):
+        assert refused(off.user("admin", admin=True), kind=kind, server="a") == wrong
     with pytest.raises(ApiError) as raised:
         end(admin, "none")
     assert (raised.value.status, raised.value.errcode) == (404, "M_NOT_FOUND")

@@ -1,15 +1,17 @@
-"""``synapse-sticky status`` and ``why`` on a real server (E3)."""
+"""The commands that ask the API for administrators, on a real server (E3)."""
 
 import json
 from typing import Any
 
 import pytest
+import requests
 
 from synapse_sticky.cli import main
 from tests.conftest import Servers
 from tests.integration.rooms import deferred, limits
 from tests.integration.test_deferral import HOURLY, limit
 from tests.lab import Client, Homeserver, Peer, wait_until
+from tests.lab.admin_api import PATH
 from tests.lab.scene import enter
 
 pytestmark = pytest.mark.requirement("E3")
@@ -61,6 +63,43 @@ def test_what_waits_is_found_and_released(servers: Servers, peer: Peer, asked: A
     wait_until(lambda: not deferred(server), "it to be released")
     answer, _ = asked(server, admin, "why", held_up)
     assert answer["verdict"]["code"] == "delivered"
+
+
+def test_what_waits_is_discarded(servers: Servers, peer: Peer, asked: Any) -> None:
+    (server,) = servers({"config": limits(per_sender=limit(HOURLY, 1))})
+    scene, admin = enter(server, peer), server.user("admin", admin=True)
+    *_, held_up = [scene.sticky() for _ in range(2)]
+    wait_until(lambda: deferred(server) == {held_up}, "the last one to be deferred")
+    answer, said = asked(server, admin, "servers")
+    if server.receivers == 1:
+        (found,) = [one for one in answer["servers"] if one["server"] == peer.name]
+        assert (found["refused_lately"], found["deferred_lately"]) == ({}, {"per_sender": 1})
+        assert f"{peer.name}: deferred 1 (per_sender)\n" in said
+    _, said = asked(server, admin, "discard", "--server", peer.name, "--yes")
+    assert f"discard of {peer.name}" in said
+    wait_until(lambda: not deferred(server), "it to be discarded")
+    answer, _ = asked(server, admin, "why", held_up)
+    assert answer["verdict"]["code"] == "discarded"
+
+
+def test_what_nobody_sees_in_a_name_is_shown(
+    servers: Servers, asked: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    (server,) = servers({})
+    alice, admin = server.user(), server.user("admin", admin=True)
+    room_id, name = alice.create_room(), "a\u200bb\u202ec\u3164"
+    alice.send_state(room_id, "m.room.name", {"name": name})
+    alice.send_sticky(room_id)
+    named = "SELECT 1 FROM room_stats_state WHERE room_id = ? AND name IS NOT NULL"
+    wait_until(lambda: server.query(named, room_id), "Synapse to have noted the name")
+    answer, said = asked(server, admin, "rooms")
+    assert [room["name"] for room in answer["rooms"]] == [name]
+    assert r"a\u200bb\u202ec\u3164" in said
+    headers = {"Authorization": f"Bearer {admin.access_token}"}
+    body = requests.get(f"{server.base_url}{PATH}/rooms", headers=headers, timeout=60).content
+    assert body.isascii()
+    assert rb"a\u200bb\u202ec\u3164" in body
 
 
 def test_a_server_is_held_and_exempt(servers: Servers, peer: Peer, asked: Any) -> None:

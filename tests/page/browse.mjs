@@ -150,6 +150,24 @@ const WHAT = {
     assert.equal(await page.locator("main img, main script, main iframe, main b b").count(), 0);
   },
 
+  /** Characters that nobody sees are shown. */
+  async unseen(page) {
+    const room = { alias: null, active: 1, deferred: 0, parked: 0 };
+    const rooms = [
+      { ...room, room_id: "!a\u200bb\u202ec\u0007:example.org", name: "\u3164\u00a0\u2800" },
+      { ...room, room_id: "!\u{e0041}ab:example.org", name: "A name, 日本 🎈" },
+    ];
+    await page.route("**/admin/v1/rooms?*", (route) => route.fulfill({ json: { now_ms: 1, rooms } }));
+    await signIn(page);
+    await go(page, "Rooms");
+    await page.getByRole("link", { name: "A name, 日本 🎈" }).waitFor();
+    assert.deepEqual(await page.locator(".entry b").allInnerTexts(), ["\\u3164\\u00a0\\u2800", "A name, 日本 🎈"]);
+    assert.deepEqual(await page.locator(".entry code").allInnerTexts(), [
+      "!a\\u200bb\\u202ec\\u0007:example.org",
+      "!\\U000e0041ab:example.org",
+    ]);
+  },
+
   /** What the API says of an event is on the page, and nothing else is said. */
   async why(page) {
     const { event_id, query, answer } = given;
@@ -209,6 +227,19 @@ const WHAT = {
     await page.getByRole("button", { name: "Go on…" }).click();
     await dialog.getByRole("button", { name: "release" }).click();
     await shown(page.getByRole("listitem"), given.room_id);
+    // From an event of this server to a server that may have lost it.
+    await page.goto(`${given.url}#/event?${new URLSearchParams({ event_id: given.own })}`);
+    await page.getByRole("row", { name: given.peer }).getByRole("link", { name: "push…" }).click();
+    assert.equal(await page.locator("select[name=kind]").inputValue(), "push");
+    await page.getByRole("button", { name: "Go on…" }).click();
+    await shown(dialog, given.peer);
+    await dialog.getByRole("button", { name: "push" }).click();
+    await shown(page.getByRole("listitem").filter({ hasText: "push" }), given.peer);
+    // The same at once is too soon.
+    await page.goBack();
+    await page.getByRole("button", { name: "Go on…" }).click();
+    await dialog.getByRole("button", { name: "push" }).click();
+    await shown(dialog.getByRole("alert"), "429 M_LIMIT_EXCEEDED");
   },
 
   async keyboard(page) {

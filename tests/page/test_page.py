@@ -28,6 +28,7 @@ class Story:
     scene: Scene[Homeserver]
     admin: Client
     pictures: Path
+    own: str
 
     def browse(self, what: str) -> Any:
         """Does it in the browser."""
@@ -41,6 +42,7 @@ class Story:
             peer=self.scene.peer.name,
             room_id=room_id,
             hostile=HOSTILE,
+            own=self.own,
             pictures=str(self.pictures),
             send={
                 "url": f"{alice.base_url}/_matrix/client/v3/{path}",
@@ -63,7 +65,8 @@ def story(
     wait_until(lambda: len(deferred(server)) == 1, "the last one to be deferred")
     is_recorded = request.config.getoption("--record")
     pictures = PICTURES if is_recorded else tmp_path_factory.mktemp("pictures")
-    yield Story(scene, server.user("admin", admin=True), pictures)
+    own = scene.alice.send_sticky(scene.room_id)
+    yield Story(scene, server.user("admin", admin=True), pictures, own)
     peer.close()
     lab.close_servers([server])
 
@@ -78,6 +81,10 @@ def test_the_overview_updates_itself(story: Story) -> None:
 
 def test_why_an_event_waits_and_no_name_is_html(story: Story) -> None:
     story.browse("way")
+
+
+def test_what_nobody_sees_is_shown(story: Story) -> None:
+    story.browse("unseen")
 
 
 @pytest.mark.slow
@@ -102,3 +109,5 @@ def test_an_action_behind_a_confirmation(story: Story) -> None:
     """The last one: it releases what waits."""
     story.browse("act")
     wait_until(lambda: not deferred(story.scene.server), "what waited to be released")
+    pushed = f"{story.scene.peer.name} is pushed {story.scene.room_id} again"
+    wait_until(lambda: story.scene.server.log_has(pushed), "the push to begin")

@@ -21,6 +21,7 @@ from synapse_sticky.handlers.deferral.reading import DeferredEvent, DeferredRead
 from synapse_sticky.handlers.joins.reading import NewcomerReader, NewcomerState
 from synapse_sticky.handlers.staging.parking.reading import ParkedEvent, ParkedReader
 from synapse_sticky.homeserver.rooms import Rooms
+from synapse_sticky.lately import Lately
 from tests.lab.admin_api import description
 from tests.unit.members import ThisProcess
 
@@ -174,14 +175,13 @@ def test_an_acl_that_denies_this_server_concerns_all() -> None:
         (Absence(ROOM, "there", is_joined=False), ["not_in_room", "not_received"]),
         (Absence(ROOM, "there", is_allowed=False), ["denied_by_acl", "not_received"]),
         (Absence(ROOM, "there", has_member=False), ["sender_not_in_room", "not_received"]),
-        (Absence(ROOM, "there", deferred_count=10), ["refused", "not_received"]),
-        (Absence(ROOM, "there", deferred_count=9), ["not_received"]),
+        (Absence(ROOM, "there", too_many_deferred=10), ["refused", "not_received"]),
         (Absence(ROOM, "there", reachability=Reachability(5)), ["unreachable", "not_received"]),
         (Absence(ROOM, "here"), ["refused_locally", "not_received"]),
     ],
 )
 def test_why_an_event_may_not_be_here(absence: Absence, codes: list[str]) -> None:
-    found = list(reasons(absence, facts(None), 10))
+    found = list(reasons(absence, facts(None)))
     assert [reason.code for reason in found] == codes
     assert all(reason.text and reason.to_do for reason in found)
 
@@ -252,9 +252,10 @@ def test_a_path_that_can() -> None:
 def test_all_that_is_there_is_described(process: ThisProcess) -> None:
     config = parse({})
     readers = DeferredReader(process, config.federation), ParkedReader(), NewcomerReader(process)
-    table = ActionTable(process)
-    actions = Actions(process, table, config.federation, lambda: None)
-    api = make_api(process, config, Rooms(process), *readers, actions, table)
+    rooms, table = Rooms(process), ActionTable(process)
+    actions = Actions(process, rooms, table, config.federation, lambda: None)
+    lately = Lately(process.now_ms)
+    api = make_api(process, config, rooms, *readers, actions, table, lately)
     there = {(route.method.lower(), f"/{route.path}") for route in api.routes}
     paths = description()["paths"]
     assert there == {(method, path) for path, methods in paths.items() for method in methods}

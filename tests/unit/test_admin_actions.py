@@ -1,5 +1,6 @@
 """What administrators order, in the database: bounded, kept, over by itself (E3, H3)."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import attr
@@ -10,11 +11,18 @@ from synapse_sticky.admin import tables
 from synapse_sticky.admin.actions import Actions
 from synapse_sticky.admin.following import Following
 from synapse_sticky.admin.requests import Request
-from synapse_sticky.admin.tables import KEPT_FOR_MS, Action, ActionTable
+from synapse_sticky.admin.tables import (
+    KEPT_FOR_MS,
+    PUSHES_APART_MS,
+    Action,
+    ActionTable,
+    TooSoonError,
+)
 from synapse_sticky.config import parse
 from synapse_sticky.homeserver.layout import migrate
-from synapse_sticky.orders import Orders, Release
-from tests.unit.members import ThisProcess, World
+from synapse_sticky.homeserver.rooms import Rooms
+from synapse_sticky.orders import Orders, PushAgain, Release
+from tests.unit.members import Member, ThisProcess, World
 
 ADMIN = "@admin:here"
 HOUR_MS = 3_600_000
@@ -40,6 +48,16 @@ class Table:
         for _ in range(seconds):
             self.world.reactor.advance(1)
             self.world.take_turns()
+
+    def actions(
+        self,
+        mode: str = "defer",
+        on_change: Callable[[], None] = lambda: None,
+        duties: Sequence[str] = ("deferral", "joins"),
+    ) -> Actions:
+        config = parse({"federation": {"mode": mode}}).federation
+        rooms = Rooms(self.process)
+        return Actions(self.process, rooms, self.it, config, on_change, duties=duties)
 
     def in_force(self) -> list[str]:
         return [action.action_id for action in self.world.drive(self.it.in_force())]
@@ -137,6 +155,7 @@ def test_a_process_learns_of_all_orders(table: Table) -> None:
     table.add("c", "exempt", sender="@free:there")
     table.add("d", "release", server="there", made_ms=1)
     table.add("e", "discard", room_id="!room", made_ms=2)
+    table.add("f", "push", server="there", room_id="!room", made_ms=3)
     orders = Orders()
     reads: list[None] = []
     orders.on_read(lambda: reads.append(None))
@@ -149,6 +168,7 @@ def test_a_process_learns_of_all_orders(table: Table) -> None:
         Release("d", "there", None, None, made_ms=1),
         Release("e", None, "!room", None, is_discard=True, made_ms=2),
     )
+    assert orders.pushes == (PushAgain("f", "there", "!room"),)
 
 
 @pytest.mark.requirement("E3")
@@ -180,7 +200,7 @@ def test_what_cannot_be_read_any_more_is_over_in_time(table: Table) -> None:
     ],
 )
 def test_an_order_of_nobody_is_refused(table: Table, of: dict[str, str]) -> None:
-    actions = Actions(table.process, table.it, parse({}).federation, lambda: None)
+    actions = table.actions()
     request = Request("POST", ["actions"], {}, {"kind": "discard", **of}, ADMIN)
     with pytest.raises(SynapseError) as raised:
         table.world.drive(actions.post(request))
@@ -191,8 +211,7 @@ def test_an_order_of_nobody_is_refused(table: Table, of: dict[str, str]) -> None
 @pytest.mark.requirement("H1")
 def test_nothing_is_held_without_the_duty(table: Table) -> None:
     """Else the limits would be lifted for nothing."""
-    config = parse({"federation": {"mode": "reject"}}).federation
-    actions = Actions(table.process, table.it, config, lambda: None, defers=False)
+    actions = table.actions("reject", duties=[])
     request = Request("POST", ["actions"], {}, {"kind": "hold", "server": "there"}, ADMIN)
     with pytest.raises(SynapseError, match="'deferral' is off"):
         table.world.drive(actions.post(request))
@@ -203,8 +222,7 @@ def test_nothing_is_held_without_the_duty(table: Table) -> None:
 def test_orders_are_taken_and_listed(table: Table, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     changes: list[None] = []
-    config = parse({}).federation
-    actions = Actions(table.process, table.it, config, lambda: changes.append(None))
+    actions = table.actions(on_change=lambda: changes.append(None))
 
     def request(method: str, *path: str, body: Any = None, **query: str) -> Request:
         return Request(method, path, {k: [v] for k, v in query.items()}, body or {}, ADMIN)
@@ -235,3 +253,83 @@ def test_orders_are_taken_and_listed(table: Table, caplog: pytest.LogCaptureFixt
     with pytest.raises(SynapseError) as raised:
         table.world.drive(actions.delete(request("DELETE", "actions", "none")))
     assert raised.value.code == 404
+
+
+@pytest.mark.requirement("E3", "H3")
+def test_a_room_is_pushed_again_once_a_minute_at_most(table: Table) -> None:
+    now_ms = table.process.now_ms()
+
+    def push(action_id: str, server: str = "there", room_id: str = "!room", **fields: Any) -> bool:
+        return table.add(action_id, "push", server=server, room_id=room_id, **fields)
+
+    assert push("a")
+    # One that nobody has begun.
+    with pytest.raises(TooSoonError) as raised:
+        push("b")
+    assert raised.value.retry_after_ms == PUSHES_APART_MS
+    # Other servers and rooms are not concerned.
+    assert push("c", server="other")
+    assert push("d", room_id="!other")
+    table.world.drive(table.it.done("a"))
+    (done,) = [a for a in table.world.drive(table.it.page(None, 9)) if a.action_id == "a"]
+    assert (done.ended_by, done.ended_ms) == (None, now_ms)
+    table.world.reactor.advance(20)
+    with pytest.raises(TooSoonError) as raised:
+        push("b")
+    assert raised.value.retry_after_ms == PUSHES_APART_MS - 20_000
+    table.world.reactor.advance(40)
+    assert push("b")
+    assert set(table.in_force()) == {"b", "c", "d"}
+    # What an hour ago nobody has begun, nobody begins any more.
+    table.world.reactor.advance(HOUR_MS / 1000)
+    assert table.in_force() == []
+    assert push("e")
+
+
+@pytest.mark.requirement("E3")
+def test_only_where_both_servers_are_a_room_is_pushed(table: Table) -> None:
+    table.world.put([], [Member("!room", "@a:here", 1), Member("!room", "@b:there", 2)])
+    table.world.put([], [Member("!theirs", "@b:there", 3)])
+
+    def push(duties: Any = ("joins",), **of: str) -> Any:
+        actions = table.actions("off", duties=duties)
+        request = Request("POST", ["actions"], {}, {"kind": "push", **of}, ADMIN)
+        return table.world.drive(actions.post(request))
+
+    for duties, of, said in (
+        ([], {"server": "there", "room_id": "!room"}, "'joins' is off"),
+        (["joins"], {"server": "here", "room_id": "!room"}, "to itself"),
+        (["joins"], {"server": "there", "room_id": "!theirs"}, "This server is not in the room"),
+        (["joins"], {"server": "other", "room_id": "!room"}, "'other' is not in the room"),
+        (["joins"], {"server": "%", "room_id": "!room"}, "'%' is not in the room"),
+        (["joins"], {"server": "there"}, "needs 'server' and 'room_id'"),
+    ):
+        with pytest.raises(SynapseError, match=said) as raised:
+            push(duties, **of)
+        assert raised.value.code == 400
+    action = push(server="there", room_id="!room")
+    assert (action["in_force"], action["until_ms"] - action["made_ms"]) == (True, HOUR_MS)
+    with pytest.raises(SynapseError, match="a moment ago") as raised:
+        push(server="there", room_id="!room")
+    assert (raised.value.code, raised.value.headers) == (429, {"Retry-After": "60"})
+
+
+@pytest.mark.requirement("E3")
+@pytest.mark.parametrize("mode", ["off", "observe"])
+@pytest.mark.parametrize("of", [{"server": "there"}, {"sender": "@eve:there"}])
+def test_without_limits_nobody_is_exempt(table: Table, mode: str, of: dict[str, str]) -> None:
+    actions = table.actions(mode)
+    request = Request("POST", ["actions"], {}, {"kind": "exempt", **of}, ADMIN)
+    with pytest.raises(SynapseError, match=f"as federation.mode is '{mode}'") as raised:
+        table.world.drive(actions.post(request))
+    assert raised.value.code == 400
+    assert table.all() == []
+
+
+@pytest.mark.requirement("E3")
+@pytest.mark.parametrize("of", [{"server": "here"}, {"sender": "@alice:here"}])
+def test_own_users_have_no_limit_of_other_servers(table: Table, of: dict[str, str]) -> None:
+    actions = table.actions()
+    request = Request("POST", ["actions"], {}, {"kind": "exempt", **of}, ADMIN)
+    with pytest.raises(SynapseError, match="this server's own users"):
+        table.world.drive(actions.post(request))

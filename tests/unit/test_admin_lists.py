@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from synapse_sticky.admin.actions import Actions
-from synapse_sticky.admin.api import Api
+from synapse_sticky.admin.api import LISTS_AT_ONCE, LISTS_WAITING, Api
 from synapse_sticky.admin.installing import make_api
 from synapse_sticky.admin.requests import Request
 from synapse_sticky.admin.tables import Action, ActionTable
@@ -19,8 +19,10 @@ from synapse_sticky.handlers.staging.parking.reading import ParkedReader
 from synapse_sticky.handlers.staging.parking.tables import ParkedTable
 from synapse_sticky.homeserver.layout import migrate
 from synapse_sticky.homeserver.rooms import Rooms
+from synapse_sticky.lately import Lately
 from tests.lab.admin_api import check
 from tests.unit.members import ThisProcess, World
+from tests.unit.test_limits_in_synapse import begin
 
 HOUR_MS = 3_600_000
 TABLES = (
@@ -40,15 +42,17 @@ class Asked:
         for name in TABLES:
             world.execute(f"DELETE FROM {name}")
         orders = ActionTable(process)
+        self.lately = Lately(process.now_ms)
         self._api: Api = make_api(
             *(
                 process,
                 parse({"federation": {"max_deferred_per_server": 60}}),
-                Rooms(process),
+                rooms := Rooms(process),
                 DeferredReader(process, config),
             ),
             *(ParkedReader(), NewcomerReader(process)),
-            *(Actions(process, orders, config, lambda: None), orders),
+            *(Actions(process, rooms, orders, config, lambda: None), orders),
+            self.lately,
         )
         self._now_ms = process.now_ms()
         for number in range(7):
@@ -114,6 +118,22 @@ class Asked:
     def answer(self, request: Request) -> Any:
         _, answer = self._world.drive(self._api.answer(request))
         return answer
+
+    def begin(self, path: str) -> list[Any]:
+        """Asks; gives where the answer will be, or the failure."""
+        request = Request("GET", path.split("/"), {}, {}, "@admin:here")
+        return begin(self._api.answer(request))
+
+    def answered(self, path: str) -> list[Any]:
+        """The answer, or the failure; nothing if there is none."""
+        results = self.begin(path)
+        self.take_turns()
+        return results
+
+    def take_turns(self) -> None:
+        """Lets happen what can."""
+        for _ in range(100):
+            self._world.reactor.advance(0)
 
     def overview(self) -> Any:
         answer = self.answer(Request("GET", ["overview"], {}, {}, "@admin:here"))
@@ -231,3 +251,84 @@ def test_the_overview_counts_all(asked: Asked, world: World) -> None:
     # A duty that never had a table.
     world.execute("DELETE FROM synapse_sticky_layouts WHERE duty = 'deferral'")
     assert asked.overview()["deferred"] is None
+
+
+@pytest.mark.requirement("E3", "H3")
+def test_a_held_server_is_refused_past_its_own_bound(
+    asked: Asked, world: World, process: ThisProcess
+) -> None:
+    """Whatever else is ordered of it."""
+    full, now_ms = asked.server(1), process.now_ms()
+    for number, kind in enumerate(("exempt", "hold")):
+        until = now_ms, now_ms + HOUR_MS
+        action = Action(f"{number}", kind, full, None, None, "", "@admin:here", *until)
+        world.drive(ActionTable(process).add(action))
+    for number in range(600):
+        asked.defer(number + 100, full)
+    (found,) = [s for s in asked.pages("servers", "servers") if s["server"] == full]
+    assert found["is_refused"]
+
+
+@pytest.mark.requirement("E3")
+def test_what_limits_did_lately(asked: Asked) -> None:
+    def servers() -> Any:
+        answer = asked.answer(Request("GET", ["servers"], {}, {}, "@admin:here"))
+        check("servers", answer)
+        return answer
+
+    name, lately = asked.server(1), asked.lately
+    lately.count("refused", "per_server", "elsewhere", 7)
+    answer = servers()
+    assert {s["refused_lately"] for s in answer["servers"]} == {"not recorded"}
+    assert answer["lately"]["most_refused"] == "not recorded"
+    lately.recorded |= {"refused", "deferred"}
+    lately.count("refused", "per_server", name, 3)
+    lately.count("refused", "max_deferred_per_server", name, 2)
+    lately.count("deferred", "per_sender", name, 1)
+    answer = servers()
+    found = {s["server"]: (s["refused_lately"], s["deferred_lately"]) for s in answer["servers"]}
+    counts = {"per_server": 3, "max_deferred_per_server": 2}
+    assert found.pop(name) == (counts, {"per_sender": 1})
+    assert [*found.values()] == [({}, {})] * len(found)
+    # Also of a server of which nothing waits and nothing is sticky.
+    most = [(one["server"], one["events"]) for one in answer["lately"]["most_refused"]]
+    assert most == [("elsewhere", 7), (name, 5)]
+    assert answer["lately"]["process"] == "master"
+
+
+@pytest.mark.requirement("H3")
+def test_few_lists_are_read_at_a_time(asked: Asked, process: ThisProcess) -> None:
+    """A few more wait, the others are told to come again. Orders do not wait for lists."""
+    paths = ["overview", "rooms", "servers", "rooms/!0/events"]
+    process.held = "admin_rooms"
+    results = [asked.begin("rooms")]
+    process.held = "admin_rooms"
+    results.append(asked.begin("rooms"))
+    process.forget()
+    results += [asked.begin(paths[n % 4]) for n in range(LISTS_WAITING)]
+    asked.take_turns()
+    assert process.transactions == []
+    for path in paths:
+        ((failure,),) = (asked.begin(path),)
+        error = failure.value
+        assert (error.code, error.errcode) == (429, "M_LIMIT_EXCEEDED")
+        assert error.headers == {"Retry-After": "1"}
+        assert error.error_dict(None)["retry_after_ms"] == 1_000
+    assert asked.pages("actions", "actions") == []
+    assert not any(results)
+    process.release()
+    asked.take_turns()
+    assert all(result[0][0] == 200 for result in results)
+    # And all have their turn again.
+    assert asked.pages("rooms", "rooms")
+
+
+@pytest.mark.requirement("H3")
+def test_a_list_that_fails_leaves_its_place(asked: Asked, process: ThisProcess) -> None:
+    process.failing = "admin_rooms"
+    for _ in range(LISTS_AT_ONCE + LISTS_WAITING + 1):
+        (failure,) = asked.answered("rooms")
+        assert isinstance(failure.value, ValueError)
+    process.failing = None
+    ((status, _),) = asked.answered("rooms")
+    assert status == 200

@@ -34,10 +34,12 @@ MAY_IMPORT = {
         *("config", "duties", "homeserver", "index", "installer", "loading", "metrics", "plan"),
     },
     "installer": {
-        *("admin", "config", "handlers", "homeserver", "index", "limits", "loading", "orders"),
+        *("admin", "config", "handlers", "homeserver", "index", "lately", "limits", "loading"),
+        "orders",
     },
     # It knows no duty: the installer gives it what reads their tables.
-    "admin": {"_core", "backoff", "config", "homeserver", "limits", "logs", "orders"},
+    "admin": {"_core", "backoff", "config", "homeserver", "lately", "limits", "logs", "orders"},
+    "lately": set[str](),
     "orders": set[str](),
     "loading": {"backoff", "duties", "homeserver"},
     "plan": {"config", "duties", "homeserver"},
@@ -48,7 +50,7 @@ MAY_IMPORT = {
     "__main__": {"cli"},
     "duties": {"homeserver"},
     "handlers": OF_A_DUTY,
-    "limits": {"_core", "config", "logs", "metrics", "orders"},
+    "limits": {"_core", "config", "lately", "logs", "metrics", "orders"},
     "metrics": set[str](),
     "index": {"_core", "backoff", "homeserver", "logs", "renewal"},
     "renewal": {"_core", "backoff", "homeserver", "logs"},

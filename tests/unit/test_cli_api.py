@@ -1,5 +1,6 @@
 """The commands that ask the API for administrators: what they send, print and refuse (E3)."""
 
+import io
 import json
 import threading
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import pytest
 
 from synapse_sticky.cli import main
 from synapse_sticky.cli.api.client import AskingError, Client
+from synapse_sticky.cli.texts import printable
 
 pytestmark = pytest.mark.requirement("E3")
 
@@ -191,6 +193,14 @@ def test_an_id_can_be_copied_from_a_narrow_terminal(
             ["release", "--server", "there", "--room", "!r"],
             {"kind": "release", "server": "there", "room_id": "!r"},
         ),
+        (
+            ["discard", "--sender", "@a:there", "--yes"],
+            {"kind": "discard", "sender": "@a:there"},
+        ),
+        (
+            ["push", "!r", "there", "--reason", "it was restored"],
+            {"kind": "push", "room_id": "!r", "server": "there", "reason": "it was restored"},
+        ),
     ],
 )
 def test_what_is_ordered(
@@ -208,6 +218,8 @@ def test_what_is_ordered(
         (["release"], "--server or --room or --sender"),
         (["exempt", "--for", "1h"], "--server or --sender"),
         (["hold"], "Missing option '--server'"),
+        (["discard", "--yes"], "--server or --room or --sender"),
+        (["push", "!r"], "Missing argument 'SERVER'"),
         (["hold", "--server", "a", "--for", "60"], "with a unit"),
         (["hold", "--server", "a", "--for", "8d"], "a duration from"),
     ],
@@ -246,10 +258,21 @@ def test_lists(api: Api, capsys: pytest.CaptureFixture[str]) -> None:
     assert "per_se" in capsys.readouterr().out
     server = {"server": "there", **counts, "lacking": 4, "newcomer": 5, "is_refused": True}
     states = {"failing_since_ms": NOW_MS, "next_try_ms": None}
-    api.answers(200, {"now_ms": NOW_MS, "servers": [{**server, **states}]})
+    of_late = {"refused_lately": {"per_server": 8}, "deferred_lately": "not recorded"}
+    lately = {"process": "worker1", "since_ms": NOW_MS}
+    most = [{"server": "else\u200bwhere", "events": 7}]
+    answer = {"now_ms": NOW_MS, "servers": [{**server, **states, **of_late}]}
+    api.answers(200, {**answer, "lately": {**lately, "most_refused": most}})
     assert main(["servers", "--order-by", "name"]) == 0
-    assert "429" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    for expected in (
+        *("429", "as far as the process worker1 knows", "Refused most: else\\u200bwhere (7)"),
+        "there: refused 8 (per_server)\n",
+    ):
+        assert expected in said
+    api.answers(200, {**answer, "lately": {**lately, "most_refused": "not recorded"}})
     assert main(["servers", "--reverse"]) == 0
+    assert "Refused: not recorded" in capsys.readouterr().out
     base = "/_synapse/sticky/admin/v1"
     assert [path for path, _ in api.asked] == [
         f"{base}/rooms?order_by=deferred&dir=b&limit=5",
@@ -257,6 +280,41 @@ def test_lists(api: Api, capsys: pytest.CaptureFixture[str]) -> None:
         f"{base}/servers?order_by=name&dir=f&limit=100",
         f"{base}/servers?dir=f&limit=100",
     ]
+
+
+@pytest.mark.parametrize(("typed", "code"), [("y\n", 0), ("n\n", 1), ("", 1)])
+def test_what_cannot_be_undone_is_asked_first(
+    api: Api,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    typed: str,
+    code: int,
+) -> None:
+    """Nothing is taken for yes where nobody can answer."""
+    monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+    api.answers(200, {**ACTION, "kind": "discard"})
+    assert main(["discard", "--server", "fl\u200bood", "--room", "!r", "--json"]) == code
+    printed = capsys.readouterr()
+    assert "Discard what waits of fl\\u200bood, !r?" in printed.err
+    assert len(api.ordered) == (code == 0)
+    assert bool(printed.out) is (code == 0), "with --json nothing else is on stdout"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain ü 日本 🎈", "plain ü 日本 🎈"),
+        ("a\u200bb\u2060\ufeff", r"a\u200bb\u2060\ufeff"),
+        ("\u202egro.elpmaxe\u2066", r"\u202egro.elpmaxe\u2066"),
+        ("\x1b[2J\x07\n\x7f", r"\u001b[2J\u0007\u000a\u007f"),
+        ("a\u00a0b\u3000c\u2028", r"a\u00a0b\u3000c\u2028"),
+        ("\u3164\u115f\u2800\ufe0f\u034f", r"\u3164\u115f\u2800\ufe0f\u034f"),
+        ("\U000e0041\U000e0100", r"\U000e0041\U000e0100"),
+        ("\ud800", r"\ud800"),
+    ],
+)
+def test_what_nobody_sees_is_shown(text: str, shown: str) -> None:
+    assert printable(text) == shown
 
 
 def test_event_id_that_the_shell_has_taken(capsys: pytest.CaptureFixture[str]) -> None:
@@ -280,7 +338,7 @@ def test_hostile_names_do_not_reach_the_terminal(
     for said in (api_said, capsys.readouterr().out):
         assert "\x1b" not in said
         assert "\x07" not in said
-        assert "?]0;owned?[red]" in said
+        assert "\\u001b]0;owned\\u0007[red]" in said
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from synapse_sticky.handlers.joins.handler import JoinsHandler
 from synapse_sticky.handlers.joins.sent import GRACE_MS
 from synapse_sticky.handlers.joins.tables import Newcomer, NewcomerTable
 from synapse_sticky.index import StickyRow
+from synapse_sticky.orders import Orders, PushAgain
 from tests.unit.settable import Settable
 from tests.unit.test_limits import done
 
@@ -74,6 +75,10 @@ class Here(Settable):
         self.failing: dict[str, Exception] = {}
         self.asked: Counter[str] = Counter()
         self.looked_up: list[set[str]] = []
+        self.orders = Orders()
+        self.ended_orders: list[str] = []
+        self.failures_to_end: list[Exception] = []
+        self.recorded_again: list[tuple[str, str]] = []
 
     def now_ms(self) -> int:
         return self.clock_ms + self.set_by_ms
@@ -109,6 +114,14 @@ class Here(Settable):
         return []
 
     async def record_joins(self, *page: Any) -> None: ...
+
+    async def record_again(self, newcomer: tuple[str, str], *more: Any) -> None:
+        self.recorded_again.append(newcomer)
+
+    async def end_order(self, order_id: str) -> None:
+        if self.failures_to_end:
+            raise self.failures_to_end.pop()
+        self.ended_orders.append(order_id)
 
     async def newcomers(self) -> list[Newcomer]:
         self.calls.append("newcomers")
@@ -158,7 +171,7 @@ class Here(Settable):
         return 0
 
     def handles(self, destination: str) -> bool:
-        return True
+        return destination != "not mine"
 
     async def backlog(self, destination: str) -> list[tuple[str, int]]:
         return self.backlogged
@@ -212,7 +225,7 @@ class Here(Settable):
 
 def install(here: Here) -> JoinsHandler:
     hs: Any = here
-    handler = JoinsHandler(hs, hs, hs, hs, hs, hs, hs, JoinsConfig())
+    handler = JoinsHandler(hs, hs, hs, hs, hs, hs, hs, JoinsConfig(), here.orders, here.end_order)
     handler.install()
     return handler
 
@@ -796,3 +809,68 @@ def test_traffic_does_not_put_off_the_next_check() -> None:
     here.clock_ms += 500
     done(here.timers[0].function("there"))
     assert here.timers[0].delay_ms == 1_000
+
+
+@pytest.mark.requirement("E3", "P3")
+def test_what_was_confirmed_is_pushed_again_by_an_order_only() -> None:
+    """The server has all up to 10. It is pushed that once more, with what it lacks."""
+    here = Here(NOW_MS + HOUR_MS, [8, 9, 12])
+    start(here)
+    next_batch = functools.partial(here.callbacks["serve_backlog_from"], "there", 50)
+    assert done(next_batch()).event_ids == ["$12"]
+    here.woken.clear()
+    order = PushAgain("an order", "there", "!room")
+    # This process does not send to that one.
+    here.orders.set(pushes=[order, PushAgain("another's", "not mine", "!room")])
+    assert here.recorded_again == [("there", "!room")]
+    assert (here.ended_orders, here.woken) == (["an order"], ["there"])
+    sent: list[str] = []
+    while batch := done(next_batch()):
+        sent += batch.event_ids
+        done(here.callbacks["on_acknowledged"]("there", [("!room", e) for e in batch.event_ids]))
+    assert sent == ["$8", "$9", "$12"]
+    # It is done once, although it is there until the next read.
+    here.orders.set(pushes=[order])
+    assert here.recorded_again == [("there", "!room")]
+    # Whoever orders it again and again has it wait longer each time.
+    here.orders.set(pushes=[PushAgain("the next", "there", "!room")])
+    assert done(next_batch()) is None
+    here.clock_ms += 7_000
+    assert done(next_batch()).event_ids == ["$8"]
+
+
+@pytest.mark.requirement("E3", "H1")
+def test_who_is_not_in_the_room_is_pushed_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    here = Here(NOW_MS + HOUR_MS, [8])
+    start(here)
+    here.gone = {"there"}
+    here.orders.set(pushes=[PushAgain("an order", "there", "!room")])
+    assert (here.recorded_again, here.ended_orders) == ([], ["an order"])
+    assert "there is not in !room: nothing is pushed (an order)" in caplog.text
+
+
+@pytest.mark.requirement("E3", "H1")
+def test_an_order_that_cannot_be_noted_is_begun_once() -> None:
+    """And it keeps no other from its turn."""
+    here = Here(NOW_MS + HOUR_MS, [8])
+    start(here)
+    here.failures_to_end = [ValueError("for the test")]
+    orders = [PushAgain(name, "there", room) for name, room in (("a", "!room"), ("b", "!other"))]
+    here.orders.set(pushes=orders)
+    assert here.recorded_again == [("there", "!room"), ("there", "!other")]
+    assert here.ended_orders == ["b"]
+    (timer,) = here.timers
+    done(timer.function(*timer.args))
+    assert here.recorded_again == [("there", "!room"), ("there", "!other")]
+    assert "a" in here.ended_orders
+
+
+@pytest.mark.requirement("E3")
+def test_what_was_ordered_while_this_process_was_down_is_done() -> None:
+    here = Here(NOW_MS + HOUR_MS, [8])
+    here.orders.set(pushes=[PushAgain("an order", "there", "!room")])
+    handler = install(here)
+    assert here.ended_orders == []
+    done(handler.load())
+    assert here.ended_orders == ["an order"]

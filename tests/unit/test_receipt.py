@@ -17,7 +17,9 @@ from synapse_sticky.handlers.receipt import staged
 from synapse_sticky.handlers.receipt.handler import ReceiptHandler
 from synapse_sticky.handlers.receipt.synapse import SynapseReceipt, transaction_of
 from synapse_sticky.homeserver import Homeserver
+from synapse_sticky.homeserver.layout import migrate
 from synapse_sticky.limits import LimitReport, Refusal
+from synapse_sticky.orders import Orders
 from tests.unit.settable import METRICS
 from tests.unit.staging import STAGING, CountingStore, has_no_scan, prepared
 from tests.unit.test_limits_in_synapse import (
@@ -327,3 +329,46 @@ def test_what_this_process_stages_is_remembered_only_as_far_as_it_counts(
     for event_id in [f"$sticky{number}" for number in range(8)]:
         counts.staged("first", staged.StickyPdu(event_id, ROOM, store.now + HOUR_MS))
     assert len(counts) == 8
+
+
+@pytest.mark.requirement("E3", "H3", "L6")
+def test_what_a_held_server_has_waiting_is_bounded(store: CountingStore) -> None:
+    """Ten times as much as others, and no exemption changes that. In one room no more may be
+    staged than of anybody."""
+    orders, most = Orders(), 60
+    receipt, report = SynapseReceipt(store), LimitReport(store.now_ms, METRICS.limits)
+    options: Any = {"max_deferred_per_server": most, "max_staged_per_server_in_room": 50}
+    config = FederationConfig(exempt_servers=("configured",), **options)
+    table = DeferredTable(store)
+    handler = ReceiptHandler(store, receipt, table, config, report, orders)
+    done(migrate(store, table))
+
+    def refusal(origin: str, room_id: str = ROOM) -> str | None:
+        pdu = {**STICKY, "origin_server_ts": store.now, "room_id": room_id}
+        transaction = transaction_of(origin, f"{store.now}", [pdu])
+        found: Refusal | None = done(handler.check(transaction))
+        return None if found is None else found.limit
+
+    def waiting(server: str, count: int) -> None:
+        store.sql("DELETE FROM synapse_sticky_deferred")
+        until_ms = store.now + HOUR_MS
+        store.sql(
+            "INSERT INTO synapse_sticky_deferred (event_id, room_id, sender, server, expires_at_ms,"
+            " event_stream_ordering) VALUES "
+            + ", ".join(f"('$d{n}', '!r', '@a:x', '{server}', {until_ms}, 1)" for n in range(count))
+        )
+
+    for server in ("there", "configured", "exempt"):
+        orders.set(held_servers=[server], exempt_servers=["exempt"])
+        waiting(server, 10 * most - 1)
+        assert refusal(server) is None
+        waiting(server, 10 * most)
+        assert refusal(server) == "max_deferred_per_server"
+    orders.set(exempt_servers=["exempt"])
+    assert refusal("exempt") is None
+    store.sql("DELETE FROM synapse_sticky_deferred")
+    store.stage("exempt", ROOM, ids("staged", 50), HOUR_MS)
+    assert refusal("exempt") is None
+    orders.set(exempt_servers=["exempt"], held_servers=["exempt"])
+    assert refusal("exempt") == "max_staged_per_server_in_room"
+    assert refusal("exempt", "!other") is None

@@ -65,7 +65,10 @@ class Crowd(Here):
         self.steps: list[int] = []
         self._before = 0
         hs: Any = self
-        self.handler = JoinsHandler(hs, hs, hs, hs, hs, hs, hs, JoinsConfig(**options))
+        self.handler = JoinsHandler(
+            *(hs, hs, hs, hs, hs, hs, hs, JoinsConfig(**options)),
+            *(self.orders, self.end_order),
+        )
         self.handler.install()
         done(self.handler.load())
 

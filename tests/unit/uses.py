@@ -38,7 +38,7 @@ from synapse.module_api import (
 )
 from synapse.module_api.callbacks.federation import FederationEventDeliveryEvent
 from synapse.module_api.errors import ConfigError, SynapseError
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, DeferredSemaphore
 
 from synapse_sticky.duties import ALL, DUTIES, seams_of
 from synapse_sticky.homeserver.seams import PUBLIC_MODULES, Method, Seam, Table
@@ -51,7 +51,7 @@ _SQL_TABLE = re.compile(r"\b(?:FROM|JOIN|INTO|UPDATE)\s+([a-z0-9_]+)\b(?!\()")
 _NO_TABLE_OF_SYNAPSE = ("synapse_sticky_", "pg_", "sqlite_")
 _PUBLIC = (
     *(EventBase, LoggingTransaction, ModuleApi, Requester, RoomID, UserID, Deferred),
-    SynapseRequest,
+    *(DeferredSemaphore, SynapseRequest),
     *(FederationEventDeliveryEvent, ConfigError, SynapseError(400, "")),
 )
 _PYTHONS = (

@@ -1,4 +1,5 @@
-"""The commands that order something: ``release``, ``exempt``, ``hold``; ``actions``, ``end``."""
+"""The commands that order something: ``release``, ``discard``, ``exempt``, ``hold``, ``push``;
+``actions``, ``end``."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -6,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from synapse_sticky.cli.api.options import asking
 from synapse_sticky.cli.api.printing import say, show_next, show_rows, time_of
 from synapse_sticky.cli.durations import duration_of
+from synapse_sticky.cli.texts import printable
 
 if TYPE_CHECKING:
     import click
@@ -31,6 +33,34 @@ def release() -> "click.Command":
     )
 
 
+def discard() -> "click.Command":
+    """The command, for click."""
+    return _ordering(
+        "discard",
+        "Has what waits now never be sticky: of a server, in a room, of a user; of several, what is"
+        " all of it. It stays in the timeline. Nobody can undo that, so it asks first.",
+        ("synapse-sticky discard --sender '@spam:example.org' --reason spam",),
+        ("server", "room_id", "sender"),
+        is_final=True,
+    )
+
+
+def push() -> "click.Command":
+    """The command, for click."""
+    import click
+
+    return asking(
+        "push",
+        "Sends this server's own sticky events of a room once more to a server that is in it, also"
+        " those that it has confirmed: it may have lost them. A room is pushed to a server once a"
+        f" minute at most. `why` says which servers have an event. {_ALL_KNOW}",
+        ("synapse-sticky push '!room:example.org' other.example --reason 'it was restored'",),
+        lambda client, **values: client.post("actions", kind="push", **values),
+        _show_action,
+        [click.Argument(["room_id"]), click.Argument(["server"]), _reason()],
+    )
+
+
 def exempt() -> "click.Command":
     """The command, for click."""
     return _ordering(
@@ -39,6 +69,7 @@ def exempt() -> "click.Command":
         " already waits on.",
         ("synapse-sticky exempt --server example.org --for 2h --reason 'a conference'",),
         ("server", "sender"),
+        lasts=True,
     )
 
 
@@ -50,6 +81,7 @@ def hold() -> "click.Command":
         " transactions are not refused. When it is over, they are delivered within the limits.",
         ("synapse-sticky hold --server flood.example --for 10m",),
         ("server",),
+        lasts=True,
     )
 
 
@@ -84,10 +116,27 @@ def end() -> "click.Command":
     )
 
 
+def _reason() -> "click.Parameter":
+    import click
+
+    return click.Option(["--reason"], help="Why, for other administrators.")
+
+
 def _ordering(
-    kind: str, description: str, lines: Sequence[str], whom: Sequence[str]
+    kind: str,
+    description: str,
+    lines: Sequence[str],
+    whom: Sequence[str],
+    *,
+    lasts: bool = False,
+    is_final: bool = False,
 ) -> "click.Command":
-    """A command that orders something of this kind, of those who are given."""
+    """A command that orders something of this kind, of those who are given.
+
+    Args:
+        lasts: whether it is in force for as long as is said.
+        is_final: whether it asks first, as nobody can undo it.
+    """
     import click
 
     params: list[click.Parameter] = []
@@ -96,7 +145,7 @@ def _ordering(
         is_needed = len(whom) == 1
         option = click.Option([flag, name], metavar=metavar, help=text, required=is_needed)
         params.append(option)
-    if kind != "release":
+    if lasts:
         params.append(
             click.Option(
                 ["--for", "for_ms"],
@@ -107,12 +156,17 @@ def _ordering(
                 help="For how long, from 1m to 7d.",
             )
         )
-    params.append(click.Option(["--reason"], help="Why, for other administrators."))
+    params.append(_reason())
+    if is_final:
+        params.append(click.Option(["--yes"], is_flag=True, help="Do not ask first."))
 
-    def order(client: "Client", **values: Any) -> Any:
+    def order(client: "Client", *, yes: bool = False, **values: Any) -> Any:
         if not any(values[name] for name in whom):
             flags = [_WHO[name][0] for name in whom]
             raise click.UsageError(f"Say of whom: {' or '.join(flags)}.")
+        if is_final and not yes:
+            question = f"{kind.capitalize()} what waits of {_whom(values)}?"
+            click.confirm(printable(question), abort=True, err=True)
         return client.post("actions", kind=kind, **values)
 
     return asking(kind, f"{description} {_ALL_KNOW}", lines, order, _show_action, params)
@@ -120,7 +174,8 @@ def _ordering(
 
 def _show_action(action: Any) -> None:
     state = "is in force" if action["in_force"] else "is over"
-    until = "" if action["kind"] == "release" else f", until {time_of(action['until_ms'])}"
+    lasts = action["kind"] in ("hold", "exempt")
+    until = f", until {time_of(action['until_ms'])}" if lasts else ""
     say(f"{action['kind']} of {_whom(action)} {state}{until} ({action['action_id']})")
 
 

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from synapse_sticky.cli.api.options import asking
-from synapse_sticky.cli.api.printing import show_next, show_rows, time_of
+from synapse_sticky.cli.api.printing import say, show_next, show_rows, time_of
 
 if TYPE_CHECKING:
     import click
@@ -117,4 +117,24 @@ def _show_servers(answer: Any) -> None:
             for s in answer["servers"]
         ),
     )
+    _show_lately(answer["lately"], answer["servers"])
     show_next(answer)
+
+
+def _show_lately(lately: Any, servers: Any) -> None:
+    """What limits did: of the servers of the page, and who was refused most."""
+    say(f"Since {time_of(lately['since_ms'])}, as far as the process {lately['process']} knows:")
+    if isinstance(lately["most_refused"], str):
+        say("Refused: not recorded. Ask a process that other servers send their events to.")
+    else:
+        most = (f"{one['server']} ({one['events']})" for one in lately["most_refused"])
+        say(f"Refused most: {', '.join(most) or 'nobody'}")
+    for server in servers:
+        parts = [
+            f"{what} {count} ({limit})"
+            for what in ("refused", "deferred")
+            if not isinstance(server[f"{what}_lately"], str)
+            for limit, count in server[f"{what}_lately"].items()
+        ]
+        if parts:
+            say(f"{server['server']}: {', '.join(parts)}")

@@ -40,13 +40,13 @@ def asking(
     import click
 
     from synapse_sticky.cli.api.client import AskingError
-    from synapse_sticky.cli.texts import examples
+    from synapse_sticky.cli.texts import examples, printable
 
     def run(url: str, token_file: str | None, as_json: bool, **options: Any) -> int:
         try:
             answer = ask(client_of(url, token_file), **options)
         except AskingError as e:
-            raise click.ClickException(str(e)) from None
+            raise click.ClickException(printable(str(e))) from None
         if as_json:
             print(json.dumps(answer, indent=2))
         else:

@@ -10,7 +10,7 @@ from synapse_sticky.cli.api.client import AskingError
 from synapse_sticky.cli.api.options import ACCESS, client_of, options_of_all
 from synapse_sticky.cli.api.status import table_of
 from synapse_sticky.cli.report import ALL_FIT
-from synapse_sticky.cli.texts import examples
+from synapse_sticky.cli.texts import examples, printable
 
 if TYPE_CHECKING:
     import click
@@ -55,7 +55,7 @@ def _watch(url: str, token_file: str | None, as_json: bool, every_s: int) -> int
         client = client_of(url, token_file)
         overview = client.get("overview")
     except AskingError as e:
-        raise click.ClickException(str(e)) from None
+        raise click.ClickException(printable(str(e))) from None
     try:
         with _showing(as_json) as show:
             show(overview)
@@ -64,7 +64,7 @@ def _watch(url: str, token_file: str | None, as_json: bool, every_s: int) -> int
                 try:
                     show(client.get("overview"))
                 except AskingError as e:
-                    click.echo(f"{e} It is asked again.", err=True)
+                    click.echo(printable(f"{e} It is asked again."), err=True)
     except KeyboardInterrupt:
         return ALL_FIT
 

@@ -11,11 +11,12 @@ Fails open: if the module cannot say what to send, Synapse's own selection does.
 room fails, it is left alone for a while, and the others go on.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
 from synapse_sticky.config import JoinsConfig
+from synapse_sticky.handlers.joins.again import PushesAgain
 from synapse_sticky.handlers.joins.confirmation.asking import Asking
 from synapse_sticky.handlers.joins.confirmation.confirmation import Confirmation
 from synapse_sticky.handlers.joins.destinations import Destinations
@@ -35,6 +36,7 @@ from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.homeserver.layout import migrate
 from synapse_sticky.index import IndexFollower
 from synapse_sticky.logs import bounded
+from synapse_sticky.orders import Orders
 
 if TYPE_CHECKING:
     from synapse_sticky.homeserver.rooms import Rooms
@@ -58,7 +60,14 @@ class JoinsHandler:
         changes: StateChanges,
         table: NewcomerTable,
         config: JoinsConfig,
+        orders: Orders,
+        end_order: Callable[[str], Awaitable[None]],
     ) -> None:
+        """
+        Args:
+            orders: of administrators.
+            end_order: notes that the order of this ID is done.
+        """
         self._homeserver = homeserver
         self._rooms = rooms
         self._follower = follower
@@ -102,6 +111,10 @@ class JoinsHandler:
         )
         self._reached = Reached(homeserver, federation, self._destinations, self._confirmation)
         self._reader = JoinReader(homeserver, changes, federation, table, self._newcomers.joined)
+        self._again = PushesAgain(
+            *(homeserver, orders, end_order, federation),
+            *(table, self._newcomers, self._destinations),
+        )
         self._purged = PurgedRooms(homeserver, rooms, self._pushed, self._destinations, table)
         self._is_loaded = False
         self._is_starting = True
@@ -152,6 +165,7 @@ class JoinsHandler:
                 )
         self._is_loaded = True
         self._reader.start(position)
+        self._again.begin()
         for number, destination in enumerate(self._destinations.names(), 1):
             self._destinations.schedule(destination)
             if number % _STEP == 0:

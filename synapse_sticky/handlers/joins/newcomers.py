@@ -80,6 +80,15 @@ class Newcomers:
             push.probe = last
             self._confirmation.begin(push, max(not_before_ms - now_ms, LATER_MS))
 
+    def again(self, destination: str, room_id: str, watch_until_ms: int) -> None:
+        """The destination is pushed all own sticky events of the room once more, also what it has
+        confirmed. As after a join, the next such push has to wait (H3)."""
+        now_ms = self._homeserver.now_ms()
+        _, not_before_ms = self._earlier.begin(destination, room_id, now_ms)
+        push = self.add(destination, room_id, position=0, watch_until_ms=watch_until_ms)
+        push.continue_from(0, None, not_before_ms)
+        self._destinations.update_times(push)
+
     def add(self, destination: str, room_id: str, *, position: int, watch_until_ms: int) -> Push:
         """A push of all own events from the position on (of the sticky events stream). It watches
         for new ones until ``watch_until_ms`` (ms since the epoch), unless it is one too many."""

@@ -118,17 +118,30 @@ class NewcomerTable:
         """
 
         def write_txn(txn: Cursor) -> None:
-            txn.execute_batch(
-                "INSERT INTO synapse_sticky_newcomers"
-                " (destination, room_id, position, watch_until_ms) VALUES (?, ?, 0, ?)"
-                " ON CONFLICT (destination, room_id)"
-                " DO UPDATE SET position = 0, watch_until_ms = EXCLUDED.watch_until_ms",
-                [(*join, watch_until_ms) for join in joins],
-            )
+            _insert_txn(txn, joins, watch_until_ms)
             add_backlog_txn(txn, joins)
             self._write_position_txn(txn, position)
 
         await self._homeserver.transact("record_joins", write_txn)
+
+    async def record_again(
+        self,
+        newcomer: tuple[str, str],
+        watch_until_ms: int,
+        add_backlog_txn: Callable[[Cursor, Sequence[tuple[str, str]]], None],
+    ) -> None:
+        """Stores a server, which is in the room already, as a newcomer that lacks everything.
+
+        Args:
+            newcomer: ``(destination, room_id)``.
+            add_backlog_txn: as for ``record_joins``.
+        """
+
+        def write_txn(txn: Cursor) -> None:
+            _insert_txn(txn, [newcomer], watch_until_ms)
+            add_backlog_txn(txn, [newcomer])
+
+        await self._homeserver.transact("record_again", write_txn)
 
     async def whitelist(self) -> tuple[bool, list[str] | None]:
         """Whether this process has stored a federation whitelist, and the servers that it allowed;
@@ -231,3 +244,13 @@ class NewcomerTable:
                 clear_backlog_txn(txn, newcomer.destination, newcomer.room_id)
 
         await self._homeserver.transact("settle", write_txn)
+
+
+def _insert_txn(txn: Cursor, joins: Sequence[tuple[str, str]], watch_until_ms: int) -> None:
+    txn.execute_batch(
+        "INSERT INTO synapse_sticky_newcomers"
+        " (destination, room_id, position, watch_until_ms) VALUES (?, ?, 0, ?)"
+        " ON CONFLICT (destination, room_id)"
+        " DO UPDATE SET position = 0, watch_until_ms = EXCLUDED.watch_until_ms",
+        [(*join, watch_until_ms) for join in joins],
+    )

@@ -31,7 +31,7 @@ from synapse_sticky.handlers.receipt.staged import (
 )
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.layout import HasLayout, NewerLayoutError, migrate
-from synapse_sticky.limits import LimitReport, Refusal, federation_limiter
+from synapse_sticky.limits import LimitReport, Refusal, federation_limiter, most_deferred
 from synapse_sticky.logs import bounded
 from synapse_sticky.orders import Orders
 from synapse_sticky.renewal import Renewed
@@ -158,7 +158,7 @@ class ReceiptHandler:
         PDUs that are not sticky, or not any more, are not charged.
         """
         origin = transaction.origin
-        if origin in self._orders.exempt_servers or self._is_exempt(origin):
+        if self._is_exempt_server(origin):
             return None
         claims = [_claim(pdu, origin) for pdu in transaction.pdus if self._is_unexpired(pdu)]
         if not claims:
@@ -174,17 +174,20 @@ class ReceiptHandler:
 
     async def _too_many(self, origin: str, claims: list[_Claim]) -> Refusal | None:
         """Are too many events of the origin deferred or staged already?"""
-        # Of a held server any number may wait, for an hour at most.
         is_held = origin in self._orders.held_servers
-        counts_deferred = not is_held and await self._has_deferred_table()
+        counts_deferred = await self._has_deferred_table()
         room_ids = {room_id for room_id, _ in claims if room_id}
 
         def find_txn(txn: Cursor) -> Refusal | None:
-            most = self._config.max_deferred_per_server
+            most = most_deferred(self._config, is_held=is_held)
             most_in_room = self._config.max_staged_per_server_in_room
-            deferred = self._deferred.count_txn(txn, origin, 2 * most) if counts_deferred else 0
+            # Of a held server nothing is released, so it does not matter how many too many wait.
+            count_up_to = most if is_held else 2 * most
+            deferred = self._deferred.count_txn(txn, origin, count_up_to) if counts_deferred else 0
             if deferred >= most:
                 wait_ms = self._until_released_ms(deferred - most + 1)
+                if is_held:
+                    wait_ms = _RETRY_MAX_MS
                 return Refusal("max_deferred_per_server", _retry_after_ms(wait_ms))
             at_most = min(most - deferred, most_in_room) - 1
             if not self._staged.look_txn(txn, origin, at_most):
@@ -254,6 +257,11 @@ class ReceiptHandler:
         if len(self._charged) > _MAX_ORIGINS:
             self._charged.popitem(last=False)
         return None
+
+    def _is_exempt_server(self, origin: str) -> bool:
+        # What waits while a server is held has to have a bound.
+        is_exempt = origin in self._orders.exempt_servers or self._is_exempt(origin)
+        return is_exempt and origin not in self._orders.held_servers
 
     def _exempts(self, user_id: str) -> bool:
         return user_id in self._orders.exempt_users or self._is_exempt_user(user_id)

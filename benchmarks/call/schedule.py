@@ -16,7 +16,7 @@ FLOOD, FLOOD_KEYS = 300, 30
 FLAPS_PER_SECOND = 5
 GATEWAY_KEYS = 20
 _RENEWED_AFTER_S = 60.0
-_CONTROL_EVERY_S = 5.0
+_CONTROL_EVERY_S = 2.0
 
 Step = tuple[float, str]
 """When, and which method of a participant."""
@@ -75,8 +75,12 @@ class Times:
 
     @property
     def end(self) -> float:
-        """Everybody leaves at once."""
+        """The last leave; the others leave one after the other shortly before."""
         return self(0.97)
+
+    @property
+    def last_leaves(self) -> tuple[float, float]:
+        return (self(0.93), self.end)
 
 
 @attr.s(auto_attribs=True, frozen=True)
@@ -157,9 +161,10 @@ def _ordinary(number: int, server: str, times: Times, seed: int) -> Role:
     chance = _chance(seed, name)
     start_s = times.newcomer + 2 if server == C else 0.0
     at_s = start_s + chance.uniform(times(0.01), times(0.06))
+    last_s = chance.uniform(*times.last_leaves)
     steps: list[Step] = []
-    while at_s < times.end - times(0.05):
-        leaves_s = min(at_s + chance.expovariate(1 / times(0.25)) + 1, times.end)
+    while at_s < times(0.92):
+        leaves_s = min(at_s + chance.expovariate(1 / times(0.25)) + 1, last_s)
         steps += _staying(at_s, leaves_s)
         at_s = leaves_s + chance.expovariate(1 / times(0.08)) + 1
     return Role(name, server, steps, name)

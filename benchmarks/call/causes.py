@@ -20,7 +20,7 @@ the one what happens at the other. What is wrong meanwhile is in rows of their o
 PRIORITY = (*APART, *("app restarted", "ban", "crash", "gateway", "flapper", "flood"))
 """Which of several troubles explains a wrong span."""
 SHORT_S = 2.0
-_NEAR_S = 5.0
+_NEAR_S = 2.0
 _LEAST_NEAR = 4
 
 

@@ -178,7 +178,7 @@ class SdkObserver(Observer):
     def __init__(self, party: Party, user: Client, room_id: str) -> None:
         super().__init__(party, user)
         self._room_id = room_id
-        self._app = JsSdk(user, room_id, on_line=self._take_in, contents=True)
+        self._app = JsSdk(user, room_id, on_line=self._take_in, log=False, contents=True)
 
     def open(self) -> None:
         self._opened.append(time.monotonic())

@@ -17,6 +17,8 @@ FLAPS_PER_SECOND = 5
 GATEWAY_KEYS = 20
 _RENEWED_AFTER_S = 60.0
 _CONTROL_EVERY_S = 2.0
+_CONTROL_AT_BURSTS = (4.0, 0.4)
+"""For how long after each burst of the gateway the control changes how often."""
 
 Step = tuple[float, str]
 """When, and which method of a participant."""
@@ -148,11 +150,13 @@ def _chance(seed: int, name: str) -> random.Random:
 
 def _control(name: str, server: str, times: Times, seed: int) -> Role:
     chance = _chance(seed, name)
+    for_s, often_s = _CONTROL_AT_BURSTS
     steps: list[Step] = []
     at_s = times(0.03)
     while at_s < times.end:
         steps.append((at_s, "go" if len(steps) % 2 else "come"))
-        at_s += _CONTROL_EVERY_S * chance.uniform(0.8, 1.2)
+        is_in_burst = any(burst_s < at_s < burst_s + for_s for burst_s in times.gateway)
+        at_s += (often_s if is_in_burst else _CONTROL_EVERY_S) * chance.uniform(0.8, 1.2)
     return Role(name, server, steps, name, is_control=True)
 
 

@@ -24,6 +24,7 @@ class JsSdk:
     Args:
         program: its file's name.
         on_line: is called with each line, in a thread of its own.
+        log: whether the program's log is shown.
         options: the ones that the head of client.mjs and the program's own name.
     """
 
@@ -33,6 +34,7 @@ class JsSdk:
         room_id: str,
         program: str = WATCH,
         on_line: Callable[[Any], object] = lambda line: None,
+        log: bool = True,
         **options: Any,
     ) -> None:
         if (reason := missing()) is not None:
@@ -44,6 +46,7 @@ class JsSdk:
         self._env = {**os.environ, "ACCESS_TOKEN": token}
         self.name = f"{program} of {user.user_id}, {options.get('sync', '/sync')}"
         self._on_line = on_line
+        self._log = None if log else subprocess.DEVNULL
         self.lines: list[dict[str, list[Any]]] = []
         """What it has printed since it was opened."""
 
@@ -52,7 +55,7 @@ class JsSdk:
         self.lines = []
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(
-            self._command, env=self._env, stdin=pipe, stdout=pipe, text=True
+            self._command, env=self._env, stdin=pipe, stdout=pipe, stderr=self._log, text=True
         )
         self._reader = Thread(target=self._read)
         self._reader.start()

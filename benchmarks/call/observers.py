@@ -185,8 +185,9 @@ class SdkObserver(Observer):
         self._app.open()
 
     def close(self) -> None:
-        self._closed.append(time.monotonic())
-        self._app.close()
+        if len(self._closed) < len(self._opened):
+            self._closed.append(time.monotonic())
+            self._app.close()
 
     def _take_in(self, line: Any) -> None:
         self._note(

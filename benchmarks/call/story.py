@@ -152,6 +152,14 @@ class Call:
     def play(self) -> None:
         """The whole call, from its start to some seconds after its end."""
         say(f"  {len(self.participants)} participants, {len(self.observers)} observers", end="")
+        try:
+            self._play()
+        finally:
+            for observer in self.observers:
+                observer.close()
+        say("")
+
+    def _play(self) -> None:
         for observer in self.observers:
             if observer.party.server != C:
                 observer.open()
@@ -164,9 +172,6 @@ class Call:
         time.sleep(SETTLES_S)
         self.end_s = time.monotonic()
         self._count_cpu(1)
-        for observer in self.observers:
-            observer.close()
-        say("")
 
     def _count_cpu(self, sign: int) -> None:
         for name, server in self.servers.items():

@@ -50,6 +50,10 @@ class Observer(ABC):
     def close(self) -> None:
         """Ends it."""
 
+    def watches(self, room_id: str) -> bool:
+        """Does it show who is in the call of this room?"""
+        return True
+
     def _note(self, shown: set[Key]) -> None:
         now_s = time.monotonic()
         for key in shown ^ self._shown:
@@ -188,6 +192,9 @@ class SdkObserver(Observer):
         if len(self._closed) < len(self._opened):
             self._closed.append(time.monotonic())
             self._app.close()
+
+    def watches(self, room_id: str) -> bool:
+        return room_id == self._room_id
 
     def _take_in(self, line: Any) -> None:
         self._note(

@@ -87,6 +87,8 @@ def _machine(call: Call) -> Machine:
         if observer.party.server not in (A, B):
             continue
         for control in call.controls:
+            if not observer.watches(control.party.room):
+                continue
             wrong = _wrong(call, observer, [control])
             found += [
                 delay

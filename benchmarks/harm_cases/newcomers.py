@@ -13,7 +13,7 @@ from tests.integration.rooms import (
     wait_until_all_pushed,
     wait_until_gone,
 )
-from tests.lab import Client, Homeserver, Lab, wait_until
+from tests.lab import Homeserver, Lab, wait_until
 from tests.lab.ledger import questions, times_sent, with_ledger
 
 _PATIENCE_S = 300

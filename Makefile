@@ -23,8 +23,9 @@ RUST_SOURCES := Cargo.toml Cargo.lock $(shell find rust/src -name '*.rs')
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
-demo: $(VENV)/.built ## The main job on three real homeservers, without and with the module
+demo: $(VENV)/.built ## The main job on three real homeservers, without and with the module; then a small call on four, with and without
 	$(BIN)/python -m tests.demo
+	$(BIN)/python -m benchmarks.call --seconds 40 --participants 36 --plain --no-sdk
 
 test: $(VENV)/.built ## The tests: the Rust core, then Python on real homeservers
 	cargo test --quiet
@@ -70,7 +71,7 @@ bench: $(VENV)/.built ## Benchmarks: the Rust core; delivery beside SQL; /sync; 
 	$(BIN)/python -m benchmarks.harm
 	$(BIN)/python -m benchmarks.newcomers --runs 5
 	$(BIN)/python -m benchmarks.newcomers --runs 5 --plain --busy
-	$(BIN)/python -m benchmarks.call --plain
+	$(BIN)/python -m benchmarks.call --check
 	$(BIN)/python -m benchmarks.present
 	$(BIN)/python -m benchmarks.workers
 

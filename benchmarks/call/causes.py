@@ -14,12 +14,13 @@ from benchmarks.call.spans import Change, Span, ghosts, missing
 AFTERWARDS_S = 10.0
 """What goes wrong for so long after a trouble has ended is still due to it."""
 ORDINARY = "ordinary"
-PRIORITY = (
-    *("newcomer", "denied", "absent", "restart", "app restarted"),
-    *("ban", "crash", "gateway", "flapper", "flood"),
-)
-"""Which of several troubles explains a wrong span: those that keep servers apart come first."""
-_NEAR_S = 10.0
+APART = ("newcomer", "denied", "absent", "restart")
+"""Troubles that keep servers apart: until they end, and for ``AFTERWARDS_S`` after, nobody can tell
+the one what happens at the other. What is wrong meanwhile is in rows of their own."""
+PRIORITY = (*APART, *("app restarted", "ban", "crash", "gateway", "flapper", "flood"))
+"""Which of several troubles explains a wrong span."""
+SHORT_S = 2.0
+_NEAR_S = 2.0
 _LEAST_NEAR = 4
 
 
@@ -163,13 +164,38 @@ class Sum:
         return self.ghost_s + self.missing_s
 
     @property
+    def share_short(self) -> float:
+        """How many of the spans are under ``SHORT_S``, from 0 to 1."""
+        return statistics.fmean(s < SHORT_S for s in self.spans) if self.spans else 1.0
+
+    @property
     def longest_s(self) -> float:
         return max(self.spans, default=0.0)
 
 
+def meanwhile(cause: str) -> str:
+    """The row of what is wrong while servers are apart."""
+    return f"{cause}, until {AFTERWARDS_S:g} s after"
+
+
+def by_row(wrong: Wrong, troubles: Sequence[Trouble]) -> list[tuple[str, Wrong]]:
+    """The row that the wrong span belongs to; two if it outlasts what keeps servers apart."""
+    cause = cause_of(wrong, troubles)
+    if cause not in APART:
+        return [(cause, wrong)]
+    end_s = AFTERWARDS_S + max(t.end_s for t in troubles if t.cause == cause and t.explains(wrong))
+    if wrong.end_s <= end_s:
+        return [(meanwhile(cause), wrong)]
+    return [
+        (meanwhile(cause), attr.evolve(wrong, end_s=end_s)),
+        (cause, attr.evolve(wrong, start_s=end_s)),
+    ]
+
+
 def sums(wrong: Iterable[Wrong], troubles: Sequence[Trouble], machine: Machine) -> dict[str, Sum]:
-    """By cause."""
+    """By row."""
     found: dict[str, Sum] = defaultdict(Sum)
     for one in wrong:
-        found[cause_of(one, troubles)].add(machine.rest_of(one), is_ghost=one.is_ghost)
+        for row, part in by_row(one, troubles):
+            found[row].add(machine.rest_of(part), is_ghost=one.is_ghost)
     return dict(found)

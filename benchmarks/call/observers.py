@@ -1,4 +1,4 @@
-"""Clients that sync all the time, keep the map of the call, and note when it changes."""
+"""Clients that keep the map of the call, and note when it changes."""
 
 import threading
 import time
@@ -10,9 +10,10 @@ import requests
 
 from benchmarks.call.causes import Party
 from benchmarks.call.spans import Span, shown_spans
-from benchmarks.call.sticky_map import Key, StickyMap
+from benchmarks.call.sticky_map import KEY_FIELD, Key, StickyMap
 from tests.lab import Client
 from tests.lab.client import SLIDING_EXTENSION, ApiError
+from tests.lab.js_sdk import JsSdk
 from tests.soak.moderation import REDACT_FLAG
 
 _POLL_MS = 2_000
@@ -29,65 +30,32 @@ Told = list[tuple[str, Any]]
 
 
 class Observer(ABC):
-    """One client, in a thread. It may be closed and opened again, and goes on from where it was."""
+    """One client. It may be closed and opened again."""
 
     kind: str
 
     def __init__(self, party: Party, user: Client) -> None:
         self.party = party
         self.user = user
-        self._client = user.again()
-        self._map = StickyMap()
         self._shown: set[Key] = set()
         self._changes: dict[Key, list[tuple[float, bool]]] = {}
         self._opened: list[float] = []
         self._closed: list[float] = []
-        self._ends = threading.Event()
-        self._thread: threading.Thread | None = None
-        self.errors: set[str] = set()
 
     @abstractmethod
-    def _sync(self, client: Client) -> Told:
-        """Syncs once, from where it was.
-
-        Raises:
-            requests.RequestException, ApiError: its server is down or refuses.
-        """
-
     def open(self) -> None:
-        """Begins to sync."""
-        self._ends.clear()
-        self._opened.append(time.monotonic())
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
+        """Begins to watch."""
 
+    @abstractmethod
     def close(self) -> None:
         """Ends it."""
-        if self._thread is not None:
-            self._closed.append(time.monotonic())
-            self._ends.set()
-            self._thread.join(90)
-            self._thread = None
 
-    def _watch(self) -> None:
-        while not self._ends.is_set():
-            try:
-                told = self._sync(self._client)
-            except (requests.RequestException, ApiError) as e:
-                self.errors.add(getattr(e, "errcode", None) or type(e).__name__)
-                self._ends.wait(_PAUSE_S)
-                continue
-            for room_id, event in told:
-                self._take_in(room_id, event)
-            self._note()
+    def watches(self, room_id: str) -> bool:
+        """Does it show who is in the call of this room?"""
+        return True
 
-    def _take_in(self, room_id: str, event: Any) -> None:
-        if event["type"] == "m.room.member" and event["content"].get(REDACT_FLAG):
-            self._map.redact_all(room_id, event["state_key"])
-        self._map.take_in(room_id, event)
-
-    def _note(self) -> None:
-        now_s, shown = time.monotonic(), self._map.shown(int(time.time() * 1000))
+    def _note(self, shown: set[Key]) -> None:
+        now_s = time.monotonic()
         for key in shown ^ self._shown:
             self._changes.setdefault(key, []).append((now_s, key in shown))
         self._shown = shown
@@ -105,7 +73,57 @@ class Observer(ABC):
         return list(zip(self._opened, [*self._closed, end_s], strict=False))
 
 
-class SyncObserver(Observer):
+class PollingObserver(Observer):
+    """It syncs in a thread. Opened again, it goes on from where it was."""
+
+    def __init__(self, party: Party, user: Client) -> None:
+        super().__init__(party, user)
+        self._client = user.again()
+        self._map = StickyMap()
+        self._ends = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.errors: set[str] = set()
+
+    @abstractmethod
+    def _sync(self, client: Client) -> Told:
+        """Syncs once, from where it was.
+
+        Raises:
+            requests.RequestException, ApiError: its server is down or refuses.
+        """
+
+    def open(self) -> None:
+        self._ends.clear()
+        self._opened.append(time.monotonic())
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        if self._thread is not None:
+            self._closed.append(time.monotonic())
+            self._ends.set()
+            self._thread.join(90)
+            self._thread = None
+
+    def _watch(self) -> None:
+        while not self._ends.is_set():
+            try:
+                told = self._sync(self._client)
+            except (requests.RequestException, ApiError) as e:
+                self.errors.add(getattr(e, "errcode", None) or type(e).__name__)
+                self._ends.wait(_PAUSE_S)
+                continue
+            for room_id, event in told:
+                self._take_in(room_id, event)
+            self._note(self._map.shown(int(time.time() * 1000)))
+
+    def _take_in(self, room_id: str, event: Any) -> None:
+        if event["type"] == "m.room.member" and event["content"].get(REDACT_FLAG):
+            self._map.redact_all(room_id, event["state_key"])
+        self._map.take_in(room_id, event)
+
+
+class SyncObserver(PollingObserver):
     """By /sync."""
 
     kind = "/sync"
@@ -122,7 +140,7 @@ class SyncObserver(Observer):
         return told
 
 
-class SlidingObserver(Observer):
+class SlidingObserver(PollingObserver):
     """By sliding sync. Opened again, it is an app that was restarted: a new connection, which goes
     on from the extension's ``since``."""
 
@@ -153,3 +171,36 @@ class SlidingObserver(Observer):
         for room_id, section in extension["rooms"].items():
             told += [(room_id, event) for event in section["events"]]
         return told
+
+
+class SdkObserver(Observer):
+    """matrix-js-sdk, with its own store. As its call sessions do, it leaves out who is not in the
+    room."""
+
+    kind = "matrix-js-sdk"
+
+    def __init__(self, party: Party, user: Client, room_id: str) -> None:
+        super().__init__(party, user)
+        self._room_id = room_id
+        self._app = JsSdk(user, room_id, on_line=self._take_in, log=False, contents=True)
+
+    def open(self) -> None:
+        self._opened.append(time.monotonic())
+        self._app.open()
+
+    def close(self) -> None:
+        if len(self._closed) < len(self._opened):
+            self._closed.append(time.monotonic())
+            self._app.close()
+
+    def watches(self, room_id: str) -> bool:
+        return room_id == self._room_id
+
+    def _take_in(self, line: Any) -> None:
+        self._note(
+            {
+                (self._room_id, event["sender"], event["type"], event["content"][KEY_FIELD])
+                for event in line["events"]
+                if KEY_FIELD in event["content"] and len(event["content"]) > 1
+            }
+        )

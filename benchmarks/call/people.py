@@ -31,6 +31,7 @@ class Participant:
         self._delay_id: str | None = None
         self._delay_ms = 0
         self._due: tuple[float, float] = (0.0, 0.0)
+        self._is_out = False
         self.changes: list[Change] = []
 
     @property
@@ -44,7 +45,8 @@ class Participant:
     def come(self) -> None:
         """Joins the call."""
         asked_s, known_s = self._put({"application": "m.call"})
-        self.changes.append(Change(comes=True, asked_s=asked_s, known_s=known_s))
+        if not self._is_out:
+            self.changes.append(Change(comes=True, asked_s=asked_s, known_s=known_s))
 
     def renew(self) -> None:
         """Says once more that it is there."""
@@ -73,7 +75,9 @@ class Participant:
         self.changes.append(Change(comes=False, asked_s=self._due[0], known_s=self._due[1]))
 
     def gone(self, asked_s: float, known_s: float) -> None:
-        """Somebody else took it out, with this request."""
+        """Somebody else took it out for good, with this request. Its own server may not know that
+        yet."""
+        self._is_out = True
         self.changes.append(Change(comes=False, asked_s=asked_s, known_s=known_s))
 
     def _put(self, content: dict[str, Any]) -> tuple[float, float]:

@@ -16,7 +16,9 @@ FLOOD, FLOOD_KEYS = 300, 30
 FLAPS_PER_SECOND = 5
 GATEWAY_KEYS = 20
 _RENEWED_AFTER_S = 60.0
-_CONTROL_EVERY_S = 5.0
+_CONTROL_EVERY_S = 2.0
+_CONTROL_AT_BURSTS = (4.0, 0.4)
+"""For how long after each burst of the gateway the control changes how often."""
 
 Step = tuple[float, str]
 """When, and which method of a participant."""
@@ -75,8 +77,12 @@ class Times:
 
     @property
     def end(self) -> float:
-        """Everybody leaves at once."""
+        """The last leave; the others leave one after the other shortly before."""
         return self(0.97)
+
+    @property
+    def last_leaves(self) -> tuple[float, float]:
+        return (self(0.93), self.end)
 
 
 @attr.s(auto_attribs=True, frozen=True)
@@ -144,11 +150,13 @@ def _chance(seed: int, name: str) -> random.Random:
 
 def _control(name: str, server: str, times: Times, seed: int) -> Role:
     chance = _chance(seed, name)
+    for_s, often_s = _CONTROL_AT_BURSTS
     steps: list[Step] = []
     at_s = times(0.03)
     while at_s < times.end:
         steps.append((at_s, "go" if len(steps) % 2 else "come"))
-        at_s += _CONTROL_EVERY_S * chance.uniform(0.8, 1.2)
+        is_in_burst = any(burst_s < at_s < burst_s + for_s for burst_s in times.gateway)
+        at_s += (often_s if is_in_burst else _CONTROL_EVERY_S) * chance.uniform(0.8, 1.2)
     return Role(name, server, steps, name, is_control=True)
 
 
@@ -157,9 +165,10 @@ def _ordinary(number: int, server: str, times: Times, seed: int) -> Role:
     chance = _chance(seed, name)
     start_s = times.newcomer + 2 if server == C else 0.0
     at_s = start_s + chance.uniform(times(0.01), times(0.06))
+    last_s = chance.uniform(*times.last_leaves)
     steps: list[Step] = []
-    while at_s < times.end - times(0.05):
-        leaves_s = min(at_s + chance.expovariate(1 / times(0.25)) + 1, times.end)
+    while at_s < times(0.92):
+        leaves_s = min(at_s + chance.expovariate(1 / times(0.25)) + 1, last_s)
         steps += _staying(at_s, leaves_s)
         at_s = leaves_s + chance.expovariate(1 / times(0.08)) + 1
     return Role(name, server, steps, name)

@@ -11,7 +11,7 @@ from urllib.parse import quote
 import requests
 
 from benchmarks.call.causes import Party, Trouble
-from benchmarks.call.observers import Observer, SlidingObserver, SyncObserver
+from benchmarks.call.observers import Observer, SdkObserver, SlidingObserver, SyncObserver
 from benchmarks.call.people import Participant
 from benchmarks.call.schedule import (
     DELAY_MS,
@@ -41,6 +41,7 @@ class Call:
 
     Args:
         observers: of each kind, at each server.
+        sdk: whether one more of each is matrix-js-sdk, in Node.
         plain: without the module.
         exempt: whether the gateway's account is in ``exempt_users``.
     """
@@ -53,6 +54,7 @@ class Call:
         *,
         participants: int,
         observers: int,
+        sdk: bool,
         plain: bool,
         exempt: bool,
     ) -> None:
@@ -66,12 +68,18 @@ class Call:
         self.servers = self._start(lab, plain=plain, exempt=exempt)
         self._set_up_rooms()
         self._set_up_people()
-        self.observers = [
-            self._observer(server, kind, number)
+        self.observers: list[Observer] = [
+            kind(*self._observing(server, kind.kind, number))
             for server in (A, B, C)
             for kind in (SyncObserver, SlidingObserver)
             for number in range(observers)
         ]
+        if sdk:
+            self.observers += [
+                SdkObserver(*self._observing(server, SdkObserver.kind, number), self.room)
+                for server in (A, B, C)
+                for number in range(observers)
+            ]
 
     # Set-up
 
@@ -132,20 +140,26 @@ class Call:
         do: Callable[[], object] = getattr(participant, step)
         return do
 
-    def _observer(
-        self, server: str, kind: type[SyncObserver | SlidingObserver], number: int
-    ) -> Observer:
+    def _observing(self, server: str, kind: str, number: int) -> tuple[Party, Client]:
         user = self.servers[server].user("observer")
         if server != C:
             for room in (self.room, self.quiet_room):
                 user.join(room, self.servers[A].name)
-        return kind(Party(f"{server}, {kind.kind} {number + 1}", server), user)
+        return Party(f"{server}, {kind} {number + 1}", server), user
 
     # The call
 
     def play(self) -> None:
         """The whole call, from its start to some seconds after its end."""
         say(f"  {len(self.participants)} participants, {len(self.observers)} observers", end="")
+        try:
+            self._play()
+        finally:
+            for observer in self.observers:
+                observer.close()
+        say("")
+
+    def _play(self) -> None:
         for observer in self.observers:
             if observer.party.server != C:
                 observer.open()
@@ -158,9 +172,6 @@ class Call:
         time.sleep(SETTLES_S)
         self.end_s = time.monotonic()
         self._count_cpu(1)
-        for observer in self.observers:
-            observer.close()
-        say("")
 
     def _count_cpu(self, sign: int) -> None:
         for name, server in self.servers.items():

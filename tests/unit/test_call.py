@@ -3,6 +3,7 @@
 import random
 from typing import Any
 
+import attr
 import pytest
 
 from benchmarks.call.causes import (
@@ -12,14 +13,17 @@ from benchmarks.call.causes import (
     Delay,
     Machine,
     Party,
+    Sum,
     Trouble,
     Wrong,
+    by_row,
     cause_of,
     delays,
+    meanwhile,
     sums,
     wrong_spans,
 )
-from benchmarks.call.report import steps
+from benchmarks.call.report import Result, missed_goals, steps
 from benchmarks.call.schedule import AWAY_S, GATEWAY_KEYS, by_account, roles
 from benchmarks.call.spans import (
     Change,
@@ -197,8 +201,10 @@ def test_each_wrong_second_is_counted_once(seed: int) -> None:
     surely, maybe = naive_truth(changes)
     assert sum(s.ghost_s for s in by_cause.values()) == len(ticks(shown) - maybe)
     assert sum(s.missing_s for s in by_cause.values()) == len((surely - ticks(shown)) & in_time)
-    for cause, one in by_cause.items():
-        if cause != ORDINARY:
+    causes = {row: cause for cause in PRIORITY for row in (cause, meanwhile(cause))}
+    for row, one in by_cause.items():
+        if row != ORDINARY:
+            cause = causes[row]
             spans = [
                 w
                 for w in found
@@ -219,6 +225,18 @@ def test_the_trouble_that_keeps_servers_apart_explains_more_than_others() -> Non
     of_another = Trouble("absent", 0, 10, lambda o, p: o.server == "C")
     assert cause_of(wrong(1, 2), [of_another]) == ORDINARY
     assert cause_of(wrong(1, 2, Party("observer", "C")), [of_another]) == "absent"
+
+
+def test_what_is_wrong_while_servers_are_apart_has_a_row_of_its_own() -> None:
+    troubles = [Trouble(cause, 0, 10, lambda o, p: True) for cause in ("denied", "flood")]
+    end_s = 10 + AFTERWARDS_S
+    assert by_row(wrong(1, 12), troubles) == [(meanwhile("denied"), wrong(1, 12))]
+    assert by_row(wrong(1, end_s), troubles) == [(meanwhile("denied"), wrong(1, end_s))]
+    assert by_row(wrong(1, end_s + 3), troubles) == [
+        (meanwhile("denied"), wrong(1, end_s)),
+        ("denied", wrong(end_s, end_s + 3)),
+    ]
+    assert by_row(wrong(1, end_s + 3), troubles[1:]) == [("flood", wrong(1, end_s + 3))]
 
 
 def test_what_the_machine_costs_is_taken_off_each_span() -> None:
@@ -256,3 +274,24 @@ def test_the_seed_says_what_happens() -> None:
             assert "come" not in moves[1::2]
             assert role.steps == sorted(role.steps, key=lambda step: step[0])
     assert AWAY_S == 60
+
+
+def result(**by_row: Sum) -> Result:
+    nothing = {"wrong": [], "raw_ghost_s": 0.0, "raw_missing_s": 0.0, "seconds": 1.0, "truth": []}
+    rows = {row.replace("_", " "): one for row, one in by_row.items()}
+    return Result(by_cause=rows, machine_s={}, cpu_s={}, seen={}, **nothing)
+
+
+def test_a_goal_that_is_missed_is_named() -> None:
+    plain = result(newcomer=Sum(500, 500, [500, 500]), flood=Sum(1, 0, [1]))
+    assert missed_goals(result(flood=Sum(5, 0.9, [0.01] * 99 + [4.9])), plain) == []
+    apart = {meanwhile("absent"): Sum(900, 0, [900])}
+    assert missed_goals(attr.evolve(result(), by_cause=apart), plain) == []
+    assert missed_goals(result(flood=Sum(7, 0)), plain) == ["flood: 7.0 s, plain Synapse 1.0 s"]
+    (too_much,) = missed_goals(result(newcomer=Sum(11, 10)), plain)
+    assert too_much.startswith("21.0 ghost and missing seconds are more than 2%")
+    few_short = missed_goals(result(flood=Sum(0, 0, [0.1] * 98 + [3, 5.1])), plain)
+    assert few_short == [
+        "only 98.0% of the spans are under 2 s",
+        "the longest span is 5.1 s, above 5 s",
+    ]

@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+from collections.abc import Callable
 from threading import Thread
 from typing import Any
 
@@ -22,10 +23,20 @@ class JsSdk:
 
     Args:
         program: its file's name.
+        on_line: is called with each line, in a thread of its own.
+        log: whether the program's log is shown.
         options: the ones that the head of client.mjs and the program's own name.
     """
 
-    def __init__(self, user: Client, room_id: str, program: str = WATCH, **options: Any) -> None:
+    def __init__(
+        self,
+        user: Client,
+        room_id: str,
+        program: str = WATCH,
+        on_line: Callable[[Any], object] = lambda line: None,
+        log: bool = True,
+        **options: Any,
+    ) -> None:
         if (reason := missing()) is not None:
             pytest.skip(f"matrix-js-sdk is not to be had: {reason}")
         token, device_id = _log_in(user)
@@ -34,7 +45,9 @@ class JsSdk:
         self._command = [tool("node") or "", str(FOLDER / program), said]
         self._env = {**os.environ, "ACCESS_TOKEN": token}
         self.name = f"{program} of {user.user_id}, {options.get('sync', '/sync')}"
-        self.lines: list[dict[str, list[str]]] = []
+        self._on_line = on_line
+        self._log = None if log else subprocess.DEVNULL
+        self.lines: list[dict[str, list[Any]]] = []
         """What it has printed since it was opened."""
 
     def open(self) -> None:
@@ -42,7 +55,7 @@ class JsSdk:
         self.lines = []
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(
-            self._command, env=self._env, stdin=pipe, stdout=pipe, text=True
+            self._command, env=self._env, stdin=pipe, stdout=pipe, stderr=self._log, text=True
         )
         self._reader = Thread(target=self._read)
         self._reader.start()
@@ -66,6 +79,7 @@ class JsSdk:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             self.lines.append(json.loads(line))
+            self._on_line(self.lines[-1])
 
     def _last(self, what: str) -> list[str] | None:
         assert self._process.poll() is None, f"{self.name} has ended"

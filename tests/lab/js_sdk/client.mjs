@@ -3,17 +3,18 @@
 //     node PROGRAM.mjs '{"baseUrl": ..., "userId": ..., "deviceId": ..., "roomId": ...}' < pipe
 //
 // The access token is in ACCESS_TOKEN. The program ends when its standard input does. With `"sync": "sliding"` it uses
-// sliding sync and not /sync. With `"saved": PATH`, /sync goes on from where an earlier client with that file was.
+// sliding sync and not /sync. With `"saved": PATH`, /sync goes on from where an earlier client with that file was. With
+// `"contents": true` a line also has, as `events`, what those in the room say in their sticky events.
 
 import { existsSync, readFileSync, writeFileSync } from "node:fs";
 import {
-    ClientEvent, MemoryStore, RoomStickyEventsEvent, SyncAccumulator, SyncState, createClient,
+    ClientEvent, MemoryStore, RoomStateEvent, RoomStickyEventsEvent, SyncAccumulator, SyncState, createClient,
 } from "matrix-js-sdk";
 import { MatrixRTCSessionEvent } from "matrix-js-sdk/lib/matrixrtc/index.js";
 import { SlidingSync } from "matrix-js-sdk/lib/sliding-sync.js";
 
 export const options = JSON.parse(process.argv[2]);
-const { baseUrl, userId, deviceId, roomId, sync, saved } = options;
+const { baseUrl, userId, deviceId, roomId, sync, saved, contents } = options;
 
 // Node 22 has it. What else the sdk uses here, Node 20 has, too.
 Promise.withResolvers ??= () => {
@@ -59,9 +60,17 @@ class FileStore extends MemoryStore {
 // What the sdk's own store of sticky events has, which of that it knows from the timeline as well, and the members of
 // the call that the sdk makes of it.
 function print(room, session) {
-    const sticky = [...room._unstable_getStickyEvents()].map((event) => event.getId());
+    const events = [...room._unstable_getStickyEvents()];
+    const sticky = events.map((event) => event.getId());
     const in_timeline = sticky.filter((id) => room.findEventById(id) !== undefined);
-    const line = JSON.stringify({ sticky, in_timeline, call: session.memberships.map((member) => member.userId) });
+    const said = { sticky, in_timeline, call: session.memberships.map((member) => member.userId) };
+    if (contents) {
+        const joined = events.filter((event) => room.getMember(event.getSender())?.membership === "join");
+        said.events = joined.map((event) => ({
+            sender: event.getSender(), type: event.getType(), content: event.getContent(),
+        }));
+    }
+    const line = JSON.stringify(said);
     process.stdout.write(`${line}\n`);
     console.error(line); // in the log as well
 }
@@ -70,6 +79,9 @@ async function watch(client, room) {
     const session = client.matrixRTC.getRoomSession(room);
     room.on(RoomStickyEventsEvent.Update, () => print(room, session));
     session.on(MatrixRTCSessionEvent.MembershipsChanged, () => print(room, session));
+    if (contents) {
+        room.on(RoomStateEvent.Members, () => print(room, session));
+    }
     await session.ensureRecalculateSessionMembers();
     print(room, session);
 }

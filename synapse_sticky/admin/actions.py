@@ -166,16 +166,6 @@ class Actions:
             now_ms + _for_ms(kind, body.get("for_ms")),
         )
 
-    def _check_exempt(self, given: dict[str, str]) -> None:
-        if len(given) != 1 or "room_id" in given:
-            raise wrong("'exempt' needs either 'server' or 'sender', and no other")
-        server = given.get("server") or given["sender"].partition(":")[2]
-        if server == self._homeserver.server_name:
-            raise wrong(
-                "This server's own users are limited by local.per_user. Name them in"
-                " local.exempt_users, or override their rate limits by Synapse's Admin API"
-            )
-
     def _check_hold(self, given: dict[str, str]) -> None:
         if given.keys() != {"server"}:
             raise wrong("'hold' needs 'server', and no other")
@@ -195,7 +185,10 @@ class Actions:
             raise wrong(f"There is no limit to be exempt from, as federation.mode is {mode!r}")
         server = given.get("server") or given["sender"].partition(":")[2]
         if server == self._homeserver.server_name:
-            raise wrong("No limit of 'federation' applies to this server's own users")
+            raise wrong(
+                "This server's own users are limited by local.per_user. Name them in"
+                " local.exempt_users, or override their rate limits by Synapse's Admin API"
+            )
 
     async def _check_push(self, room_id: str, server: str) -> None:
         here = self._homeserver.server_name

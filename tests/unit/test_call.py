@@ -277,9 +277,7 @@ def test_the_seed_says_what_happens() -> None:
 
 
 def result(**by_row: Sum) -> Result:
-    nothing = {"wrong": [], "raw_ghost_s": 0.0, "raw_missing_s": 0.0, "seconds": 1.0, "truth": []}
-    rows = {row.replace("_", " "): one for row, one in by_row.items()}
-    return Result(by_cause=rows, machine_s={}, cpu_s={}, seen={}, **nothing)
+    return Result(by_row, [], 0.0, 0.0, {}, {}, 1.0, {}, [])
 
 
 def test_a_goal_that_is_missed_is_named() -> None:

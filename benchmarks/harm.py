@@ -1,14 +1,16 @@
 """What the module costs others when much goes wrong, or when somebody makes it so (H1 to H4).
 
-``python -m benchmarks.harm --runs 3 --cases questions --plot harm.svg``
+``python -m benchmarks.harm --runs 3 --cases questions --keep harm.json --plot harm.svg``
 
 A case is added as a module in ``benchmarks/harm_cases`` with a tuple ``CASES``. Each is measured at
 a size and at four times that size; for a plot, at twice that size as well. The table has the
-figures of the larger size, and by how much they grew.
+figures of the larger size, and by how much they grew. All cases take 40 minutes. With ``--keep``
+some can be measured anew, and the table and the plot have the others as they were found before.
 """
 
 import argparse
 import importlib
+import json
 import pkgutil
 import statistics
 import sys
@@ -129,6 +131,27 @@ def measure(case: Case, runs: int, sizes: Sequence[int] = _SIZES) -> list[Row]:
     ]
 
 
+def keep(path: Path, rows: Sequence[Row]) -> list[Row]:
+    """Keeps these in a JSON file, in place of those of the same cases.
+
+    Gives all that the file has now of today's cases, in their order.
+    """
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    if path.exists():
+        found = json.loads(path.read_text())
+    for case in {row.case for row in rows}:
+        found[case] = {}
+    for row in rows:
+        found[row.case][row.figure] = {str(size): figure for size, figure in row.found.items()}
+    path.write_text(json.dumps(found, indent=1))
+    return [
+        Row(case.name, name, goal, {int(size): figure for size, figure in of_figure.items()})
+        for case in cases()
+        for name, goal in case.goals.items()
+        if (of_figure := found.get(case.name, {}).get(name)) is not None
+    ]
+
+
 def table(rows: list[list[str]]) -> str:
     """In Markdown."""
     lines = [HEADINGS, ["---"] * len(HEADINGS), *rows]
@@ -166,6 +189,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--cases", default="", help="those with this in their name only")
+    parser.add_argument("--keep", type=Path, help="a JSON file with the figures found before")
     parser.add_argument("--plot", type=Path, help="an SVG file to draw (needs matplotlib)")
     args = parser.parse_args()
     sizes = _SIZES_IN_PLOT if args.plot else _SIZES
@@ -175,6 +199,8 @@ def main() -> None:
         if args.cases.lower() in case.name.lower()
         for row in measure(case, args.runs, sizes)
     ]
+    if args.keep:
+        rows = keep(args.keep, rows)
     say(table([row.cells() for row in rows]))
     if args.plot:
         draw(rows, args.plot)

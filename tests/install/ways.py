@@ -13,7 +13,7 @@ from tests.wheels.prove import interpreters
 
 _VENV = "/opt/venvs/matrix-synapse"
 _SYSTEM = "/usr/bin/python3"
-LACKS_SYNAPSE = "No module named 'synapse'"
+LACKS_SYNAPSE = "(ModuleNotFoundError: No module named 'synapse')"
 """How Synapse ends where the environment finds nothing of it; docs/install.md says it."""
 # A Debian keeps pip from its own Python; the image's Python is not Debian's.
 _MARKER = "usr/lib/python3*/EXTERNALLY-MANAGED"

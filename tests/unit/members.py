@@ -1,6 +1,7 @@
 """A homeserver in this process whose database has rooms of any size."""
 
 import sqlite3
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -259,7 +260,9 @@ class World:
 
 
 def _limit_arguments(connection: Any) -> None:
-    """As SQLite is by default. Some distributions allow more."""
+    """As SQLite is by default. Some distributions allow more; Python 3.10 cannot limit it."""
+    if sys.version_info < (3, 11):
+        return
     connection.conn.setlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER, MOST_ARGUMENTS)
 
 

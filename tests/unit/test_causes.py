@@ -39,7 +39,7 @@ def of_postgres(sqlstate: str | None) -> Exception:
 
 def of_sqlite(name: str) -> Exception:
     error = sqlite3.OperationalError("the text")
-    error.sqlite_errorname = name
+    setattr(error, "sqlite_errorname", name)  # noqa: B010  Python 3.10 has no such attribute
     return error
 
 

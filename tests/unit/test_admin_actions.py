@@ -331,5 +331,5 @@ def test_without_limits_nobody_is_exempt(table: Table, mode: str, of: dict[str, 
 def test_own_users_have_no_limit_of_other_servers(table: Table, of: dict[str, str]) -> None:
     actions = table.actions()
     request = Request("POST", ["actions"], {}, {"kind": "exempt", **of}, ADMIN)
-    with pytest.raises(SynapseError, match="this server's own users"):
+    with pytest.raises(SynapseError, match="This server's own users"):
         table.world.drive(actions.post(request))

@@ -303,8 +303,8 @@ def test_what_a_plain_newcomer_prunes_is_sent_again(servers: Servers) -> None:
 @pytest.mark.one_process
 @pytest.mark.requirement("P7", "H1")
 def test_a_404_that_cannot_be_parsed(servers: Servers, peer: Peer) -> None:
-    """Who joins again, and names nothing of what it had, is asked for one event; that it lacks it is
-    not what this says."""
+    """Who joins again, and names nothing of what it had, is asked for one event; that it lacks it
+    is not what this says."""
     (server,) = servers(SENDER)
     alice, eve = server.user(), peer.user("eve")
     room_id = alice.create_room()

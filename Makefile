@@ -23,9 +23,8 @@ RUST_SOURCES := Cargo.toml Cargo.lock $(shell find rust/src -name '*.rs')
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
-demo: $(VENV)/.built ## The main job on three real homeservers, without and with the module; then a small call on four, with and without
+demo: $(VENV)/.built ## The main job on three real homeservers, without and with the module
 	$(BIN)/python -m tests.demo
-	$(BIN)/python -m benchmarks.call --seconds 40 --participants 36 --plain --no-sdk
 
 test: $(VENV)/.built ## The tests: the Rust core, then Python on real homeservers
 	cargo test --quiet

@@ -25,12 +25,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     made.close()
 
 
-@pytest.fixture
-def process(world: World) -> Iterator[ThisProcess]:
-    with world.process() as process:
-        yield process
-
-
 def pdu(sender: str, depth: int) -> dict[str, Any]:
     return {
         "type": "m.room.message",

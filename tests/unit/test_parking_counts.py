@@ -22,7 +22,7 @@ from tests.unit.staging import CountingStore, prepared
 from tests.unit.test_causes import of_postgres
 from tests.unit.test_limits_in_synapse import done
 from tests.unit.test_parking import ROOM, handler_of, park, parked
-from tests.unit.test_parking_failures import _Waiting, loaded
+from tests.unit.test_parking_failures import Waiting, loaded
 
 pytestmark = pytest.mark.requirement("E3")
 
@@ -38,7 +38,7 @@ def dropped(reason: str, server_name: str = "here") -> float:
 
 @pytest.fixture
 def homeserver() -> Any:
-    return _Waiting()
+    return Waiting()
 
 
 @pytest.fixture

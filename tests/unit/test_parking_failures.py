@@ -191,7 +191,7 @@ def test_what_comes_after_a_refused_event_does_not_fail_with_it() -> None:
 # What becomes of it.
 
 
-class _Waiting(_Homeserver):
+class Waiting(_Homeserver):
     """Its database can be away. What is to be done later is done when it is told."""
 
     def __init__(self) -> None:
@@ -228,7 +228,7 @@ class _Waiting(_Homeserver):
 
 @pytest.fixture
 def homeserver() -> Any:
-    return _Waiting()
+    return Waiting()
 
 
 @pytest.fixture

@@ -7,21 +7,19 @@ since. Of the processes that send to other servers, the one that sends to this s
 from collections.abc import Awaitable, Callable
 
 from synapse_sticky._core import MAX_STICKY_DURATION_MS
+from synapse_sticky.apart import each
 from synapse_sticky.backoff import Backoff, Retrying
 from synapse_sticky.handlers.joins.destinations import Destinations
 from synapse_sticky.handlers.joins.federation import Federation
 from synapse_sticky.handlers.joins.newcomers import Newcomers
 from synapse_sticky.handlers.joins.tables import NewcomerTable
 from synapse_sticky.homeserver import Homeserver
-from synapse_sticky.homeserver.causes import is_outage
 from synapse_sticky.logs import bounded
 from synapse_sticky.orders import Orders, PushAgain
 
 logger = bounded(__name__)
 
 _BACKOFF = Backoff(1_000, 60_000)
-_STEP = 20
-"""So many pushes begin before others have their turn (H3)."""
 
 
 class PushesAgain:
@@ -67,19 +65,7 @@ class PushesAgain:
 
     async def _follow(self) -> None:
         mine = [order for order in self._orders.pushes if self._federation.handles(order.server)]
-        problem: Exception | None = None
-        for number, order in enumerate(mine, 1):
-            try:
-                await self._do(order)
-            except Exception as e:
-                # The others have their turn all the same.
-                if is_outage(e):
-                    raise
-                problem = e
-            if number % _STEP == 0:
-                await self._homeserver.give_way()
-        if problem is not None:
-            raise problem
+        await each(dict.fromkeys(mine), self._do)
 
     async def _do(self, order: PushAgain) -> None:
         if order.id not in self._begun:

@@ -43,6 +43,7 @@ from synapse_sticky.orders import Orders
 
 if TYPE_CHECKING:
     from synapse_sticky.handlers.staging.pruning.synapse import SynapsePruning
+    from synapse_sticky.handlers.staging.turns.synapse import SynapseTurns
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ class Installer:
         self._made_follower: IndexFollower | None = None
         self._unignored: Unignored | None = None
         self._pruning: SynapsePruning | None = None
+        self._turns: SynapseTurns | None = None
 
     def install(self, duty: str, part: str) -> list[str]:
         """Installs a part of a duty; or leaves no trace of that, and says why."""
@@ -195,7 +197,8 @@ class Installer:
         from synapse_sticky.handlers.staging.turns.synapse import SynapseTurns
 
         homeserver, held = self._homeserver, self._held
-        turns = TurnsHandler(homeserver, SynapseTurns(homeserver, held), held)
+        self._turns = SynapseTurns(homeserver, held)
+        turns = TurnsHandler(homeserver, self._turns, held)
         turns.install()
         if self._pruning is not None:
             self._pruning.prune_by(turns.take_prunable)
@@ -224,7 +227,10 @@ class Installer:
         # After parking, and so around it: parking knows by then when a PDU was received.
         homeserver, received = self._homeserver, self._received
         parts = (SynapseReceiving(homeserver, received), received, self._parked)
-        ReceivedHandler(homeserver, *parts).install()
+        handler = ReceivedHandler(homeserver, *parts)
+        handler.install()
+        if self._turns is not None:
+            self._turns.tell_chosen(handler.note_chosen_txn)
 
     def _install_parking_first_joins(self) -> None:
         from synapse_sticky.handlers.staging.first_joins.synapse import FirstJoins

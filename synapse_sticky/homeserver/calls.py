@@ -7,6 +7,7 @@ from typing import Any
 
 _BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _NAMELESS = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
+_REST = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def in_place_of(
@@ -21,6 +22,7 @@ def in_place_of(
 
     Args:
         original: takes no argument by position only.
+        replacement: names each argument that it looks at, and may pass on all others.
     """
     signature = inspect.signature(original)
     parameters = signature.parameters.values()
@@ -87,13 +89,24 @@ def in_place_of(
 
 
 def _takes_the_same(own: list[inspect.Parameter], others: list[inspect.Parameter]) -> bool:
-    """May the first be called in each way that the others may, to the same effect? It may take more
-    by name."""
-    if own and own[-1].kind is inspect.Parameter.VAR_KEYWORD:
-        own = own[:-1]
-    return [(p.name, p.kind, p.default) for p in own] == [
-        (p.name, p.kind, p.default) for p in others
-    ]
+    """May the first be called in each way that the others may, to the same effect? It may take
+    more. It may also name the first arguments only, if it passes on all others as they come."""
+    named = [_key(parameter) for parameter in own if parameter.kind not in _REST]
+    expected = [_key(parameter) for parameter in others]
+    if named == expected:
+        return True
+    passes_on = tuple(parameter.kind for parameter in own if parameter.kind in _REST) == _REST
+    return (
+        passes_on
+        and named
+        == [key for key, other in zip(expected, others, strict=True) if other.kind in _BY_POSITION][
+            : len(named)
+        ]
+    )
+
+
+def _key(parameter: inspect.Parameter) -> tuple[str, Any, Any]:
+    return parameter.name, parameter.kind, parameter.default
 
 
 def _is_left(parameter: inspect.Parameter) -> bool:

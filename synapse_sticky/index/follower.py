@@ -67,6 +67,8 @@ class IndexFollower:
         self._has_failed = False
         self._noted: NotedRows[StickyRow] = NotedRows()
         self._is_started = False
+        # The positions up to which an index was found to have taken in all, and which one it was.
+        self._had_all: tuple[StickyIndex | None, Mapping[str, int]] = None, {}
 
     @property
     def index(self) -> StickyIndex:
@@ -151,7 +153,17 @@ class IndexFollower:
         return found
 
     def _is_true_up_to(self, positions: Mapping[str, int]) -> bool:
-        return self.is_whole and self.index.in_step(positions)
+        return self.is_whole and self._has_all(positions)
+
+    def _has_all(self, positions: Mapping[str, int]) -> bool:
+        # Most often nothing has changed since somebody asked.
+        index = self.index
+        if self._had_all[0] is index and self._had_all[1] == positions:
+            return True
+        if not index.in_step(positions):
+            return False
+        self._had_all = index, positions
+        return True
 
     async def rows_of(self, event_ids: Collection[str]) -> dict[str, StickyRow]:
         """The deliverable rows of these events by event ID, from the database if need be."""
@@ -178,7 +190,7 @@ class IndexFollower:
             or self._changed
             or self._rereads
             or self._doubts
-            or not self.index.in_step(self.stream.positions())
+            or not self._has_all(self.stream.positions())
         ) and not self._take_in_noted():
             self._following.wake()
 

@@ -36,7 +36,8 @@ class NotedRows(dict[int, RowT]):
 
     def forget_if_noted(self, event_id: str) -> None:
         """The event has changed: what is noted has to be read."""
-        if any(row.event_id == event_id for row in self.values()):
+        # Each event comes by here, and most often nothing is noted.
+        if self and any(row.event_id == event_id for row in self.values()):
             self.clear()
 
     def all_between(self, after: int, up_to: int) -> list[RowT] | None:

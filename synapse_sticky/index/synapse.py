@@ -16,12 +16,15 @@ from synapse_sticky.homeserver.retention import Retention
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, method, table
 from synapse_sticky.homeserver.sticky_rows import stream_ids_txn
 from synapse_sticky.homeserver.whole import still_whole
+from synapse_sticky.index.dropped import Then, then_of_event, then_of_room
 from synapse_sticky.index.key import MOST_READ_BYTES, read_json
 from synapse_sticky.index.redactions.synapse import UserRedactions
 from synapse_sticky.index.stream import StickyRow
 from synapse_sticky.logs import bounded
 
 logger = bounded(__name__)
+
+_IDS = "synapse.storage.util.id_generators.MultiWriterIdGenerator"
 
 SEAMS = {
     "rows": (
@@ -48,11 +51,9 @@ SEAMS = {
     "stream": (
         Attribute("synapse.config.workers.WorkerConfig", "writers"),
         Attribute("synapse.config.workers.WriterLocations", "events"),
-        method(STORE, "get_sticky_events_stream_token() -> MultiWriterStreamToken"),
-        method(
-            "synapse.types.MultiWriterStreamToken",
-            "get_stream_pos_for_instance(instance_name, /) -> int",
-        ),
+        method(STORE, "get_sticky_events_stream_id_generator() -> MultiWriterIdGenerator"),
+        method(_IDS, "get_current_token() -> int"),
+        method(_IDS, "get_positions() -> dict"),
         method(HOMESERVER, "get_notifier() -> Notifier"),
         method("synapse.notifier.Notifier", "add_replication_callback(cb, /)"),
     ),
@@ -107,8 +108,10 @@ class SynapseStickyStream:
         return found
 
     def positions(self) -> dict[str, int]:
-        token = self._store.get_sticky_events_stream_token()
-        return {writer: token.get_stream_pos_for_instance(writer) for writer in self.writers}
+        # As a token says it, which takes longer to make; and each event comes by here.
+        ids = self._store.get_sticky_events_stream_id_generator()
+        up_to, found = ids.get_current_token(), ids.get_positions()
+        return {writer: max(found.get(writer, up_to), up_to) for writer in self.writers}
 
     async def rows(self, *, after: int, up_to: int, limit: int) -> list[StickyRow]:
         return await self._rows(
@@ -267,7 +270,7 @@ class SynapseStickyStream:
             self._homeserver.replace(
                 self._store, "_invalidate_caches_for_event", self._noting_persisted_event
             )
-        self._after("_invalidate_local_get_event_cache", changed)
+        self._after("_invalidate_local_get_event_cache", changed, then_of_event)
 
     def _noting_new_rows(self, original: Callable[..., None]) -> Callable[..., None]:
         from synapse_sticky.homeserver.stream import NAME
@@ -296,7 +299,7 @@ class SynapseStickyStream:
     def on_room_purged(self, callback: Callable[[str], None]) -> None:
         # Not the store's function by which it drops a room's events from its cache: a ban that
         # redacts calls that one, too, and concerns one user only.
-        self._after("_invalidate_caches_for_room_events", callback)
+        self._after("_invalidate_caches_for_room_events", callback, then_of_room)
 
     def on_retention_changed(self, callback: Callable[[str], None]) -> None:
         self._retention.on_changed(callback)
@@ -314,27 +317,9 @@ class SynapseStickyStream:
     def on_user_redacted(self, callback: Callable[[str, str], None]) -> None:
         self._user_redactions.on_redacted(callback)
 
-    def _after(self, name: str, callback: Callable[[str], None]) -> None:
+    def _after(self, name: str, callback: Callable[[str], None], then: Then) -> None:
         """Calls back with what the store's method of this name was called with."""
         listeners = self._listeners.setdefault(name, [])
         listeners.append(callback)
         if len(listeners) == 1:
-            self._homeserver.replace(self._store, name, lambda original: _then(original, listeners))
-
-
-def _then(
-    original: Callable[..., None], listeners: Sequence[Callable[[str], None]]
-) -> Callable[..., None]:
-    def invalidate(changed: Any, *args: Any, **options: Any) -> None:
-        original(changed, *args, **options)
-        # What an event says that it redacts is anything at all; and what comes after this must
-        # come, whatever fails here.
-        if not isinstance(changed, str) or "\0" in changed:
-            return
-        for listener in listeners:
-            try:
-                listener(changed)
-            except Exception:
-                logger.exception("Could not note that %r changed", changed)
-
-    return invalidate
+            self._homeserver.replace(self._store, name, lambda original: then(original, listeners))

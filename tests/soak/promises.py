@@ -11,6 +11,17 @@ from tests.soak.strangers import Newcomer
 
 _REST_S = 600
 
+_MOST_TOLD = 5
+_PLACES = (
+    *("events", "sticky_events", "federation_inbound_events_staging"),
+    *("synapse_sticky_deferred", "synapse_sticky_incomplete", "event_forward_extremities"),
+)
+_AS_IT_IS = """
+    SELECT e.outlier, e.rejection_reason, ej.internal_metadata, e.received_ts, e.origin_server_ts
+    FROM events AS e INNER JOIN event_json AS ej ON ej.event_id = e.event_id WHERE e.event_id = ?
+"""
+_NAMES = ("outlier", "rejected", "metadata", "received", "sent")
+
 
 class BrokenError(AssertionError):
     """An invariant does not hold."""
@@ -122,9 +133,26 @@ class Promises:
             by = Counter(
                 s.member.client.user_id for s in self._expected(room) if s.event_id in last
             )
+            where = {event_id: self._places_of(event_id) for event_id in sorted(last)[:_MOST_TOLD]}
             raise BrokenError(
-                f"{server.name} lacks {len(last)} events of {self._soak.rooms[room]}: {by}, {last}"
+                f"{server.name} lacks {len(last)} events of {self._soak.rooms[room]}: {by}, {where}"
             ) from None
+
+    def _places_of(self, event_id: str) -> dict[str, list[str]]:
+        """In which tables each server has the event."""
+        return {
+            server.name: [
+                table
+                for table in _PLACES
+                if server.query(f"SELECT 1 FROM {table} WHERE event_id = ?", event_id)
+            ]
+            + [
+                f"{name}={value}"
+                for row in server.query(_AS_IT_IS, event_id)
+                for name, value in zip(_NAMES, row, strict=True)
+            ]
+            for server in self._soak.servers
+        }
 
     def _check_client(self, member: Member) -> None:
         client = member.client

@@ -63,6 +63,9 @@ class CountingStore(Homeserver):
     def now_ms(self) -> int:
         return self.now
 
+    def steady_ms(self) -> int:
+        return self.now
+
     async def transact(self, what: str, function: Any, *args: Any) -> Any:
         def run_txn(txn: Cursor) -> Any:
             return function(CountingCursor(txn, self), *args)

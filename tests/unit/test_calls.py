@@ -137,3 +137,21 @@ def test_what_gives_something_to_wait_for_still_does() -> None:
 
     placed = in_place_of(Synapse().later, sooner)
     assert inspect.iscoroutinefunction(placed)
+
+
+def test_what_passes_on_the_rest_as_it_comes_is_called_as_it_is() -> None:
+    def first(one: int, *args: Any, **options: Any) -> Any:
+        return one, args, options
+
+    def looks_at_the_last(one: int, *args: Any, three: int = 0, **options: Any) -> Any:
+        return one, args, three, options
+
+    def has_no_way_for_the_rest(one: int, **options: Any) -> Any:
+        return one, options
+
+    original = Synapse().all_by_either
+    assert in_place_of(original, first) is first
+    assert first(1, 2, three=4) == (1, (2,), {"three": 4})
+    assert inspect.signature(first) == inspect.signature(original)
+    assert in_place_of(original, looks_at_the_last)(1, 2, 4) == (1, (), 4, {"two": 2})
+    assert in_place_of(original, has_no_way_for_the_rest)(1, 2) == (1, {"two": 2})

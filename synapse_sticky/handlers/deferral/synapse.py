@@ -79,6 +79,10 @@ class SynapseWriter:
             def insert_sticky_events_txn(
                 txn: LoggingTransaction, events: list[EventBase], *args: Any, **options: Any
             ) -> None:
+                # All that is persisted comes by here.
+                if not any(map(_has_field, events)):
+                    original(txn, events, *args, **options)
+                    return
                 new = self._kept_txn(txn, self._deliverable_txn(txn, events), events)
                 deferred = self._defer_txn(defer_txn, txn, new)
                 now = [event for event in events if event.event_id not in deferred]
@@ -239,6 +243,10 @@ class SynapseWriter:
             self._store.get_sticky_events_stream_token(),
             rooms=list(room_ids),
         )
+
+
+def _has_field(event: EventBase) -> bool:
+    return event.get(_FIELD) is not None
 
 
 def _deliverable(event: EventBase, received_ms: int, now_ms: int) -> NewStickyEvent | None:

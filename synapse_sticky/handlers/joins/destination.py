@@ -51,6 +51,7 @@ class Destination:
     has_backlog: may Synapse's backlog have what no push has taken over?
     check_interval_ms: how long after a check the next one is due. It doubles with each check, and
         is reset by progress.
+    timer_ms: when the timer fires, by the clock that nobody sets.
     next_check_ms: when the next check of a push that has nothing to send is due.
     """
 
@@ -62,6 +63,7 @@ class Destination:
     unrecorded: dict[str, None] = attr.Factory(dict)
     has_backlog: bool = True
     timer: Cancellable | None = None
+    timer_ms: int = 0
     check_interval_ms: int = CHECK_MIN_MS
     next_check_ms: int = 0
 
@@ -85,6 +87,11 @@ class Destination:
         """The push of the room is another one, or gone."""
         for by_room in (self.failures, self.looks, self.unrecorded):
             by_room.pop(room_id, None)
+
+    def is_set_for(self, due_ms: int, *, within_ms: int) -> bool:
+        """Does the timer fire at about this time, by the clock that nobody sets?"""
+        is_set = self.timer is not None and self.timer.active()
+        return is_set and abs(self.timer_ms - due_ms) <= within_ms
 
     def cancel_timer(self) -> None:
         if self.timer is not None and self.timer.active():

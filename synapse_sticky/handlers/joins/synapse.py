@@ -1,6 +1,6 @@
 """Sending to other servers: Synapse's per-destination queues and its backlog of sticky events."""
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from synapse.module_api import RoomID
@@ -261,7 +261,7 @@ class SynapseFederation(SynapseBacklog):
 
 def _refused(answer: Any) -> list[str]:
     """The events that an answer to ``/send`` names with an error, as Synapse reads it."""
-    results = answer.get("pdus") if isinstance(answer, Mapping) else None
-    if not isinstance(results, Mapping):
+    results = answer.get("pdus") if isinstance(answer, dict) else None
+    if not isinstance(results, dict):
         return []
-    return [e for e, said in results.items() if not isinstance(said, Mapping) or "error" in said]
+    return [e for e, said in results.items() if not isinstance(said, dict) or "error" in said]

@@ -23,6 +23,7 @@ import attr
 from synapse_sticky._core import sticky_until_ms
 from synapse_sticky.backoff import Backoff, Retrying
 from synapse_sticky.config import FederationConfig, Mode
+from synapse_sticky.handlers.receipt.slack import Slack
 from synapse_sticky.handlers.receipt.staged import (
     Excess,
     StagedCounts,
@@ -128,6 +129,7 @@ class ReceiptHandler:
         self._orders = orders or Orders()
         self._receipt = receipt
         self._staged = StagedCounts(receipt, homeserver.now_ms)
+        self._slack = Slack(homeserver.steady_ms)
         self._deferred = deferred
         self._config = config
         self._report = report
@@ -163,9 +165,12 @@ class ReceiptHandler:
         claims = [_claim(pdu, origin) for pdu in transaction.pdus if self._is_unexpired(pdu)]
         if not claims:
             return None
+        refusal = await self._too_many(origin, claims)
+        if refusal is None and not self._limits_transactions(origin):
+            return None
         if await self._receipt.is_answered(origin, transaction.transaction_id):
             return None
-        refusal = await self._too_many(origin, claims) or self._past_a_limit(transaction, claims)
+        refusal = refusal or self._past_a_limit(transaction, claims)
         if refusal is not None:
             self._report.refused(
                 refusal.limit, origin, _where(claims), refusal.retry_after_ms, len(claims)
@@ -175,6 +180,8 @@ class ReceiptHandler:
     async def _too_many(self, origin: str, claims: list[_Claim]) -> Refusal | None:
         """Are too many events of the origin deferred or staged already?"""
         is_held = origin in self._orders.held_servers
+        if not is_held and self._slack.take(origin, len(claims)):
+            return None
         counts_deferred = await self._has_deferred_table()
         room_ids = {room_id for room_id, _ in claims if room_id}
 
@@ -190,6 +197,9 @@ class ReceiptHandler:
                     wait_ms = _RETRY_MAX_MS
                 return Refusal("max_deferred_per_server", _retry_after_ms(wait_ms))
             at_most = min(most - deferred, most_in_room) - 1
+            if not is_held and self._staged.are_few_txn(txn, origin, at_most // 2):
+                self._slack.found(origin, at_most - at_most // 2 - len(claims))
+                return None
             if not self._staged.look_txn(txn, origin, at_most):
                 return None
             # The limits that are passed, and when each is not any more.
@@ -236,11 +246,12 @@ class ReceiptHandler:
             logger.error("receipt counts staged events only, not deferred ones: %s", e)
             self._has_table = False
 
+    def _limits_transactions(self, origin: str) -> bool:
+        is_held = origin in self._orders.held_servers
+        return self._config.mode is Mode.REJECT and not is_held and self._limiter.is_whole
+
     def _past_a_limit(self, transaction: Transaction, claims: list[_Claim]) -> Refusal | None:
         origin = transaction.origin
-        is_held = origin in self._orders.held_servers
-        if self._config.mode is not Mode.REJECT or is_held or not self._limiter.is_whole:
-            return None
         # The ID alone would not do: the origin may put other PDUs under it.
         receipt = (transaction.transaction_id, transaction.fingerprint())
         if self._charged.get(origin) == receipt:

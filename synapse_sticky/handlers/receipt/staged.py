@@ -195,13 +195,20 @@ class StagedCounts:
                 of.add(pdu, self._now_ms())
                 self._forget(origin, of)
 
+    def are_few_txn(self, txn: Cursor, origin: str, at_most: int) -> bool:
+        """Are at most so many PDUs of the origin staged, sticky or not? Then nothing of it is
+        remembered."""
+        if self._area.has_more_txn(txn, origin, at_most):
+            return False
+        with self._lock:
+            if (gone := self._origins.pop(origin, None)) is not None:
+                self._known -= gone.counted
+        return True
+
     def look_txn(self, txn: Cursor, origin: str, at_most: int) -> bool:
         """Are more than ``at_most`` PDUs of the origin staged, sticky or not? Then this learns of
         some that other processes have staged."""
-        if not self._area.has_more_txn(txn, origin, at_most):
-            with self._lock:
-                if (gone := self._origins.pop(origin, None)) is not None:
-                    self._known -= gone.counted
+        if self.are_few_txn(txn, origin, at_most):
             return False
         with self._lock:
             of = self._origins.setdefault(origin, _OfOrigin())

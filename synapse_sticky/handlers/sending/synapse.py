@@ -113,22 +113,26 @@ class SynapseSending:
     def limit_sticky(self, check: Check) -> None:
         def make_send(original: Callable[..., Any]) -> Callable[..., Any]:
             async def create_and_send_nonmember_event(
-                requester: Requester, event_dict: dict[str, Any], *args: Any, **options: Any
+                requester: Requester,
+                event_dict: dict[str, Any],
+                *args: Any,
+                ratelimit: bool = True,
+                txn_id: str | None = None,
+                delay_id: str | None = None,
+                **options: Any,
             ) -> Any:
                 # A delayed event that is due was accepted when it was scheduled.
-                if (
-                    _FIELD in event_dict
-                    and options.get("ratelimit", True)
-                    and options.get("delay_id") is None
-                ):
-                    room_id, txn_id = event_dict["room_id"], options.get("txn_id")
+                if _FIELD in event_dict and ratelimit and delay_id is None:
+                    room_id = event_dict["room_id"]
                     await self._raise_if_refused(check, requester, room_id, txn_id)
+                options |= {"ratelimit": ratelimit, "txn_id": txn_id, "delay_id": delay_id}
                 return await original(requester, event_dict, *args, **options)
 
             return create_and_send_nonmember_event
 
         def make_add(original: Callable[..., Any]) -> Callable[..., Any]:
             async def add(requester: Requester, *args: Any, **options: Any) -> Any:
+                # All but the first have to be given by name.
                 if options.get("sticky_duration_ms") is not None:
                     await self._raise_if_refused(check, requester, options["room_id"], None)
                 return await original(requester, *args, **options)
@@ -179,10 +183,10 @@ class SynapseSending:
 
 
 def _checking_parameter(original: Callable[..., Any]) -> Callable[..., Any]:
-    async def _do(servlet: Any, request: Any, *args: Any, **options: Any) -> Any:
-        if getattr(servlet.event_creation_handler, _CHECKS_PARAMETER, False):
+    async def _do(self: Any, request: Any, *args: Any, **options: Any) -> Any:
+        if getattr(self.event_creation_handler, _CHECKS_PARAMETER, False):
             sticky_duration_ms(request)
-        return await original(servlet, request, *args, **options)
+        return await original(self, request, *args, **options)
 
     return _do
 

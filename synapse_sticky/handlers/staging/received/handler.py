@@ -8,6 +8,7 @@ to the one that persists the event.
 Fails open: if it cannot be found out, the event counts from now, as with plain Synapse.
 """
 
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Protocol
 
@@ -16,6 +17,9 @@ from synapse_sticky.homeserver.received import Received
 from synapse_sticky.logs import bounded
 
 logger = bounded(__name__)
+
+_MOST_CHOSEN = 1_000
+"""About so many are looked up before they are processed, 200 kB at most. Of others it is asked."""
 
 Tell = Callable[[str, Collection[str]], Awaitable[None]]
 """Takes the server that sent sticky PDUs, and their event IDs."""
@@ -54,23 +58,45 @@ class ReceivedHandler:
         self._receiving = receiving
         self._received = received
         self._parked = parked
+        # By origin and event ID: what the database was asked about when it was chosen.
+        self._chosen: OrderedDict[tuple[str, str], bool] = OrderedDict()
 
     def install(self) -> None:
         """Takes effect from the next PDU on."""
         self._receiving.tell(self.note)
 
+    def note_chosen_txn(self, txn: Cursor, origin: str, event_id: str, staged_ms: int) -> None:
+        """Notes when this PDU of the origin, which is processed next, was received first.
+
+        Args:
+            txn: is of the transaction that chooses it. So ``note`` needs none of its own.
+            staged_ms: when it was staged, in ms since the epoch.
+        """
+        parked = self._parked.received_txn(txn, [event_id])
+        self._received.note(event_id, min(staged_ms, *parked.values()) if parked else staged_ms)
+        self._chosen[origin, event_id] = True
+        if len(self._chosen) > _MOST_CHOSEN:
+            self._chosen.popitem(last=False)
+
     async def note(self, origin: str, event_ids: Collection[str]) -> None:
         """Notes when these PDUs, which this process has now, were received first."""
         now_ms = self._homeserver.now_ms()
+        for event_id in event_ids:
+            self._received.note(event_id, now_ms)
+        unknown = [
+            event_id for event_id in event_ids if not self._chosen.pop((origin, event_id), False)
+        ]
+        if not unknown:
+            return
 
         def read_txn(txn: Cursor) -> list[tuple[str, int]]:
-            staged = self._receiving.staged_txn(txn, origin, event_ids)
-            return [*staged.items(), *self._parked.received_txn(txn, event_ids).items()]
+            staged = self._receiving.staged_txn(txn, origin, unknown)
+            return [*staged.items(), *self._parked.received_txn(txn, unknown).items()]
 
         found: list[tuple[str, int]] = []
         try:
             found = await self._homeserver.transact_briefly("received", read_txn)
         except Exception:
             logger.exception("Could not find out when PDUs of %s were received", origin)
-        for event_id, at_ms in (*((event_id, now_ms) for event_id in event_ids), *found):
+        for event_id, at_ms in found:
             self._received.note(event_id, at_ms)

@@ -114,8 +114,9 @@ class SynapseReceiving:
         if they had been sent then: Synapse would enter them for too long."""
         try:
             sticky = [e for e in events if e.sticky_duration() is not None and not self._is_own(e)]
-            if sticky:
-                self._received.learn_txn(txn, [event.event_id for event in sticky])
+            if not sticky:
+                return [*events]
+            self._received.learn_txn(txn, [event.event_id for event in sticky])
             received_ms = {e.event_id: self._received.at_ms(e.event_id) for e in sticky}
             return [_since(event, received_ms.get(event.event_id)) for event in events]
         except Exception as e:

@@ -55,6 +55,10 @@ _MOST_PREV_EVENTS = 20
 
 _GREATEST_DEPTH = 2**63 - 1
 
+TellTxn = Callable[[Cursor, str, str, int], None]
+"""Takes a transaction, a PDU's origin and event ID, and when it was staged, in ms since the
+epoch."""
+
 
 class SynapseTurns:
     """Implements ``handler.Area``."""
@@ -64,6 +68,11 @@ class SynapseTurns:
         self._held = held
         self._store = homeserver.store
         self._has_failed = False
+        self._tell_txn: TellTxn | None = None
+
+    def tell_chosen(self, tell_txn: TellTxn) -> None:
+        """From now on tells of each sticky PDU that is chosen, in the same transaction."""
+        self._tell_txn = tell_txn
 
     def choose_by(self, choose_txn: Callable[[Cursor, str], Key | None]) -> None:
         def read_txn(txn: Cursor, room_id: str) -> tuple[str, str, str, str] | None:
@@ -71,12 +80,17 @@ class SynapseTurns:
             if chosen is None:
                 return None
             txn.execute(
-                "SELECT origin, event_id, event_json, internal_metadata"
+                "SELECT received_ts, event_json, internal_metadata"
                 f" {_STAGED} AND origin = ? AND event_id = ?",
                 (room_id, *chosen),
             )
             row = txn.fetchone()
-            return None if row is None else (row[0], row[1], row[2], row[3])
+            if row is None:
+                return None
+            received_ts_ms, event_json, metadata = row
+            if self._tell_txn is not None and _FIELD in event_json:
+                self._tell_txn(txn, *chosen, received_ts_ms)
+            return (*chosen, event_json, metadata)
 
         async def choose(room_id: str) -> tuple[str, str, str, str] | None:
             found = await self._homeserver.transact("next_staged", read_txn, room_id)

@@ -15,6 +15,8 @@ Then = Callable[[Callable[..., None], Listeners], Callable[..., None]]
 
 
 def then_of_event(original: Callable[..., None], listeners: Listeners) -> Callable[..., None]:
+    """For a function of an event ID."""
+
     def invalidate(event_id: Any, *args: Any, **options: Any) -> None:
         original(event_id, *args, **options)
         _tell(listeners, event_id)
@@ -23,6 +25,8 @@ def then_of_event(original: Callable[..., None], listeners: Listeners) -> Callab
 
 
 def then_of_room(original: Callable[..., None], listeners: Listeners) -> Callable[..., None]:
+    """For a function of a room ID."""
+
     def invalidate(room_id: Any, *args: Any, **options: Any) -> None:
         original(room_id, *args, **options)
         _tell(listeners, room_id)

@@ -15,6 +15,7 @@ from synapse_sticky.config import FederationConfig, LimitConfig, Mode
 from synapse_sticky.handlers.deferral.tables import DeferredTable
 from synapse_sticky.handlers.receipt import staged
 from synapse_sticky.handlers.receipt.handler import ReceiptHandler
+from synapse_sticky.handlers.receipt.slack import Slack
 from synapse_sticky.handlers.receipt.synapse import SynapseReceipt, transaction_of
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.homeserver.layout import migrate
@@ -199,6 +200,64 @@ def test_what_a_check_reads_does_not_grow_with_what_is_staged(
     # Neither other rooms, nor other servers.
     assert checked.retry_after_ms(room_id="!other") is None
     assert checked.retry_after_ms("elsewhere") is None
+
+
+@pytest.mark.requirement("L2", "L6", "H1")
+def test_who_is_far_from_a_bound_is_not_counted_each_time(
+    store: CountingStore, checked: Checked
+) -> None:
+    """No more than half of what was left, and for two seconds."""
+    store.stage(ORIGIN, ROOM, ids("first", 100), HOUR_MS)
+    assert checked.retry_after_ms() is None
+    store.reset()
+    free = LIMIT - 1 - (LIMIT - 1) // 2 - 1
+    assert [checked.retry_after_ms() for _ in range(free)] == [None] * free
+    assert store.statements == []
+    # Another one has none of it.
+    assert checked.retry_after_ms("elsewhere") is None
+    assert store.statements != []
+    store.stage(ORIGIN, ROOM, ids("more", LIMIT), HOUR_MS)
+    assert checked.retry_after_ms() is not None
+
+
+@pytest.mark.requirement("L2", "L6", "H1")
+def test_what_was_counted_stands_for_two_seconds(store: CountingStore, checked: Checked) -> None:
+    assert checked.retry_after_ms() is None
+    store.stage(ORIGIN, ROOM, ids("of another process", LIMIT), HOUR_MS)
+    store.now += 1_999
+    assert checked.retry_after_ms() is None
+    store.now += 1
+    assert checked.retry_after_ms() is not None
+
+
+@pytest.mark.requirement("H1")
+def test_so_many_origins_are_remembered_as_far_from_a_bound() -> None:
+    slack = Slack(lambda: 0)
+    for number in range(10_001):
+        slack.found(f"s{number}", 10)
+    assert not slack.take("s0", 1)
+    assert slack.take("s10000", 10)
+    assert not slack.take("s10000", 1)
+
+
+@pytest.mark.requirement("L2", "H1")
+def test_whether_it_was_answered_is_asked_of_what_is_refused_only(
+    store: CountingStore, checked: Checked
+) -> None:
+    answers: list[str] = []
+
+    async def is_answered(origin: str, transaction_id: str) -> bool:
+        answers.append(transaction_id)
+        return transaction_id == "2"
+
+    checked.handler._receipt.is_answered = is_answered  # type: ignore[method-assign]
+    assert checked.retry_after_ms() is None
+    assert answers == []
+    store.stage(ORIGIN, ROOM, ids("more", LIMIT), HOUR_MS)
+    store.now += 2_000
+    assert checked.retry_after_ms() is None, "Synapse repeats its answer"
+    assert checked.retry_after_ms() is not None
+    assert answers == ["2", "3"]
 
 
 @pytest.mark.requirement("L2", "H1", "H3")

@@ -23,7 +23,8 @@ from synapse_sticky.handlers.staging.parking.tables import ParkedTable
 from synapse_sticky.handlers.staging.received import synapse
 from synapse_sticky.handlers.staging.received.handler import ReceivedHandler
 from synapse_sticky.handlers.staging.received.synapse import SynapseReceiving, note_handed_on
-from synapse_sticky.homeserver import Homeserver, received
+from synapse_sticky.handlers.staging.turns.synapse import SynapseTurns
+from synapse_sticky.homeserver import Cursor, Homeserver, received
 from synapse_sticky.homeserver.causes import Verdict
 from synapse_sticky.homeserver.received import Received
 from synapse_sticky.index.stream import StickyRow
@@ -54,7 +55,12 @@ class Stopped(Homeserver):
 
     def __init__(self, hs: SynapseHomeServer) -> None:
         super().__init__(hs.get_module_api())
+        self.brief = 0
         self._reactor: Any = hs.get_reactor()
+
+    async def transact_briefly(self, what: str, function: Any, *args: Any) -> Any:
+        self.brief += 1
+        return await super().transact_briefly(what, function, *args)
 
     @property
     def now(self) -> int:
@@ -115,19 +121,34 @@ class Process:
 
         self.staging.park_by(fail)
         receiving = SynapseReceiving(homeserver, self.received)
-        ReceivedHandler(homeserver, receiving, self.received, self.table).install()
+        self.times = ReceivedHandler(homeserver, receiving, self.received, self.table)
+        self.times.install()
+        self.turns = SynapseTurns(homeserver, Held())
+        self.turns.tell_chosen(self.times.note_chosen_txn)
 
     def receive(self, event: EventBase, origin: str = ORIGIN) -> None:
         """As it is taken out of the staging area."""
         done(self.handler.on_receive_pdu(origin, event))
+
+    def chosen(self, event: EventBase, origin: str = ORIGIN) -> None:
+        """As Synapse asks for the next PDU of the room."""
+        self.turns.choose_by(lambda txn, room_id: (origin, event.event_id))
+        store: Any = self.homeserver.store
+        assert done(store.get_next_staged_event_id_for_room(ROOM)) == (origin, event.event_id)
+
+    def note_chosen(self, event_id: str) -> None:
+        def note_txn(txn: Cursor) -> None:
+            self.times.note_chosen_txn(txn, ORIGIN, event_id, self.homeserver.now)
+
+        done(self.homeserver.transact("note", note_txn))
 
     def stage(self, event: EventBase, origin: str = ORIGIN) -> None:
         run_sql(
             self.homeserver,
             "INSERT INTO federation_inbound_events_staging"
             " (origin, event_id, room_id, received_ts, event_json, internal_metadata)"
-            " VALUES (?, ?, ?, ?, '{}', '{}')",
-            *(origin, event.event_id, ROOM, self.homeserver.now),
+            " VALUES (?, ?, ?, ?, ?, '{}')",
+            *(origin, event.event_id, ROOM, self.homeserver.now, json.dumps(event.get_dict())),
         )
 
     def park(self, event: EventBase, origin: str = ORIGIN) -> None:
@@ -202,6 +223,42 @@ def test_whoever_sent_it_first(homeserver: Stopped, process: Process) -> None:
     with pytest.raises(sqlite3.OperationalError):
         process.receive(event)
     assert {*process.failed} == {received_ms + HOUR_MS}
+
+
+@pytest.mark.requirement("S2", "L3", "H1")
+def test_what_is_asked_when_it_is_chosen_is_not_asked_again(
+    homeserver: Stopped, process: Process
+) -> None:
+    """Each staged PDU is chosen before it is processed, and that reads its row anyway."""
+    done(process.table.prepare())
+    event, parked_ms = from_the_future(homeserver), homeserver.now
+    process.park(event, OTHER)
+    homeserver.now += 30 * MINUTE_MS
+    process.stage(event)
+    process.chosen(event)
+    asked = homeserver.brief
+    homeserver.now += MINUTE_MS
+    process.receive(event)
+    assert homeserver.brief == asked
+    assert process.expires_ms(event) == parked_ms + HOUR_MS
+    # Once. Whoever else receives it asks.
+    process.receive(event)
+    process.receive(event, OTHER)
+    assert homeserver.brief == asked + 2
+
+
+@pytest.mark.requirement("H1")
+def test_what_is_chosen_and_never_processed_is_forgotten(
+    homeserver: Stopped, process: Process
+) -> None:
+    first = from_the_future(homeserver)
+    process.stage(first)
+    for number in range(1_001):
+        event_id = f"${number}" if number else first.event_id
+        process.note_chosen(event_id)
+    asked = homeserver.brief
+    process.receive(first)
+    assert homeserver.brief == asked + 1
 
 
 @pytest.mark.requirement("S2", "F1")

@@ -469,6 +469,9 @@ def test_the_parameter_is_that_of_homeservers_with_the_module(
     assert [called[0] for called in servlets] == [ours, ours]
 
 
+_DEFAULTS = {"ratelimit": True, "txn_id": None, "delay_id": None}
+
+
 @pytest.mark.requirement("E1", "S3")
 def test_events_are_checked_before_they_are_sent_or_scheduled(
     homeserver: Homeserver, monkeypatch: pytest.MonkeyPatch, servlets: list[tuple[Any, Any]]
@@ -505,7 +508,7 @@ def test_events_are_checked_before_they_are_sent_or_scheduled(
         with pytest.raises(SynapseError) as error:
             done(refused)
         assert error.value.debug_context == "synapse_sticky_per_user"
-    assert sent == [(sticky, {"txn_id": "1"})]
+    assert sent == [(sticky, {**_DEFAULTS, "txn_id": "1"})]
     for free in (
         send(alice, plain),
         send(alice, sticky, delay_id="delay"),
@@ -524,7 +527,7 @@ def test_events_are_checked_before_they_are_sent_or_scheduled(
     done(sticky_servlet.event_creation_handler.create_and_send_nonmember_event(alice, plain))
     done(sticky_servlet.delayed_events_handler.add(alice, room_id=ROOM, sticky_duration_ms=None))
     assert sent == [
-        ({"room_id": ROOM, FIELD: {"duration_ms": 7}}, {}),
+        ({"room_id": ROOM, FIELD: {"duration_ms": 7}}, _DEFAULTS),
         ({"room_id": ROOM, "sticky_duration_ms": 7},),
     ]
 

@@ -126,8 +126,9 @@ class SynapseReceipt:
                 result = await original(origin, event, *args, **options)
                 # It is staged, whatever fails here.
                 try:
-                    field = event.get_dict().get(_FIELD)
-                    now_ms = self._homeserver.now_ms()
+                    if event.sticky_duration() is None:
+                        return result
+                    field, now_ms = event.get(_FIELD), self._homeserver.now_ms()
                     until_ms = sticky_until_ms(field, event.origin_server_ts, now_ms)
                     staged(origin, StickyPdu(event.event_id, event.room_id, until_ms or 0))
                 except Exception:

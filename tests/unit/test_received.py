@@ -8,7 +8,7 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from synapse.app.homeserver import SynapseHomeServer
@@ -380,3 +380,22 @@ def test_it_is_found_by_an_index(homeserver: Stopped, process: Process) -> None:
     done(process.table.prepare())
     sql = "SELECT name FROM sqlite_master WHERE tbl_name = 'synapse_sticky_incomplete'"
     assert "synapse_sticky_incomplete_event" in {name for (name,) in run_sql(homeserver, sql)}
+
+
+@pytest.mark.requirement("S2", "H1")
+def test_of_an_event_is_asked_once_in_a_transaction(homeserver: Stopped) -> None:
+    asked: list[tuple[str, ...]] = []
+
+    class Counted:
+        def execute(self, sql: str, args: tuple[str, ...]) -> None:
+            asked.append(args)
+
+        def fetchall(self) -> list[Any]:
+            return []
+
+    known = Received(homeserver)
+    first, second = Counted(), Counted()
+    for txn, event_ids in ((first, ["$1", "$2"]), (first, ["$2"]), (second, ["$2"])):
+        known.learn_txn(cast(Cursor, txn), event_ids)
+    known.learn_txn(cast(Cursor, second), ["$3"])
+    assert len(asked) == 3

@@ -1,5 +1,6 @@
 """Who newly joins is found by a few queries, however many members a room has (H1, H3)."""
 
+import gc
 import random
 from collections.abc import Iterator, Sequence
 
@@ -22,6 +23,7 @@ from tests.unit.members import (
     counts,
     whole,
 )
+from tests.unit.test_limits_in_synapse import begin
 
 MORE_THAN_SQLITE_TAKES = MOST_ARGUMENTS + 1
 HOUR_MS = 3_600_000
@@ -162,6 +164,36 @@ def test_the_members_of_a_large_room_are_not_asked_for_one_by_one(
     assert {join.destination for join in found} == {f"server{n}" for n in range(1_700, 2_000)}
     assert counts(process) == few
     assert process.sleeps >= members // 1_000 - 1, "others have their turns meanwhile"
+
+
+@pytest.mark.requirement("H3", "P3")
+def test_members_of_before_cost_no_look_at_a_room_and_no_object_each(
+    world: World, process: ThisProcess
+) -> None:
+    """Only of who may be a newcomer is it asked who else of the server is in the room."""
+    members, servers = 5_000, 100
+    whole(world, members, servers)
+    process.held = "left_behind"
+    changes = SynapseStateChanges(process)
+    _, rooms = world.drive(changes.page(after=0, up_to=100))
+    gc.collect()
+    before = len(gc.get_objects())
+    found = begin(changes.server_joins(rooms, not_before_ms=0))
+    world.reactor.advance(0)
+    assert process.held is None, "all members are held now"
+    gc.collect()
+    held = len(gc.get_objects()) - before
+    assert held < members / 10
+    process.release()
+    world.take_turns()
+    assert found == [[]]
+    assert counts(process)["earliest_members"] == 0
+    # One newcomer among them: that one is looked for, and no other.
+    world.clear()
+    whole(world, members, servers, newcomers=1)
+    process.forget()
+    assert {join.destination for join in joins(world, process, 100)} == {"server99"}
+    assert counts(process)["earliest_members"] == 1
 
 
 def reader(process: ThisProcess, changes: Changes) -> tuple[JoinReader, list[ServerJoin]]:

@@ -58,8 +58,8 @@ impl StickyIndex {
             }
         }
         let rows = self.rows_in_rooms(rooms, range, now_ms, None)?;
-        let bytes = rows.iter().map(|row| row.size()).sum::<usize>();
-        if rows.len() <= most.events && bytes <= most.bytes {
+        let bytes = || rows.iter().map(|row| row.size()).sum::<usize>();
+        if rows.len() <= most.events && bytes() <= most.bytes {
             return Ok(Present {
                 found: self.by_room_of(rows),
                 whole_up_to: None,
@@ -124,101 +124,150 @@ fn choose(rows: &[&Row], most: &Most) -> (Vec<bool>, Option<i64>) {
     (chosen, whole_up_to)
 }
 
-/// A row by its place in the stream, with what its turn follows from, and how many of its group come before it.
+/// What may be the newest row of its key, by its place in the stream.
 #[derive(Clone, Copy)]
-struct Turn {
+struct Candidate {
     newness_ms: i64,
-    /// 0 if the row has none.
-    key: i64,
+    /// `None` if the row has none.
+    key: Option<NonZeroI64>,
     at: u32,
+}
+
+/// A row that waits for its turn. Rooms have numbers from 0, and so have their servers.
+#[derive(Clone, Copy)]
+struct Waiting {
+    at: u32,
+    /// How many of its group come before it.
     rank: u32,
     room: u32,
     server: u32,
-    sender: u32,
-}
-
-impl Turn {
-    fn new(at: usize, row: &Row) -> Self {
-        Self {
-            newness_ms: row.newness_ms(),
-            key: row.key.map_or(0, NonZeroI64::get),
-            at: u32::try_from(at).expect("there are fewer rows"),
-            rank: 0,
-            room: row.room,
-            server: row.server,
-            sender: row.sender,
-        }
-    }
-
-    const fn of_sender(&self) -> u64 {
-        pair(self.room, self.sender)
-    }
-
-    fn is_of_same_key(&self, other: &Self) -> bool {
-        self.key != 0 && self.key == other.key && self.of_sender() == other.of_sender()
-    }
-}
-
-/// Both as one number: to compare it is one step.
-const fn pair(first: u32, second: u32) -> u64 {
-    (first as u64) << 32 | second as u64
 }
 
 /// The places of the newest row of each key, at most `most` of a sender in a room, in the order of their turns.
 ///
-/// Only numbers are sorted. To compare two event IDs takes a look at both rows; senders choose how often it is needed.
-fn newest_of_each_key(rows: &[&Row], most: usize) -> Vec<usize> {
-    let newest_first = |one: &Turn, other: &Turn| {
+/// All rows are sorted once, and as plain numbers: a comparison without a branch is the same work whatever is compared.
+/// What follows is linear, but for a sender's own rows. To compare two event IDs takes a look at both rows; senders
+/// choose how often it is needed.
+fn newest_of_each_key(rows: &[&Row], most: usize) -> impl Iterator<Item = usize> {
+    let mut by_sender: Vec<u128> = (0..)
+        .zip(rows)
+        .map(|(at, row)| in_sender(row, at))
+        .collect();
+    by_sender.sort_unstable();
+    let mut newest_last = vec![None; rows.len()];
+    let (mut rooms, mut servers) = (0, 0);
+    for of_room in by_sender.chunk_by(|one, other| one >> 96 == other >> 96) {
+        for of_server in of_room.chunk_by(|one, other| one >> 64 == other >> 64) {
+            for of_sender in of_server.chunk_by(|one, other| one >> 32 == other >> 32) {
+                let mut wait = |at: u32, rank| {
+                    newest_last[at as usize] = Some(Waiting {
+                        at,
+                        rank,
+                        room: rooms,
+                        server: servers,
+                    });
+                };
+                if let [of_sender] = of_sender {
+                    if most > 0 {
+                        wait(*of_sender as u32, 0);
+                    }
+                } else {
+                    let places = of_sender.iter().map(|of_sender| *of_sender as u32);
+                    let first = first_of_sender(rows, places, most);
+                    (0..).zip(first).for_each(|(rank, row)| wait(row.at, rank));
+                }
+            }
+            servers += 1;
+        }
+        rooms += 1;
+    }
+    let mut turns: Vec<Waiting> = newest_last.into_iter().rev().flatten().collect();
+    take_turns(&mut turns, servers, |row| row.server);
+    take_turns(&mut turns, rooms, |row| row.room);
+    let order = in_order(turns.iter().map(|row| row.rank));
+    order
+        .into_iter()
+        .map(move |of| turns[of as usize].at as usize)
+}
+
+/// The row's room, server, sender and place in the stream as one number, the most significant first.
+fn in_sender(row: &Row, at: u32) -> u128 {
+    [row.room, row.server, row.sender, at]
+        .into_iter()
+        .fold(0, |number, part| number << 32 | u128::from(part))
+}
+
+/// Of a sender's rows in a room the newest of each key, at most `most`, the newest first.
+fn first_of_sender(
+    rows: &[&Row],
+    places: impl Iterator<Item = u32>,
+    most: usize,
+) -> Vec<Candidate> {
+    let newest_first = |one: &Candidate, other: &Candidate| {
         let by_id = || {
-            let id_of = |turn: &Turn| rows[turn.at as usize].event_id.as_str();
+            let id_of = |row: &Candidate| rows[row.at as usize].event_id.as_str();
             id_of(other).cmp(id_of(one))
         };
         other.newness_ms.cmp(&one.newness_ms).then_with(by_id)
     };
-    let turns = rows.iter().enumerate();
-    let mut turns: Vec<_> = turns.map(|(at, row)| Turn::new(at, row)).collect();
-    turns.sort_unstable_by_key(|turn| (turn.of_sender(), turn.key));
-    turns.dedup_by(|next, kept| {
-        let is_same = next.is_of_same_key(kept);
+    let mut candidates: Vec<_> = places
+        .map(|at| {
+            let row = rows[at as usize];
+            Candidate {
+                newness_ms: row.newness_ms(),
+                key: row.key,
+                at,
+            }
+        })
+        .collect();
+    candidates.sort_unstable_by_key(|row| row.key);
+    candidates.dedup_by(|next, kept| {
+        let is_same = next.key.is_some() && next.key == kept.key;
         if is_same && newest_first(next, kept).is_lt() {
             *kept = *next;
         }
         is_same
     });
-    let mut first_ones = Vec::new();
-    for of_sender in turns.chunk_by_mut(|one, other| one.of_sender() == other.of_sender()) {
-        if most < of_sender.len() {
-            of_sender.select_nth_unstable_by(most, newest_first);
+    if most < candidates.len() {
+        candidates.select_nth_unstable_by(most, newest_first);
+        candidates.truncate(most);
+    }
+    candidates.sort_unstable_by(newest_first);
+    candidates
+}
+
+/// Ranks the rows, which are newest first, within each of so many groups: all with the same rank come before all with
+/// the next one; of these the newest first.
+fn take_turns(turns: &mut [Waiting], groups: u32, group: impl Fn(&Waiting) -> u32) {
+    let mut ranked = vec![0; groups as usize];
+    for of in in_order(turns.iter().map(|row| row.rank)) {
+        let row = &mut turns[of as usize];
+        let before = &mut ranked[group(row) as usize];
+        row.rank = *before;
+        *before += 1;
+    }
+}
+
+/// The places of these numbers, the least first; of equal ones the first place first. It counts them instead of
+/// comparing them. So its cost follows how many there are, and the greatest.
+fn in_order(numbers: impl ExactSizeIterator<Item = u32> + Clone) -> Vec<u32> {
+    let mut order = vec![0; numbers.len()];
+    let mut starts = Vec::new();
+    for number in numbers.clone() {
+        let number = number as usize;
+        if starts.len() <= number {
+            starts.resize(number + 1, 0);
         }
-        let count = most.min(of_sender.len());
-        let first = &mut of_sender[..count];
-        first.sort_unstable_by(newest_first);
-        number(first, Turn::of_sender);
-        first_ones.extend_from_slice(first);
+        starts[number] += 1;
     }
-    take_turns(&mut first_ones, |turn| pair(turn.room, turn.server));
-    take_turns(&mut first_ones, |turn| turn.room.into());
-    take_turns(&mut first_ones, |_| 0);
-    first_ones.iter().map(|turn| turn.at as usize).collect()
-}
-
-/// Within each group, all with the same rank come before all with the next one; of these the newest first.
-fn take_turns(turns: &mut [Turn], group: impl Fn(&Turn) -> u64) {
-    turns.sort_unstable_by_key(|turn| {
-        u128::from(group(turn)) << 64 | u128::from(pair(turn.rank, !turn.at))
-    });
-    number(turns, group);
-}
-
-/// Ranks what is sorted by group.
-fn number(turns: &mut [Turn], group: impl Fn(&Turn) -> u64) {
-    let mut before = None;
-    for turn in turns {
-        let of = group(turn);
-        turn.rank = match before {
-            Some((group, rank)) if group == of => rank + 1,
-            _ => 0,
-        };
-        before = Some((of, turn.rank));
+    let mut start = 0;
+    for of_number in &mut starts {
+        start += std::mem::replace(of_number, start);
     }
+    for (place, number) in (0..).zip(numbers) {
+        let start = &mut starts[number as usize];
+        order[*start] = place;
+        *start += 1;
+    }
+    order
 }

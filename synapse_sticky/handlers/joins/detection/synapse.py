@@ -1,6 +1,6 @@
 """The changes of rooms' state in Synapse's database, and who was in a room before them."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 
 import attr
 from synapse.api.constants import EventTypes, Membership
@@ -51,47 +51,28 @@ class _Position:
     is_own_join: bool
 
 
-@attr.s(auto_attribs=True, frozen=True, slots=True)
-class _Join:
-    """The join of another server's user who was not joined before."""
+_Join = tuple[int, str, str, int, int, bool]
+"""The join of another server's user who was not joined before: the stream position, the user, the
+server, the event's stream ordering and depth, and whether it is an outlier.
 
-    stream_id: int
-    room_id: str
-    user_id: str
-    server: str
-    stream_ordering: int
-    depth: int
-    outlier: bool
+A large room has 50,000. Python's garbage collector looks through as many objects of a class again
+and again, and then through all of the process. It lets a tuple of plain values alone.
+"""
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
 class _Joins:
-    """The joins of some positions, and what is in them.
+    """Joins, as many in each portion as are looked at before others have their turn.
 
     with_outlier: the positions with an outlier.
     """
 
-    joins: list[_Join] = attr.Factory(list)
+    portions: list[list[_Join]] = attr.Factory(list)
     with_outlier: set[int] = attr.Factory(set)
-    room_ids: set[str] = attr.Factory(set)
-    servers: set[str] = attr.Factory(set)
-
-    def taken_out(self) -> Iterator[_Join]:
-        """Each join in turn. Letting go of all of them at once would take long, too (H3)."""
-        self.joins.reverse()
-        while self.joins:
-            yield self.joins.pop()
-
-    def add(self, join: _Join) -> None:
-        self.joins.append(join)
-        self.room_ids.add(join.room_id)
-        self.servers.add(join.server)
-        if join.outlier:
-            self.with_outlier.add(join.stream_id)
 
 
-_Earliest = Mapping[tuple[str, str], Sequence[tuple[str, int]]]
-"""By room and server: the two users who joined first of all who are joined now, and the stream
+_Earliest = Mapping[ServerJoin, Sequence[tuple[str, int]]]
+"""By server and room: the two users who joined first of all who are joined now, and the stream
 orderings of their joins."""
 
 
@@ -161,32 +142,49 @@ class SynapseStateChanges:
         # unless it was in the room before, and they joined while it was away.
         stayed_at = await self._servers_at_leave(room_of, own_joins, not_before_ms)
         joins = await self._joins(room_of.keys() - (own_joins - stayed_at.keys()), not_before_ms)
-        stayed_at |= await self._servers_at_leave(
-            room_of, joins.with_outlier - own_joins, not_before_ms
-        )
-        earliest = await self._earliest(joins)
+        with_outlier = joins.with_outlier - own_joins
+        stayed_at |= await self._servers_at_leave(room_of, with_outlier, not_before_ms)
+        depths = await self._own_depths({room_of[stream_id] for stream_id in with_outlier})
+
+        def is_known(join: _Join) -> bool:
+            # Synapse fetched an outlier as part of the state. If it is older than this server's own
+            # join, /send_join named its server, and Synapse has sent that server everything since.
+            stream_id, _, _, _, depth, outlier = join
+            own_depth = depths.get(room_of[stream_id])
+            return stream_id in own_joins or (
+                outlier and own_depth is not None and depth <= own_depth
+            )
 
         found = {ServerJoin(here, room_of[stream_id]): None for stream_id in sorted(own_joins)}
-        firsts = []
-        for number, join in enumerate(joins.taken_out(), 1):
-            if number % _AT_ONCE == 0:
-                await self._homeserver.give_way()
-            stayed = stayed_at.get(join.stream_id)
-            if stayed is not None and join.server not in stayed:
-                found[ServerJoin(join.server, join.room_id)] = None
-            elif join.stream_id not in own_joins and _is_first(join, earliest):
-                firsts.append(join)
+        left: list[list[_Join]] = []
+        room_ids, servers = set[str](), set[str]()
+        async for portion in self._in_turns(joins.portions):
+            for join in portion:
+                stayed = stayed_at.get(join[0])
+                if stayed is not None and join[2] not in stayed:
+                    found[ServerJoin(join[2], room_of[join[0]])] = None
+            # Of a large room's members few are left here, and only these are asked about.
+            if new := [join for join in portion if not is_known(join)]:
+                left.append(new)
+                room_ids.update(room_of[join[0]] for join in new)
+                servers.update(join[2] for join in new)
 
-        # Synapse fetched an outlier as part of the state. If it is older than this server's own
-        # join, /send_join named its server, and Synapse has sent that server everything since.
-        depths = await self._own_depths({join.room_id for join in firsts if join.outlier})
-        for number, join in enumerate(firsts, 1):
-            if number % _AT_ONCE == 0:
-                await self._homeserver.give_way()
-            own_depth = depths.get(join.room_id)
-            if not join.outlier or own_depth is None or join.depth > own_depth:
-                found[ServerJoin(join.server, join.room_id)] = None
+        earliest = await self._earliest(room_ids, servers)
+        async for portion in self._in_turns(left):
+            for stream_id, user_id, server, ordering, _, _ in portion:
+                of_server = ServerJoin(server, room_of[stream_id])
+                if _is_first(user_id, ordering, earliest.get(of_server, ())):
+                    found[of_server] = None
         return list(found)
+
+    async def _in_turns(self, portions: list[list[_Join]]) -> AsyncIterator[list[_Join]]:
+        """Takes out each portion in turn. Letting go of all at once would take long, too (H3)."""
+        portions.reverse()
+        while portions:
+            portion = portions.pop()
+            yield portion
+            if portions:
+                await self._homeserver.give_way()
 
     async def _joins(self, positions: Collection[int], not_before_ms: int) -> _Joins:
         """The joins at these positions, changes of profiles left out, that were received in
@@ -198,7 +196,7 @@ class SynapseStateChanges:
 
         def read_txn(txn: Cursor) -> _Joins:
             txn.execute(
-                "SELECT d.stream_id, d.room_id, m.user_id, e.stream_ordering, e.depth, e.outlier"
+                "SELECT d.stream_id, m.user_id, e.stream_ordering, e.depth, e.outlier"
                 " FROM current_state_delta_stream AS d"
                 " INNER JOIN events AS e ON e.event_id = d.event_id"
                 " INNER JOIN room_memberships AS m ON m.event_id = d.event_id"
@@ -210,29 +208,29 @@ class SynapseStateChanges:
             joins = _Joins()
             # The reactor stands still while a database's client makes objects of its rows.
             while rows := txn.fetchmany(_AT_ONCE):
-                for stream_id, room_id, user_id, ordering, depth, outlier in rows:
-                    server = user_id.partition(":")[2]
-                    if server not in ("", here):
-                        join = _Join(
-                            stream_id, room_id, user_id, server, ordering, depth, bool(outlier)
-                        )
-                        joins.add(join)
+                portion = [
+                    (stream_id, user_id, server, ordering, depth, bool(outlier))
+                    for stream_id, user_id, ordering, depth, outlier in rows
+                    if (server := user_id.partition(":")[2]) not in ("", here)
+                ]
+                joins.portions.append(portion)
+                joins.with_outlier.update(join[0] for join in portion if join[-1])
             return joins
 
         return await self._homeserver.transact("memberships", read_txn)
 
-    async def _earliest(self, joins: _Joins) -> _Earliest:
-        """The earliest members of the rooms and servers of these joins, and maybe of others.
+    async def _earliest(self, room_ids: Collection[str], servers: Collection[str]) -> _Earliest:
+        """The earliest members of these rooms and servers, and maybe of others.
 
-        A member who joined before one of these joins proves that the server is no newcomer there. A
-        member who joined after it proves nothing: that join may be in changes yet to be read.
+        A member who joined before a join proves that the server is no newcomer there. A member who
+        joined after it proves nothing: that join may be in changes yet to be read.
         """
-        if not joins.joins:
+        if not room_ids:
             return {}
-        clause, args = self._homeserver.in_list("room_id", joins.room_ids)
+        clause, args = self._homeserver.in_list("room_id", room_ids)
         server = self._server_of("state_key")
-        if len(joins.servers) <= _MOST_NAMED:
-            named, more = self._homeserver.in_list(server, joins.servers)
+        if len(servers) <= _MOST_NAMED:
+            named, more = self._homeserver.in_list(server, servers)
             clause, args = f"{clause} AND {named}", [*args, *more]
         joined_at = f"COALESCE(event_stream_ordering, {_BEFORE_ALL})"
 
@@ -246,10 +244,12 @@ class SynapseStateChanges:
                 ") AS members WHERE place <= 2",
                 (*args, _MEMBER, _JOIN),
             )
-            earliest: dict[tuple[str, str], list[tuple[str, int]]] = {}
+            earliest: dict[ServerJoin, list[tuple[str, int]]] = {}
             while rows := txn.fetchmany(_AT_ONCE):
                 for room_id, of_server, user_id, ordering in rows:
-                    earliest.setdefault((room_id, of_server), []).append((user_id, ordering))
+                    earliest.setdefault(ServerJoin(of_server, room_id), []).append(
+                        (user_id, ordering)
+                    )
             return earliest
 
         return await self._homeserver.transact("earliest_members", read_txn)
@@ -318,9 +318,6 @@ class SynapseStateChanges:
         return {server for (server,) in txn.fetchall()}
 
 
-def _is_first(join: _Join, earliest: _Earliest) -> bool:
+def _is_first(user_id: str, ordering: int, earliest: Sequence[tuple[str, int]]) -> bool:
     """Had nobody else of the server joined before, of those who are joined now?"""
-    return not any(
-        joined_at < join.stream_ordering and user_id != join.user_id
-        for user_id, joined_at in earliest.get((join.room_id, join.server), ())
-    )
+    return not any(joined_at < ordering and other_id != user_id for other_id, joined_at in earliest)

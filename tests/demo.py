@@ -130,13 +130,14 @@ def play_call(servers: dict[bool, list[Homeserver]]) -> list[small.Row]:
     say("Playing a small call on all of them")
     calls = {NAMES[m]: small.SmallCall(of, CALL_PATIENCE_S[m]) for m, of in servers.items()}
     rows = small.play(calls)
-    say("\nA small call, and what clients at each of three servers show after each step:\n")
+    say(
+        "\nA small call: whom a client at each server lacks, or shows though gone (ghosts), after each"
+    )
+    say("step of its story:\n")
     small.say_rows(rows)
     wrong_s = ", ".join(f"{name} {look_at(c).total.total_s:.0f} s" for name, c in calls.items())
     seconds = max(call.end_s - call.start_s for call in calls.values())
-    say(
-        f"\nFor how long they lacked or wrongly showed somebody, in a call of {seconds:.0f} s, summed up"
-    )
+    say(f"\nFor how long that was in a call of {seconds:.0f} s, over all clients and participants,")
     say(f"without what the machine itself costs: {wrong_s}")
     return rows
 

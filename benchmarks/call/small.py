@@ -6,7 +6,7 @@ over.
 """
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -143,10 +143,6 @@ class SmallCall(WatchedCall):
             if observer.seen(time.monotonic())
         }
 
-    def is_right(self) -> bool:
-        """Does each observer show the truth?"""
-        return all(shown == RIGHT for shown in self.shown().values())
-
     def _flood(self, number: int) -> None:
         key = f"flood {number % FLOOD_KEYS}"
         self._flooder.send_sticky(self._room, content={KEY_FIELD: key, "number": number})
@@ -168,29 +164,33 @@ def play(calls: Mapping[str, SmallCall]) -> list[Row]:
             for step in first.steps:
                 say(f"  {step}")
                 list(executor.map(SmallCall.do, calls.values(), [step] * len(calls)))
-                _wait(calls.values())
-                shown = {name: call.shown() for name, call in calls.items()}
-                rows.append(Row(step, len(first.there()), shown))
+                rows.append(Row(step, len(first.there()), _wait(calls)))
         finally:
             list(executor.map(SmallCall.close, calls.values()))
     return rows
 
 
-def _wait(calls: Collection[SmallCall]) -> None:
-    """Until each call is right, or has waited as long as it has patience."""
+def _wait(calls: Mapping[str, SmallCall]) -> dict[str, dict[str, Shown]]:
+    """What each call shows as soon as each is right, or has waited as long as it has patience."""
     since_s = time.monotonic()
 
-    def is_over() -> bool:
+    def is_over() -> dict[str, dict[str, Shown]] | None:
         waited_s = time.monotonic() - since_s
-        return all(call.is_right() or waited_s > call.patience_s for call in calls)
+        found = {name: call.shown() for name, call in calls.items()}
+        for name, call in calls.items():
+            if waited_s <= call.patience_s and {*found[name].values()} != {RIGHT}:
+                return None
+        return found
 
-    wait_until(is_over, "the observers", 2 * max(call.patience_s for call in calls))
+    over = wait_until(is_over, "the observers", 2 * max(c.patience_s for c in calls.values()))
+    assert over is not None
+    return over
 
 
 def say_rows(rows: Sequence[Row]) -> None:
     """A line for each step, a column for each observer of each call."""
     names = list(rows[-1].shown)
-    line = "{:<34}{:>6}" + "{:>11}{:>8}{:>8}" * len(names)
+    line = "{:<34}{:>6}" + "   {:>8} {:>7} {:>7}" * len(names)
     say(line.format("", "", *(cell for name in names for cell in ("", "", name))))
     say(line.format("", "there", *(f"at {server}" for _ in names for server in (A, B, C))))
     for row in rows:

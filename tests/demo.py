@@ -130,10 +130,8 @@ def play_call(servers: dict[bool, list[Homeserver]]) -> list[small.Row]:
     say("Playing a small call on all of them")
     calls = {NAMES[m]: small.SmallCall(of, CALL_PATIENCE_S[m]) for m, of in servers.items()}
     rows = small.play(calls)
-    say(
-        "\nA small call: whom a client at each server lacks, or shows though gone (ghosts), after each"
-    )
-    say("step of its story:\n")
+    say("\nA small call. Whom a client at each of three servers lacks after each step, and whom it")
+    say("shows though gone (ghosts):\n")
     small.say_rows(rows)
     wrong_s = ", ".join(f"{name} {look_at(c).total.total_s:.0f} s" for name, c in calls.items())
     seconds = max(call.end_s - call.start_s for call in calls.values())

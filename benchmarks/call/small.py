@@ -174,17 +174,15 @@ def _wait(calls: Mapping[str, SmallCall]) -> dict[str, dict[str, Shown]]:
     """What each call shows as soon as each is right, or has waited as long as it has patience."""
     since_s = time.monotonic()
 
-    def is_over() -> dict[str, dict[str, Shown]] | None:
+    def is_over() -> dict[str, dict[str, Shown]]:
         waited_s = time.monotonic() - since_s
         found = {name: call.shown() for name, call in calls.items()}
         for name, call in calls.items():
             if waited_s <= call.patience_s and {*found[name].values()} != {RIGHT}:
-                return None
+                return {}
         return found
 
-    over = wait_until(is_over, "the observers", 2 * max(c.patience_s for c in calls.values()))
-    assert over is not None
-    return over
+    return wait_until(is_over, "the observers", 2 * max(c.patience_s for c in calls.values()))
 
 
 def say_rows(rows: Sequence[Row]) -> None:

@@ -11,7 +11,6 @@ import time
 import attr
 
 from benchmarks.call import small
-from benchmarks.call.report import look_at
 from tests.integration.rooms import room_of, wait_until_persisted
 from tests.lab import Client, Homeserver, Lab
 from tests.lab.client import WITHOUT_TIMELINE, sticky_events
@@ -128,15 +127,12 @@ def look_for(client: Client, room_id: str, event_id: str, since: str) -> FloodOu
 def play_call(servers: dict[bool, list[Homeserver]]) -> list[small.Row]:
     """The same small call without and with the module, side by side; prints its table."""
     say("Playing a small call on all of them")
-    calls = {NAMES[m]: small.SmallCall(of, CALL_PATIENCE_S[m]) for m, of in servers.items()}
-    rows = small.play(calls)
+    rows = small.play(
+        {NAMES[m]: small.SmallCall(of, CALL_PATIENCE_S[m]) for m, of in servers.items()}
+    )
     say("\nA small call. Whom a client at each of three servers lacks after each step, and whom it")
     say("shows though gone (ghosts):\n")
     small.say_rows(rows)
-    wrong_s = ", ".join(f"{name} {look_at(c).total.total_s:.0f} s" for name, c in calls.items())
-    seconds = max(call.end_s - call.start_s for call in calls.values())
-    say(f"\nFor how long that was in a call of {seconds:.0f} s, over all clients and participants,")
-    say(f"without what the machine itself costs: {wrong_s}")
     return rows
 
 

@@ -25,7 +25,7 @@ from benchmarks.call.observers import Observer
 from benchmarks.call.people import Participant
 from benchmarks.call.schedule import A, B
 from benchmarks.call.spans import Span, surely_there
-from benchmarks.call.watched import WatchedCall
+from benchmarks.call.story import Call
 from tests.lab.say import say
 
 LONGEST_S = 5.0
@@ -70,9 +70,7 @@ class Result:
         return total
 
 
-def _wrong(
-    call: WatchedCall, observer: Observer, participants: Sequence[Participant]
-) -> list[Wrong]:
+def _wrong(call: Call, observer: Observer, participants: Sequence[Participant]) -> list[Wrong]:
     shown = observer.shown((p.key for p in participants), call.end_s)
     seen = observer.seen(call.end_s)
     return [
@@ -82,7 +80,7 @@ def _wrong(
     ]
 
 
-def _machine(call: WatchedCall) -> Machine:
+def _machine(call: Call) -> Machine:
     apart = [t for t in call.troubles if t.cause in _NOT_THE_MACHINE]
     found = []
     for observer in call.observers:
@@ -113,7 +111,7 @@ def steps(spans: Sequence[Span], start_s: float) -> list[tuple[float, int]]:
     return found
 
 
-def look_at(call: WatchedCall) -> Result:
+def look_at(call: Call) -> Result:
     """Sums it up."""
     machine = _machine(call)
     wrong = [w for o in call.observers for w in _wrong(call, o, call.participants)]
@@ -185,7 +183,7 @@ def missed_goals(module: Result, plain: Result) -> list[str]:
     return found
 
 
-def say_longest(call: WatchedCall, result: Result, most: int) -> None:
+def say_longest(call: Call, result: Result, most: int) -> None:
     """The longest wrong spans of each cause, for whoever looks for what is behind them."""
     told: Counter[str] = Counter()
     for wrong in sorted(result.wrong, key=lambda w: -w.seconds):

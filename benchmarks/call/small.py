@@ -17,7 +17,6 @@ from benchmarks.call.observers import SyncObserver
 from benchmarks.call.people import Participant
 from benchmarks.call.schedule import A, B, C
 from benchmarks.call.sticky_map import KEY_FIELD, Key
-from benchmarks.call.watched import WatchedCall
 from tests.lab import Homeserver, wait_until
 from tests.lab.say import say
 
@@ -59,7 +58,7 @@ class Row:
     shown: dict[str, dict[str, Shown]]
 
 
-class SmallCall(WatchedCall):
+class SmallCall:
     """On three servers: A has made the room, B is in it, and C joins in the middle.
 
     Args:
@@ -67,19 +66,14 @@ class SmallCall(WatchedCall):
     """
 
     def __init__(self, servers: Sequence[Homeserver], patience_s: float) -> None:
-        super().__init__()
         self.patience_s = patience_s
         self._via = servers[0].name
         by_name = dict(zip((A, B, C), servers, strict=True))
         users = {name: server.user("observer") for name, server in by_name.items()}
-        self._room, quiet_room = (users[A].create_room() for _ in range(2))
-        for room in (self._room, quiet_room):
-            users[B].join(room, self._via)
+        self._room = users[A].create_room()
+        users[B].join(self._room, self._via)
         self.observers = [SyncObserver(Party(name, name), user) for name, user in users.items()]
-        self.controls = [
-            Participant(Party(f"control {name}", name, quiet_room), users[name], "control")
-            for name in (A, B)
-        ]
+        self.participants: list[Participant] = []
         for number in range(PARTICIPANTS // DEVICES):
             name = (A, B)[number % 2]
             user = by_name[name].user()
@@ -113,20 +107,16 @@ class SmallCall(WatchedCall):
 
     def open(self) -> None:
         """The story begins; at C nobody looks on yet."""
-        self.start_s = time.monotonic()
         for observer in self.observers[:-1]:
             observer.open()
 
     def do(self, step: str) -> None:
-        """One step. The control changes before."""
-        for control in self.controls:
-            (control.go if control.is_there else control.come)()
+        """One step."""
         for do in self.steps[step]:
             do()
 
     def close(self) -> None:
         """The story is over."""
-        self.end_s = time.monotonic()
         with ThreadPoolExecutor(len(self.observers)) as executor:
             list(executor.map(lambda observer: observer.close(), self.observers))
 

@@ -11,7 +11,7 @@ from urllib.parse import quote
 import requests
 
 from benchmarks.call.causes import Party, Trouble
-from benchmarks.call.observers import SdkObserver, SlidingObserver, SyncObserver
+from benchmarks.call.observers import Observer, SdkObserver, SlidingObserver, SyncObserver
 from benchmarks.call.people import Participant
 from benchmarks.call.schedule import (
     DELAY_MS,
@@ -26,7 +26,6 @@ from benchmarks.call.schedule import (
     roles,
 )
 from benchmarks.call.sticky_map import KEY_FIELD
-from benchmarks.call.watched import WatchedCall
 from benchmarks.events import cpu_s
 from tests.lab import Client, Homeserver, Lab
 from tests.lab.client import ApiError
@@ -37,7 +36,7 @@ SETTLES_S = 10.0
 """Observers look on for so long after the end."""
 
 
-class Call(WatchedCall):
+class Call:
     """One call with one seed.
 
     Args:
@@ -59,14 +58,17 @@ class Call(WatchedCall):
         plain: bool,
         exempt: bool,
     ) -> None:
-        super().__init__()
         self.times = Times(seconds)
+        self.start_s = self.end_s = 0.0
         self.cpu_s = dict.fromkeys((A, B, C, D), 0.0)
+        self.troubles: list[Trouble] = []
+        self.participants: list[Participant] = []
+        self.controls: list[Participant] = []
         self._roles = roles(seed, seconds, participants)
         self.servers = self._start(lab, plain=plain, exempt=exempt)
         self._set_up_rooms()
         self._set_up_people()
-        self.observers = [
+        self.observers: list[Observer] = [
             kind(*self._observing(server, kind.kind, number))
             for server in (A, B, C)
             for kind in (SyncObserver, SlidingObserver)

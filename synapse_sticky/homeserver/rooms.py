@@ -3,12 +3,10 @@
 from collections.abc import Callable, Collection
 from typing import Any
 
-from synapse.api.constants import EventTypes, Membership
-
 from synapse_sticky.homeserver.process import Cursor, Homeserver
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, method, table
+from synapse_sticky.homeserver.spec import JOIN, MEMBER
 
-_MEMBER, _JOIN = EventTypes.Member, Membership.JOIN
 _STATE = "synapse.storage.controllers.state.StateStorageController"
 
 SEAMS = {
@@ -65,7 +63,7 @@ class Rooms:
             txn.execute(
                 "SELECT 1 FROM current_state_events WHERE room_id = ? AND type = ?"
                 " AND membership = ? AND state_key LIKE ? LIMIT 1",
-                (room_id, _MEMBER, _JOIN, f"%:{server}"),
+                (room_id, MEMBER, JOIN, f"%:{server}"),
             )
             return txn.fetchone() is not None
 

@@ -46,7 +46,7 @@ CHANGES: dict[str, tuple[tuple[str, str, str], ...]] = {
     "pruning": (
         ("prune_staged_events_in_room", "in another order", "room_id, room_version"),
         ("pdus_pruned_from_federation_queue", "import gone", ""),
-        ("event_format", "attribute gone", ""),
+        ("identifier", "attribute gone", ""),
     ),
     "parking": (
         ("try_acquire_lock", "one more is required", ""),

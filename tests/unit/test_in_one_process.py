@@ -267,11 +267,9 @@ print(*(duty.name for duty in DUTIES.values() if duty.misfits()))
 def test_a_part_of_an_imported_name_that_is_gone() -> None:
     """A file reads it as it is loaded, and not later, in the dark."""
     gone = {
-        "joins": "synapse.api.constants.EventTypes.Create",
+        "delivery": "synapse.api.constants.EventUnsignedContentFields.STICKY_TTL",
         "sliding": "synapse.types.handlers.sliding_sync.SlidingSyncResult.Extensions",
-        "pruning": "synapse.api.room_versions.EventFormatVersions.ROOM_V1_V2",
         "index": "synapse.replication.tcp.streams._base.StickyEventsStream.NAME",
-        "parking": "synapse.api.constants.EventContentFields.LABELS",
     }
     script = f"""
 from synapse.app import homeserver

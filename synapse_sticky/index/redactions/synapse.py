@@ -13,7 +13,6 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from synapse.api.constants import EventTypes
 from synapse.event_auth import get_named_level, get_user_power_level
 from synapse.types.state import StateFilter
 
@@ -21,6 +20,7 @@ from synapse_sticky.backoff import Backoff, Retrying
 from synapse_sticky.homeserver.fitting import misfits
 from synapse_sticky.homeserver.process import Homeserver
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, method
+from synapse_sticky.homeserver.spec import CREATE, POWER_LEVELS
 from synapse_sticky.homeserver.whole import SEAMS as WHOLE
 from synapse_sticky.homeserver.whole import is_user_redacted_txn
 from synapse_sticky.index.cut_short.synapse import CutShort
@@ -58,7 +58,7 @@ WITHOUT = {
 }
 
 _TABLE = "room_ban_redactions"
-_CREATE, _LEVELS = (EventTypes.Create, ""), (EventTypes.PowerLevels, "")
+_CREATE, _LEVELS = (CREATE, ""), (POWER_LEVELS, "")
 _DECIDING = StateFilter.from_types([_CREATE, _LEVELS])
 _BACKOFF = Backoff(1_000, 60_000)
 _MOST_UNTOLD = 10_000

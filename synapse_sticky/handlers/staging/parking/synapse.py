@@ -7,7 +7,7 @@ from typing import Any
 
 import attr
 from canonicaljson import encode_canonical_json
-from synapse.api.constants import EventContentFields, StickyEvent
+from synapse.api.constants import StickyEvent
 from synapse.federation.federation_server import _INBOUND_EVENT_HANDLING_LOCK_NAME
 from synapse.module_api import EventBase
 from synapse.module_api.errors import Codes, SynapseError
@@ -68,7 +68,6 @@ SEAMS = (
 )
 
 _FIELD: str = StickyEvent.EVENT_FIELD_NAME
-_LABELS = EventContentFields.LABELS
 _MAX_PDU_SIZE = 65_536  # bytes; the specification's limit
 
 _DEPTH = 5
@@ -160,7 +159,7 @@ class SynapseStaging:
                 origin: str, pdu: EventBase, *args: Any, **options: Any
             ) -> None:
                 staged = self._staged_pdu_of(pdu)
-                if staged.sticky_field is None or not is_possible(pdu, _LABELS):
+                if staged.sticky_field is None or not is_possible(pdu):
                     await original(origin, pdu, *args, **options)
                     return
                 in_room = await self._may_be_in_room(pdu.room_id)

@@ -124,7 +124,7 @@ class Configuration:
     @property
     def has_postgres(self) -> bool:
         """Is its database a Postgres? Else it is SQLite."""
-        return bool(main_database(self._config).config["name"] != "sqlite3")
+        return is_postgres(self._config)
 
     def transaction(self) -> AbstractContextManager[Any]:
         """A cursor in the database; what it does is committed unless that raises.
@@ -149,10 +149,10 @@ class Configuration:
         refusal = None
         with closing(connect(self._config)) as connection:
             cursor = connection.cursor()
-            self.columns = columns_in(cursor)
+            self.columns = columns_in(cursor, is_postgres=self.has_postgres)
             self._look_at_schema(cursor)
             own = [name for name in self.columns if name.startswith("synapse_sticky_")]
-            if is_postgres(cursor.database_engine):
+            if self.has_postgres:
                 cursor.execute(_FORBIDDEN, (own,))
                 self._forbidden = {name for (name,) in cursor.fetchall()}
                 cursor.execute(_ROLE)
@@ -174,7 +174,9 @@ class Configuration:
         self.problems = misfits(SCHEMA, self.columns if there else None)
         if not self.problems:
             databases = main_database(self._config).databases
-            self.is_to_be_migrated = is_to_be_migrated(cursor, self.columns, databases)
+            self.is_to_be_migrated = is_to_be_migrated(
+                cursor, self.columns, databases, is_postgres=self.has_postgres
+            )
 
     def _is_there(self) -> bool:
         """Is there a database? To connect to SQLite would make one."""

@@ -14,7 +14,7 @@ from synapse.module_api.errors import ConfigError
 
 from synapse_sticky.homeserver.calls import in_place_of
 from synapse_sticky.homeserver.clock import OnSet, SetClock
-from synapse_sticky.homeserver.database import is_postgres
+from synapse_sticky.homeserver.database import KIND, is_postgres
 from synapse_sticky.homeserver.fitting import Columns
 from synapse_sticky.homeserver.place import Place
 from synapse_sticky.homeserver.seams import HOMESERVER, Attribute, attributes, method
@@ -35,9 +35,8 @@ SEAMS = (
     *attributes(HOMESERVER, "config", "get_datastores", "get_clock"),
     method(HOMESERVER, "register_sync_shutdown_handler(*, phase, eventType, shutdown_func)"),
     Attribute("synapse.storage.databases.Databases", "main"),
-    Attribute("synapse.storage._base.SQLBaseStore", "database_engine"),
-    Attribute("synapse.storage.engines._base.BaseDatabaseEngine", "module"),
     Attribute("synapse.config.homeserver.HomeServerConfig", "experimental"),
+    *KIND,
 )
 
 FIRST_SYNAPSE = (1, 163)
@@ -100,7 +99,7 @@ class Homeserver:
         self.place = Place(self.hs.config)
         self.instance_name = self.place.name
         self.columns: Columns | None = None
-        self.is_postgres = is_postgres(self.store.database_engine)
+        self.is_postgres = is_postgres(self.hs.config)
         # Whoever imports it earlier decides on which one it is.
         from twisted.internet import reactor
 

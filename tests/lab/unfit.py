@@ -29,7 +29,6 @@ CHANGES: dict[str, tuple[tuple[str, str, str], ...]] = {
     "sliding": (
         ("lists", "attribute gone", ""),
         ("must_await_full_state", "class gone", ""),
-        ("get_events_as_list", "other elements", ""),
         ("SlidingSyncStickyEventsToken", "import gone", ""),
         ("current_state_delta_stream", "column gone", "instance_name"),
     ),

@@ -148,7 +148,10 @@ def is_shown(server_name: str) -> bool:
 
 def entries_on(hs: Any) -> set[str]:
     """What functions that all homeservers share find on this one's objects."""
-    owners = (hs.get_datastores().main, hs.get_event_creation_handler())
+    owners = (
+        *(hs.get_datastores().main, hs.get_storage_controllers()),
+        *(hs.get_event_creation_handler(), hs.get_federation_event_handler()),
+    )
     return {name for o in owners for name in vars(o) if name.startswith("_synapse_sticky_")}
 
 

@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 SEAMS = (
     Attribute("synapse.module_api.ModuleApi", "_hs"),
-    *attributes(HOMESERVER, "config", "get_datastores", "get_clock"),
+    *attributes(HOMESERVER, "config", "get_datastores"),
     method(HOMESERVER, "register_sync_shutdown_handler(*, phase, eventType, shutdown_func)"),
     Attribute("synapse.storage.databases.Databases", "main"),
     Attribute("synapse.config.homeserver.HomeServerConfig", "experimental"),

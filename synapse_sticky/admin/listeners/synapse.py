@@ -28,7 +28,6 @@ _RESOURCE = "synapse.http.server.DirectServeJsonResource"
 
 SEAMS = (
     method(HOMESERVER, "get_auth() -> Auth"),
-    method(_AUTH, "async get_user_by_req(request, /) -> Requester"),
     method(_AUTH, "async is_server_admin(requester, /) -> bool"),
     method(
         "synapse.http.server",
@@ -63,7 +62,8 @@ class AdminResource(DirectServeJsonResource):
     isLeaf = True  # noqa: N815  # Twisted's name
 
     def __init__(self, homeserver: Homeserver, answer: Answer) -> None:
-        super().__init__(clock=homeserver.hs.get_clock())
+        super().__init__()
+        self._api = homeserver.api
         self._auth = homeserver.hs.get_auth()
         self._answer = answer
         self._throttle = Throttle(homeserver.steady_ms)
@@ -106,7 +106,7 @@ class AdminResource(DirectServeJsonResource):
             problem = "The access token must be in the Authorization header"
             raise SynapseError(401, problem, Codes.MISSING_TOKEN)
         try:
-            requester: Requester = await self._auth.get_user_by_req(request)
+            requester = await self._api.get_user_by_req(request)
         except UnicodeDecodeError:
             raise SynapseError(401, "Unrecognised access token", Codes.UNKNOWN_TOKEN) from None
         # An application service acts for whichever of its users it names.

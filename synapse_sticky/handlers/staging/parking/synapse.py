@@ -47,7 +47,6 @@ SEAMS = (
     Attribute(_EVENT_HANDLER, "room_queues"),
     method(_PERSISTING, "async _handle_request(request, content) -> tuple[_, _]", is_replaced=True),
     Attribute(_PERSISTING, "federation_event_handler"),
-    method("synapse.api.errors.SynapseError", "error_dict(config, /) -> dict"),
     method(_SERVER, "async _process_incoming_pdus_in_room_inner(room_id, room_version, lock, /)"),
     method(STORE, "async get_room_version(room_id, /) -> RoomVersion"),
     method(STORE, "async try_acquire_lock(lock_name, lock_key, /) -> Lock | None"),

@@ -243,7 +243,7 @@ def test_an_index_that_is_half_installed_is_not_asked(
     ("owner", "name", "off"),
     [
         ("synapse.api.constants.StickyEvent", "EVENT_FIELD_NAME", "receipt"),
-        ("synapse.util.stringutils", "parse_server_name", "joins"),
+        ("synapse.http.client", "BodyExceededMaxSize", "joins"),
         ("synapse.types", "StreamKeyType", "deferral"),
     ],
 )

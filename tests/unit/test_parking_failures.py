@@ -90,7 +90,7 @@ def received(
         return True
 
     staging: Any = staging_of(on_receive_pdu=original, _process_pulled_event=original)
-    staging._store.have_events_in_timeline = there
+    staging.persisted = there
     staging._store.is_host_joined = in_room
     staging.existing = existing
     staging.park_by(fail)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
-from synapse.event_auth import get_send_level, get_user_power_level
+from synapse.event_auth import get_user_power_level
 from synapse.handlers.worker_lock import NEW_EVENT_DURING_PURGE_LOCK_NAME
 from synapse.module_api.errors import SynapseError
 from synapse.types import create_requester
@@ -195,8 +195,14 @@ def able_among(members: Collection[str], state: "StateMap[EventBase]") -> Sequen
 def _surplus(user_id: str, state: "StateMap[EventBase]") -> int:
     """By how much the user's power exceeds what a dummy event needs; negative if it does not."""
     try:
-        needed = get_send_level(DUMMY, None, state.get(_POWER_LEVELS))
-        return get_user_power_level(user_id, state) - needed
+        return get_user_power_level(user_id, state) - _needed(state.get(_POWER_LEVELS))
     except (TypeError, ValueError, AttributeError):
         # Synapse cannot read these power levels either, and lets no event pass.
         return -1
+
+
+def _needed(power_levels: "EventBase | None") -> int:
+    """The power that a dummy event needs, which has no state key."""
+    content = {} if power_levels is None else power_levels.content
+    level = content.get("events", {}).get(DUMMY)
+    return int(content.get("events_default", 0) if level is None else level)

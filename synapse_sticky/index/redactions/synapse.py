@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from synapse.event_auth import get_named_level, get_user_power_level
+from synapse.event_auth import get_user_power_level
 from synapse.types.state import StateFilter
 
 from synapse_sticky.backoff import Backoff, Retrying
@@ -60,6 +60,7 @@ WITHOUT = {
 _TABLE = "room_ban_redactions"
 _CREATE, _LEVELS = (CREATE, ""), (POWER_LEVELS, "")
 _DECIDING = StateFilter.from_types([_CREATE, _LEVELS])
+_TO_REDACT = 50  # by the specification, where the power levels do not say
 _BACKOFF = Backoff(1_000, 60_000)
 _MOST_UNTOLD = 10_000
 
@@ -193,8 +194,10 @@ class UserRedactions:
                 )
                 if _CREATE not in state:
                     return False
-                redact_level = get_named_level(state, "redact", 50)
-                return get_user_power_level(event.sender, state) >= redact_level
+                levels = state.get(_LEVELS)
+                needed = None if levels is None else levels.content.get("redact")
+                needed = _TO_REDACT if needed is None else int(needed)
+                return get_user_power_level(event.sender, state) >= needed
 
         return can_sender_redact
 

@@ -50,7 +50,6 @@ SEAMS = (
     method(_SERVER, "async _process_incoming_pdus_in_room_inner(room_id, room_version, lock, /)"),
     method(STORE, "async get_room_version(room_id, /) -> RoomVersion"),
     method(STORE, "async try_acquire_lock(lock_name, lock_key, /) -> Lock | None"),
-    method(STORE, "async have_events_in_timeline(event_ids, /) -> set"),
     method(STORE, "async is_host_joined(room_id, host, /) -> bool"),
     method(
         STORE,
@@ -63,7 +62,7 @@ SEAMS = (
         "internal_metadata text",
     ),
     table("rooms", "room_id text"),
-    table("events", "event_id text"),
+    table("events", "event_id text, outlier boolean"),
 )
 
 _FIELD: str = StickyEvent.EVENT_FIELD_NAME
@@ -112,13 +111,15 @@ class SynapseStaging:
         return room_id in self._handler.room_queues
 
     async def persisted(self, event_ids: Collection[str]) -> set[str]:
-        return await self._store.have_events_in_timeline(event_ids)
+        return await self._homeserver.transact(
+            "persisted", self._found_txn, event_ids, "NOT outlier AND"
+        )
 
     async def existing(self, event_ids: Collection[str]) -> set[str]:
-        return await self._homeserver.transact("existing", self._existing_txn, event_ids)
+        return await self._homeserver.transact("existing", self._found_txn, event_ids)
 
-    def _existing_txn(self, txn: Cursor, event_ids: Collection[str]) -> set[str]:
-        select = "SELECT event_id FROM events WHERE"
+    def _found_txn(self, txn: Cursor, event_ids: Collection[str], which: str = "") -> set[str]:
+        select = f"SELECT event_id FROM events WHERE {which}"
         return found_txn(self._homeserver, txn, select, "event_id", event_ids)
 
     def stage_txn(self, txn: Cursor, room_id: str, pdus: Sequence[ParkedPdu]) -> None:

@@ -39,8 +39,6 @@ SEAMS = (
         "LoggingDatabaseConnection",
     ),
     method(_ENGINES, "create_engine(database_config, /) -> BaseDatabaseEngine"),
-    Attribute("synapse.config.homeserver.HomeServerConfig", "server"),
-    Attribute("synapse.config.server.ServerConfig", "server_name"),
     *attributes("synapse.storage.database.LoggingDatabaseConnection", "cursor", "commit", "close"),
 )
 
@@ -56,7 +54,7 @@ _SQLITE = """
 """
 
 
-def read_columns(config: "HomeServerConfig") -> tuple[Columns | None, list[str]]:
+def read_columns(config: "HomeServerConfig", server_name: str) -> tuple[Columns | None, list[str]]:
     """The columns of all tables in Synapse's main database; None if they cannot be read, and why,
     one line each.
 
@@ -66,7 +64,7 @@ def read_columns(config: "HomeServerConfig") -> tuple[Columns | None, list[str]]
         logger.warning("Not checking the database's columns: %s", "; ".join(problems))
         return None, problems
     try:
-        with closing(connect(config)) as connection:
+        with closing(connect(config, server_name)) as connection:
             return columns_in(connection.cursor(), is_postgres=is_postgres(config)), []
     except Exception as e:
         logger.warning("Not checking the database's columns", exc_info=True)
@@ -85,23 +83,23 @@ def is_postgres(config: "HomeServerConfig") -> bool:
     return bool(main_database(config).config["name"] != "sqlite3")
 
 
-def connect(config: "HomeServerConfig") -> Any:
+def connect(config: "HomeServerConfig", server_name: str) -> Any:
     """A new connection to Synapse's main database; its cursors take ``?`` for parameters.
 
     Raises:
         Exception: whatever the database's driver raises if it cannot be reached.
     """
-    return _connect(main_database(config), config.server.server_name)
+    return _connect(main_database(config), server_name)
 
 
 @contextmanager
-def transaction(config: "HomeServerConfig") -> Iterator[Any]:
+def transaction(config: "HomeServerConfig", server_name: str) -> Iterator[Any]:
     """A cursor of ``connect``. What it does is committed at the end, or not at all if that raises.
 
     Raises:
         Exception: whatever the database's driver raises.
     """
-    with closing(connect(config)) as connection:
+    with closing(connect(config, server_name)) as connection:
         yield connection.cursor()
         connection.commit()
 

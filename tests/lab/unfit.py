@@ -108,8 +108,8 @@ class _InSynapseThatDoesNotFit(StickyEventsModule):
     def __init__(self, config: StickyConfig, api: ModuleApi) -> None:
         changes = changes_for(self.duty)
 
-        def read_changed(config: Any) -> tuple[Columns, list[str]]:
-            columns, problems = read_columns(config)
+        def read_changed(config: Any, server_name: str) -> tuple[Columns, list[str]]:
+            columns, problems = read_columns(config, server_name)
             assert columns is not None, problems
             for change in changes:
                 columns = change.columns(columns)

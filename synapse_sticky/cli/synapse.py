@@ -25,7 +25,7 @@ from synapse_sticky.homeserver.database import (
 )
 from synapse_sticky.homeserver.fitting import Columns, misfits, resolve
 from synapse_sticky.homeserver.layout import LAYOUTS_TABLE, HasLayout, Migrations, tables_of
-from synapse_sticky.homeserver.place import Place
+from synapse_sticky.homeserver.place import Place, Process
 from synapse_sticky.homeserver.process import require_enabled, too_old
 from synapse_sticky.homeserver.schema import SEAMS as SCHEMA
 from synapse_sticky.homeserver.schema import is_to_be_migrated
@@ -101,12 +101,13 @@ class Configuration:
 
     def places(self) -> list[Place]:
         """The processes. They can be told of a Synapse that has what every duty needs."""
-        return [Place(config) for config in self._configs]
+        of_each = zip(self._configs, self._options, strict=True)
+        return [Place(config, Process.with_options(options)) for config, options in of_each]
 
     def not_given(self) -> str | None:
         """Which processes belong to this homeserver and have not been given by a file; None if
         nothing says that there are any."""
-        given = {config.worker.instance_name for config in self._configs}
+        given = {Process.with_options(options).name for options in self._options}
         named = {name for options in self._options for name in _named_in(options)}
         if missing := sorted({"master", *named} - given):
             return ", ".join(missing)

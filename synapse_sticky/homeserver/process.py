@@ -16,7 +16,7 @@ from synapse_sticky.homeserver.calls import in_place_of
 from synapse_sticky.homeserver.clock import OnSet, SetClock
 from synapse_sticky.homeserver.database import KIND, is_postgres
 from synapse_sticky.homeserver.fitting import Columns
-from synapse_sticky.homeserver.place import Place
+from synapse_sticky.homeserver.place import Place, Process
 from synapse_sticky.homeserver.seams import HOMESERVER, Attribute, attributes, method
 from synapse_sticky.homeserver.signal import Signal
 from synapse_sticky.metrics import Metrics
@@ -96,7 +96,7 @@ class Homeserver:
         require_sticky_events(self.hs.config)
         self.server_name = api.server_name
         self.metrics = Metrics(self.server_name)
-        self.place = Place(self.hs.config)
+        self.place = Place(self.hs.config, Process.running(api))
         self.instance_name = self.place.name
         self.columns: Columns | None = None
         self.is_postgres = is_postgres(self.hs.config)

@@ -36,7 +36,7 @@ SEAMS = (
     method(_RESOURCE, "async _async_render(request)"),
     method(_RESOURCE, "_send_response(request, code, response_object)"),
     *attributes("synapse.config.homeserver.HomeServerConfig", "worker", "server"),
-    *attributes("synapse.config.workers.WorkerConfig", "worker_app", "worker_listeners"),
+    *attributes("synapse.config.workers.WorkerConfig", "worker_listeners"),
     Attribute("synapse.config.server.ServerConfig", "listeners"),
     *attributes("synapse.config.server.TCPListenerConfig", "http_options", "port"),
     *attributes("synapse.config.server.UnixListenerConfig", "http_options", "path"),
@@ -67,7 +67,7 @@ class AdminResource(DirectServeJsonResource):
         self._auth = homeserver.hs.get_auth()
         self._answer = answer
         self._throttle = Throttle(homeserver.steady_ms)
-        self._listens_at = for_clients(homeserver.hs.config)
+        self._listens_at = for_clients(homeserver)
 
     async def _async_render(self, request: Any) -> tuple[int, Any]:
         # What is raised would be answered for any website to read (CORS).
@@ -153,13 +153,14 @@ def place_of(request: Any) -> object:
     return address.port
 
 
-def for_clients(config: Any) -> set[object]:
+def for_clients(homeserver: Homeserver) -> set[object]:
     """Where this process listens for clients: ports and paths.
 
     A port that is that of another listener as well, at another address, is none of these.
     """
-    worker = config.worker
-    listeners = config.server.listeners if worker.worker_app is None else worker.worker_listeners
+    config: Any = homeserver.hs.config
+    is_main = homeserver.place.is_main
+    listeners = config.server.listeners if is_main else config.worker.worker_listeners
     places: dict[object, bool] = {}
     for listener in listeners:
         if listener.http_options is None:

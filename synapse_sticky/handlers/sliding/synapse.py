@@ -40,7 +40,7 @@ SEAMS = (
         is_replaced=True,
     ),
     *attributes(_REQUEST, "enabled", "limit", "since"),
-    *attributes(f"{_TYPES}.SlidingSyncConfig", "user", "requester", "conn_id"),
+    *attributes(f"{_TYPES}.SlidingSyncConfig", "requester", "conn_id"),
     Attribute(f"{_TYPES}.SlidingSyncResult.Extensions", "StickyEventsExtension"),
     *attributes(
         f"{_TYPES}.SlidingSyncResult.Extensions.StickyEventsExtension",
@@ -189,7 +189,7 @@ class _Response:
         self._sliding = sliding
         self._store = sliding._store
         self._sync_config = sync_config
-        self._user_id: str = sync_config.user.to_string()
+        self._user_id: str = sync_config.requester.user.to_string()
         self._to_token = to_token
         self._now_ms = sliding._homeserver.now_ms()
         self._parts: list[tuple[int, dict[str, list[str]]]] = []

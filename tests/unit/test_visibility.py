@@ -336,8 +336,8 @@ def test_each_homeserver_of_a_process_is_asked_for_its_own(filters: Filters, kin
 @pytest.mark.usefixtures("filters")
 def test_a_homeserver_is_let_go_although_the_filters_live_on() -> None:
     homeserver = homeserver_with(users=Asked(), servers=Asked())
-    storage = weakref.ref(homeserver.storage)
+    gone = weakref.ref(homeserver)
     del homeserver
     gc.collect()
-    assert storage() is None
+    assert gone() is None
     assert getattr(visibility, FOR_USERS).is_of_synapse_sticky

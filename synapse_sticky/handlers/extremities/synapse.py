@@ -203,6 +203,6 @@ def _surplus(user_id: str, state: "StateMap[EventBase]") -> int:
 
 def _needed(power_levels: "EventBase | None") -> int:
     """The power that a dummy event needs, which has no state key."""
-    content = {} if power_levels is None else power_levels.content
+    content: Mapping[str, Any] = {} if power_levels is None else power_levels.content
     level = content.get("events", {}).get(DUMMY)
     return int(content.get("events_default", 0) if level is None else level)

@@ -58,7 +58,9 @@ class Wiring:
         self._homeserver.enter(self._homeserver.store, _LOADED, True)
         self._loading = Loading(self._homeserver, self._set_loaded)
         self._installer = Installer(self._homeserver, config, self._loading)
-        self._columns, self._misfits[TABLES] = read_columns(self._homeserver.hs.config)
+        self._columns, self._misfits[TABLES] = read_columns(
+            self._homeserver.hs.config, self._homeserver.server_name
+        )
         self._homeserver.columns = self._columns
         try:
             for duty in DUTIES.values():

@@ -103,7 +103,7 @@ def _look(configuration: "Configuration") -> Remaining:
 
     now_ms = int(time.time() * 1000)
     with configuration.transaction() as cursor:
-        there = columns_in(cursor)
+        there = columns_in(cursor, is_postgres=configuration.has_postgres)
         own = [*(name for t in LAYOUTS for name in tables_of(t.migrations)), LAYOUTS_TABLE]
         counts = {}
         for name in own:

@@ -23,21 +23,20 @@ from synapse_sticky.homeserver.database import (
     main_database,
     transaction,
 )
-from synapse_sticky.homeserver.fitting import Columns, misfits
+from synapse_sticky.homeserver.fitting import Columns, misfits, resolve
 from synapse_sticky.homeserver.layout import LAYOUTS_TABLE, HasLayout, Migrations, tables_of
-from synapse_sticky.homeserver.place import Place
+from synapse_sticky.homeserver.place import Place, Process
 from synapse_sticky.homeserver.process import require_enabled, too_old
 from synapse_sticky.homeserver.schema import SEAMS as SCHEMA
 from synapse_sticky.homeserver.schema import is_to_be_migrated
-from synapse_sticky.homeserver.seams import Attribute, method
+from synapse_sticky.homeserver.seams import method
+from synapse_sticky.module import StickyEventsModule
 
 SEAMS = (
     method(
         "synapse.config.homeserver.HomeServerConfig",
         "load_config(description, argv_options, /)",
     ),
-    Attribute("synapse.config.homeserver.HomeServerConfig", "modules"),
-    Attribute("synapse.config.modules.ModulesConfig", "loaded_modules"),
 )
 
 LAYOUTS: Sequence[type[HasLayout]] = (
@@ -88,9 +87,9 @@ class Configuration:
         if shared:
             of_each.insert(0, shared)
         self._configs = [_loaded(files) for files in of_each]
-        modules = [_of_module(config) for config in self._configs]
-        self._config, self.sticky = self._configs[0], modules[0]
         self._options = [_options_in(files) for files in of_each]
+        modules = [_of_module(options) for options in self._options]
+        self._config, self.sticky = self._configs[0], modules[0]
         if self.sticky is not None:
             require_enabled(self._config)
         self.columns: Columns = {}
@@ -102,12 +101,13 @@ class Configuration:
 
     def places(self) -> list[Place]:
         """The processes. They can be told of a Synapse that has what every duty needs."""
-        return [Place(config) for config in self._configs]
+        of_each = zip(self._configs, self._options, strict=True)
+        return [Place(config, Process.with_options(options)) for config, options in of_each]
 
     def not_given(self) -> str | None:
         """Which processes belong to this homeserver and have not been given by a file; None if
         nothing says that there are any."""
-        given = {config.worker.instance_name for config in self._configs}
+        given = {Process.with_options(options).name for options in self._options}
         named = {name for options in self._options for name in _named_in(options)}
         if missing := sorted({"master", *named} - given):
             return ", ".join(missing)
@@ -118,13 +118,13 @@ class Configuration:
     @property
     def server_name(self) -> str:
         """The homeserver's."""
-        name: str = self._config.server.server_name
+        name: str = self._options[0]["server_name"]
         return name
 
     @property
     def has_postgres(self) -> bool:
         """Is its database a Postgres? Else it is SQLite."""
-        return bool(main_database(self._config).config["name"] != "sqlite3")
+        return is_postgres(self._config)
 
     def transaction(self) -> AbstractContextManager[Any]:
         """A cursor in the database; what it does is committed unless that raises.
@@ -134,7 +134,7 @@ class Configuration:
         """
         if not self._is_there():
             raise FileNotFoundError("there is no database yet")
-        return transaction(self._config)
+        return transaction(self._config, self.server_name)
 
     def read_database(self) -> str | None:
         """Reads the columns, the layouts of the module's tables, and the privileges on them.
@@ -147,12 +147,12 @@ class Configuration:
         if not self._is_there():
             return None
         refusal = None
-        with closing(connect(self._config)) as connection:
+        with closing(connect(self._config, self.server_name)) as connection:
             cursor = connection.cursor()
-            self.columns = columns_in(cursor)
+            self.columns = columns_in(cursor, is_postgres=self.has_postgres)
             self._look_at_schema(cursor)
             own = [name for name in self.columns if name.startswith("synapse_sticky_")]
-            if is_postgres(cursor.database_engine):
+            if self.has_postgres:
                 cursor.execute(_FORBIDDEN, (own,))
                 self._forbidden = {name for (name,) in cursor.fetchall()}
                 cursor.execute(_ROLE)
@@ -174,7 +174,9 @@ class Configuration:
         self.problems = misfits(SCHEMA, self.columns if there else None)
         if not self.problems:
             databases = main_database(self._config).databases
-            self.is_to_be_migrated = is_to_be_migrated(cursor, self.columns, databases)
+            self.is_to_be_migrated = is_to_be_migrated(
+                cursor, self.columns, databases, is_postgres=self.has_postgres
+            )
 
     def _is_there(self) -> bool:
         """Is there a database? To connect to SQLite would make one."""
@@ -240,9 +242,14 @@ def _loaded(paths: Sequence[str]) -> HomeServerConfig:
     return HomeServerConfig.load_config("synapse-sticky check", arguments)
 
 
-def _of_module(config: HomeServerConfig) -> StickyConfig | None:
-    parsed: list[Any] = [parsed for _, parsed in config.modules.loaded_modules]
-    listed = [found for found in parsed if isinstance(found, StickyConfig)]
+def _of_module(options: Mapping[str, Any]) -> StickyConfig | None:
+    """What Synapse gives to this module, by options that it takes; None if that is not listed."""
+    found = [(resolve(entry["module"]), entry) for entry in options.get("modules") or ()]
+    listed = [entry for cls, entry in found if _is_this_module(cls)]
     if len(listed) > 1:
         raise ConfigError(LISTED_TWICE)
-    return listed[0] if listed else None
+    return StickyEventsModule.parse_config(listed[0].get("config") or {}) if listed else None
+
+
+def _is_this_module(cls: object) -> bool:
+    return isinstance(cls, type) and issubclass(cls, StickyEventsModule)

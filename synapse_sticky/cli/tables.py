@@ -41,7 +41,7 @@ def migrate_tables(paths: Sequence[str]) -> int:
         take_turn_txn(cursor)
         made = [t for t in LAYOUTS if migrate_txn(cursor, t, is_postgres=True)]
         older = 0
-        if made and "sticky_events" in columns_in(cursor):
+        if made and "sticky_events" in columns_in(cursor, is_postgres=True):
             now_ms = int(time.time() * 1000)
             older = of_others_txn(cursor, configuration.server_name, now_ms)
     for table in LAYOUTS:

@@ -11,6 +11,7 @@ from datetime import timedelta
 from typing import Any, Protocol
 
 import attr
+from synapse.module_api import Requester, UserID
 from twisted.internet.defer import CancelledError
 
 from synapse_sticky.homeserver.fitting import misfits
@@ -76,7 +77,7 @@ SEAMS: Mapping[str, tuple[Seam, ...]] = {
         ),
         method(STORE, "async get_events(event_ids, /) -> dict"),
         _ERASED,
-        Attribute(f"{_TYPES}.SlidingSyncConfig", "user"),
+        Attribute(f"{_TYPES}.SlidingSyncConfig", "requester"),
         Attribute(f"{_EXTENSIONS}.StickyEventsExtension", "room_id_to_sticky_events"),
         Attribute("synapse.events.utils.FilteredEvent", "event"),
     ),
@@ -88,7 +89,6 @@ SEAMS: Mapping[str, tuple[Seam, ...]] = {
             "async wait_for_sync_for_user(requester, sync_config) -> tuple[_, _]",
             is_replaced=True,
         ),
-        Attribute(f"{_TYPES}.SlidingSyncConfig", "user"),
         Attribute(f"{_TYPES}.SlidingSyncResult", "extensions"),
         Attribute(_EXTENSIONS, "sticky_events"),
         Attribute(f"{_EXTENSIONS}.StickyEventsExtension", "room_id_to_sticky_events"),
@@ -171,8 +171,8 @@ class Access:
             logger.warning("Only one layer guards the sections: %s", "; ".join(problems))
         return is_guarded, problems
 
-    async def _joined(self, sync_config: Any) -> frozenset[str]:
-        joined: frozenset[str] = await self._store.get_rooms_for_user(sync_config.user.to_string())
+    async def _joined(self, user: UserID) -> frozenset[str]:
+        joined: frozenset[str] = await self._store.get_rooms_for_user(user.to_string())
         return joined
 
     async def _still_sticky(self, event_ids: Collection[str]) -> set[str]:
@@ -202,7 +202,7 @@ class Access:
                 **options: Any,
             ) -> None:
                 if sticky_event_ids:
-                    joined = await self._joined(sync_result_builder.sync_config)
+                    joined = await self._joined(sync_result_builder.sync_config.user)
                     if room_builder.room_id not in joined:
                         sticky_event_ids = []
                 await original(
@@ -228,7 +228,7 @@ class Access:
                 result = await original(requester, sync_config, *args, **options)
                 if not any(room.sticky for room in result.joined):
                     return result
-                joined = await self._joined(sync_config)
+                joined = await self._joined(sync_config.user)
                 # Nor does anybody get what was redacted meanwhile, or has expired (S4, S5).
                 sticky = await self._still_sticky(
                     [shown.event.event_id for room in result.joined for shown in room.sticky]
@@ -251,11 +251,12 @@ class Access:
             async def get_sticky_events_extension_response(
                 *, sync_config: Any, all_interested_room_ids: set[str], **options: Any
             ) -> Any:
-                rooms = all_interested_room_ids & await self._joined(sync_config)
+                user = sync_config.requester.user
+                rooms = all_interested_room_ids & await self._joined(user)
                 section = await original(
                     sync_config=sync_config, all_interested_room_ids=rooms, **options
                 )
-                return await self._as_of_now(sync_config, section)
+                return await self._as_of_now(user, section)
 
             return get_sticky_events_extension_response
 
@@ -265,11 +266,11 @@ class Access:
     def _guard_sliding_response(self) -> None:
         def make(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
             async def wait_for_sync_for_user(
-                requester: Any, sync_config: Any, *args: Any, **options: Any
+                requester: Requester, sync_config: Any, *args: Any, **options: Any
             ) -> Any:
                 result, did_wait = await original(requester, sync_config, *args, **options)
                 section = result.extensions.sticky_events
-                as_of_now = await self._as_of_now(sync_config, section)
+                as_of_now = await self._as_of_now(requester.user, section)
                 if as_of_now is not section:
                     extensions = attr.evolve(result.extensions, sticky_events=as_of_now)
                     result = attr.evolve(result, extensions=extensions)
@@ -280,13 +281,13 @@ class Access:
         handler = self._homeserver.hs.get_sliding_sync_handler()
         self._homeserver.replace(handler, "wait_for_sync_for_user", make)
 
-    async def _as_of_now(self, sync_config: Any, section: Any) -> Any:
+    async def _as_of_now(self, user: UserID, section: Any) -> Any:
         """The section without rooms that the user has left meanwhile, and without events that were
         redacted or have expired."""
         if not section or not section.room_id_to_sticky_events:
             return section
         before = section.room_id_to_sticky_events
-        joined = await self._joined(sync_config)
+        joined = await self._joined(user)
         sticky = await self._still_sticky(
             [shown.event.event_id for events in before.values() for shown in events]
         )

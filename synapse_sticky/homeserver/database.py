@@ -1,7 +1,6 @@
 """Synapse's database, as far as it can be known before Synapse uses it: its kind, its columns."""
 
 import logging
-import sqlite3
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import closing, contextmanager
 from itertools import islice
@@ -25,21 +24,22 @@ _DATABASE = "synapse.storage.database"
 _ENGINES = "synapse.storage.engines"
 _CONNECTION = "synapse.config.database.DatabaseConnectionConfig"
 
+KIND = (
+    Attribute("synapse.config.homeserver.HomeServerConfig", "database"),
+    Attribute("synapse.config.database.DatabaseConfig", "databases"),
+    *attributes(_CONNECTION, "config", "databases"),
+)
+"""What says which database there is, and of which kind."""
+
 SEAMS = (
+    *KIND,
     method(
         _DATABASE,
         "make_conn(*, db_config, engine, default_txn_name, server_name) -> "
         "LoggingDatabaseConnection",
     ),
     method(_ENGINES, "create_engine(database_config, /) -> BaseDatabaseEngine"),
-    Attribute("synapse.config.homeserver.HomeServerConfig", "database"),
-    Attribute("synapse.config.homeserver.HomeServerConfig", "server"),
-    Attribute("synapse.config.server.ServerConfig", "server_name"),
-    Attribute("synapse.config.database.DatabaseConfig", "databases"),
-    Attribute(_CONNECTION, "config"),
-    Attribute(_CONNECTION, "databases"),
     *attributes("synapse.storage.database.LoggingDatabaseConnection", "cursor", "commit", "close"),
-    Attribute("synapse.storage.engines._base.BaseDatabaseEngine", "module"),
 )
 
 _POSTGRES = """
@@ -54,7 +54,7 @@ _SQLITE = """
 """
 
 
-def read_columns(config: "HomeServerConfig") -> tuple[Columns | None, list[str]]:
+def read_columns(config: "HomeServerConfig", server_name: str) -> tuple[Columns | None, list[str]]:
     """The columns of all tables in Synapse's main database; None if they cannot be read, and why,
     one line each.
 
@@ -64,8 +64,8 @@ def read_columns(config: "HomeServerConfig") -> tuple[Columns | None, list[str]]
         logger.warning("Not checking the database's columns: %s", "; ".join(problems))
         return None, problems
     try:
-        with closing(connect(config)) as connection:
-            return columns_in(connection.cursor()), []
+        with closing(connect(config, server_name)) as connection:
+            return columns_in(connection.cursor(), is_postgres=is_postgres(config)), []
     except Exception as e:
         logger.warning("Not checking the database's columns", exc_info=True)
         reason = " ".join(f"{type(e).__name__}: {e}".split())
@@ -78,23 +78,28 @@ def main_database(config: "HomeServerConfig") -> Any:
     return database
 
 
-def connect(config: "HomeServerConfig") -> Any:
+def is_postgres(config: "HomeServerConfig") -> bool:
+    """Is Synapse's main database a Postgres? Else it is SQLite: there is only one other."""
+    return bool(main_database(config).config["name"] != "sqlite3")
+
+
+def connect(config: "HomeServerConfig", server_name: str) -> Any:
     """A new connection to Synapse's main database; its cursors take ``?`` for parameters.
 
     Raises:
         Exception: whatever the database's driver raises if it cannot be reached.
     """
-    return _connect(main_database(config), config.server.server_name)
+    return _connect(main_database(config), server_name)
 
 
 @contextmanager
-def transaction(config: "HomeServerConfig") -> Iterator[Any]:
+def transaction(config: "HomeServerConfig", server_name: str) -> Iterator[Any]:
     """A cursor of ``connect``. What it does is committed at the end, or not at all if that raises.
 
     Raises:
         Exception: whatever the database's driver raises.
     """
-    with closing(connect(config)) as connection:
+    with closing(connect(config, server_name)) as connection:
         yield connection.cursor()
         connection.commit()
 
@@ -111,7 +116,7 @@ def new_columns() -> Columns:
     in_memory = {"name": "sqlite3", "args": {"database": ":memory:"}}
     database = SimpleNamespace(config=in_memory)
     with closing(_connect(database, "synapse_sticky_check")) as connection:
-        return columns_in(connection.cursor())
+        return columns_in(connection.cursor(), is_postgres=False)
 
 
 def _connect(database: Any, server_name: str) -> Any:
@@ -124,18 +129,13 @@ def _connect(database: Any, server_name: str) -> Any:
     )
 
 
-def columns_in(cursor: Any) -> Columns:
+def columns_in(cursor: Any, *, is_postgres: bool) -> Columns:
     """What ``read_columns`` reads, by a cursor of ``connect``."""
-    cursor.execute(_POSTGRES if is_postgres(cursor.database_engine) else _SQLITE)
+    cursor.execute(_POSTGRES if is_postgres else _SQLITE)
     found: dict[str, dict[str, str]] = {}
     for table, column, declared in cursor.fetchall():
         found.setdefault(table, {})[column] = kind_of_column(declared)
     return found
-
-
-def is_postgres(engine: Any) -> bool:
-    """Is it Synapse's engine for Postgres? There is only one other."""
-    return engine.module is not sqlite3
 
 
 def portions(values: Iterable[T], most: int = AT_ONCE) -> Iterator[list[T]]:

@@ -14,9 +14,9 @@ from synapse.module_api.errors import ConfigError
 
 from synapse_sticky.homeserver.calls import in_place_of
 from synapse_sticky.homeserver.clock import OnSet, SetClock
-from synapse_sticky.homeserver.database import is_postgres
+from synapse_sticky.homeserver.database import KIND, is_postgres
 from synapse_sticky.homeserver.fitting import Columns
-from synapse_sticky.homeserver.place import Place
+from synapse_sticky.homeserver.place import Place, Process
 from synapse_sticky.homeserver.seams import HOMESERVER, Attribute, attributes, method
 from synapse_sticky.homeserver.signal import Signal
 from synapse_sticky.metrics import Metrics
@@ -32,12 +32,11 @@ T = TypeVar("T")
 
 SEAMS = (
     Attribute("synapse.module_api.ModuleApi", "_hs"),
-    *attributes(HOMESERVER, "config", "get_datastores", "get_clock"),
+    *attributes(HOMESERVER, "config", "get_datastores"),
     method(HOMESERVER, "register_sync_shutdown_handler(*, phase, eventType, shutdown_func)"),
     Attribute("synapse.storage.databases.Databases", "main"),
-    Attribute("synapse.storage._base.SQLBaseStore", "database_engine"),
-    Attribute("synapse.storage.engines._base.BaseDatabaseEngine", "module"),
     Attribute("synapse.config.homeserver.HomeServerConfig", "experimental"),
+    *KIND,
 )
 
 FIRST_SYNAPSE = (1, 163)
@@ -97,10 +96,10 @@ class Homeserver:
         require_sticky_events(self.hs.config)
         self.server_name = api.server_name
         self.metrics = Metrics(self.server_name)
-        self.place = Place(self.hs.config)
+        self.place = Place(self.hs.config, Process.running(api))
         self.instance_name = self.place.name
         self.columns: Columns | None = None
-        self.is_postgres = is_postgres(self.store.database_engine)
+        self.is_postgres = is_postgres(self.hs.config)
         # Whoever imports it earlier decides on which one it is.
         from twisted.internet import reactor
 

@@ -9,11 +9,10 @@ No event is sticky for longer than an hour, so this is about rooms that keep eve
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from synapse.api.constants import EventTypes
-
 from synapse_sticky.homeserver.fitting import misfits
 from synapse_sticky.homeserver.process import Cursor, Homeserver
 from synapse_sticky.homeserver.seams import STORE, Attribute, attributes, method, table
+from synapse_sticky.homeserver.spec import RETENTION
 from synapse_sticky.logs import bounded
 
 logger = bounded(__name__)
@@ -38,13 +37,12 @@ SEAMS = (
 )
 
 _NO_END_MS = 2**63 - 1
-_RETENTION: str = EventTypes.Retention
 
 # One row at most, however many events a room has that say so: those with a state key do not count.
 _OF_ROOM = f"""(
     SELECT r.max_lifetime FROM current_state_events AS c
     INNER JOIN room_retention AS r ON r.event_id = c.event_id AND r.room_id = c.room_id
-    WHERE c.room_id = {{room_id}} AND c.type = '{_RETENTION}' AND c.state_key = ''
+    WHERE c.room_id = {{room_id}} AND c.type = '{RETENTION}' AND c.state_key = ''
 )"""
 _OF_ROW = f"""
     , (SELECT e.origin_server_ts FROM events AS e WHERE e.event_id = se.event_id)
@@ -143,7 +141,7 @@ class Retention:
                 **options: Any,
             ) -> None:
                 original(stream_ordering, event_id, room_id, etype, *args, **options)
-                if etype != _RETENTION:
+                if etype != RETENTION:
                     return
                 try:
                     callback(room_id)

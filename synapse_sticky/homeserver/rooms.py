@@ -3,12 +3,10 @@
 from collections.abc import Callable, Collection
 from typing import Any
 
-from synapse.api.constants import EventTypes, Membership
-
 from synapse_sticky.homeserver.process import Cursor, Homeserver
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, method, table
+from synapse_sticky.homeserver.spec import JOIN, MEMBER
 
-_MEMBER, _JOIN = EventTypes.Member, Membership.JOIN
 _STATE = "synapse.storage.controllers.state.StateStorageController"
 
 SEAMS = {
@@ -22,7 +20,6 @@ SEAMS = {
         method(_STATE, "async get_server_acl_for_room(room_id, /) -> ServerAclEvaluator | None"),
         Attribute("synapse.util.caches.descriptors.CachedFunction", "invalidate"),
         Attribute("synapse.synapse_rust.acl.ServerAclEvaluator", "server_matches_acl_event"),
-        method("synapse.util.stringutils", "parse_server_name(server_name, /) -> tuple[_, _]"),
     ),
     "erased": (method(STORE, "async are_users_erased(user_ids, /) -> Mapping"),),
     "users": (method(STORE, "async get_rooms_for_user(user_id, /) -> frozenset"),),
@@ -65,7 +62,7 @@ class Rooms:
             txn.execute(
                 "SELECT 1 FROM current_state_events WHERE room_id = ? AND type = ?"
                 " AND membership = ? AND state_key LIKE ? LIMIT 1",
-                (room_id, _MEMBER, _JOIN, f"%:{server}"),
+                (room_id, MEMBER, JOIN, f"%:{server}"),
             )
             return txn.fetchone() is not None
 
@@ -73,25 +70,32 @@ class Rooms:
 
     async def acl_allows(self, room_id: str, server: str) -> bool:
         """Does the room's ACL, if there is one, allow the server?"""
-        from synapse.util.stringutils import parse_server_name
-
         state: Any = self._homeserver.hs.get_storage_controllers().state
         acl = await state.get_server_acl_for_room(room_id)
-        return acl is None or acl.server_matches_acl_event(parse_server_name(server)[0])
+        return acl is None or acl.server_matches_acl_event(_host_of(server))
 
     async def acl_now(self, room_id: str) -> Callable[[str], bool]:
         """Which servers the room's ACL allows, by what the database says at this moment."""
-        from synapse.util.stringutils import parse_server_name
-
         state: Any = self._homeserver.hs.get_storage_controllers().state
         # Synapse forgets the ACL that it knows some time after a change of it.
         state.get_server_acl_for_room.invalidate((room_id,))
         acl = await state.get_server_acl_for_room(room_id)
-        return lambda server: (
-            acl is None or acl.server_matches_acl_event(parse_server_name(server)[0])
-        )
+        return lambda server: acl is None or acl.server_matches_acl_event(_host_of(server))
 
     async def erased(self, user_ids: Collection[str]) -> set[str]:
         """Those of the users who asked for the erasure of their data (P6)."""
         erased = await self._store.are_users_erased(user_ids)
         return {user_id for user_id in user_ids if erased.get(user_id)}
+
+
+def _host_of(server: str) -> str:
+    """The server's name without its port, as ACLs have it.
+
+    Raises:
+        ValueError: the port is no number.
+    """
+    host, colon, port = server.rpartition(":")
+    if not colon or server.endswith("]"):  # an IPv6 address has colons, too
+        return server
+    int(port)
+    return host

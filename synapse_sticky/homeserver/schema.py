@@ -5,7 +5,6 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from synapse_sticky.homeserver.database import is_postgres
 from synapse_sticky.homeserver.fitting import Columns, resolve
 from synapse_sticky.homeserver.seams import Attribute, table
 
@@ -18,7 +17,9 @@ SEAMS = (
 )
 
 
-def is_to_be_migrated(cursor: Any, columns: Columns, databases: Collection[str]) -> bool:
+def is_to_be_migrated(
+    cursor: Any, columns: Columns, databases: Collection[str], *, is_postgres: bool
+) -> bool:
     """Will Synapse make or change tables here when it starts?
 
     Args:
@@ -39,7 +40,7 @@ def is_to_be_migrated(cursor: Any, columns: Columns, databases: Collection[str])
         return bool(version < newest)
     cursor.execute("SELECT file FROM applied_schema_deltas WHERE version = ?", (version,))
     applied = {file for (file,) in cursor.fetchall()}
-    return not _deltas(version, databases, is_postgres(cursor.database_engine)) <= applied
+    return not _deltas(version, databases, is_postgres) <= applied
 
 
 def _deltas(version: int, databases: Collection[str], is_postgres: bool) -> set[str]:

@@ -2,20 +2,17 @@
 
 from typing import Any
 
-from synapse.util.duration import Duration
-
 from synapse_sticky.homeserver.process import Homeserver
 from synapse_sticky.homeserver.seams import HOMESERVER, Attribute, method
 
 _SERVER = "synapse.federation.federation_server.FederationServer"
 
-_MINUTE = Duration(minutes=1)
+_MINUTE_MS = 60_000
 
 SEAMS = (
     method(HOMESERVER, "get_federation_server() -> FederationServer"),
     Attribute(_SERVER, "_started_handling_of_staged_events"),
     method(_SERVER, "async _handle_old_staged_events()"),
-    method("synapse.util.clock.Clock", "looping_call(f, duration, /) -> LoopingCall"),
 )
 
 
@@ -28,4 +25,9 @@ def begin_on_staged_pdus(homeserver: Homeserver) -> None:
     if not server._started_handling_of_staged_events:
         server._started_handling_of_staged_events = True
         server._handle_old_staged_events()
-        homeserver.hs.get_clock().looping_call(server._handle_old_staged_events, _MINUTE)
+        homeserver.api.looping_background_call(
+            server._handle_old_staged_events,
+            _MINUTE_MS,
+            desc="synapse_sticky_staged",
+            run_on_all_instances=True,
+        )

@@ -29,7 +29,6 @@ CHANGES: dict[str, tuple[tuple[str, str, str], ...]] = {
     "sliding": (
         ("lists", "attribute gone", ""),
         ("must_await_full_state", "class gone", ""),
-        ("get_events_as_list", "other elements", ""),
         ("SlidingSyncStickyEventsToken", "import gone", ""),
         ("current_state_delta_stream", "column gone", "instance_name"),
     ),
@@ -46,7 +45,7 @@ CHANGES: dict[str, tuple[tuple[str, str, str], ...]] = {
     "pruning": (
         ("prune_staged_events_in_room", "in another order", "room_id, room_version"),
         ("pdus_pruned_from_federation_queue", "import gone", ""),
-        ("event_format", "attribute gone", ""),
+        ("identifier", "attribute gone", ""),
     ),
     "parking": (
         ("try_acquire_lock", "one more is required", ""),
@@ -109,8 +108,8 @@ class _InSynapseThatDoesNotFit(StickyEventsModule):
     def __init__(self, config: StickyConfig, api: ModuleApi) -> None:
         changes = changes_for(self.duty)
 
-        def read_changed(config: Any) -> tuple[Columns, list[str]]:
-            columns, problems = read_columns(config)
+        def read_changed(config: Any, server_name: str) -> tuple[Columns, list[str]]:
+            columns, problems = read_columns(config, server_name)
             assert columns is not None, problems
             for change in changes:
                 columns = change.columns(columns)

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import attr
-import psycopg2
 import pytest
 from synapse.api.errors import SynapseError
 from synapse.logging.context import LoggingContext  # type: ignore[attr-defined]
@@ -51,7 +50,7 @@ class Persisting:
             setattr(owner, name, make(getattr(owner, name)))
 
         homeserver: Any = SimpleNamespace(hs=hs, replace=replace)
-        self.installed = Batches(homeserver, staging_of(psycopg2).verdict_of)
+        self.installed = Batches(homeserver, staging_of().verdict_of)
         self.installed.install()
 
     async def _persist(self, room_id: str, task: _PersistEventsTask) -> dict[str, str]:
@@ -132,7 +131,7 @@ POISON = "$poison"
 def verdict_on(persisting: Persisting, event: Event) -> Verdict | None:
     """What the receiving process makes of the error; None if the event was persisted."""
     (told,) = persisting.outcomes([event])
-    return staging_of(psycopg2).verdict_of(told) if isinstance(told, Exception) else None
+    return staging_of().verdict_of(told) if isinstance(told, Exception) else None
 
 
 @pytest.mark.requirement("H2")

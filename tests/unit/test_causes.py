@@ -50,7 +50,7 @@ def raised_from(cause: Exception, error: Exception) -> Exception:
 
 def answered(error: Exception) -> Exception:
     """What the receiving process gets of an error in an event persister with the module."""
-    persister = staging_of(psycopg2)
+    persister = staging_of()
     servlet = SimpleNamespace(
         federation_event_handler=SimpleNamespace(**{synapse._READS_CAUSE: persister._cause_of})
     )
@@ -66,12 +66,9 @@ def answered(error: Exception) -> Exception:
     return response.unsafe_to_verbatim_synapse_error()
 
 
-def staging_of(module: Any, **of_handler: Any) -> SynapseStaging:
-    """On this database driver, and with these functions of Synapse's handler."""
-    store = SimpleNamespace(
-        database_engine=SimpleNamespace(module=module),
-        remove_received_event_from_staging=removed,
-    )
+def staging_of(**of_handler: Any) -> SynapseStaging:
+    """With these functions of Synapse's handler."""
+    store = SimpleNamespace(remove_received_event_from_staging=removed)
     handler = SimpleNamespace(room_queues={}, **of_handler)
     homeserver: Any = SimpleNamespace(
         hs=SimpleNamespace(get_federation_event_handler=lambda: handler),
@@ -101,7 +98,7 @@ async def removed(origin: str, event_id: str) -> int:
     ],
 )
 def test_the_sqlstate_tells_whatever_the_class(verdict: Verdict, sqlstate: str | None) -> None:
-    staging, error = staging_of(psycopg2), of_postgres(sqlstate)
+    staging, error = staging_of(), of_postgres(sqlstate)
     assert staging.verdict_of(error) is verdict
     assert staging.verdict_of(raised_from(error, Exception("while fetching"))) is verdict
     # In the process that received the PDU, too.
@@ -126,7 +123,7 @@ def test_the_sqlstate_tells_whatever_the_class(verdict: Verdict, sqlstate: str |
     ids=repr,
 )
 def test_other_errors(verdict: Verdict | None, error: Exception) -> None:
-    assert staging_of(psycopg2).verdict_of(error) is verdict
+    assert staging_of().verdict_of(error) is verdict
 
 
 @pytest.mark.requirement("H2")
@@ -140,7 +137,7 @@ def test_other_errors(verdict: Verdict | None, error: Exception) -> None:
     ],
 )
 def test_errors_of_sqlite(verdict: Verdict, name: str) -> None:
-    assert staging_of(sqlite3).verdict_of(of_sqlite(name)) is verdict
+    assert staging_of().verdict_of(of_sqlite(name)) is verdict
 
 
 # As Python before 3.11 raises them, too: without SQLite's name.
@@ -167,7 +164,7 @@ PASSING_OF_SQLITE = [
 )
 def test_an_outage(error: Exception) -> None:
     assert is_outage(error)
-    assert staging_of(psycopg2).verdict_of(error) is PASSES
+    assert staging_of().verdict_of(error) is PASSES
 
 
 @pytest.mark.requirement("H1", "H2")

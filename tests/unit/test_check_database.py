@@ -87,7 +87,7 @@ def test_a_database_that_is_still_empty(files: Files, is_there: bool) -> None:
 def migrate(path: str) -> HomeServerConfig:
     """Makes Synapse's tables in the database, as its start does."""
     config = HomeServerConfig.load_config("start", ["-c", path])
-    with closing(synapse_database.connect(config)) as connection:
+    with closing(synapse_database.connect(config, "test")) as connection:
         prepare_database(connection, connection.engine, config)
     return config
 
@@ -95,7 +95,7 @@ def migrate(path: str) -> HomeServerConfig:
 def migrates(config: HomeServerConfig, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Does Synapse have anything to make or change? A worker refuses to start then."""
     monkeypatch.setattr(config.worker, "worker_app", "synapse.app.generic_worker")
-    with closing(synapse_database.connect(config)) as connection:
+    with closing(synapse_database.connect(config, "test")) as connection:
         try:
             prepare_database(connection, connection.engine, config)
         except PrepareDatabaseException:
@@ -277,7 +277,7 @@ def test_a_role_that_may_not_make_tables(files: Files, role: Role) -> None:
     )
     assert (report.remarks, report.exit_code()) == ([], 2)
     with (
-        closing(synapse_database.connect(config)) as connection,
+        closing(synapse_database.connect(config, "test")) as connection,
         pytest.raises(InsufficientPrivilege),
     ):
         prepare_database(connection, connection.engine, config)

@@ -148,7 +148,10 @@ def is_shown(server_name: str) -> bool:
 
 def entries_on(hs: Any) -> set[str]:
     """What functions that all homeservers share find on this one's objects."""
-    owners = (hs.get_datastores().main, hs.get_event_creation_handler())
+    owners = (
+        *(hs.get_datastores().main, hs.get_storage_controllers()),
+        *(hs.get_event_creation_handler(), hs.get_federation_event_handler()),
+    )
     return {name for o in owners for name in vars(o) if name.startswith("_synapse_sticky_")}
 
 
@@ -240,7 +243,7 @@ def test_an_index_that_is_half_installed_is_not_asked(
     ("owner", "name", "off"),
     [
         ("synapse.api.constants.StickyEvent", "EVENT_FIELD_NAME", "receipt"),
-        ("synapse.util.stringutils", "parse_server_name", "joins"),
+        ("synapse.http.client", "BodyExceededMaxSize", "joins"),
         ("synapse.types", "StreamKeyType", "deferral"),
     ],
 )
@@ -267,11 +270,9 @@ print(*(duty.name for duty in DUTIES.values() if duty.misfits()))
 def test_a_part_of_an_imported_name_that_is_gone() -> None:
     """A file reads it as it is loaded, and not later, in the dark."""
     gone = {
-        "joins": "synapse.api.constants.EventTypes.Create",
+        "delivery": "synapse.api.constants.EventUnsignedContentFields.STICKY_TTL",
         "sliding": "synapse.types.handlers.sliding_sync.SlidingSyncResult.Extensions",
-        "pruning": "synapse.api.room_versions.EventFormatVersions.ROOM_V1_V2",
         "index": "synapse.replication.tcp.streams._base.StickyEventsStream.NAME",
-        "parking": "synapse.api.constants.EventContentFields.LABELS",
     }
     script = f"""
 from synapse.app import homeserver

@@ -182,7 +182,9 @@ def test_exactly_what_needs_a_part_is_off(
             if mutation.is_seen_late:
                 restore()
                 patched.setattr(
-                    wiring, "read_columns", lambda config, columns=columns: (columns, [])
+                    wiring,
+                    "read_columns",
+                    lambda config, server_name, columns=columns: (columns, []),
                 )
                 mutation.put(patched)
                 assert planned(columns) == expected(set()), str(mutation)
@@ -216,7 +218,7 @@ def test_a_start_does_what_was_planned(
     """Also the homeserver that runs lacks the part: what a duty takes of it to install itself is
     declared for this very duty, not only for another that uses the same file."""
     columns = columns_of_all()
-    monkeypatch.setattr(wiring, "read_columns", lambda config: (columns, []))
+    monkeypatch.setattr(wiring, "read_columns", lambda config, server_name: (columns, []))
     gone = next(mutations(seam))
     quick(gone)
     with removed(seam), monkeypatch.context() as patched:
@@ -265,7 +267,7 @@ def test_a_strict_start_stops_and_says_which(
     gone = next(mutations(seam))
     quick(gone)
     columns = gone.columns(columns_of_all())
-    monkeypatch.setattr(wiring, "read_columns", lambda config: (columns, []))
+    monkeypatch.setattr(wiring, "read_columns", lambda config, server_name: (columns, []))
     with monkeypatch.context() as patched:
         gone.put(patched)
         with pytest.raises(SeamMismatchError) as error:
@@ -293,7 +295,7 @@ def test_a_strict_start_stops_if_the_tables_cannot_be_looked_at(
 def test_a_strict_start_stops_if_the_columns_cannot_be_read(
     process: Process, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refuse(config: object) -> None:
+    def refuse(config: object, server_name: str) -> None:
         raise OSError("connection\nrefused")
 
     monkeypatch.setattr(database, "connect", refuse)
@@ -351,7 +353,7 @@ def test_a_start_goes_on_without_the_duty(
     for mutation in changes:
         mutation.put(monkeypatch)
         columns = mutation.columns(columns)
-    monkeypatch.setattr(wiring, "read_columns", lambda config: (columns, []))
+    monkeypatch.setattr(wiring, "read_columns", lambda config, server_name: (columns, []))
     assert planned(columns) == expected(harmed(*changes))
     assert process.start() == expected(harmed(*changes))
 

@@ -10,7 +10,7 @@ from synapse.api.room_versions import RoomVersions
 from synapse.events import make_event_from_dict, relation_from_event
 
 from synapse_sticky.handlers.staging.held import Held
-from synapse_sticky.handlers.staging.parking import places, synapse, tables
+from synapse_sticky.handlers.staging.parking import places, tables
 from synapse_sticky.handlers.staging.parking.handler import ParkingHandler
 from synapse_sticky.handlers.staging.parking.pdus import Outcome, ParkedPdu, ScheduledPdu
 from synapse_sticky.handlers.staging.parking.possible import is_possible
@@ -496,4 +496,4 @@ def test_only_what_synapse_stores_of_a_relation_can_be_impossible(relation: obje
     pdu = make_event_from_dict(content, RoomVersions.V10)
     stored = relation_from_event(pdu)
     texts = [stored.parent_id, stored.rel_type, stored.aggregation_key] if stored else []
-    assert is_possible(pdu, synapse._LABELS) == all("\0" not in text for text in texts if text)
+    assert is_possible(pdu) == all("\0" not in text for text in texts if text)

@@ -9,7 +9,6 @@ from collections.abc import Awaitable, Callable
 from types import SimpleNamespace
 from typing import Any
 
-import psycopg2
 import pytest
 from synapse.api.errors import FederationError, PartialStateConflictError, SynapseError
 from synapse.api.room_versions import RoomVersions
@@ -90,8 +89,8 @@ def received(
     async def in_room(*_: Any) -> bool:
         return True
 
-    staging: Any = staging_of(psycopg2, on_receive_pdu=original, _process_pulled_event=original)
-    staging._store.have_events_in_timeline = there
+    staging: Any = staging_of(on_receive_pdu=original, _process_pulled_event=original)
+    staging.persisted = there
     staging._store.is_host_joined = in_room
     staging.existing = existing
     staging.park_by(fail)
@@ -143,7 +142,7 @@ def test_what_comes_as_this_server_leaves_the_room_is_kept(leaves: bool) -> None
     async def in_room(*_: Any) -> bool:
         return answers.pop(0)
 
-    staging: Any = staging_of(psycopg2, on_receive_pdu=original, _process_pulled_event=original)
+    staging: Any = staging_of(on_receive_pdu=original, _process_pulled_event=original)
     staging._store.is_host_joined = in_room
     staging.park_by(fail)
     step(staging._handler.on_receive_pdu(ORIGIN, sticky_pdu()))
@@ -200,7 +199,7 @@ class Waiting(_Homeserver):
         self.later: list[Callable[[], Awaitable[None]]] = []
         self.delays_ms: list[int] = []
         staging: Any = self.staging
-        staging.verdict_of = staging_of(psycopg2).verdict_of
+        staging.verdict_of = staging_of().verdict_of
         staging.receives = False
         staging.begin_on_staged_pdus = lambda: None
 
@@ -414,7 +413,7 @@ def test_one_that_cannot_be_parked_keeps_no_other_held(
 
 @pytest.mark.requirement("E4", "L3")
 def test_synapse_leaves_staged_what_is_held() -> None:
-    staging = staging_of(psycopg2, on_receive_pdu=None, _process_pulled_event=None)
+    staging = staging_of(on_receive_pdu=None, _process_pulled_event=None)
     staging.park_by(None)  # type: ignore[arg-type]  # nothing fails
     staging._held.is_heeded = True
     staging._held.hold((ORIGIN, "$1"), ROOM)

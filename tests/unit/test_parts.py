@@ -18,7 +18,7 @@ from synapse_sticky.config import StickyConfig, Strict, parse
 from synapse_sticky.duties import DUTIES, State
 from synapse_sticky.handlers.joins.handler import JoinsHandler
 from synapse_sticky.handlers.staging.first_joins.synapse import FirstJoins
-from synapse_sticky.homeserver.seams import Import, SeamMismatchError
+from synapse_sticky.homeserver.seams import Attribute, Import, SeamMismatchError
 from synapse_sticky.metrics import DUTY
 from synapse_sticky.wiring import Wiring
 from tests.mutations import with_member
@@ -208,7 +208,8 @@ def tables_txn(txn: Any) -> list[str]:
 
 def test_parking_needs_no_acl(monkeypatch: pytest.MonkeyPatch) -> None:
     """It only asks whether this server is in the room."""
-    with_member(Import("synapse.util.stringutils", "parse_server_name"))(monkeypatch)
+    of_state = "synapse.storage.controllers.state.StateStorageController"
+    with_member(Attribute(of_state, "get_server_acl_for_room"))(monkeypatch)
     unfit = {duty.name for duty in DUTIES.values() if duty.misfits()}
     assert unfit == {"visibility", "joins"}
 

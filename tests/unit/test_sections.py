@@ -107,8 +107,7 @@ def test_a_room_that_is_left_while_the_response_is_made(monkeypatch: pytest.Monk
     section = asyncio.run(
         extensions.get_sticky_events_extension_response(
             sync_config=SimpleNamespace(
-                user=UserID.from_string("@me:here"),
-                requester=SimpleNamespace(device_id="DEVICE"),
+                requester=SimpleNamespace(user=UserID.from_string("@me:here"), device_id="DEVICE"),
                 conn_id=None,
             ),
             sticky_events_request=SimpleNamespace(enabled=True, since=None, limit=100),
@@ -170,8 +169,8 @@ def test_a_section_that_was_made_before() -> None:
     Access(homeserver, rows_of)._guard_sliding_response()
 
     def rooms() -> list[str]:
-        config = SimpleNamespace(user=UserID.from_string("@me:here"))
-        waiting: Any = handler.wait_for_sync_for_user("requester", config)
+        requester = SimpleNamespace(user=UserID.from_string("@me:here"))
+        waiting: Any = handler.wait_for_sync_for_user(requester, "config")
         result, did_wait = asyncio.run(waiting)
         assert not did_wait
         assert section.room_id_to_sticky_events is by_room

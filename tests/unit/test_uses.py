@@ -18,7 +18,7 @@ from synapse_sticky.homeserver.seams import (
 from tests.unit.test_boundaries import ROOT
 from tests.unit.uses import Allowed, allowed, sources_of_synapse, undeclared
 
-MOST_SEAMS = 312
+MOST_SEAMS = 281
 
 
 @pytest.mark.parametrize("path", sources_of_synapse())

@@ -37,7 +37,7 @@ NOW_MS = 1_800_000_000_000
 
 @attr.s(auto_attribs=True, eq=False)
 class Store:
-    """A homeserver's main store, which the filters tell it by."""
+    """A homeserver's main store."""
 
     partial_rooms: Collection[str] = ()
 
@@ -50,15 +50,13 @@ class ThisHomeserver(Homeserver):
 
     def __init__(self, store: Store, server_name: str = "here") -> None:
         self.store = store
+        # What the filters are called with.
+        self.storage: Any = SimpleNamespace()
+        self.hs: Any = SimpleNamespace(get_storage_controllers=lambda: self.storage)
         self.server_name = server_name
         self.metrics = Metrics(server_name)
         self._undo = []
         self._clock = SetClock(lambda: 0, no_timer, no_timer)
-
-    @property
-    def storage(self) -> Any:
-        """What the filters are called with."""
-        return SimpleNamespace(main=self.store)
 
 
 def no_timer(*args: Any, **options: Any) -> None:
@@ -105,7 +103,7 @@ def test_a_holder_of_synapses_filter_is_named() -> None:
     with pytest.raises(SeamMismatchError, match="partial"):
         SynapseVisibility(homeserver).allow(servers=nothing, users=nothing)
     assert held.func is getattr(visibility, FOR_USERS)
-    assert not [name for name in vars(homeserver.store) if "synapse_sticky" in name]
+    assert not [name for name in vars(homeserver.storage) if "synapse_sticky" in name]
 
 
 def event(
@@ -332,14 +330,14 @@ def test_each_homeserver_of_a_process_is_asked_for_its_own(filters: Filters, kin
     assert [ask(one), ask(other), ask(without)] == [1, 0, 0]
     one.close()
     assert ask(one) == 0, "as if there were no module"
-    assert [name for name in vars(one.store) if "synapse_sticky" in name] == []
+    assert [name for name in vars(one.storage) if "synapse_sticky" in name] == []
 
 
 @pytest.mark.usefixtures("filters")
 def test_a_homeserver_is_let_go_although_the_filters_live_on() -> None:
     homeserver = homeserver_with(users=Asked(), servers=Asked())
-    store = weakref.ref(homeserver.store)
+    gone = weakref.ref(homeserver)
     del homeserver
     gc.collect()
-    assert store() is None
+    assert gone() is None
     assert getattr(visibility, FOR_USERS).is_of_synapse_sticky

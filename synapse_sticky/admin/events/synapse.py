@@ -10,7 +10,7 @@ from synapse_sticky._core import sticky_until_ms
 from synapse_sticky.admin.facts import PersistedEvent, Reachability, StagedPdu
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.retention import Retention
-from synapse_sticky.homeserver.seams import STORE, Attribute, attributes, method, table
+from synapse_sticky.homeserver.seams import STORE, attributes, method, table
 
 _ENTRY = "synapse.storage.databases.main.events_worker.EventCacheEntry"
 _METADATA = "synapse.synapse_rust.events.EventInternalMetadata"
@@ -45,7 +45,6 @@ SEAMS = (
         "destination_rooms_sticky_events_backlog",
         "destination text, room_id text, sticky_events_stream_position integer",
     ),
-    Attribute("synapse.events.EventBase", "rejected_reason"),
 )
 
 _FIELD: str = StickyEvent.EVENT_FIELD_NAME

@@ -50,7 +50,7 @@ class FileResource(Resource):
         self._body = body
         self._kind = kind
         self._etag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'.encode()
-        self._listens_at = for_clients(homeserver.hs.config)
+        self._listens_at = for_clients(homeserver)
 
     def render(self, request: Any) -> Any:
         """The file; an error in Matrix's form if it is not here (404) or not asked for (405)."""

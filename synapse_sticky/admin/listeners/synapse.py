@@ -28,7 +28,6 @@ _RESOURCE = "synapse.http.server.DirectServeJsonResource"
 
 SEAMS = (
     method(HOMESERVER, "get_auth() -> Auth"),
-    method(_AUTH, "async get_user_by_req(request, /) -> Requester"),
     method(_AUTH, "async is_server_admin(requester, /) -> bool"),
     method(
         "synapse.http.server",
@@ -37,7 +36,7 @@ SEAMS = (
     method(_RESOURCE, "async _async_render(request)"),
     method(_RESOURCE, "_send_response(request, code, response_object)"),
     *attributes("synapse.config.homeserver.HomeServerConfig", "worker", "server"),
-    *attributes("synapse.config.workers.WorkerConfig", "worker_app", "worker_listeners"),
+    *attributes("synapse.config.workers.WorkerConfig", "worker_listeners"),
     Attribute("synapse.config.server.ServerConfig", "listeners"),
     *attributes("synapse.config.server.TCPListenerConfig", "http_options", "port"),
     *attributes("synapse.config.server.UnixListenerConfig", "http_options", "path"),
@@ -63,11 +62,12 @@ class AdminResource(DirectServeJsonResource):
     isLeaf = True  # noqa: N815  # Twisted's name
 
     def __init__(self, homeserver: Homeserver, answer: Answer) -> None:
-        super().__init__(clock=homeserver.hs.get_clock())
+        super().__init__()
+        self._api = homeserver.api
         self._auth = homeserver.hs.get_auth()
         self._answer = answer
         self._throttle = Throttle(homeserver.steady_ms)
-        self._listens_at = for_clients(homeserver.hs.config)
+        self._listens_at = for_clients(homeserver)
 
     async def _async_render(self, request: Any) -> tuple[int, Any]:
         # What is raised would be answered for any website to read (CORS).
@@ -106,7 +106,7 @@ class AdminResource(DirectServeJsonResource):
             problem = "The access token must be in the Authorization header"
             raise SynapseError(401, problem, Codes.MISSING_TOKEN)
         try:
-            requester: Requester = await self._auth.get_user_by_req(request)
+            requester = await self._api.get_user_by_req(request)
         except UnicodeDecodeError:
             raise SynapseError(401, "Unrecognised access token", Codes.UNKNOWN_TOKEN) from None
         # An application service acts for whichever of its users it names.
@@ -153,13 +153,14 @@ def place_of(request: Any) -> object:
     return address.port
 
 
-def for_clients(config: Any) -> set[object]:
+def for_clients(homeserver: Homeserver) -> set[object]:
     """Where this process listens for clients: ports and paths.
 
     A port that is that of another listener as well, at another address, is none of these.
     """
-    worker = config.worker
-    listeners = config.server.listeners if worker.worker_app is None else worker.worker_listeners
+    config: Any = homeserver.hs.config
+    is_main = homeserver.place.is_main
+    listeners = config.server.listeners if is_main else config.worker.worker_listeners
     places: dict[object, bool] = {}
     for listener in listeners:
         if listener.http_options is None:

@@ -9,7 +9,7 @@ from synapse.api.constants import StickyEvent
 
 from synapse_sticky.cli.simulate.arrivals import Arrival, UnusableError, arrival, in_order
 from synapse_sticky.cli.synapse import Configuration
-from synapse_sticky.homeserver.database import is_postgres, portions
+from synapse_sticky.homeserver.database import portions
 from synapse_sticky.homeserver.seams import table
 from synapse_sticky.index.key import key_of
 
@@ -56,7 +56,7 @@ def read_database(paths: Sequence[str], since_ms: int, until_ms: int) -> tuple[s
     configuration = Configuration(paths)
     span = (since_ms - _HOUR_MS, until_ms + _HOUR_MS)
     with configuration.transaction() as cursor:
-        if is_postgres(cursor.database_engine):
+        if configuration.has_postgres:
             cursor.execute("SET TRANSACTION READ ONLY")
             cursor.execute(f"SET LOCAL statement_timeout = {_PATIENCE_MS}")
         else:

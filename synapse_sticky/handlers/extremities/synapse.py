@@ -4,8 +4,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
-from synapse.api.constants import EventTypes
-from synapse.event_auth import get_send_level, get_user_power_level
+from synapse.event_auth import get_user_power_level
 from synapse.handlers.worker_lock import NEW_EVENT_DURING_PURGE_LOCK_NAME
 from synapse.module_api.errors import SynapseError
 from synapse.types import create_requester
@@ -14,6 +13,7 @@ from synapse_sticky.handlers.extremities.senders import Able
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.causes import Cause
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, method, table
+from synapse_sticky.homeserver.spec import CREATE, DUMMY, MEMBER, POWER_LEVELS
 from synapse_sticky.logs import bounded
 
 if TYPE_CHECKING:
@@ -53,9 +53,7 @@ SEAMS = (
 _MAX_PREV_EVENTS = 10
 """Synapse makes no event with more."""
 
-_DUMMY, _MEMBER = EventTypes.Dummy, EventTypes.Member
-_CREATE = (EventTypes.Create, "")
-_POWER_LEVELS = (EventTypes.PowerLevels, "")
+_CREATE, _POWER_LEVELS = (CREATE, ""), (POWER_LEVELS, "")
 
 
 class SynapseExtremities:
@@ -98,7 +96,7 @@ class SynapseExtremities:
         """As Synapse sends one, but as this user only."""
         creation = self._creation
         requester = create_requester(user_id, authenticated_entity=self._homeserver.server_name)
-        content = {"type": _DUMMY, "content": {}, "room_id": room_id, "sender": user_id}
+        content = {"type": DUMMY, "content": {}, "room_id": room_id, "sender": user_id}
         try:
             async with self._hs.get_worker_locks_handler().acquire_read_write_lock(
                 NEW_EVENT_DURING_PURGE_LOCK_NAME, room_id, write=False
@@ -123,7 +121,7 @@ class SynapseExtremities:
         The event is allowed by the state that these have. Synapse would take any ten, and might
         leave out those that have the change of power levels, or the join, which allows it.
         """
-        keys = [_POWER_LEVELS, (_MEMBER, user_id)]
+        keys = [_POWER_LEVELS, (MEMBER, user_id)]
         state = await self._homeserver.api.get_room_state(room_id, keys)
         clause, args = self._homeserver.in_list("e.event_id", [e.event_id for e in state.values()])
 
@@ -197,8 +195,14 @@ def able_among(members: Collection[str], state: "StateMap[EventBase]") -> Sequen
 def _surplus(user_id: str, state: "StateMap[EventBase]") -> int:
     """By how much the user's power exceeds what a dummy event needs; negative if it does not."""
     try:
-        needed = get_send_level(_DUMMY, None, state.get(_POWER_LEVELS))
-        return get_user_power_level(user_id, state) - needed
+        return get_user_power_level(user_id, state) - _needed(state.get(_POWER_LEVELS))
     except (TypeError, ValueError, AttributeError):
         # Synapse cannot read these power levels either, and lets no event pass.
         return -1
+
+
+def _needed(power_levels: "EventBase | None") -> int:
+    """The power that a dummy event needs, which has no state key."""
+    content: Mapping[str, Any] = {} if power_levels is None else power_levels.content
+    level = content.get("events", {}).get(DUMMY)
+    return int(content.get("events_default", 0) if level is None else level)

@@ -28,7 +28,6 @@ _SENDER = "synapse.federation.sender"
 _QUEUE = f"{_SENDER}.per_destination_queue.PerDestinationQueue"
 _TRACKER = f"{_SENDER}.per_destination_queue.StickyEventBacklogTracker"
 _TRANSPORT = "synapse.federation.transport.client.TransportLayerClient"
-_FEDERATION_CONFIG = "synapse.config.federation.FederationConfig"
 
 SEAMS = (
     method(HOMESERVER, "get_federation_sender() -> AbstractFederationSender"),
@@ -38,9 +37,7 @@ SEAMS = (
         "synapse.config._base.ShardedWorkerHandlingConfig",
         "should_handle(instance_name, key, /) -> bool",
     ),
-    method(
-        _FEDERATION_CONFIG, "is_domain_allowed_according_to_federation_whitelist(domain, /) -> bool"
-    ),
+    Attribute("synapse.config.federation.FederationConfig", "federation_domain_whitelist"),
     method(
         f"{_SENDER}.FederationSender",
         "_get_per_destination_queue(destination, /) -> PerDestinationQueue | None",
@@ -97,7 +94,7 @@ class SynapseFederation(SynapseBacklog):
         self._retention = Retention(homeserver)
         config = homeserver.hs.config
         self._shards = config.worker.federation_shard_config
-        self._is_whitelisted = config.federation.is_domain_allowed_according_to_federation_whitelist
+        self._federation_config: Any = config.federation
 
     def handles(self, destination: str) -> bool:
         return (
@@ -105,6 +102,10 @@ class SynapseFederation(SynapseBacklog):
             and self._shards.should_handle(self._homeserver.instance_name, destination)
             and self._is_whitelisted(destination)
         )
+
+    def _is_whitelisted(self, destination: str) -> bool:
+        whitelist = self._federation_config.federation_domain_whitelist
+        return whitelist is None or destination in whitelist
 
     def wake(self, destination: str) -> None:
         sender: Any = self._homeserver.hs.get_federation_sender()

@@ -14,6 +14,7 @@ from synapse_sticky.handlers.sending.handler import Check, LocalSend
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.homeserver.process import replace_shared
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, attributes, method
+from synapse_sticky.homeserver.spec import MEMBER
 from synapse_sticky.logs import bounded
 
 logger = bounded(__name__)
@@ -72,7 +73,6 @@ SEAMS = {
         ),
         method(_DELAYED, "async add(requester, *, sticky_duration_ms) -> str", is_replaced=True),
         method(_EVENTS, "async deduplicate_state_event(event)", is_replaced=True),
-        Attribute("synapse.api.constants.EventTypes", "Member"),
     ),
 }
 
@@ -192,17 +192,13 @@ def _checking_parameter(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _accepting_sticky_state(original: Callable[..., Any]) -> Callable[..., Any]:
-    from synapse.api.constants import EventTypes
-
-    member = EventTypes.Member
-
     async def on_PUT(  # noqa: N802  # as Synapse calls it
         servlet: Any, request: Any, room_id: str, event_type: str, *args: Any, **options: Any
     ) -> Any:
         accepts = getattr(servlet.event_creation_handler, _ACCEPTS_STICKY_STATE, False)
         duration_ms = sticky_duration_ms(request) if accepts else None
         if duration_ms is not None:
-            if event_type == member:
+            if event_type == MEMBER:
                 raise _invalid(f"is not possible for {event_type}")
             # The servlet itself serves other requests meanwhile.
             servlet = copy.copy(servlet)

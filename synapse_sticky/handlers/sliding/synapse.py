@@ -4,7 +4,6 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
 
-from synapse import visibility
 from synapse.types import UnresolvedMultiWriterStreamToken
 from synapse.types.handlers.sliding_sync import SlidingSyncResult
 from synapse.types.rest.client import SlidingSyncStickyEventsToken
@@ -41,7 +40,7 @@ SEAMS = (
         is_replaced=True,
     ),
     *attributes(_REQUEST, "enabled", "limit", "since"),
-    *attributes(f"{_TYPES}.SlidingSyncConfig", "user", "requester", "conn_id"),
+    *attributes(f"{_TYPES}.SlidingSyncConfig", "requester", "conn_id"),
     Attribute(f"{_TYPES}.SlidingSyncResult.Extensions", "StickyEventsExtension"),
     *attributes(
         f"{_TYPES}.SlidingSyncResult.Extensions.StickyEventsExtension",
@@ -66,7 +65,6 @@ SEAMS = (
     Attribute("synapse.events.utils.FilteredEvent", "event"),
     method(STORE, "async get_events(event_ids, /) -> dict"),
     method(STORE, "async are_users_erased(user_ids, /) -> Mapping"),
-    method(STORE, "async get_events_as_list(event_ids, /) -> list[EventBase]"),
     method(STORE, "get_sticky_events_stream_token() -> MultiWriterStreamToken"),
     method(
         STORE,
@@ -164,10 +162,13 @@ class SynapseSliding:
     async def visible(self, user_id: str, event_ids: Collection[str]) -> list[Any]:
         """These events as the user may see them, history visibility aside (C1): not those of users
         whom they ignore (D6), nor what was redacted or erased meanwhile (S5)."""
+        # It is replaced there.
+        from synapse.visibility import filter_and_transform_events_for_client
+
         left = await still_sticky(self._store, event_ids)
-        events = await self._store.get_events_as_list(event_ids)
-        sticky = [event for event in events if event.event_id in left]
-        return await visibility.filter_and_transform_events_for_client(
+        events = await self._store.get_events(event_ids)
+        sticky = [event for event_id, event in events.items() if event_id in left]
+        return await filter_and_transform_events_for_client(
             self._storage, user_id, sticky, always_include_ids=frozenset(event_ids)
         )
 
@@ -188,7 +189,7 @@ class _Response:
         self._sliding = sliding
         self._store = sliding._store
         self._sync_config = sync_config
-        self._user_id: str = sync_config.user.to_string()
+        self._user_id: str = sync_config.requester.user.to_string()
         self._to_token = to_token
         self._now_ms = sliding._homeserver.now_ms()
         self._parts: list[tuple[int, dict[str, list[str]]]] = []

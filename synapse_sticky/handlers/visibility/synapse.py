@@ -3,14 +3,14 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from synapse import visibility
 from synapse.api.constants import StickyEvent
 from twisted.internet.defer import CancelledError
 
 from synapse_sticky.handlers.visibility.handler import Allowed, HiddenEvent
 from synapse_sticky.homeserver import Homeserver
 from synapse_sticky.homeserver.everywhere import replace_everywhere
-from synapse_sticky.homeserver.seams import STORE, Attribute, attributes, method
+from synapse_sticky.homeserver.fitting import resolve
+from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, attributes, method
 from synapse_sticky.logs import bounded
 
 if TYPE_CHECKING:
@@ -19,22 +19,23 @@ if TYPE_CHECKING:
 
 logger = bounded(__name__)
 
+_FILTERS = "synapse.visibility"
 _METADATA = "synapse.synapse_rust.events.EventInternalMetadata"
 
 SEAMS = (
     method(
-        "synapse.visibility",
+        _FILTERS,
         "async filter_and_transform_events_for_client(storage, user_id, events, is_peeking, "
         "always_include_ids) -> list[FilteredEvent]",
         is_replaced=True,
     ),
     method(
-        "synapse.visibility",
+        _FILTERS,
         "async filter_events_for_server(storage, target_server_name, local_server_name, events)"
         " -> list[EventBase]",
         is_replaced=True,
     ),
-    Attribute("synapse.storage.controllers.StorageControllers", "main"),
+    method(HOMESERVER, "get_storage_controllers() -> StorageControllers"),
     Attribute("synapse.events.utils.FilteredEvent", "event"),
     method(_METADATA, "is_outlier()"),
     *attributes(_METADATA, "policy_server_spammy", "spam_checker_spammy"),
@@ -67,6 +68,7 @@ class SynapseVisibility:
     def __init__(self, homeserver: Homeserver) -> None:
         self._homeserver = homeserver
         self._store = homeserver.store
+        self._storage = homeserver.hs.get_storage_controllers()
 
     def allow(self, *, servers: Allowed | None, users: Allowed | None) -> None:
         makes: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {}
@@ -74,16 +76,16 @@ class SynapseVisibility:
             makes["filter_and_transform_events_for_client"] = _with_allowed_to_users
         if servers is not None:
             makes["filter_events_for_server"] = _with_allowed_to_servers
-        replace_everywhere(visibility, makes, plain=_PLAIN)
+        replace_everywhere(resolve(_FILTERS), makes, plain=_PLAIN)
         if users is not None:
-            self._homeserver.enter(self._store, _TO_USERS, users)
+            self._homeserver.enter(self._storage, _TO_USERS, users)
         if servers is not None:
 
             async def of_certain(server: str, hidden: Sequence["EventBase"]) -> set[str]:
                 certain = [event for event in hidden if not await self._is_uncertain(event)]
                 return await servers(server, [_in_our_words(event) for event in certain])
 
-            self._homeserver.enter(self._store, _TO_SERVERS, of_certain)
+            self._homeserver.enter(self._storage, _TO_SERVERS, of_certain)
 
     async def _is_uncertain(self, event: "EventBase") -> bool:
         """Is it not known for sure who is joined, and the event not this server's own?"""
@@ -117,7 +119,7 @@ def _with_allowed_to_users(original: Callable[..., Any]) -> Callable[..., Any]:
         visible: list[FilteredEvent] = await original(
             storage, user_id, events, is_peeking, always_include_ids, *args, **options
         )
-        allowed_to: Allowed | None = getattr(storage.main, _TO_USERS, None)
+        allowed_to: Allowed | None = getattr(storage, _TO_USERS, None)
         if allowed_to is None or len(visible) == len(events):
             return visible
         try:
@@ -173,7 +175,7 @@ def _with_allowed_to_servers(original: Callable[..., Any]) -> Callable[..., Any]
         visible: list[EventBase] = await original(
             storage, target_server_name, local_server_name, events, *args, **options
         )
-        allowed_to = getattr(storage.main, _TO_SERVERS, None)
+        allowed_to = getattr(storage, _TO_SERVERS, None)
         if allowed_to is None:
             return visible
         try:

@@ -13,14 +13,14 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from synapse.api.constants import EventTypes
-from synapse.event_auth import get_named_level, get_user_power_level
+from synapse.event_auth import get_user_power_level
 from synapse.types.state import StateFilter
 
 from synapse_sticky.backoff import Backoff, Retrying
 from synapse_sticky.homeserver.fitting import misfits
 from synapse_sticky.homeserver.process import Homeserver
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, method
+from synapse_sticky.homeserver.spec import CREATE, POWER_LEVELS
 from synapse_sticky.homeserver.whole import SEAMS as WHOLE
 from synapse_sticky.homeserver.whole import is_user_redacted_txn
 from synapse_sticky.index.cut_short.synapse import CutShort
@@ -58,8 +58,9 @@ WITHOUT = {
 }
 
 _TABLE = "room_ban_redactions"
-_CREATE, _LEVELS = (EventTypes.Create, ""), (EventTypes.PowerLevels, "")
+_CREATE, _LEVELS = (CREATE, ""), (POWER_LEVELS, "")
 _DECIDING = StateFilter.from_types([_CREATE, _LEVELS])
+_TO_REDACT = 50  # by the specification, where the power levels do not say
 _BACKOFF = Backoff(1_000, 60_000)
 _MOST_UNTOLD = 10_000
 
@@ -193,8 +194,10 @@ class UserRedactions:
                 )
                 if _CREATE not in state:
                     return False
-                redact_level = get_named_level(state, "redact", 50)
-                return get_user_power_level(event.sender, state) >= redact_level
+                levels = state.get(_LEVELS)
+                needed = None if levels is None else levels.content.get("redact")
+                needed = _TO_REDACT if needed is None else int(needed)
+                return get_user_power_level(event.sender, state) >= needed
 
         return can_sender_redact
 

@@ -3,13 +3,12 @@
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
-from synapse.api.constants import AccountDataTypes
-
 from synapse_sticky.handlers.delivery.unignored.handler import ChangedTxn
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.attempt import attempt_txn
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, attributes, method, table
 from synapse_sticky.homeserver.sections import together
+from synapse_sticky.homeserver.spec import IGNORED_USER_LIST
 from synapse_sticky.homeserver.tokens import position_of
 from synapse_sticky.index import Position
 from synapse_sticky.logs import bounded
@@ -54,7 +53,7 @@ SEAMS = (
     *attributes("synapse.types.StreamToken", "account_data_key", "sticky_events_key"),
 )
 
-_LIST = AccountDataTypes.IGNORED_USER_LIST
+_LIST = IGNORED_USER_LIST
 
 
 class SynapseIgnoring:

@@ -5,10 +5,11 @@ import urllib.parse
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from synapse.api.errors import FederationDeniedError, HttpResponseException, RequestSendFailed
+from synapse.api.errors import HttpResponseException, RequestSendFailed
 from synapse.events import make_event_from_dict
 from synapse.http.client import BodyExceededMaxSize
 from synapse.http.matrixfederationclient import JsonParser
+from synapse.module_api.errors import SynapseError
 from twisted.internet import defer
 
 from synapse_sticky.handlers.joins.confirmation.asking import Answer, AnswerKind, Place
@@ -18,6 +19,7 @@ from synapse_sticky.homeserver.seams import HOMESERVER, STORE, attributes, metho
 
 _TIMEOUT_MS = 10_000
 _PREFIX = "/_matrix/federation/v1"
+_DENIED = 403  # by the whitelist of this server
 _NOT_FOUND = 404
 _LIMITED = 429
 _HASHED_AT_ONCE = 20
@@ -125,7 +127,9 @@ class SynapseAsking:
             return _of_error(e, path)
         except RequestSendFailed as e:
             return _of_failure(e)
-        except FederationDeniedError:
+        except SynapseError as e:
+            if e.code != _DENIED:
+                raise
             return Answer(AnswerKind.REFUSES, reason="this server may not ask it")
         except RecursionError:
             return Answer(AnswerKind.SILENT, reason="the answer is nested too deeply")

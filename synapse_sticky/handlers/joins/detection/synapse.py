@@ -3,15 +3,13 @@
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 
 import attr
-from synapse.api.constants import EventTypes, Membership
 
 from synapse_sticky.handlers.joins.detection.reader import RoomChanges, ServerJoin
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.changed import ChangedRooms
 from synapse_sticky.homeserver.seams import STORE, method, table
+from synapse_sticky.homeserver.spec import CREATE, JOIN, MEMBER, SERVER_ACL
 
-_MEMBER, _CREATE, _ACL = EventTypes.Member, EventTypes.Create, EventTypes.ServerACL
-_JOIN = Membership.JOIN
 _PAGE = 100
 _AT_ONCE = 1_000
 """So many rows are fetched, and looked at, before others have their turn."""
@@ -108,7 +106,7 @@ class SynapseStateChanges:
                 " MAX(CASE WHEN type = ? THEN 1 ELSE 0 END)"
                 " FROM current_state_delta_stream WHERE ? < stream_id AND stream_id <= ?"
                 " AND type IN (?, ?, ?) GROUP BY stream_id ORDER BY stream_id LIMIT ?",
-                (_CREATE, _ACL, after, up_to, _MEMBER, _CREATE, _ACL, _PAGE + 1),
+                (CREATE, SERVER_ACL, after, up_to, MEMBER, CREATE, SERVER_ACL, _PAGE + 1),
             )
             return [(row[0], row[1], row[2], row[3], row[4]) for row in txn.fetchall()]
 
@@ -203,7 +201,7 @@ class SynapseStateChanges:
                 " LEFT JOIN room_memberships AS old ON old.event_id = d.prev_event_id"
                 f" WHERE {clause} AND d.type = ? AND m.membership = ? AND e.received_ts >= ?"
                 " AND COALESCE(old.membership, '') != ?",
-                (*args, _MEMBER, _JOIN, not_before_ms, _JOIN),
+                (*args, MEMBER, JOIN, not_before_ms, JOIN),
             )
             joins = _Joins()
             # The reactor stands still while a database's client makes objects of its rows.
@@ -242,7 +240,7 @@ class SynapseStateChanges:
                 f" FROM current_state_events WHERE {clause} AND type = ? AND membership = ?"
                 f" AND {self._colon_in('state_key')} > 0"
                 ") AS members WHERE place <= 2",
-                (*args, _MEMBER, _JOIN),
+                (*args, MEMBER, JOIN),
             )
             earliest: dict[ServerJoin, list[tuple[str, int]]] = {}
             while rows := txn.fetchmany(_AT_ONCE):
@@ -266,7 +264,7 @@ class SynapseStateChanges:
                 " INNER JOIN events AS e ON e.event_id = c.event_id"
                 f" WHERE {clause} AND c.type = ? AND c.membership = ?"
                 f" AND {self._server_of('c.state_key')} = ? GROUP BY c.room_id",
-                (*args, _MEMBER, _JOIN, self._homeserver.server_name),
+                (*args, MEMBER, JOIN, self._homeserver.server_name),
             )
             return dict(txn.fetchall())
 
@@ -293,7 +291,7 @@ class SynapseStateChanges:
         txn.execute(
             "SELECT MAX(stream_id) FROM current_state_delta_stream"
             " WHERE room_id = ? AND stream_id < ? AND type = ? AND event_id IS NULL",
-            (room_id, before, _CREATE),
+            (room_id, before, CREATE),
         )
         row = txn.fetchone()
         if row is None or row[0] is None:
@@ -313,7 +311,7 @@ class SynapseStateChanges:
             " INNER JOIN room_memberships AS m ON m.event_id = d.prev_event_id"
             " WHERE d.room_id = ? AND d.stream_id = ? AND d.type = ? AND d.event_id IS NULL"
             " AND m.membership = ?",
-            (room_id, left_at, _MEMBER, _JOIN),
+            (room_id, left_at, MEMBER, JOIN),
         )
         return {server for (server,) in txn.fetchall()}
 

@@ -2,13 +2,11 @@
 
 from typing import Any
 
-from synapse.api.constants import EventTypes, Membership
-
 from synapse_sticky.handlers.joins.whitelist.whitelist import Allowed
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.seams import Attribute, table
+from synapse_sticky.homeserver.spec import JOIN, MEMBER
 
-_MEMBER, _JOIN = EventTypes.Member, Membership.JOIN
 _FEDERATION_CONFIG = "synapse.config.federation.FederationConfig"
 
 SEAMS = (
@@ -49,7 +47,7 @@ class SynapseWhitelist:
             txn.execute(
                 f"SELECT DISTINCT {self._server} FROM current_state_events"
                 " WHERE room_id = ? AND type = ? AND membership = ?",
-                (room_id, _MEMBER, _JOIN),
+                (room_id, MEMBER, JOIN),
             )
             return [server for (server,) in txn.fetchall()]
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
 
-from synapse.api.constants import EventTypes, Membership, StickyEvent
+from synapse.api.constants import StickyEvent
 from synapse.types import RoomStreamToken
 from synapse.types.handlers.sliding_sync import RoomSyncConfig
 
@@ -12,6 +12,7 @@ from synapse_sticky.handlers.sliding.pages import Shown
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.database import portions
 from synapse_sticky.homeserver.seams import STORE, Attribute, attributes, method, table
+from synapse_sticky.homeserver.spec import JOIN, LEAVE, MEMBER
 from synapse_sticky.index import Position
 
 _TYPES = "synapse.types.handlers.sliding_sync"
@@ -45,8 +46,6 @@ SEAMS = (
 
 _HOUR_MS = StickyEvent.MAX_DURATION.as_millis()
 _LOOK_UP_EVERY_MS = 60_000
-_MEMBER = EventTypes.Member
-_JOIN, _LEAVE = Membership.JOIN, Membership.LEAVE
 
 
 class SynapseJoinedRooms:
@@ -103,7 +102,7 @@ class SynapseJoinedRooms:
             txn.execute(
                 "SELECT room_id FROM local_current_membership"
                 " WHERE user_id = ? AND membership = ? AND ? < event_stream_ordering",
-                (user_id, _JOIN, after.stream_id),
+                (user_id, JOIN, after.stream_id),
             )
             changed = room_ids & {room_id for (room_id,) in txn.fetchall()}
             return self._joined_txn(txn, user_id, changed, after, up_to) if changed else set()
@@ -130,7 +129,7 @@ class SynapseJoinedRooms:
                 WHERE d.type = ? AND d.state_key = ? AND ? < d.stream_id
                     AND m.membership = ? AND COALESCE(before.membership, ?) != ? AND {clause}
                 """,
-                (*(_MEMBER, user_id, after.stream_id), *(_JOIN, _LEAVE, _JOIN, *args)),
+                (*(MEMBER, user_id, after.stream_id), *(JOIN, LEAVE, JOIN, *args)),
             )
             rows += txn.fetchall()
         return {

@@ -15,12 +15,12 @@ Fails open: a room that cannot be entered is joined all the same.
 from collections.abc import Awaitable, Callable, Collection
 from typing import Any
 
-from synapse.api.constants import EventTypes
 from synapse.module_api import EventBase
 from twisted.internet.defer import CancelledError
 
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, method, table
+from synapse_sticky.homeserver.spec import CREATE
 from synapse_sticky.logs import bounded
 
 logger = bounded(__name__)
@@ -36,8 +36,6 @@ SEAMS = (
     method(STORE, "async upsert_room_on_join(room_id, *, state_events)", is_replaced=True),
     table("rooms", "room_id text, creator text"),
 )
-
-_CREATE: str = EventTypes.Create
 
 
 class FirstJoins:
@@ -80,7 +78,7 @@ class FirstJoins:
             room_id: str, *args: Any, state_events: Collection[EventBase], **options: Any
         ) -> None:
             await original(room_id, *args, state_events=state_events, **options)
-            creators = [e.sender for e in state_events if e.type == _CREATE]
+            creators = [e.sender for e in state_events if e.type == CREATE]
 
             def update_txn(txn: Cursor) -> None:
                 txn.execute(

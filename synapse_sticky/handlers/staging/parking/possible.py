@@ -4,30 +4,26 @@ from collections.abc import Iterator
 
 from synapse.module_api import EventBase
 
+from synapse_sticky.homeserver.spec import LABELS
+
 _MAX_PREV_EVENTS = 20  # Synapse refuses a PDU with more
 _MAX_AUTH_EVENTS = 10  # likewise
 
 
-def is_possible(pdu: EventBase, labels_field: str) -> bool:
+def is_possible(pdu: EventBase) -> bool:
     """Can it ever be persisted? Synapse takes only so many prev_events and auth_events. Postgres
-    neither stores text with NUL in it, nor takes a query with one.
-
-    Args:
-        labels_field: under this name a PDU's content has its labels, which Synapse stores apart.
-    """
+    neither stores text with NUL in it, nor takes a query with one."""
     prev_event_ids, auth_event_ids = pdu.prev_event_ids(), pdu.auth_event_ids()
     return (
         len(set(prev_event_ids)) <= _MAX_PREV_EVENTS
         and len(auth_event_ids) <= _MAX_AUTH_EVENTS
-        and not any(
-            "\0" in text for text in (*prev_event_ids, *auth_event_ids, *_texts(pdu, labels_field))
-        )
+        and not any("\0" in text for text in (*prev_event_ids, *auth_event_ids, *_texts(pdu)))
     )
 
 
-def _texts(pdu: EventBase, labels_field: str) -> Iterator[str]:
+def _texts(pdu: EventBase) -> Iterator[str]:
     """What of the PDU goes into columns of its own."""
-    labels = pdu.content.get(labels_field)
+    labels = pdu.content.get(LABELS)
     listed = labels if isinstance(labels, list | tuple) else ()
     related: tuple[str, ...] = ()
     match pdu.content.get("m.relates_to"):

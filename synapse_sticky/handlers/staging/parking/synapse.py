@@ -7,7 +7,7 @@ from typing import Any
 
 import attr
 from canonicaljson import encode_canonical_json
-from synapse.api.constants import EventContentFields, StickyEvent
+from synapse.api.constants import StickyEvent
 from synapse.federation.federation_server import _INBOUND_EVENT_HANDLING_LOCK_NAME
 from synapse.module_api import EventBase
 from synapse.module_api.errors import Codes, SynapseError
@@ -47,11 +47,9 @@ SEAMS = (
     Attribute(_EVENT_HANDLER, "room_queues"),
     method(_PERSISTING, "async _handle_request(request, content) -> tuple[_, _]", is_replaced=True),
     Attribute(_PERSISTING, "federation_event_handler"),
-    method("synapse.api.errors.SynapseError", "error_dict(config, /) -> dict"),
     method(_SERVER, "async _process_incoming_pdus_in_room_inner(room_id, room_version, lock, /)"),
     method(STORE, "async get_room_version(room_id, /) -> RoomVersion"),
     method(STORE, "async try_acquire_lock(lock_name, lock_key, /) -> Lock | None"),
-    method(STORE, "async have_events_in_timeline(event_ids, /) -> set"),
     method(STORE, "async is_host_joined(room_id, host, /) -> bool"),
     method(
         STORE,
@@ -64,11 +62,10 @@ SEAMS = (
         "internal_metadata text",
     ),
     table("rooms", "room_id text"),
-    table("events", "event_id text"),
+    table("events", "event_id text, outlier boolean"),
 )
 
 _FIELD: str = StickyEvent.EVENT_FIELD_NAME
-_LABELS = EventContentFields.LABELS
 _MAX_PDU_SIZE = 65_536  # bytes; the specification's limit
 
 _DEPTH = 5
@@ -114,13 +111,15 @@ class SynapseStaging:
         return room_id in self._handler.room_queues
 
     async def persisted(self, event_ids: Collection[str]) -> set[str]:
-        return await self._store.have_events_in_timeline(event_ids)
+        return await self._homeserver.transact(
+            "persisted", self._found_txn, event_ids, "NOT outlier AND"
+        )
 
     async def existing(self, event_ids: Collection[str]) -> set[str]:
-        return await self._homeserver.transact("existing", self._existing_txn, event_ids)
+        return await self._homeserver.transact("existing", self._found_txn, event_ids)
 
-    def _existing_txn(self, txn: Cursor, event_ids: Collection[str]) -> set[str]:
-        select = "SELECT event_id FROM events WHERE"
+    def _found_txn(self, txn: Cursor, event_ids: Collection[str], which: str = "") -> set[str]:
+        select = f"SELECT event_id FROM events WHERE {which}"
         return found_txn(self._homeserver, txn, select, "event_id", event_ids)
 
     def stage_txn(self, txn: Cursor, room_id: str, pdus: Sequence[ParkedPdu]) -> None:
@@ -160,7 +159,7 @@ class SynapseStaging:
                 origin: str, pdu: EventBase, *args: Any, **options: Any
             ) -> None:
                 staged = self._staged_pdu_of(pdu)
-                if staged.sticky_field is None or not is_possible(pdu, _LABELS):
+                if staged.sticky_field is None or not is_possible(pdu):
                     await original(origin, pdu, *args, **options)
                     return
                 in_room = await self._may_be_in_room(pdu.room_id)

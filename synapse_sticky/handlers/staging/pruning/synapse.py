@@ -12,8 +12,6 @@ from typing import Any
 
 import attr
 from synapse.api.constants import StickyEvent
-from synapse.api.room_versions import EventFormatVersions
-from synapse.metrics import SERVER_NAME_LABEL
 from synapse.storage.databases.main.event_federation import pdus_pruned_from_federation_queue
 
 from synapse_sticky.handlers.staging.pdu import StagedPdu, prev_event_ids_of
@@ -29,7 +27,7 @@ SEAMS = (
         "async prune_staged_events_in_room(room_id, room_version) -> bool",
         is_replaced=True,
     ),
-    Attribute("synapse.api.room_versions.RoomVersion", "event_format"),
+    Attribute("synapse.api.room_versions.RoomVersion", "identifier"),
     table(
         "federation_inbound_events_staging",
         "origin text, event_id text, room_id text, received_ts integer, event_json text",
@@ -37,7 +35,9 @@ SEAMS = (
 )
 
 _FIELD: str = StickyEvent.EVENT_FIELD_NAME
-_V1_FORMAT = EventFormatVersions.ROOM_V1_V2
+_V1_FORMAT = ("1", "2")
+"""The versions of rooms whose events refer to others by lists."""
+
 _PRUNE_FROM = 100
 """How many PDUs may be staged for a room before Synapse prunes."""
 
@@ -119,8 +119,9 @@ class SynapsePruning:
 
         await self._homeserver.transact("prune_staged", delete_txn)
         logger.info("Pruning %d staged PDUs of %s", len(keys), room_id)
-        labels = {SERVER_NAME_LABEL: self._homeserver.server_name}
-        pdus_pruned_from_federation_queue.labels(**labels).inc(len(keys))
+        # It has this one label.
+        pruned = pdus_pruned_from_federation_queue.labels(self._homeserver.server_name)
+        pruned.inc(len(keys))
 
     async def _next_prunable(
         self, room_id: str, room_version: Any, is_exempt: Callable[[StagedPdu], bool]
@@ -130,7 +131,7 @@ class SynapsePruning:
         if lap.rests > 0:
             lap.rests -= 1
             return ()
-        v1_format = room_version.event_format == _V1_FORMAT
+        v1_format = room_version.identifier in _V1_FORMAT
 
         # Parsed in the transaction's thread: a page may well have 60 MB.
         def read_txn(txn: Cursor) -> tuple[Collection[_Key], _Lap] | None:

@@ -26,8 +26,8 @@ class Received:
     def __init__(self, homeserver: Homeserver) -> None:
         self._homeserver = homeserver
         self._lock = threading.Lock()
-        # Of each thread: its last transaction, and of which events it was asked in it.
-        self._asked = threading.local()
+        # The last transaction, and of which events it was asked. Another thread's may follow it.
+        self._asked: tuple[Cursor | None, frozenset[str]] = None, frozenset()
         # In ms since the epoch, those noted last behind.
         self._at_ms: OrderedDict[str, int] = OrderedDict()
 
@@ -50,10 +50,10 @@ class Received:
         """Notes when those of these events were received that are in the database already: as
         outliers, which are no longer, or since this transaction began."""
         # Two ask in each transaction that persists sticky events.
-        last = getattr(self._asked, "last", None)
-        if last is not None and last[0] is txn and last[1].issuperset(event_ids):
+        last_txn, asked = self._asked
+        if last_txn is txn and asked.issuperset(event_ids):
             return
-        self._asked.last = txn, {*event_ids}
+        self._asked = txn, frozenset(event_ids)
         for portion in portions(event_ids):
             clause, args = self._homeserver.in_list("event_id", portion)
             txn.execute(f"SELECT event_id, received_ts FROM events WHERE {clause}", args)

@@ -23,7 +23,7 @@ RUST_SOURCES := Cargo.toml Cargo.lock $(shell find rust/src -name '*.rs')
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
-demo: $(VENV)/.built ## The main job on three real homeservers, without and with the module
+demo: $(VENV)/.built ## The main job on three real homeservers, without and with the module; then a small call
 	$(BIN)/python -m tests.demo
 
 test: $(VENV)/.built ## The tests: the Rust core, then Python on real homeservers

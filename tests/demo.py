@@ -1,7 +1,8 @@
 """The main job, side by side: a server joins a room that has sticky events already, and a server
-floods a room.
+floods a room; then a small call.
 
-Starts three real homeservers without the module and plays the stories, then three with it.
+Starts three real homeservers without the module and plays the stories, then three with it. The call
+is played on all of them at the same time.
 """
 
 import sys
@@ -9,6 +10,7 @@ import time
 
 import attr
 
+from benchmarks.call import small
 from tests.integration.rooms import room_of, wait_until_persisted
 from tests.lab import Client, Homeserver, Lab
 from tests.lab.client import WITHOUT_TIMELINE, sticky_events
@@ -19,6 +21,8 @@ EVENTS_OF_A_USER = 26
 FLOOD = 600
 # Without the module nothing is on its way to the newcomer: no use in waiting for long.
 PATIENCE_S = {False: 20.0, True: 60.0}
+CALL_PATIENCE_S = {False: 6.0, True: 60.0}
+NAMES = {False: "plain Synapse", True: "with synapse-sticky"}
 
 HOW_TO = """
 To have this on your homeserver, install synapse-sticky into Synapse's Python environment and put
@@ -120,39 +124,61 @@ def look_for(client: Client, room_id: str, event_id: str, since: str) -> FloodOu
     raise AssertionError("carol never gets bob's event")
 
 
-def main() -> None:
-    """Plays both sides and prints the tables."""
-    rows: dict[bool, list[Outcome]] = {}
-    floods: dict[bool, FloodOutcome] = {}
-    with Lab() as lab:
-        for module in (False, True):
-            name = "with" if module else "without"
-            say(f"Starting three homeservers {name} the module")
-            servers = lab.servers(*({"module": module},) * 3)
-            rows[module] = [
-                play(servers, events, PATIENCE_S[module]) for events in (1, EVENTS_EACH)
-            ]
-            # With the module its own users' limit would stop a flood: the flooder has none.
-            (flooder,) = lab.servers({"module": False}) if module else servers[:1]
-            floods[module] = play_flood(flooder, servers)
-            lab.close_servers([*servers, flooder] if module else servers)
+def play_call(servers: dict[bool, list[Homeserver]]) -> list[small.Row]:
+    """The same small call without and with the module, side by side; prints its table."""
+    say("Playing a small call on all of them")
+    rows = small.play(
+        {NAMES[m]: small.SmallCall(of, CALL_PATIENCE_S[m]) for m, of in servers.items()}
+    )
+    say("\nA small call. Whom a client at each of three servers lacks after each step, and whom it")
+    say("shows though gone (ghosts):\n")
+    small.say_rows(rows)
+    return rows
+
+
+def say_tables(rows: dict[bool, list[Outcome]], floods: dict[bool, FloodOutcome]) -> None:
+    """What arrived at the server that joined, and what the flood got in the way of."""
     say("\nA third server joins a room in which two others' users sent sticky events before:\n")
     line = "{:<34}{:>16}{:>20}"
-    say(line.format("", "plain Synapse", "with synapse-sticky"))
+    say(line.format("", *NAMES.values()))
     for plain, sticky in zip(rows[False], rows[True], strict=True):
         events = f"{sticky.sent // 2} event(s) each"
         say(line.format(f"{events}: arrived", str(plain), str(sticky)))
         say(line.format(f"{events}: time to the last", plain.time, sticky.time))
     plain_flood, sticky_flood = floods[False], floods[True]
     say(f"\nA server floods a room with {FLOOD} sticky events, then another server sends one:\n")
-    say(line.format("", "plain Synapse", "with synapse-sticky"))
+    say(line.format("", *NAMES.values()))
     say(line.format("it is in the client's sync no.", plain_flood.syncs, sticky_flood.syncs))
     say(line.format("sticky events in front of it", plain_flood.before, sticky_flood.before))
+
+
+def main() -> None:
+    """Plays both sides and prints the tables."""
+    rows: dict[bool, list[Outcome]] = {}
+    floods: dict[bool, FloodOutcome] = {}
+    servers: dict[bool, list[Homeserver]] = {}
+    with Lab() as lab:
+        for module in (False, True):
+            name = "with" if module else "without"
+            say(f"Starting three homeservers {name} the module")
+            servers[module] = lab.servers(*({"module": module},) * 3)
+            rows[module] = [
+                play(servers[module], events, PATIENCE_S[module]) for events in (1, EVENTS_EACH)
+            ]
+            # With the module its own users' limit would stop a flood: the flooder has none.
+            (flooder,) = lab.servers({"module": False}) if module else servers[module][:1]
+            floods[module] = play_flood(flooder, servers[module])
+        # Only the latter is a server of its own.
+        lab.close_servers([flooder])
+        say_tables(rows, floods)
+        call = play_call(servers)
     say(HOW_TO)
     if any(outcome.arrived != outcome.sent for outcome in rows[True]):
         sys.exit("Not everything arrived with the module.")
-    if sticky_flood.syncs > 2:
+    if floods[True].syncs > 2:
         sys.exit("The flood got in the way of others with the module.")
+    if any(shown != small.RIGHT for row in call for shown in row.shown[NAMES[True]].values()):
+        sys.exit("Somebody was lacked, or shown wrongly, in the call with the module.")
 
 
 if __name__ == "__main__":

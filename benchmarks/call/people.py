@@ -42,6 +42,11 @@ class Participant:
     def user_id(self) -> str:
         return self._client.user_id
 
+    @property
+    def is_there(self) -> bool:
+        """Has it come, and not gone since?"""
+        return bool(self.changes) and self.changes[-1].comes
+
     def come(self) -> None:
         """Joins the call."""
         asked_s, known_s = self._put({"application": "m.call"})

@@ -25,6 +25,7 @@ from benchmarks.call.causes import (
 )
 from benchmarks.call.report import Result, missed_goals, steps
 from benchmarks.call.schedule import AWAY_S, GATEWAY_KEYS, by_account, roles
+from benchmarks.call.small import RIGHT, Shown, beside
 from benchmarks.call.spans import (
     Change,
     Span,
@@ -293,3 +294,14 @@ def test_a_goal_that_is_missed_is_named() -> None:
         "only 98.0% of the spans are under 2 s",
         "the longest span is 5.1 s, above 5 s",
     ]
+
+
+# The small call
+
+
+def test_whom_an_observer_lacks_and_who_is_a_ghost() -> None:
+    one, two, three, four = (("!room", f"@{name}:a", "kind", "device") for name in "abcd")
+    assert beside({one, two}, {two, three, four}) == Shown(missing=1, ghosts=2)
+    assert beside({one, two}, {two, one}) == beside(set(), set()) == RIGHT
+    told = [str(shown) for shown in (RIGHT, Shown(8, 0), Shown(0, 2), Shown(8, 2))]
+    assert told == ["right", "lacks 8", "ghosts 2", "lacks 8, ghosts 2"]

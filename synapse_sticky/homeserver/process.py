@@ -50,7 +50,7 @@ MIGRATION_LOCK = 0x5354_4943_4B59
 # lets others have their turn meanwhile.
 _TURN_TIMEOUT_MS = 10_000
 _LOCK_TIMEOUT_MS = 2_000
-_BRIEF_TIMEOUT_MS = 400
+_WAIT_BRIEFLY = "SET LOCAL lock_timeout = 400"
 """Two seconds in all tries."""
 
 
@@ -187,22 +187,28 @@ class Homeserver:
         """
 
         def run_txn(txn: Cursor) -> T:
-            with self.brief_waits_txn(txn):
-                return function(txn)
+            self.wait_briefly_txn(txn)
+            return function(txn)
 
         return await self.transact(what, run_txn)
+
+    def wait_briefly_txn(self, txn: Cursor) -> None:
+        """From now on a statement of the transaction fails (55P03) that would wait long for what
+        another transaction has locked."""
+        # SQLite has no locks of tables, and waits five seconds for its one writer.
+        if self.is_postgres:
+            txn.execute(_WAIT_BRIEFLY)
 
     @contextmanager
     def brief_waits_txn(self, txn: Cursor) -> Iterator[None]:
         """Meanwhile a statement fails (55P03) that would wait long for what another transaction has
         locked. Whoever goes on after an error has to roll back to a savepoint from before this."""
-        # SQLite has no locks of tables, and waits five seconds for its one writer.
         if not self.is_postgres:
             yield
             return
         txn.execute("SHOW lock_timeout")
         before = txn.fetchone()
-        txn.execute(f"SET LOCAL lock_timeout = {_BRIEF_TIMEOUT_MS}")
+        txn.execute(_WAIT_BRIEFLY)
         yield
         txn.execute("SELECT set_config('lock_timeout', ?, TRUE)", before)
 

@@ -247,6 +247,43 @@ def test_what_is_asked_when_it_is_chosen_is_not_asked_again(
     assert homeserver.brief == asked + 2
 
 
+@pytest.mark.requirement("S2", "H1", "D7")
+def test_a_pdu_is_chosen_if_the_parked_ones_cannot_be_read(
+    homeserver: Stopped, process: Process
+) -> None:
+    done(process.table.prepare())
+    run_sql(homeserver, "DROP TABLE synapse_sticky_incomplete")
+    # Synapse would take this one.
+    process.stage(sticky_event(homeserver, 2), OTHER)
+    homeserver.now += MINUTE_MS
+    event, received_ms = from_the_future(homeserver), homeserver.now
+    process.stage(event)
+    homeserver.now += MINUTE_MS
+    process.chosen(event)
+    process.receive(event)
+    assert process.expires_ms(event) == received_ms + HOUR_MS
+
+
+@pytest.mark.requirement("H1", "L3")
+def test_whoever_chooses_waits_for_no_locked_table(homeserver: Stopped, process: Process) -> None:
+    """A room would stand for as long, and a connection would be taken. Only Postgres has such."""
+    done(process.table.prepare())
+    homeserver.is_postgres = True
+    asked: list[str] = []
+
+    class Asked:
+        def execute(self, sql: str, *_: object) -> None:
+            asked.append(sql)
+
+        def fetchall(self) -> list[Any]:
+            return []
+
+    process.times.note_chosen_txn(cast(Cursor, Asked()), ORIGIN, "$1", homeserver.now)
+    wait, look_up = asked
+    assert "lock_timeout" in wait
+    assert "synapse_sticky_incomplete" in look_up
+
+
 @pytest.mark.requirement("H1")
 def test_what_is_chosen_and_never_processed_is_forgotten(
     homeserver: Stopped, process: Process

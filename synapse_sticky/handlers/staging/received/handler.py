@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Protocol
 
 from synapse_sticky.homeserver import Cursor, Homeserver
+from synapse_sticky.homeserver.causes import is_locked, is_outage
 from synapse_sticky.homeserver.received import Received
 from synapse_sticky.logs import bounded
 
@@ -66,14 +67,24 @@ class ReceivedHandler:
         self._receiving.tell(self.note)
 
     def note_chosen_txn(self, txn: Cursor, origin: str, event_id: str, staged_ms: int) -> None:
-        """Notes when this PDU of the origin, which is processed next, was received first.
+        """Notes when this PDU of the origin, which is processed next, was received first. Does not
+        wait long for a table that is locked.
 
         Args:
-            txn: is of the transaction that chooses it. So ``note`` needs none of its own.
+            txn: is of the transaction that chooses it, which only reads, and ends with this. So
+                ``note`` needs none of its own.
             staged_ms: when it was staged, in ms since the epoch.
         """
-        parked = self._parked.received_txn(txn, [event_id])
-        self._received.note(event_id, min(staged_ms, *parked.values()) if parked else staged_ms)
+        received_ms = [staged_ms]
+        try:
+            self._homeserver.wait_briefly_txn(txn)
+            received_ms += self._parked.received_txn(txn, [event_id]).values()
+        except Exception as e:
+            if is_outage(e) and not is_locked(e):
+                raise  # Synapse may try the transaction again
+            # It is chosen all the same, or another server's PDU would have its turn.
+            logger.exception("Could not find out whether %s was parked before", event_id)
+        self._received.note(event_id, min(received_ms))
         self._chosen[origin, event_id] = True
         if len(self._chosen) > _MOST_CHOSEN:
             self._chosen.popitem(last=False)

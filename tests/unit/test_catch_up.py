@@ -64,3 +64,30 @@ def test_the_event_that_it_caught_up_to_is_not_forgotten(tmp_path: Path) -> None
     assert caught_up(homeserver, {7}) == []
     assert skipped == ["there"] * 3
     homeserver.close()
+
+
+@pytest.mark.requirement("P2", "H5")
+@pytest.mark.parametrize("by_name", [True, False])
+def test_however_a_later_synapse_says_up_to_where(tmp_path: Path, by_name: bool) -> None:
+    """It may take by position what it takes by name only today."""
+    homeserver = Homeserver(make_homeserver(tmp_path).get_module_api())
+    asked: list[tuple[str, int, int]] = []
+
+    async def mark(
+        destination: str,
+        old_last_successfully_sent_stream_ordering: int,
+        new_last_successfully_sent_stream_ordering: int,
+    ) -> None:
+        old = old_last_successfully_sent_stream_ordering
+        asked.append((destination, old, new_last_successfully_sent_stream_ordering))
+
+    name = "mark_backlogged_sticky_events_after_catchup_transaction"
+    setattr(homeserver.store, name, mark)
+    SynapseFederation(homeserver, Rooms(homeserver)).on_skipped(lambda _: None)
+    replaced = getattr(homeserver.store, name)
+    if by_name:
+        done(replaced("there", 5, new_last_successfully_sent_stream_ordering=7))
+    else:
+        done(replaced("there", 5, 7))
+    assert asked == [("there", 5, 8)]
+    homeserver.close()

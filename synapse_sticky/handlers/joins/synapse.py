@@ -1,6 +1,7 @@
 """Sending to other servers: Synapse's per-destination queues and its backlog of sticky events."""
 
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from synapse.module_api import RoomID
@@ -170,39 +171,30 @@ class SynapseFederation(SynapseBacklog):
         self._homeserver.replace(notifier, "notify_remote_server_up", make)
 
     def on_skipped(self, callback: Callable[[str], None]) -> None:
-        def include_the_last(options: dict[str, Any]) -> None:
-            # Synapse asks for the events before the one that it caught up to. That one is skipped,
-            # too, where Synapse sent later events of the room in its place. Events that Synapse did
-            # send are left out in any case.
-            if isinstance(options.get(_CAUGHT_UP_TO), int):
-                options[_CAUGHT_UP_TO] += 1
+        def make(original: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
+            then_called = _then_called(original, callback)
+
+            async def mark(
+                destination: str,
+                *args: Any,
+                new_last_successfully_sent_stream_ordering: Any,
+                **options: Any,
+            ) -> None:
+                up_to = new_last_successfully_sent_stream_ordering
+                # Synapse asks for the events before the one that it caught up to. That one is
+                # skipped, too, where Synapse sent later events of the room in its place. Events
+                # that Synapse did send are left out in any case.
+                options[_CAUGHT_UP_TO] = up_to + 1 if isinstance(up_to, int) else up_to
+                await then_called(destination, *args, **options)
+
+            return mark
 
         name = "mark_backlogged_sticky_events_after_catchup_transaction"
-        self._after(name, callback, include_the_last)
+        self._homeserver.replace(self._store, name, make)
 
     def on_catch_up_recorded(self, callback: Callable[[str], None]) -> None:
-        self._after("set_destination_last_successful_stream_ordering", callback)
-
-    def _after(
-        self,
-        name: str,
-        callback: Callable[[str], None],
-        change: Callable[[dict[str, Any]], None] = lambda options: None,
-    ) -> None:
-        """Calls back after the store's method of this name, whose options ``change`` may change."""
-
-        def make(original: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
-            async def do(destination: str, *args: Any, **options: Any) -> None:
-                change(options)
-                await original(destination, *args, **options)
-                try:
-                    callback(destination)
-                except Exception:
-                    # Else Synapse would take the transaction for failed.
-                    logger.exception("Could not update the pushes to %s", destination)
-
-            return do
-
+        name = "set_destination_last_successful_stream_ordering"
+        make = partial(_then_called, callback=callback)
         self._homeserver.replace(self._store, name, make)
 
     def serve_backlog_from(self, source: BacklogSource) -> None:
@@ -258,6 +250,22 @@ class SynapseFederation(SynapseBacklog):
         # While the room's state is partial, those whom /send_join named count as joined.
         servers = await self._store.get_partial_state_servers_at_join(room_id)
         return servers is not None and destination in servers
+
+
+def _then_called(
+    original: Callable[..., Awaitable[None]], callback: Callable[[str], None]
+) -> Callable[..., Awaitable[None]]:
+    """The original for a destination, which the callback is called with afterwards."""
+
+    async def do(destination: str, *args: Any, **options: Any) -> None:
+        await original(destination, *args, **options)
+        try:
+            callback(destination)
+        except Exception:
+            # Else Synapse would take the transaction for failed.
+            logger.exception("Could not update the pushes to %s", destination)
+
+    return do
 
 
 def _refused(answer: Any) -> list[str]:

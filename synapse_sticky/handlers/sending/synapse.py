@@ -131,10 +131,16 @@ class SynapseSending:
             return create_and_send_nonmember_event
 
         def make_add(original: Callable[..., Any]) -> Callable[..., Any]:
-            async def add(requester: Requester, *args: Any, **options: Any) -> Any:
-                # All but the first have to be given by name.
-                if options.get("sticky_duration_ms") is not None:
-                    await self._raise_if_refused(check, requester, options["room_id"], None)
+            async def add(
+                requester: Requester,
+                *args: Any,
+                room_id: str,
+                sticky_duration_ms: int | None = None,
+                **options: Any,
+            ) -> Any:
+                if sticky_duration_ms is not None:
+                    await self._raise_if_refused(check, requester, room_id, None)
+                options |= {"room_id": room_id, "sticky_duration_ms": sticky_duration_ms}
                 return await original(requester, *args, **options)
 
             return add

@@ -6,7 +6,9 @@ from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 import pytest
+from synapse.api.errors import EventSizeError
 from synapse.api.room_versions import RoomVersions
+from synapse.event_auth import _check_size_limits
 from synapse.events import make_event_from_dict, relation_from_event
 
 from synapse_sticky.handlers.staging.held import Held
@@ -497,3 +499,35 @@ def test_only_what_synapse_stores_of_a_relation_can_be_impossible(relation: obje
     stored = relation_from_event(pdu)
     texts = [stored.parent_id, stored.rel_type, stored.aggregation_key] if stored else []
     assert is_possible(pdu, synapse._LABELS) == all("\0" not in text for text in texts if text)
+
+
+@pytest.mark.requirement("H1")
+@pytest.mark.parametrize("length", [255, 256])
+@pytest.mark.parametrize("field", ["event_id", "room_id", "sender", "type", "state_key"])
+def test_a_name_that_synapse_takes_in_no_event_is_impossible(field: str, length: int) -> None:
+    """In the first room versions a server chooses the IDs of its events as well."""
+    content: dict[str, Any] = {
+        "event_id": "$event:test",
+        "type": "m.test",
+        "room_id": ROOM,
+        "sender": "@user:test",
+        "state_key": "",
+        "origin_server_ts": 1,
+        "content": {},
+        "depth": 1,
+        "hashes": {},
+        "signatures": {},
+        "prev_events": [],
+        "auth_events": [],
+    }
+    ends = {"event_id": ("$", ":test"), "room_id": ("!", ":test"), "sender": ("@", ":test")}
+    begin, end = ends.get(field, ("", ""))
+    content[field] = begin.ljust(length - len(end), "é") + end
+    pdu = make_event_from_dict(content, RoomVersions.V1)
+    refused = False
+    try:
+        _check_size_limits(pdu)
+    except EventSizeError as e:
+        refused = e.unpersistable
+    assert refused == (length > 255)
+    assert is_possible(pdu, synapse._LABELS) is not refused

@@ -6,6 +6,9 @@ import attr
 
 from synapse_sticky._core import sticky_until_ms
 
+LONGEST_NAME = 255
+"""Characters. Synapse persists no event of which an ID, the type or the state key is longer."""
+
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
 class StagedPdu:

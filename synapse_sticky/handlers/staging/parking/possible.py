@@ -4,13 +4,15 @@ from collections.abc import Iterator
 
 from synapse.module_api import EventBase
 
+from synapse_sticky.handlers.staging.pdu import LONGEST_NAME
+
 _MAX_PREV_EVENTS = 20  # Synapse refuses a PDU with more
 _MAX_AUTH_EVENTS = 10  # likewise
 
 
 def is_possible(pdu: EventBase, labels_field: str) -> bool:
-    """Can it ever be persisted? Synapse takes only so many prev_events and auth_events. Postgres
-    neither stores text with NUL in it, nor takes a query with one.
+    """Can it ever be persisted? Synapse takes only so many prev_events and auth_events, and names
+    that are not too long. Postgres neither stores text with NUL in it, nor takes a query with one.
 
     Args:
         labels_field: under this name a PDU's content has its labels, which Synapse stores apart.
@@ -19,10 +21,18 @@ def is_possible(pdu: EventBase, labels_field: str) -> bool:
     return (
         len(set(prev_event_ids)) <= _MAX_PREV_EVENTS
         and len(auth_event_ids) <= _MAX_AUTH_EVENTS
+        and all(len(name) <= LONGEST_NAME for name in _names(pdu))
         and not any(
             "\0" in text for text in (*prev_event_ids, *auth_event_ids, *_texts(pdu, labels_field))
         )
     )
+
+
+def _names(pdu: EventBase) -> Iterator[str]:
+    """What Synapse compares with the longest name."""
+    for name in (pdu.event_id, pdu.room_id, pdu.sender, pdu.type, pdu.get("state_key")):
+        if isinstance(name, str):
+            yield name
 
 
 def _texts(pdu: EventBase, labels_field: str) -> Iterator[str]:

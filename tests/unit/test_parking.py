@@ -1,6 +1,7 @@
 """Parked PDUs: which are tried again, and how many there may be (L3, L6)."""
 
 import asyncio
+import json
 import sqlite3
 from collections.abc import Callable, Collection
 from typing import Any, TypeVar
@@ -531,3 +532,27 @@ def test_a_name_that_synapse_takes_in_no_event_is_impossible(field: str, length:
         refused = e.unpersistable
     assert refused == (length > 255)
     assert is_possible(pdu, synapse._LABELS) is not refused
+
+
+@pytest.mark.requirement("H1", "L3")
+def test_ids_that_no_event_has_are_stored_and_read_once() -> None:
+    """A server chooses what its PDUs refer to, 60 kB each; all of a room is read at each try."""
+    longest, longer = "$" + "0" * 254, "$" + "0" * 255
+    content: dict[str, Any] = {
+        "type": "m.test",
+        "room_id": ROOM,
+        "sender": "@user:test",
+        "origin_server_ts": 1,
+        "content": {},
+        "depth": 1,
+        "hashes": {},
+        "signatures": {},
+        "prev_events": [longest, *(f"{longer}{n}" for n in range(19))],
+        "auth_events": [longer],
+    }
+    pdu = synapse._parked_pdu_of("a.test", make_event_from_dict(content, RoomVersions.V10))
+    assert (pdu.prev_event_ids, pdu.auth_event_ids) == ((longest, ""), ("",))
+    # It never seems to lack nothing, and what Synapse gets is as it was received.
+    scheduled = ScheduledPdu(pdu.event_id, pdu.prev_event_ids, 0, 0, 0)
+    assert not _Here({longest}, set()).has_all_before(scheduled)
+    assert json.loads(pdu.event_json)["prev_events"] == content["prev_events"]

@@ -228,12 +228,21 @@ def test_events_before_are_fetched(scene: Scene[Homeserver]) -> None:
 
 
 @pytest.mark.requirement("C3", "L3")
-def test_prev_events_that_no_database_has(servers: Servers, peer: Peer) -> None:
-    """Postgres cannot even be asked for such an ID: such a PDU is not kept for later."""
+@pytest.mark.parametrize(
+    "fields",
+    [
+        # Postgres cannot even be asked for such an ID.
+        {"prev_events": ["$nul\0"]},
+        # Synapse takes no event of such a type.
+        {"prev_events": ["$missing"], "kind": "x" * 256},
+    ],
+)
+def test_pdus_that_can_never_be_persisted(servers: Servers, peer: Peer, fields: Any) -> None:
+    """Such a PDU is not kept for later."""
     (server,) = servers({"probed": True})
     scene = enter(server, peer)
     peer.override = lambda method, path: (502, {}) if "/get_missing_events/" in path else None
-    event_id, pdu = peer.sticky(scene.room, scene.eve, prev_events=["$nul\0"])
+    event_id, pdu = peer.sticky(scene.room, scene.eve, **fields)
     scene.send(pdu)
     # What comes after it, and lacks something that can be had later, is.
     withheld_id, _ = peer.sticky(scene.room, scene.eve)

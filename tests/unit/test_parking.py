@@ -1,16 +1,19 @@
 """Parked PDUs: which are tried again, and how many there may be (L3, L6)."""
 
 import asyncio
+import json
 import sqlite3
 from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 import pytest
+from synapse.api.errors import EventSizeError
 from synapse.api.room_versions import RoomVersions
+from synapse.event_auth import _check_size_limits
 from synapse.events import make_event_from_dict, relation_from_event
 
 from synapse_sticky.handlers.staging.held import Held
-from synapse_sticky.handlers.staging.parking import places, tables
+from synapse_sticky.handlers.staging.parking import places, synapse, tables
 from synapse_sticky.handlers.staging.parking.handler import ParkingHandler
 from synapse_sticky.handlers.staging.parking.pdus import Outcome, ParkedPdu, ScheduledPdu
 from synapse_sticky.handlers.staging.parking.possible import is_possible
@@ -497,3 +500,59 @@ def test_only_what_synapse_stores_of_a_relation_can_be_impossible(relation: obje
     stored = relation_from_event(pdu)
     texts = [stored.parent_id, stored.rel_type, stored.aggregation_key] if stored else []
     assert is_possible(pdu) == all("\0" not in text for text in texts if text)
+
+
+@pytest.mark.requirement("H1")
+@pytest.mark.parametrize("length", [255, 256])
+@pytest.mark.parametrize("field", ["event_id", "room_id", "sender", "type", "state_key"])
+def test_a_name_that_synapse_takes_in_no_event_is_impossible(field: str, length: int) -> None:
+    """In the first room versions a server chooses the IDs of its events as well."""
+    content: dict[str, Any] = {
+        "event_id": "$event:test",
+        "type": "m.test",
+        "room_id": ROOM,
+        "sender": "@user:test",
+        "state_key": "",
+        "origin_server_ts": 1,
+        "content": {},
+        "depth": 1,
+        "hashes": {},
+        "signatures": {},
+        "prev_events": [],
+        "auth_events": [],
+    }
+    ends = {"event_id": ("$", ":test"), "room_id": ("!", ":test"), "sender": ("@", ":test")}
+    begin, end = ends.get(field, ("", ""))
+    content[field] = begin.ljust(length - len(end), "é") + end
+    pdu = make_event_from_dict(content, RoomVersions.V1)
+    refused = False
+    try:
+        _check_size_limits(pdu)
+    except EventSizeError as e:
+        refused = e.unpersistable
+    assert refused == (length > 255)
+    assert is_possible(pdu) is not refused
+
+
+@pytest.mark.requirement("H1", "L3")
+def test_ids_that_no_event_has_are_stored_and_read_once() -> None:
+    """A server chooses what its PDUs refer to, 60 kB each; all of a room is read at each try."""
+    longest, longer = "$" + "0" * 254, "$" + "0" * 255
+    content: dict[str, Any] = {
+        "type": "m.test",
+        "room_id": ROOM,
+        "sender": "@user:test",
+        "origin_server_ts": 1,
+        "content": {},
+        "depth": 1,
+        "hashes": {},
+        "signatures": {},
+        "prev_events": [longest, *(f"{longer}{n}" for n in range(19))],
+        "auth_events": [longer],
+    }
+    pdu = synapse._parked_pdu_of("a.test", make_event_from_dict(content, RoomVersions.V10))
+    assert (pdu.prev_event_ids, pdu.auth_event_ids) == ((longest, ""), ("",))
+    # It never seems to lack nothing, and what Synapse gets is as it was received.
+    scheduled = ScheduledPdu(pdu.event_id, pdu.prev_event_ids, 0, 0, 0)
+    assert not _Here({longest}, set()).has_all_before(scheduled)
+    assert json.loads(pdu.event_json)["prev_events"] == content["prev_events"]

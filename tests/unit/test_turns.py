@@ -8,7 +8,7 @@ import asyncio
 import json
 import random
 import sqlite3
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
@@ -501,6 +501,7 @@ def test_memory_is_bounded(
         {"prev_events": [["$0", {"sha256": "x"}]]},
         {"prev_events": [f"${number}" for number in range(5_000)]},
         {"prev_events": ["$nul\0"]},
+        {"prev_events": ["$" + "0" * 60_000]},
         {"depth": "text"},
         {"depth": -(2**70)},
         {"depth": 2**70},
@@ -513,6 +514,19 @@ def test_pdus_of_every_shape(database: Database, process: Process, fields: dict[
     odd = database.stage("a", "$odd", **fields)
     bob = database.stage("b", "$bob", "$nul\0", "$odd")
     assert {odd, bob} < set(process.until(None))
+
+
+@pytest.mark.requirement("H1")
+@pytest.mark.parametrize("wrap", [lambda event_id: event_id, lambda event_id: [event_id, {}]])
+def test_prev_events_that_no_event_is_are_not_remembered(
+    database: Database, wrap: Callable[[str], Any]
+) -> None:
+    """Whoever sends PDUs chooses what they refer to, 60 kB each; all of these are in memory."""
+    longest, longer = "$" + "0" * 254, "$" + "0" * 255
+    database.stage("a", "$1", prev_events=[wrap(longest), *(wrap(longer) for _ in range(19))])
+    area = SynapseTurns(cast(Homeserver, database), Held())
+    (pdu,) = area.page_txn(cast(Cursor, database), ROOM, 0)
+    assert pdu.prev_event_ids == (longest,)
 
 
 class _Store:

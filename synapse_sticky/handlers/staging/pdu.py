@@ -1,10 +1,16 @@
 """A PDU in the inbound staging area, as far as the rules look at it."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import attr
 
 from synapse_sticky._core import sticky_until_ms
+
+LONGEST_NAME = 255
+"""Characters. Synapse persists no event of which an ID, the type or the state key is longer."""
+
+_NO_EVENT = ""
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
@@ -34,3 +40,12 @@ def prev_event_ids_of(content: Any, v1_format: bool) -> tuple[str, ...]:
     if v1_format:
         prev_events = [p[0] for p in prev_events if isinstance(p, list) and p]
     return tuple(p for p in prev_events if isinstance(p, str))
+
+
+def ids_to_wait_for(event_ids: Iterable[str]) -> tuple[str, ...]:
+    """Those of a PDU's prev_events or auth_events, as they are stored and read for each try (H1).
+
+    For all that no event can have, one is there that none has: the PDU waits for it in vain.
+    """
+    known = (event_id if len(event_id) <= LONGEST_NAME else _NO_EVENT for event_id in event_ids)
+    return tuple(dict.fromkeys(known))

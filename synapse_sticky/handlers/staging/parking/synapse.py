@@ -18,7 +18,7 @@ from synapse_sticky.handlers.staging.parking.passed_over import PassedOver
 from synapse_sticky.handlers.staging.parking.pdus import ParkedPdu
 from synapse_sticky.handlers.staging.parking.possible import is_possible
 from synapse_sticky.handlers.staging.parking.reasons import Reason
-from synapse_sticky.handlers.staging.pdu import StagedPdu
+from synapse_sticky.handlers.staging.pdu import StagedPdu, ids_to_wait_for
 from synapse_sticky.handlers.staging.received.synapse import note_handed_on
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.causes import Cause, Verdict
@@ -343,6 +343,6 @@ def _parked_pdu_of(origin: str, pdu: EventBase) -> ParkedPdu:
         pdu.room_id,
         _dumped(pdu.get_dict()),
         _dumped(pdu.internal_metadata.get_dict()),
-        tuple(pdu.prev_event_ids()),
-        tuple(pdu.auth_event_ids()),
+        ids_to_wait_for(pdu.prev_event_ids()),
+        ids_to_wait_for(pdu.auth_event_ids()),
     )

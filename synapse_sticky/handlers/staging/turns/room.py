@@ -41,7 +41,8 @@ Key = tuple[str, str]
 class WaitingPdu:
     """A staged PDU, as far as its turn depends on it.
 
-    prev_event_ids: a PDU with so many that Synapse refuses it can have none here.
+    prev_event_ids: those that an event can have. A PDU with so many that Synapse refuses it can
+        have none here.
     until_ms: when it stops being sticky; 0 if it is not sticky.
     """
 

@@ -9,7 +9,7 @@ from synapse.events import make_event_from_dict
 from synapse.module_api import EventBase
 
 from synapse_sticky.handlers.staging.held import Held
-from synapse_sticky.handlers.staging.pdu import StagedPdu
+from synapse_sticky.handlers.staging.pdu import LONGEST_NAME, StagedPdu
 from synapse_sticky.handlers.staging.turns.handler import PAGE
 from synapse_sticky.handlers.staging.turns.room import Key, WaitingPdu
 from synapse_sticky.handlers.staging.turns.waiting import Persisted
@@ -213,9 +213,16 @@ def _waiting_pdu_of(origin: str, event_id: str, received_ts_ms: int, event_json:
 
 
 def _prev_event_ids_of(content: Any) -> tuple[str, ...]:
-    """In each format that a room version has: an ID, or a list of an ID and hashes."""
+    """In each format that a room version has: an ID, or a list of an ID and hashes.
+
+    No PDU has to wait for an event with a longer ID. All of these are kept in memory.
+    """
     prev_events = content.get("prev_events")
     if not isinstance(prev_events, list) or len(prev_events) > _MOST_PREV_EVENTS:
         return ()
     event_ids = (p[0] if isinstance(p, list) and p else p for p in prev_events)
-    return tuple(event_id for event_id in event_ids if isinstance(event_id, str))
+    return tuple(
+        event_id
+        for event_id in event_ids
+        if isinstance(event_id, str) and len(event_id) <= LONGEST_NAME
+    )

@@ -143,7 +143,13 @@ def test_what_is_staged_of_a_server_in_a_room_is_bounded(
     taken = [*withhold(scene), *scene.flood(50, chained=False)]
     more_id, more = peer.sticky(scene.room, scene.eve)
     send = peer.to(target).send
-    assert send("past", [more]).status_code == 429
+    beyond = 0
+    while send(f"past {beyond}", [more]).status_code != 429:
+        # Others that receive have counted just before. Each takes half of what was left.
+        beyond += 1
+        assert beyond <= most["max_staged_per_server_in_room"]
+        taken.append(more_id)
+        more_id, more = peer.sticky(scene.room, scene.eve)
     taken.append(elsewhere.sticky())
     go_on.set()
     wait_until(lambda: send("past", [more]).status_code == 200, "there to be room again")

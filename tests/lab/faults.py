@@ -247,17 +247,21 @@ class FaultyWriter(SynapseWriter):
     def defer_by(
         self, defer_txn: Callable[[Cursor, Sequence[NewStickyEvent]], Collection[str]]
     ) -> None:
-        def faulty_defer_txn(txn: Cursor, events: Sequence[NewStickyEvent]) -> Collection[str]:
+        super().defer_by(defer_txn)
+        # All that is persisted comes by here, also what is not sticky.
+        self._homeserver.replace(self._store, "insert_sticky_events_txn", self._faulty)
+
+    def _faulty(self, original: Callable[..., None]) -> Callable[..., None]:
+        def insert_sticky_events_txn(txn: Any, events: Any) -> None:
             if fault := take("persist", "before"):
                 fault.strike(self._error)
-            deferred = defer_txn(txn, events)
+            original(txn, events)
             if fault := take("persist", "inside", "after"):
                 if fault.moment == "inside":
                     fault.strike(self._error)
                 txn.call_after(fault.strike, self._error)
-            return deferred
 
-        super().defer_by(faulty_defer_txn)
+        return insert_sticky_events_txn
 
 
 class FaultyModule(ProbedModule):

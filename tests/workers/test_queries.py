@@ -40,7 +40,7 @@ _PARKING = {
 }
 _SLIDING = {"store_page", "read_page", "read_pages", "newly_joined", "joined_within_the_hour"}
 _EVERYWHERE = {
-    *("read_rows", "load", "fill_index", "expire", "wait"),
+    *("read_rows", "load", "fill_index", "expire", "wait", "of_others", "read_actions"),
     *("load_sliding", "migrate_sliding", "load_parking", "migrate_parking"),
     *("load_unignored", "migrate_delivery (unignored)"),
 }
@@ -202,4 +202,4 @@ def test_one_small_query_a_batch(deployment: WorkerHomeserver, peer: Peer) -> No
         of_module = {what: new[what] for what in new if what.startswith(_PREFIX)}
         # Senders look for newcomers as well, and receivers from time to time for what is kept.
         if kind_of(name) not in {"sender", "receiver"}:
-            assert of_module.keys() <= {_READ}, (name, new)
+            assert of_module.keys() <= {_READ, _PREFIX + "read_actions"}, (name, new)

@@ -40,7 +40,8 @@ _PARKING = {
 }
 _SLIDING = {"store_page", "read_page", "read_pages", "newly_joined", "joined_within_the_hour"}
 _EVERYWHERE = {
-    *("read_rows", "load", "fill_index", "expire", "wait", "of_others", "read_actions"),
+    *("read_rows", "load", "fill_index", "expire", "wait", "of_others"),
+    *("read_actions", "follow_orders", "migrate_admin"),
     *("load_sliding", "migrate_sliding", "load_parking", "migrate_parking"),
     *("load_unignored", "migrate_delivery (unignored)"),
 }

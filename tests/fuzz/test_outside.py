@@ -96,6 +96,9 @@ class _Homeserver:
     def now_ms(self) -> int:
         return NOW_MS
 
+    def steady_ms(self) -> int:
+        return NOW_MS
+
     async def transact(self, what: str, function: Any, *args: Any) -> Any:
         return function(None, *args)
 

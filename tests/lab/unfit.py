@@ -60,7 +60,7 @@ CHANGES: dict[str, tuple[tuple[str, str, str], ...]] = {
     "deferral": (
         ("insert_sticky_events_txn", "sync or async", ""),
         ("sticky_events", "column gone", "event_stream_ordering"),
-        ("get_next_mult_txn", "function gone", ""),
+        ("get_next_mult_txn", "other elements", ""),
     ),
     "sending": (
         ("add", "removed", "sticky_duration_ms"),

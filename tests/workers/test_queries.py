@@ -61,6 +61,7 @@ _OF_ITS_KIND = {
             "ask",
             "referenced",
         ),
+        *("whitelist", "read_whitelist", "store_whitelist", "places"),
     },
     "receiver": {
         *("load_deferral", "migrate_deferral", "look_for_deferred", "count_deferred"),

@@ -8,28 +8,15 @@ from synapse_sticky.logs import bounded
 logger = bounded(__name__)
 
 Listeners = Sequence[Callable[[str], None]]
-Then = Callable[[Callable[..., None], Listeners], Callable[..., None]]
-"""Takes the function, and who is called back after it with what it was called with."""
-
-# With the names of their arguments that Synapse's functions have: each event comes by the first.
 
 
-def then_of_event(original: Callable[..., None], listeners: Listeners) -> Callable[..., None]:
-    """For a function of an event ID."""
+def then_told(original: Callable[..., None], listeners: Listeners) -> Callable[..., None]:
+    """Calls the listeners back with what the original was called with, after it."""
 
+    # The name is that of an event's function: each event comes by that, so nothing is between.
     def invalidate(event_id: Any, *args: Any, **options: Any) -> None:
         original(event_id, *args, **options)
         _tell(listeners, event_id)
-
-    return invalidate
-
-
-def then_of_room(original: Callable[..., None], listeners: Listeners) -> Callable[..., None]:
-    """For a function of a room ID."""
-
-    def invalidate(room_id: Any, *args: Any, **options: Any) -> None:
-        original(room_id, *args, **options)
-        _tell(listeners, room_id)
 
     return invalidate
 

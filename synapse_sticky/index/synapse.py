@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from synapse.api.constants import StickyEvent
@@ -16,7 +16,7 @@ from synapse_sticky.homeserver.retention import Retention
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, method, table
 from synapse_sticky.homeserver.sticky_rows import stream_ids_txn
 from synapse_sticky.homeserver.whole import still_whole
-from synapse_sticky.index.dropped import Then, then_of_event, then_of_room
+from synapse_sticky.index.dropped import then_told
 from synapse_sticky.index.key import MOST_READ_BYTES, read_json
 from synapse_sticky.index.redactions.synapse import UserRedactions
 from synapse_sticky.index.stream import StickyRow
@@ -270,7 +270,7 @@ class SynapseStickyStream:
             self._homeserver.replace(
                 self._store, "_invalidate_caches_for_event", self._noting_persisted_event
             )
-        self._after("_invalidate_local_get_event_cache", changed, then_of_event)
+        self._after("_invalidate_local_get_event_cache", changed)
 
     def _noting_new_rows(self, original: Callable[..., None]) -> Callable[..., None]:
         from synapse_sticky.homeserver.stream import NAME
@@ -299,7 +299,7 @@ class SynapseStickyStream:
     def on_room_purged(self, callback: Callable[[str], None]) -> None:
         # Not the store's function by which it drops a room's events from its cache: a ban that
         # redacts calls that one, too, and concerns one user only.
-        self._after("_invalidate_caches_for_room_events", callback, then_of_room)
+        self._after("_invalidate_caches_for_room_events", callback)
 
     def on_retention_changed(self, callback: Callable[[str], None]) -> None:
         self._retention.on_changed(callback)
@@ -317,9 +317,9 @@ class SynapseStickyStream:
     def on_user_redacted(self, callback: Callable[[str, str], None]) -> None:
         self._user_redactions.on_redacted(callback)
 
-    def _after(self, name: str, callback: Callable[[str], None], then: Then) -> None:
+    def _after(self, name: str, callback: Callable[[str], None]) -> None:
         """Calls back with what the store's method of this name was called with."""
         listeners = self._listeners.setdefault(name, [])
         listeners.append(callback)
         if len(listeners) == 1:
-            self._homeserver.replace(self._store, name, lambda original: then(original, listeners))
+            self._homeserver.replace(self._store, name, partial(then_told, listeners=listeners))

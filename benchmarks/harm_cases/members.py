@@ -50,9 +50,9 @@ def _read(world: World, size: int, newcomers: int) -> Figures:
         new = newcomers * servers // 1_000
         at = whole(world, members, servers, newcomers=new)
         read.start(world.drive(read.stored_position()))
-        process.forget()
         changes.position = at
         with _garbage_as_in_synapse():
+            process.forget()
             read.wake()
             world.take_turns()
         assert len(told) == new

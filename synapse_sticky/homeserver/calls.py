@@ -8,6 +8,7 @@ from typing import Any
 _BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _NAMELESS = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
 _REST = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+_IS_ASYNC = "is_async_for_synapse_sticky"
 
 
 def in_place_of(
@@ -22,21 +23,25 @@ def in_place_of(
 
     Args:
         original: takes no argument by position only.
-        replacement: names each argument that it looks at, and may pass on all others.
+        replacement: names each argument that it looks at, and may pass on all others. In the place
+            of a coroutine function it may be a plain one that gives something to await: with
+            nothing of its own to do, what the original gives. That costs one call, where a
+            coroutine costs one more each time that the original goes on.
     """
     signature = inspect.signature(original)
     parameters = signature.parameters.values()
     if any(parameter.kind in _NAMELESS for parameter in parameters):
         # Somebody else's replacement, which passes on what comes.
-        return _with_signature(functools.wraps(original)(replacement), signature)
+        return _as_original(replacement, original, signature)
     own = inspect.signature(replacement).parameters
-    is_async = inspect.iscoroutinefunction(original)
-    is_plain = inspect.isfunction(replacement) and (
-        is_async == inspect.iscoroutinefunction(replacement)
-    )
-    if is_plain and _takes_the_same(list(own.values()), list(parameters)):
+    is_alike = _is_async(original) or not inspect.iscoroutinefunction(replacement)
+    if (
+        inspect.isfunction(replacement)
+        and is_alike
+        and _takes_the_same(list(own.values()), list(parameters))
+    ):
         # Every sync and every event comes by some of these: nothing is between.
-        return _with_signature(functools.wraps(original)(replacement), signature)
+        return _as_original(replacement, original, signature)
     own_names = dict(
         zip(
             (parameter.name for parameter in parameters if parameter.kind in _BY_POSITION),
@@ -73,19 +78,10 @@ def in_place_of(
         named = {own_names.get(name, name): value for name, value in arguments.items()}
         return {**defaults, **named, **unnamed}
 
-    if is_async:
-
-        @functools.wraps(original)
-        async def call_later(*args: Any, **options: Any) -> Any:
-            return await replacement(**by_name(*args, **options))
-
-        return _with_signature(call_later, signature)
-
-    @functools.wraps(original)
     def call(*args: Any, **options: Any) -> Any:
         return replacement(**by_name(*args, **options))
 
-    return _with_signature(call, signature)
+    return _as_original(call, original, signature)
 
 
 def _takes_the_same(own: list[inspect.Parameter], others: list[inspect.Parameter]) -> bool:
@@ -114,10 +110,17 @@ def _is_left(parameter: inspect.Parameter) -> bool:
     return parameter.default is not inspect.Parameter.empty
 
 
-def _with_signature(
-    function: Callable[..., Any], signature: inspect.Signature
+def _is_async(function: Callable[..., Any]) -> bool:
+    """Does it give something to await?"""
+    return getattr(function, _IS_ASYNC, False) or inspect.iscoroutinefunction(function)
+
+
+def _as_original(
+    replacement: Callable[..., Any], original: Callable[..., Any], signature: inspect.Signature
 ) -> Callable[..., Any]:
-    """The function with this signature. What a method says of itself, which ``wraps`` copies, may
-    name the object as well, and the next replacement would believe it."""
+    """The replacement with the name and this signature. What a method says of itself, which
+    ``wraps`` copies, may name the object as well, and the next replacement would believe it."""
+    function = functools.wraps(original)(replacement)
     vars(function)["__signature__"] = signature
+    vars(function)[_IS_ASYNC] = _is_async(original)
     return function

@@ -162,9 +162,9 @@ class Homeserver:
         """Between two steps of something long: whatever else is due has its turn (H3)."""
         await self.sleep_ms(0)
 
-    async def transact(self, what: str, function: Callable[..., T], *args: Any) -> T:
+    def transact(self, what: str, function: Callable[..., T], *args: Any) -> Awaitable[T]:
         """Runs ``function(cursor, *args)`` in one transaction; retried if the database asks."""
-        return await self.api.run_db_interaction(f"synapse_sticky_{what}", function, *args)
+        return self.api.run_db_interaction(f"synapse_sticky_{what}", function, *args)
 
     async def transact_alone(self, what: str, function: Callable[[Cursor], T]) -> T:
         """The same, in one process at a time; each sees what those before it have done.

@@ -13,34 +13,33 @@ _STEP = 500
 
 class Doubts:
     """Pairs of a room ID, empty for all rooms, and of a user ID, empty for all users: as many as
-    were told of since the last look. Until then the events of each are in doubt."""
+    were told of since the last look. Until then the events of each are in doubt.
+
+    pairs: how often each was told of. What comes once more meanwhile is looked for once more.
+    """
 
     def __init__(self, stream: Stream, give_way: Callable[[], Awaitable[None]]) -> None:
         self._stream = stream
         self._give_way = give_way
-        # How often each was told of: what comes once more meanwhile is looked for once more.
-        self._pairs: dict[tuple[str, str], int] = {}
-
-    def __bool__(self) -> bool:
-        return bool(self._pairs)
+        self.pairs: dict[tuple[str, str], int] = {}
 
     def add(self, room_id: str, user_id: str) -> None:
         pair = room_id, user_id
-        self._pairs[pair] = self._pairs.get(pair, 0) + 1
+        self.pairs[pair] = self.pairs.get(pair, 0) + 1
 
     def concern(self, row: tuple[int, str, str, str, int] | None) -> bool:
         """May this row of the index have changed, as nobody has looked for it yet?"""
-        if row is None or not self._pairs:
+        if row is None or not self.pairs:
             return False
         _, room_id, _, user_id, _ = row
         whose = (room_id, user_id), (room_id, ""), ("", user_id)
-        return any(pair in self._pairs for pair in whose)
+        return any(pair in self.pairs for pair in whose)
 
     async def look_for(self, index: StickyIndex, changed: set[str]) -> None:
         """Adds these events to those that have changed: by one look through each room, whoever was
         told of there."""
-        while self._pairs:
-            told = dict(self._pairs)
+        while self.pairs:
+            told = dict(self.pairs)
             by_room: dict[str, set[str]] = {}
             for room_id, user_id in told:
                 for of_room in [room_id] if room_id else await self._stream.rooms_of(user_id):
@@ -49,8 +48,8 @@ class Doubts:
                 await self._look_through(index, room_id, users, changed)
             # If anything fails before, it is looked for again.
             for pair, times in told.items():
-                if self._pairs[pair] == times:
-                    del self._pairs[pair]
+                if self.pairs[pair] == times:
+                    del self.pairs[pair]
 
     async def _look_through(
         self, index: StickyIndex, room_id: str, users: set[str], changed: set[str]

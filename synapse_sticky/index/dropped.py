@@ -10,13 +10,26 @@ logger = bounded(__name__)
 Listeners = Sequence[Callable[[str], None]]
 
 
-def then_told(original: Callable[..., None], listeners: Listeners) -> Callable[..., None]:
-    """Calls the listeners back with what the original was called with, after it."""
+def _is_none_known(_: str) -> bool:
+    return False
+
+
+def then_told(
+    original: Callable[..., None],
+    listeners: Listeners,
+    is_known: Callable[[str], bool] = _is_none_known,
+) -> Callable[..., None]:
+    """Calls the listeners back with what the original was called with, after it.
+
+    Args:
+        is_known: tells of what the listeners need not hear.
+    """
 
     # The name is that of an event's function: each event comes by that, so nothing is between.
     def invalidate(event_id: Any, *args: Any, **options: Any) -> None:
         original(event_id, *args, **options)
-        _tell(listeners, event_id)
+        if not is_known(event_id):
+            _tell(listeners, event_id)
 
     return invalidate
 

@@ -112,7 +112,7 @@ class IndexFollower:
         for suspects in (self._changed, self._rechecking):
             if suspects and not suspects.isdisjoint(chain.from_iterable(groups)):
                 return True
-        if not self._doubts:
+        if not self._doubts.pairs:
             return False
         return any(map(self._doubts.concern, map(self.index.get, chain.from_iterable(groups))))
 
@@ -157,7 +157,7 @@ class IndexFollower:
 
     def _has_all(self, positions: Mapping[str, int]) -> bool:
         # Most often nothing has changed since somebody asked.
-        index = self.index
+        index = self._index.it
         if self._had_all[0] is index and self._had_all[1] == positions:
             return True
         if not index.in_step(positions):
@@ -184,12 +184,13 @@ class IndexFollower:
         return found
 
     def _poke(self) -> None:
-        # A tick of any stream comes here: one that brings nothing new starts nothing.
+        # A tick of any stream comes here, a few for each event: one that brings nothing new starts
+        # nothing, and is a matter of five calls.
         if (
             self._following.is_running
             or self._changed
-            or self._rereads
-            or self._doubts
+            or self._rereads.due
+            or self._doubts.pairs
             or not self._has_all(self.stream.positions())
         ) and not self._take_in_noted():
             self._following.wake()
@@ -198,8 +199,9 @@ class IndexFollower:
         """Takes in what is new if this process has persisted all of it: nothing is started, and
         nothing is asked. Gives whether nothing is left to do."""
         following, index = self._following, self.index
-        is_busy = following.is_running or following.is_failing or self._changed or self._rereads
-        if is_busy or self._doubts or not self.is_whole or not index.positions():
+        is_busy = following.is_running or following.is_failing
+        is_due = self._changed or self._rereads.due or self._doubts.pairs
+        if is_busy or is_due or not self.is_whole or not index.positions():
             return False
         positions = self.stream.positions()
         after, up_to = _span(index, positions)
@@ -245,7 +247,7 @@ class IndexFollower:
     async def _follow(self) -> None:
         # New rows are taken in between: events may change faster than they are looked up.
         await self._follow_once()
-        while self._changed or self._rereads or self._doubts:
+        while self._changed or self._rereads.due or self._doubts.pairs:
             await self._follow_once()
 
     async def _follow_once(self) -> None:
@@ -325,7 +327,7 @@ class IndexFollower:
         # Whatever happens now.
         self._expiry.ring_in(_EXPIRE_EVERY_MS)
         self._rereads.tick()
-        if self._rereads:
+        if self._rereads.due:
             self._poke()
         self._hs.metrics.set("index_rows", len(self.index))
         after, up_to = _span(self.index, self.stream.positions())

@@ -13,24 +13,24 @@ _PAGE = 500
 
 
 class Rereads:
-    """Rooms to be read now; each once between two ticks, however often that is asked for."""
+    """Rooms to be read now; each once between two ticks, however often that is asked for.
+
+    due: their IDs.
+    """
 
     def __init__(self) -> None:
-        self._due: set[str] = set()
+        self.due: set[str] = set()
         self._later: set[str] = set()
         self._recent: set[str] = set()
 
-    def __bool__(self) -> bool:
-        return bool(self._due)
-
     def add(self, room_id: str) -> None:
         """The room is due; if it was since the last tick, it is once more after the next."""
-        (self._later if room_id in self._recent else self._due).add(room_id)
+        (self._later if room_id in self._recent else self.due).add(room_id)
         self._recent.add(room_id)
 
     def tick(self) -> None:
         """Some time has passed."""
-        self._due |= self._later
+        self.due |= self._later
         self._recent = self._later
         self._later = set()
 
@@ -43,13 +43,13 @@ class Rereads:
         """Has the index take in when the events of a room that is due end, and those that had ended
         and do not any more. One room at a time, as others' new rows wait for it. A room that cannot
         be read stays due."""
-        if not self._due:
+        if not self.due:
             return
-        room_id, after = next(iter(self._due)), 0
+        room_id, after = next(iter(self.due)), 0
         while rows := await stream.rows_in_room(room_id, after=after, limit=_PAGE):
             for row in rows:
                 if (known := index.get(row.event_id)) and known[4] != row.expires_at_ms:
                     index.remove(row.event_id)
             insert(rows)
             after = rows[-1].stream_id
-        self._due.discard(room_id)
+        self.due.discard(room_id)

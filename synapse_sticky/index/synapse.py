@@ -96,7 +96,9 @@ class SynapseStickyStream:
             size=size, most=MOST_READ_BYTES, retention=self._retention.columns
         )
         self._own_senders = f"%:{homeserver.server_name}"
-        self._listeners: dict[str, list[Callable[[str], None]]] = {}
+        # What is called back with the IDs of events that have changed, and of purged rooms.
+        self._of_events: list[Callable[[str], None]] = []
+        self._of_rooms: list[Callable[[str], None]] = []
         self._persisted_event: str | None = None
         self._takes_new_rows = False
         self._user_redactions = UserRedactions(homeserver)
@@ -109,9 +111,16 @@ class SynapseStickyStream:
 
     def positions(self) -> dict[str, int]:
         # As a token says it, which takes longer to make; and each event comes by here.
-        ids = self._store.get_sticky_events_stream_id_generator()
-        up_to, found = ids.get_current_token(), ids.get_positions()
-        return {writer: max(found.get(writer, up_to), up_to) for writer in self.writers}
+        writers, ids = self.writers, self._ids
+        up_to = ids.get_current_token()
+        if len(writers) == 1:
+            return {writers[0]: up_to}  # nobody else's positions are later
+        found = ids.get_positions()
+        return {writer: max(found.get(writer, up_to), up_to) for writer in writers}
+
+    @cached_property
+    def _ids(self) -> Any:
+        return self._store.get_sticky_events_stream_id_generator()
 
     async def rows(self, *, after: int, up_to: int, limit: int) -> list[StickyRow]:
         return await self._rows(
@@ -261,16 +270,17 @@ class SynapseStickyStream:
         # a change of soft-failure makes the cached copy untrue: that is what is needed here too.
         # It does so for each new event as well, and for each new row of the stream, which is read
         # anyway; and that would be a query for each.
-        def changed(event_id: str) -> None:
-            if event_id != self._persisted_event and not self._takes_new_rows:
-                callback(event_id)
-
-        if "_invalidate_local_get_event_cache" not in self._listeners:
+        if not self._of_events:
             self._homeserver.replace(self._store, "process_replication_rows", self._noting_new_rows)
             self._homeserver.replace(
                 self._store, "_invalidate_caches_for_event", self._noting_persisted_event
             )
-        self._after("_invalidate_local_get_event_cache", changed)
+            made = partial(then_told, listeners=self._of_events, is_known=self._is_known)
+            self._homeserver.replace(self._store, "_invalidate_local_get_event_cache", made)
+        self._of_events.append(callback)
+
+    def _is_known(self, event_id: str) -> bool:
+        return event_id == self._persisted_event or self._takes_new_rows
 
     def _noting_new_rows(self, original: Callable[..., None]) -> Callable[..., None]:
         from synapse_sticky.homeserver.stream import NAME
@@ -299,7 +309,10 @@ class SynapseStickyStream:
     def on_room_purged(self, callback: Callable[[str], None]) -> None:
         # Not the store's function by which it drops a room's events from its cache: a ban that
         # redacts calls that one, too, and concerns one user only.
-        self._after("_invalidate_caches_for_room_events", callback)
+        if not self._of_rooms:
+            made = partial(then_told, listeners=self._of_rooms)
+            self._homeserver.replace(self._store, "_invalidate_caches_for_room_events", made)
+        self._of_rooms.append(callback)
 
     def on_retention_changed(self, callback: Callable[[str], None]) -> None:
         self._retention.on_changed(callback)
@@ -316,10 +329,3 @@ class SynapseStickyStream:
 
     def on_user_redacted(self, callback: Callable[[str, str], None]) -> None:
         self._user_redactions.on_redacted(callback)
-
-    def _after(self, name: str, callback: Callable[[str], None]) -> None:
-        """Calls back with what the store's method of this name was called with."""
-        listeners = self._listeners.setdefault(name, [])
-        listeners.append(callback)
-        if len(listeners) == 1:
-            self._homeserver.replace(self._store, name, partial(then_told, listeners=listeners))

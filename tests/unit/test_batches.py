@@ -31,6 +31,9 @@ class Event:
     def get_dict(self) -> dict[str, Any]:
         return {_FIELD: {}} if self.is_sticky else {}
 
+    def sticky_duration(self) -> int | None:
+        return 1 if self.is_sticky else None
+
 
 class Persisting:
     """Synapse's own queue, what it persists, and in which batches."""

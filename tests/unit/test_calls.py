@@ -136,7 +136,12 @@ def test_what_gives_something_to_wait_for_still_does() -> None:
         return _sooner(one, two, three)
 
     placed = in_place_of(Synapse().later, sooner)
-    assert inspect.iscoroutinefunction(placed)
+    assert placed is sooner, "nothing is between"
+    again = in_place_of(placed, adding(Synapse().later))
+    for number, function in enumerate((placed, again)):
+        with pytest.raises(StopIteration) as ended:
+            function(1, 2).send(None)
+        assert ended.value.value == ((1, 2, 3), (11, 2, 13))[number]
 
 
 def test_what_passes_on_the_rest_as_it_comes_is_called_as_it_is() -> None:

@@ -60,6 +60,10 @@ class Destinations:
         """All destinations that something is pushed to, or watched for."""
         return list(self._destinations)
 
+    def is_known(self, destination: str) -> bool:
+        """Is something pushed to the destination, or watched for?"""
+        return destination in self._destinations
+
     def pushes_of(self, destination: str) -> list[Push]:
         """All pushes of the destination."""
         state = self._destinations.get(destination)
@@ -135,14 +139,17 @@ class Destinations:
         if state is not None and ends_later and self.is_current(push):
             state.unrecorded[push.room_id] = None
 
-    def recorded(self, destination: str) -> None:
-        """Synapse has recorded how far its ordinary queue got with the destination."""
-        if (state := self._destinations.get(destination)) is None:
-            return
+    def recorded(self, destination: str) -> bool:
+        """Synapse has recorded how far its ordinary queue got with the destination. Gives whether
+        that may change when there is something to do for it."""
+        state = self._destinations.get(destination)
+        if state is None or not state.unrecorded:
+            return False
         unrecorded, state.unrecorded = state.unrecorded, {}
         for room_id in unrecorded:
             state.pushes[room_id].catch_up_recorded(self._homeserver.now_ms())
             self.update_times(state.pushes[room_id])
+        return True
 
     def skipped(self, destination: str) -> None:
         """The ordinary queue may have left out any event: all pushes are dirty."""

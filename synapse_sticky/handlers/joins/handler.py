@@ -126,7 +126,8 @@ class JoinsHandler:
         """Takes effect once the newcomers of an earlier run are loaded."""
         timed = self._homeserver.metrics.timed
         self._federation.serve_backlog_from(timed("joins", "push", self.next_batch))
-        self._federation.on_acknowledged(timed("joins", "acknowledged", self._acknowledged))
+        self._take_in = timed("joins", "acknowledged", self._take_in_acknowledged)
+        self._federation.on_acknowledged(self._acknowledged)
         self._federation.on_refused(self._refusals.refused)
         self._federation.on_reachable(self._reached.note)
         self._federation.on_skipped(self._skipped)
@@ -279,8 +280,8 @@ class JoinsHandler:
         self._destinations.skipped(destination)
 
     def _catch_up_recorded(self, destination: str) -> None:
-        self._destinations.recorded(destination)
-        self._destinations.schedule(destination)
+        if self._destinations.recorded(destination):
+            self._destinations.schedule(destination)
 
     def _new_events(self, rooms: Collection[str]) -> None:
         """Synapse's ordinary queue sends new events first. Pushes are looked at after its time."""
@@ -300,6 +301,13 @@ class JoinsHandler:
         return True
 
     async def _acknowledged(self, destination: str, events: Sequence[tuple[str, str]]) -> None:
+        # Every event comes by here, once for each server that acknowledges it.
+        if self._destinations.is_known(destination):
+            await self._take_in(destination, events)
+
+    async def _take_in_acknowledged(
+        self, destination: str, events: Sequence[tuple[str, str]]
+    ) -> None:
         now_ms = self._homeserver.now_ms()
         by_room: dict[str, list[str]] = {}
         for room_id, event_id in events:

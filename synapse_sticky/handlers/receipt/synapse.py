@@ -1,7 +1,7 @@
 """Transactions of other servers, before Synapse accepts them."""
 
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -119,21 +119,25 @@ class SynapseReceipt:
         return await self._store.get_received_txn_response(transaction_id, origin) is not None
 
     def tell_staged(self, staged: Callable[[str, StickyPdu], None]) -> None:
-        def make(original: Callable[..., Any]) -> Callable[..., Any]:
-            async def insert_received_event_to_staging(
+        def make(original: Callable[..., Awaitable[Any]]) -> Callable[..., Any]:
+            async def insert_sticky(
                 origin: str, event: EventBase, *args: Any, **options: Any
             ) -> Any:
                 result = await original(origin, event, *args, **options)
                 # It is staged, whatever fails here.
                 try:
-                    if event.sticky_duration() is None:
-                        return result
                     field, now_ms = event.get(_FIELD), self._homeserver.now_ms()
                     until_ms = sticky_until_ms(field, event.origin_server_ts, now_ms)
                     staged(origin, StickyPdu(event.event_id, event.room_id, until_ms or 0))
                 except Exception:
                     logger.exception("Could not count the staged PDU %s", event.event_id)
                 return result
+
+            def insert_received_event_to_staging(
+                origin: str, event: EventBase, *args: Any, **options: Any
+            ) -> Awaitable[Any]:
+                insert = original if event.sticky_duration() is None else insert_sticky
+                return insert(origin, event, *args, **options)
 
             return insert_received_event_to_staging
 

@@ -3,7 +3,7 @@
 import copy
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from synapse.api.constants import StickyEvent
@@ -12,6 +12,7 @@ from synapse.module_api.errors import Codes, SynapseError
 
 from synapse_sticky.handlers.sending.handler import Check, LocalSend
 from synapse_sticky.homeserver import Homeserver
+from synapse_sticky.homeserver.calls import in_place_of
 from synapse_sticky.homeserver.process import replace_shared
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, Attribute, attributes, method
 from synapse_sticky.homeserver.spec import MEMBER
@@ -111,8 +112,8 @@ class SynapseSending:
         self._homeserver.replace(self._events, "deduplicate_state_event", _but_for_sticky)
 
     def limit_sticky(self, check: Check) -> None:
-        def make_send(original: Callable[..., Any]) -> Callable[..., Any]:
-            async def create_and_send_nonmember_event(
+        def make_send(original: Callable[..., Awaitable[Any]]) -> Callable[..., Any]:
+            async def send_sticky(
                 requester: Requester,
                 event_dict: dict[str, Any],
                 *args: Any,
@@ -122,11 +123,19 @@ class SynapseSending:
                 **options: Any,
             ) -> Any:
                 # A delayed event that is due was accepted when it was scheduled.
-                if _FIELD in event_dict and ratelimit and delay_id is None:
+                if ratelimit and delay_id is None:
                     room_id = event_dict["room_id"]
                     await self._raise_if_refused(check, requester, room_id, txn_id)
                 options |= {"ratelimit": ratelimit, "txn_id": txn_id, "delay_id": delay_id}
                 return await original(requester, event_dict, *args, **options)
+
+            send_sticky_by_name = in_place_of(original, send_sticky)
+
+            def create_and_send_nonmember_event(
+                requester: Requester, event_dict: dict[str, Any], *args: Any, **options: Any
+            ) -> Awaitable[Any]:
+                send = send_sticky_by_name if _FIELD in event_dict else original
+                return send(requester, event_dict, *args, **options)
 
             return create_and_send_nonmember_event
 
@@ -188,11 +197,11 @@ class SynapseSending:
         return sent is not None
 
 
-def _checking_parameter(original: Callable[..., Any]) -> Callable[..., Any]:
-    async def _do(self: Any, request: Any, *args: Any, **options: Any) -> Any:
+def _checking_parameter(original: Callable[..., Awaitable[Any]]) -> Callable[..., Any]:
+    def _do(self: Any, request: Any, *args: Any, **options: Any) -> Awaitable[Any]:
         if getattr(self.event_creation_handler, _CHECKS_PARAMETER, False):
             sticky_duration_ms(request)
-        return await original(self, request, *args, **options)
+        return original(self, request, *args, **options)
 
     return _do
 

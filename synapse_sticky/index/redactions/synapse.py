@@ -163,13 +163,18 @@ class UserRedactions:
                 raise
 
     def _telling_of_row(self, original: Callable[..., Awaitable[Any]]) -> Callable[..., Any]:
-        async def simple_upsert(
+        async def upsert_ban(
             table: str, keyvalues: dict[str, Any], *args: Any, **options: Any
         ) -> Any:
             result = await original(table, keyvalues, *args, **options)
-            if table == _TABLE:
-                self._say_of(keyvalues)
+            self._say_of(keyvalues)
             return result
+
+        def simple_upsert(
+            table: str, keyvalues: dict[str, Any], *args: Any, **options: Any
+        ) -> Awaitable[Any]:
+            upsert = upsert_ban if table == _TABLE else original
+            return upsert(table, keyvalues, *args, **options)
 
         return simple_upsert
 

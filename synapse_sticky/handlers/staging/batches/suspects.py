@@ -18,6 +18,10 @@ class Suspects:
         self._failed: OrderedDict[str, tuple[int, int]] = OrderedDict()
         self._persisted = 0
 
+    def __bool__(self) -> bool:
+        """Has any event ended a connection? Until then it need not be told what is persisted."""
+        return bool(self._failed)
+
     def persisted(self, event_id: str) -> None:
         """An event was persisted: the database was there."""
         self._persisted += 1

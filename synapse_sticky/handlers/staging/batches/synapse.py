@@ -9,7 +9,7 @@ An event that ends the database's connection each time fails with an error that 
 after a while. It is not tried for long then.
 """
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import attr
@@ -53,6 +53,11 @@ class _Part:
     error: Exception | None = None
 
 
+def _events_of(task: Any) -> list[Any]:
+    # Another task than this is to calculate the room's state.
+    return [event for event, _ in getattr(task, "events_and_contexts", ())]
+
+
 class Batches:
     """Keeps an event that the database does not take from failing those that wait with it."""
 
@@ -94,38 +99,46 @@ class Batches:
 
         return add_to_queue
 
-    def _parting(self, original: Callable[..., Any]) -> Callable[..., Any]:
+    def _parting(self, original: Callable[..., Awaitable[Any]]) -> Callable[..., Any]:
         async def persist(room_id: str, task: Any) -> Any:
-            events = [event for event, _ in getattr(task, "events_and_contexts", ())]
+            events = _events_of(task)
             try:
                 result = await original(room_id, task)
             except Exception as e:
+                if parts := self._parts_to_try(room_id, task, e):
+                    return await self._by_themselves(persist, room_id, task, parts)
                 self._raise_if_to_blame(events, e)
                 raise
             for event in events:
                 self._suspects.persisted(event.event_id)
             return result
 
-        async def per_item_callback(room_id: str, task: Any) -> Any:
-            try:
-                return await persist(room_id, task)
-            except Exception as e:
-                parts = self._parts_of(room_id, task)
-                if len(parts) < 2 or self._verdict_of(e) not in _OF_AN_EVENT:
-                    raise
-                logger.info(
-                    "Persisting %d parts of a batch of %s by themselves", len(parts), room_id
-                )
-            replaced: dict[str, str] = {}
-            for part in parts:
-                try:
-                    alone = attr.evolve(task, events_and_contexts=part.pairs)
-                    replaced.update(await persist(room_id, alone))
-                except Exception as e:
-                    part.error = e
-            return replaced
+        def per_item_callback(room_id: str, task: Any) -> Awaitable[Any]:
+            # Each event comes by here.
+            is_any_sticky = any(e.sticky_duration() is not None for e in _events_of(task))
+            is_plain = not is_any_sticky and not self._suspects
+            return (original if is_plain else persist)(room_id, task)
 
         return per_item_callback
+
+    def _parts_to_try(self, room_id: str, task: Any, error: Exception) -> list[_Part]:
+        """The parts of a batch that failed with this error, if one of them may be to blame."""
+        parts = self._parts_of(room_id, task)
+        return parts if len(parts) > 1 and self._verdict_of(error) in _OF_AN_EVENT else []
+
+    @staticmethod
+    async def _by_themselves(
+        persist: Callable[..., Awaitable[Any]], room_id: str, task: Any, parts: list[_Part]
+    ) -> dict[str, str]:
+        logger.info("Persisting %d parts of a batch of %s by themselves", len(parts), room_id)
+        replaced: dict[str, str] = {}
+        for part in parts:
+            try:
+                alone = attr.evolve(task, events_and_contexts=part.pairs)
+                replaced.update(await persist(room_id, alone))
+            except Exception as e:
+                part.error = e
+        return replaced
 
     def _raise_if_to_blame(self, events: list[Any], error: Exception) -> None:
         """Raises an error of unknown cause if the connection was lost by what is persisted."""
@@ -138,7 +151,7 @@ class Batches:
 
     def _parts_of(self, room_id: str, task: Any) -> list[_Part]:
         """The parts of a batch that has a sticky event; none if that is not all of it."""
-        batch = [event for event, _ in getattr(task, "events_and_contexts", ())]
+        batch = _events_of(task)
         if not any(_FIELD in event.get_dict() for event in batch):
             return []
         there = set(map(id, batch))

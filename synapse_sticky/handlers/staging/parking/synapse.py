@@ -154,14 +154,10 @@ class SynapseStaging:
     # Parking
 
     def park_by(self, fail: Fail) -> None:
-        def make(original: Callable[..., Any]) -> Callable[..., Any]:
-            async def on_receive_pdu(
+        def make(original: Callable[..., Awaitable[None]]) -> Callable[..., Any]:
+            async def receive_sticky(
                 origin: str, pdu: EventBase, *args: Any, **options: Any
             ) -> None:
-                staged = self._staged_pdu_of(pdu)
-                if staged.sticky_field is None or not is_possible(pdu):
-                    await original(origin, pdu, *args, **options)
-                    return
                 in_room = await self._may_be_in_room(pdu.room_id)
                 try:
                     await original(origin, pdu, *args, **options)
@@ -177,6 +173,12 @@ class SynapseStaging:
                 # Synapse looks once more whether this server is in the room: it may have left.
                 elif not in_room or not await self._may_be_in_room(pdu.room_id):
                     await self._fail(fail, origin, pdu, str(Reason.NOT_JOINED), is_outside=True)
+
+            def on_receive_pdu(
+                origin: str, pdu: EventBase, *args: Any, **options: Any
+            ) -> Awaitable[None]:
+                receive = original if pdu.sticky_duration() is None else receive_sticky
+                return receive(origin, pdu, *args, **options)
 
             return on_receive_pdu
 
@@ -207,19 +209,23 @@ class SynapseStaging:
 
         return _process_pulled_event
 
-    def _leaving_held(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        async def remove_received_event_from_staging(
+    def _leaving_held(self, original: Callable[..., Awaitable[int | None]]) -> Callable[..., Any]:
+        async def leave() -> None:
+            pass
+
+        def remove_received_event_from_staging(
             origin: str, event_id: str, *args: Any, **options: Any
-        ) -> int | None:
+        ) -> Awaitable[int | None]:
             if (origin, event_id) in self._held:
-                return None
-            received_ts: int | None = await original(origin, event_id, *args, **options)
-            return received_ts
+                return leave()
+            return original(origin, event_id, *args, **options)
 
         return remove_received_event_from_staging
 
     async def _verdict_on(self, pdu: EventBase, e: Exception) -> tuple[str, Verdict] | None:
         """Why it was not persisted, and whether that passes; None if Synapse itself refuses it."""
+        if not is_possible(pdu):
+            return None
         cause = self._cause_of(e)
         verdict = None if cause is None else cause.verdict()
         if verdict is Verdict.PASSES:
@@ -246,20 +252,15 @@ class SynapseStaging:
         is_outside: bool = False,
     ) -> None:
         # Synapse checks the size late, after it has fetched the prev_events.
-        if len(encode_canonical_json(pdu.get_pdu_json())) > _MAX_PDU_SIZE:
+        if not is_possible(pdu) or len(encode_canonical_json(pdu.get_pdu_json())) > _MAX_PDU_SIZE:
             return
         try:
             parked = attr.evolve(_parked_pdu_of(origin, pdu), is_outside=is_outside)
-            await fail(parked, self._staged_pdu_of(pdu), why, verdict)
+            received_ms = self._received.first_ms(pdu.event_id, self._homeserver.now_ms())
+            field, sent_ms = pdu.get(_FIELD), pdu.origin_server_ts
+            await fail(parked, StagedPdu(pdu.event_id, field, sent_ms, received_ms), why, verdict)
         except Exception:
             logger.exception("Could not park the sticky PDU %s", pdu.event_id)
-
-    def _staged_pdu_of(self, pdu: EventBase) -> StagedPdu:
-        # Reading a field of an event takes microseconds, and most PDUs have none of it.
-        field = None if pdu.sticky_duration() is None else pdu.get(_FIELD)
-        now_ms = self._homeserver.now_ms()
-        received_ms = self._received.first_ms(pdu.event_id, now_ms)
-        return StagedPdu(pdu.event_id, field, pdu.origin_server_ts, received_ms)
 
     async def _may_be_in_room(self, room_id: str) -> bool:
         try:

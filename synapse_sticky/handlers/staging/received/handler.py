@@ -22,8 +22,9 @@ logger = bounded(__name__)
 _MOST_CHOSEN = 1_000
 """About so many are looked up before they are processed, 200 kB at most. Of others it is asked."""
 
-Tell = Callable[[str, Collection[str]], Awaitable[None]]
-"""Takes the server that sent sticky PDUs, and their event IDs."""
+Tell = Callable[[str, Collection[str]], Awaitable[None] | None]
+"""Takes the server that sent sticky PDUs, and their event IDs. Gives what to wait for before they
+are processed, None if that is nothing."""
 
 
 class Receiving(Protocol):
@@ -89,17 +90,18 @@ class ReceivedHandler:
         if len(self._chosen) > _MOST_CHOSEN:
             self._chosen.popitem(last=False)
 
-    async def note(self, origin: str, event_ids: Collection[str]) -> None:
-        """Notes when these PDUs, which this process has now, were received first."""
+    def note(self, origin: str, event_ids: Collection[str]) -> Awaitable[None] | None:
+        """Notes when these PDUs, which this process has now, were received first. Gives what to
+        wait for if it has to ask the database."""
         now_ms = self._homeserver.now_ms()
         for event_id in event_ids:
             self._received.note(event_id, now_ms)
         unknown = [
             event_id for event_id in event_ids if not self._chosen.pop((origin, event_id), False)
         ]
-        if not unknown:
-            return
+        return self._ask_for(origin, unknown) if unknown else None
 
+    async def _ask_for(self, origin: str, unknown: Collection[str]) -> None:
         def read_txn(txn: Cursor) -> list[tuple[str, int]]:
             staged = self._receiving.staged_txn(txn, origin, unknown)
             return [*staged.items(), *self._parked.received_txn(txn, unknown).items()]

@@ -1,6 +1,6 @@
 """How Synapse enters sticky events: this says since when they are."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from synapse.module_api import EventBase, LoggingTransaction
@@ -48,12 +48,19 @@ class SynapseReceiving:
         self._received = received
 
     def tell(self, tell: Tell) -> None:
-        def make_pushed(original: Callable[..., Any]) -> Callable[..., Any]:
-            async def on_receive_pdu(
-                origin: str, pdu: EventBase, *args: Any, **options: Any
+        def make_pushed(original: Callable[..., Awaitable[None]]) -> Callable[..., Any]:
+            async def receive_later(
+                asked: Awaitable[None], origin: str, pdu: EventBase, *args: Any, **options: Any
             ) -> None:
-                await self._tell(tell, origin, [pdu])
+                await asked
                 await original(origin, pdu, *args, **options)
+
+            def on_receive_pdu(
+                origin: str, pdu: EventBase, *args: Any, **options: Any
+            ) -> Awaitable[None]:
+                if (asked := self._told(tell, origin, [pdu])) is None:
+                    return original(origin, pdu, *args, **options)
+                return receive_later(asked, origin, pdu, *args, **options)
 
             return on_receive_pdu
 
@@ -61,7 +68,8 @@ class SynapseReceiving:
             async def _process_pulled_events(
                 origin: str, events: Collection[EventBase], *args: Any, **options: Any
             ) -> None:
-                await self._tell(tell, origin, events)
+                if (asked := self._told(tell, origin, events)) is not None:
+                    await asked
                 await original(origin, events, *args, **options)
 
             return _process_pulled_events
@@ -76,15 +84,15 @@ class SynapseReceiving:
         persisting = ReplicationFederationSendEventsRestServlet
         replace_shared(persisting, "_serialize_payload", _handing_on_received)
 
-    async def _tell(self, tell: Tell, origin: str, events: Iterable[EventBase]) -> None:
+    @staticmethod
+    def _told(tell: Tell, origin: str, events: Iterable[EventBase]) -> Awaitable[None] | None:
         # Postgres can be asked for no text with NUL in it.
         event_ids = [
             event.event_id
             for event in events
             if event.sticky_duration() is not None and "\0" not in event.event_id
         ]
-        if event_ids:
-            await tell(origin, event_ids)
+        return tell(origin, event_ids) if event_ids else None
 
     def staged_txn(self, txn: Cursor, origin: str, event_ids: Collection[str]) -> Mapping[str, int]:
         found: dict[str, int] = {}

@@ -22,3 +22,7 @@ LABELS = "org.matrix.labels"
 
 DUMMY = "org.matrix.dummy_event"
 """The type of the events with which Synapse merges forward extremities."""
+
+LONGEST_NAME = 255
+"""Characters. Synapse persists no event of which an ID, the type or the state key is longer. In the
+first two room versions a PDU brings its ID along, and it is staged before anybody looks at that."""

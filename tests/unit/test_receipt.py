@@ -365,6 +365,25 @@ def test_what_is_remembered_of_staged_pdus_is_bounded(
         assert excess.number == 1
 
 
+@pytest.mark.requirement("H3", "L6")
+def test_ids_that_are_too_long_are_not_remembered(
+    store: CountingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the first two room versions a PDU brings its ID along, of up to 60 kB."""
+    monkeypatch.setattr(staged, "_PAGE", 10)
+    counts = staged.StagedCounts(SynapseReceipt(store), store.now_ms)
+    long = [f"$b{number}" + 59_000 * "x" for number in range(25)]
+    store.stage("there", ROOM, long, HOUR_MS)
+    store.stage("there", ROOM, ["$a", "$b12", "$c", "$" + 254 * "d"], HOUR_MS)
+    for event_id in long:
+        counts.staged("there", staged.StickyPdu(event_id, ROOM, store.now + HOUR_MS))
+    for _ in range(4):
+        assert done(store.transact("test", counts.look_txn, "there", 3))
+    assert len(counts) == 4
+    excess = done(store.transact("test", counts.excess_txn, "there", ROOM, 3))
+    assert excess.number == 2
+
+
 @pytest.mark.requirement("H3")
 def test_what_this_process_stages_is_remembered_only_as_far_as_it_counts(
     store: CountingStore, monkeypatch: pytest.MonkeyPatch

@@ -20,7 +20,8 @@ from synapse.api.room_versions import RoomVersions
 from synapse_sticky.handlers.staging.held import Held
 from synapse_sticky.handlers.staging.turns import handler
 from synapse_sticky.handlers.staging.turns.handler import TurnsHandler
-from synapse_sticky.handlers.staging.turns.room import PRUNE_FROM, Key, StagedRoom, WaitingPdu
+from synapse_sticky.handlers.staging.turns.pdu import Key, WaitingPdu
+from synapse_sticky.handlers.staging.turns.room import PRUNE_FROM, StagedRoom
 from synapse_sticky.handlers.staging.turns.synapse import SynapseTurns
 from synapse_sticky.homeserver import Cursor, Homeserver
 from tests.unit.settable import Settable
@@ -489,6 +490,22 @@ def test_memory_is_bounded(
     assert sum(len(known.room) for known in process.handler._rooms.values()) <= 250 + 2
     assert process.until(None) == flood
     assert len(process.handler._rooms) <= handler._MOST_ROOMS
+
+
+@pytest.mark.requirement("H3", "L3")
+def test_memory_is_bounded_if_the_ids_are_long(
+    database: Database, process: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the first two room versions a PDU brings its ID along, of up to 60 kB."""
+    monkeypatch.setattr(handler, "_MOST_KNOWN", 3 * 200)
+    staged = [database.stage("a", f"${number:03d}" + 59_000 * "x") for number in range(150)]
+    behind = database.stage("b", "$behind")
+    assert process.handler.choose_txn(cast(Cursor, database), ROOM) == staged[0]
+    (known,) = process.handler._rooms.values()
+    # A page, as the first of it count for all there may be.
+    assert len(known.room) == handler.PAGE
+    assert known.room.weight == handler.PAGE * (1 + 59_004 // 256)
+    assert sorted(process.until(None)) == sorted([*staged, behind]), "none is passed over"
 
 
 @pytest.mark.requirement("D7")

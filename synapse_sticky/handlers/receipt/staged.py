@@ -22,8 +22,10 @@ import attr
 
 from synapse_sticky.homeserver import Cursor
 from synapse_sticky.homeserver.database import portions
+from synapse_sticky.homeserver.spec import LONGEST_NAME
 
 _FAR_MS = 2**62
+_LAST = "\U0010ffff"
 
 _PAGE = 2_000
 """How many of an origin's PDUs are looked at in each check."""
@@ -73,7 +75,8 @@ class StagingArea(Protocol):
         """Are more PDUs of the origin staged than this, sticky or not?"""
 
     def page_txn(self, txn: Cursor, origin: str, after_event_id: str, most: int) -> Sequence[str]:
-        """The event IDs of so many of the origin's PDUs, in an order, after this one."""
+        """The event IDs of so many of the origin's PDUs, in the order of their code points, after
+        this one. Of one that is longer than ``LONGEST_NAME`` it is the beginning."""
 
     def pdus_txn(self, txn: Cursor, origin: str, event_ids: Sequence[str]) -> Sequence[StickyPdu]:
         """These PDUs of the origin, read as they were received; those that are staged."""
@@ -162,6 +165,12 @@ class _OfOrigin:
         self._not_sticky.clear()
 
 
+def _is_never_persisted(event_id: str) -> bool:
+    """Is the ID too long? Then the PDU counts as little as one that is not sticky, and it is not
+    remembered: that would take its sender's choice of memory."""
+    return len(event_id) > LONGEST_NAME
+
+
 class StagedCounts:
     """Counts the staged PDUs of all origins. It is asked in several threads."""
 
@@ -187,8 +196,8 @@ class StagedCounts:
 
     def staged(self, origin: str, pdu: StickyPdu) -> None:
         """This process has staged a PDU."""
-        if pdu.until_ms <= self._now_ms():
-            # It may be processed and gone before any check looks.
+        # It may be processed and gone before any check looks.
+        if pdu.until_ms <= self._now_ms() or _is_never_persisted(pdu.event_id):
             return
         with self._lock:
             if (of := self._origins.get(origin)) is not None:
@@ -216,7 +225,7 @@ class StagedCounts:
         page = [*self._area.page_txn(txn, origin, of.after_event_id, _PAGE)]
         if of.after_event_id and (left := _PAGE - len(page)):
             page += self._area.page_txn(txn, origin, "", left)
-        unknown = [event_id for event_id in page if event_id not in of]
+        unknown = [e for e in page if e not in of and not _is_never_persisted(e)]
         for portion in portions(unknown, _AT_ONCE):
             pdus = self._area.pdus_txn(txn, origin, portion)
             with self._lock:
@@ -224,6 +233,8 @@ class StagedCounts:
                     of.add(pdu, self._now_ms())
         with self._lock:
             of.after_event_id = page[-1] if page else ""
+            if _is_never_persisted(of.after_event_id):
+                of.after_event_id += _LAST  # nor any other that begins like that
             of.expire(self._now_ms())
             self._forget(origin, of)
         return True

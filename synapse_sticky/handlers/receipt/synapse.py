@@ -15,6 +15,7 @@ from synapse_sticky.handlers.receipt.staged import StickyPdu
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.database import portions
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, method, table
+from synapse_sticky.homeserver.spec import LONGEST_NAME
 from synapse_sticky.homeserver.staged import begin_on_staged_pdus
 from synapse_sticky.logs import bounded
 
@@ -156,8 +157,8 @@ class SynapseReceipt:
 
     def page_txn(self, txn: Cursor, origin: str, after_event_id: str, most: int) -> Sequence[str]:
         txn.execute(
-            f"SELECT event_id {_STAGED} AND event_id > ? ORDER BY event_id LIMIT ?",
-            (origin, after_event_id, most),
+            f"SELECT SUBSTR(event_id, 1, ?) {_STAGED} AND event_id > ? ORDER BY event_id LIMIT ?",
+            (LONGEST_NAME + 1, origin, after_event_id, most),
         )
         return [event_id for (event_id,) in txn.fetchall()]
 

@@ -6,9 +6,7 @@ from typing import Any
 import attr
 
 from synapse_sticky._core import sticky_until_ms
-
-LONGEST_NAME = 255
-"""Characters. Synapse persists no event of which an ID, the type or the state key is longer."""
+from synapse_sticky.homeserver.spec import LONGEST_NAME
 
 _NO_EVENT = ""
 

@@ -5,6 +5,10 @@ it, while Synapse has the room's lock. So a round has two PDUs, and the next one
 longer, and at least as long as the last one took. A round of which something is persisted tells
 that the server answers: the next one has no delay, and twice as many PDUs.
 
+What a server answers may lead to ever more events that are missing, and each costs time to look at.
+After some rounds that came to nothing the next ones are rare, and all of these together are no more
+than two a second, however many servers and rooms there are.
+
 Pure: no clock. All times are of a clock that nobody sets.
 """
 
@@ -25,6 +29,15 @@ LONGEST_DELAY_MS = 60_000
 _EACH_ROOM_MS = 500
 """A server that has PDUs parked in many rooms is asked about no more than two of them a second."""
 
+_IN_VAIN = 10
+"""After so many rounds in a row that came to nothing, the origin and room count as in vain."""
+
+IN_VAIN = Backoff(ROUNDS.max_ms, LONGEST_DELAY_MS, spread=0)
+"""The delays from then on, for as long as few servers have any."""
+
+_EACH_IN_VAIN_MS = 500
+"""All servers of which any round is in vain have the same share of two rounds a second."""
+
 _AT_ONCE = 2
 _MOST_AT_ONCE = 16
 _LOOK_AFTER_MS = 1_000
@@ -39,7 +52,8 @@ Pair = tuple[str, str]
 class Pace:
     """Of one origin and room.
 
-    failures: how many rounds in a row came to nothing.
+    failures: how many rounds in a row came to nothing, or could not begin.
+    in_vain: how many of them began.
     at_once: how many PDUs the next round has.
     under_way: what of the last round may not have been tried yet.
     next_ms: when the next round may begin.
@@ -47,6 +61,7 @@ class Pace:
     """
 
     failures: int = 0
+    in_vain: int = 0
     at_once: int = _AT_ONCE
     under_way: frozenset[str] = frozenset()
     next_ms: int = 0
@@ -75,22 +90,34 @@ class Pace:
         self._looks = 0 if has_progress else self._looks + 1
         self.look_ms = now_ms + ROUNDS.after(self._looks + 1)
 
-    def ended(self, has_progress: bool, rooms: int, now_ms: int) -> bool:
+    @property
+    def is_in_vain(self) -> bool:
+        """Did so many rounds come to nothing that the next ones are rare?"""
+        return self.in_vain >= _IN_VAIN
+
+    def ended(self, has_progress: bool, rooms: int, servers: int, now_ms: int) -> bool:
         """All of the round was tried. Gives whether the server answers again.
 
         Args:
             has_progress: whether any PDU was persisted meanwhile.
             rooms: in how many rooms the origin has parked PDUs.
+            servers: how many origins have anything that is in vain.
         """
         self.under_way = frozenset()
         if has_progress or self._has_progress:
             answers_again = self.failures > 1
-            self.failures = 0
+            self.failures = self.in_vain = 0
             self.at_once = min(2 * self.at_once, _MOST_AT_ONCE)
             self.next_ms = now_ms
             self.look_ms = None
             return answers_again
+        self.in_vain += 1
         self.pause(rooms, now_ms, now_ms - self._began_ms)
+        if self.is_in_vain:
+            # Also this server's own share is one for all of its rooms.
+            delay_ms = rooms * max(servers, 1) * _EACH_IN_VAIN_MS
+            delay_ms = max(delay_ms, IN_VAIN.after(self.in_vain - _IN_VAIN + 1))
+            self.next_ms = max(self.next_ms, now_ms + delay_ms)
         # Synapse may go on with what it has fetched after it gave the PDU itself up.
         self.look_ms = min(self.next_ms, now_ms + _LOOK_AFTER_MS)
         is_woken, self._is_woken = self._is_woken, False
@@ -106,6 +133,12 @@ class Pace:
         self.next_ms = now_ms + min(delay_ms, LONGEST_DELAY_MS)
         self.look_ms = self.next_ms
 
+    def look_again_ms(self, now_ms: int) -> int:
+        """After which delay to look whether something else has brought what is missing."""
+        if not self.is_in_vain:
+            return ROUNDS.max_ms
+        return min(max(self.next_ms - now_ms, ROUNDS.max_ms), LONGEST_DELAY_MS)
+
     def put_off(self, now_ms: int) -> None:
         """The server has enough to answer."""
         self.next_ms = now_ms + _LOOK_AFTER_MS
@@ -117,8 +150,8 @@ class Pace:
 
     def wake(self, now_ms: int) -> None:
         """The server has answered something: the next round has no delay. Not too often, as that
-        may be about other rooms."""
-        if now_ms - self._woken_ms < ROUNDS.max_ms:
+        may be about other rooms; and not where it has answered for long, and in vain."""
+        if self.is_in_vain or now_ms - self._woken_ms < ROUNDS.max_ms:
             return
         self._is_woken = bool(self.under_way)
         if not self._is_woken:
@@ -156,6 +189,10 @@ class Paces:
     def rooms(self, origin: str) -> int:
         """In how many rooms the origin has parked PDUs."""
         return len(self._of.get(origin, ()))
+
+    def in_vain(self) -> int:
+        """How many origins have anything that is in vain."""
+        return sum(any(p.is_in_vain for p in rooms.values()) for rooms in self._of.values())
 
     def under_way(self, origin: str) -> int:
         """In how many rooms a round of the origin is under way."""

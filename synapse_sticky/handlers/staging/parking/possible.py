@@ -4,8 +4,7 @@ from collections.abc import Iterator
 
 from synapse.module_api import EventBase
 
-from synapse_sticky.handlers.staging.pdu import LONGEST_NAME
-from synapse_sticky.homeserver.spec import LABELS
+from synapse_sticky.homeserver.spec import LABELS, LONGEST_NAME
 
 _MAX_PREV_EVENTS = 20  # Synapse refuses a PDU with more
 _MAX_AUTH_EVENTS = 10  # likewise

@@ -244,7 +244,7 @@ class Trying:
         if goes_on:
             pace.goes_on(has_progress, now_ms)
         elif (pace.under_way or has_progress) and pace.ended(
-            has_progress, self._paces.rooms(origin), now_ms
+            has_progress, self._paces.rooms(origin), self._paces.in_vain(), now_ms
         ):
             self._paces.wake(origin, now_ms)
 
@@ -268,7 +268,8 @@ class Trying:
         due_ms = dict.fromkeys(to_stage, now_ms + ROUNDS.max_ms)
         if chosen or any(pdu.is_due(now_ms) for pdu in waiting):
             # The table keeps their order.
-            due_ms.update((pdu, now_ms + ROUNDS.max_ms + n) for n, pdu in enumerate(in_order))
+            next_ms = now_ms + pace.look_again_ms(self._homeserver.steady_ms())
+            due_ms.update((pdu, next_ms + n) for n, pdu in enumerate(in_order))
         return [*to_stage, *chosen], due_ms
 
     async def _chosen(

@@ -15,6 +15,7 @@ from typing import Protocol
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.causes import is_locked, is_outage
 from synapse_sticky.homeserver.received import Received
+from synapse_sticky.homeserver.spec import LONGEST_NAME
 from synapse_sticky.logs import bounded
 
 logger = bounded(__name__)
@@ -76,6 +77,8 @@ class ReceivedHandler:
                 ``note`` needs none of its own.
             staged_ms: when it was staged, in ms since the epoch.
         """
+        if len(event_id) > LONGEST_NAME:
+            return
         received_ms = [staged_ms]
         try:
             self._homeserver.wait_briefly_txn(txn)

@@ -13,6 +13,7 @@ from synapse_sticky.homeserver.database import portions
 from synapse_sticky.homeserver.process import replace_shared
 from synapse_sticky.homeserver.received import Received
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, method, table
+from synapse_sticky.homeserver.spec import LONGEST_NAME
 from synapse_sticky.logs import bounded
 
 logger = bounded(__name__)
@@ -86,12 +87,9 @@ class SynapseReceiving:
 
     @staticmethod
     def _told(tell: Tell, origin: str, events: Iterable[EventBase]) -> Awaitable[None] | None:
+        sticky = [event.event_id for event in events if event.sticky_duration() is not None]
         # Postgres can be asked for no text with NUL in it.
-        event_ids = [
-            event.event_id
-            for event in events
-            if event.sticky_duration() is not None and "\0" not in event.event_id
-        ]
+        event_ids = [e for e in sticky if len(e) <= LONGEST_NAME and "\0" not in e]
         return tell(origin, event_ids) if event_ids else None
 
     def staged_txn(self, txn: Cursor, origin: str, event_ids: Collection[str]) -> Mapping[str, int]:

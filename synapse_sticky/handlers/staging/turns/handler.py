@@ -24,12 +24,8 @@ from typing import Protocol
 import attr
 
 from synapse_sticky.handlers.staging.held import Held
-from synapse_sticky.handlers.staging.turns.room import (
-    Choice,
-    Key,
-    StagedRoom,
-    WaitingPdu,
-)
+from synapse_sticky.handlers.staging.turns.pdu import Key, WaitingPdu
+from synapse_sticky.handlers.staging.turns.room import Choice, StagedRoom
 from synapse_sticky.handlers.staging.turns.waiting import Persisted
 from synapse_sticky.homeserver import Cursor, Homeserver
 
@@ -49,8 +45,8 @@ machines may differ by more than that."""
 
 _MOST_KNOWN = 20_000
 """How many staged PDUs are remembered, of all rooms; about 30 MB, and 280 MB if each has 20
-prev_events of its own with the longest IDs. Of a room with more of them the later ones take part
-when the first are processed."""
+prev_events of its own with the longest IDs. One whose own ID is longer counts for several. Of a
+room with more of them the later ones take part when the first are processed."""
 
 _MOST_ROOMS = 2_000
 """How many rooms with several staged PDUs are remembered. With more of them, each choice in a room
@@ -58,8 +54,6 @@ that was forgotten reads the room's PDUs anew."""
 
 _MOST_GONE = 100
 """How many choices may turn out to be staged no more, until more is compared."""
-
-_FAR_MS = 2**62
 
 _MOST_PRUNED = 250
 """How many are pruned at once. The next ones are when the next PDU was processed."""
@@ -77,6 +71,9 @@ class Area(Protocol):
 
         If it raises an error, Synapse goes by when the PDUs were received.
         """
+
+    def first_txn(self, txn: Cursor, room_id: str) -> Sequence[Key]:
+        """The first two PDUs of the room; to be asked while one of the room is chosen."""
 
     def page_txn(self, txn: Cursor, room_id: str, from_ms: int) -> Sequence[WaitingPdu]:
         """The first ``PAGE`` PDUs of the room that were received at this time or later."""
@@ -106,7 +103,7 @@ class _Known:
     up_to_ms: all that was received before this is known, but for what became visible late.
     compared_ms: when the last comparison began.
     compared_up_to_ms: what was received before this is compared; None if all is.
-    counted: how many PDUs it is known to have.
+    counted: for how many PDUs those that it is known to have count.
     """
 
     room_id: str
@@ -131,11 +128,13 @@ class TurnsHandler:
         self._rooms: OrderedDict[str, _Known] = OrderedDict()
         self._known = 0
         self._lock = threading.Lock()
+        self._choose_among_txn = self._choose_txn
 
     def install(self) -> None:
         """Takes effect from the next PDU on."""
         timed = self._homeserver.metrics.timed_call
-        self._area.choose_by(timed("pruning", "turn", self.choose_txn))
+        self._choose_among_txn = timed("pruning", "turn", self._choose_txn)
+        self._area.choose_by(self.choose_txn)
         self._held.is_heeded = True
 
     def take_prunable(self, room_id: str) -> list[Key]:
@@ -168,14 +167,14 @@ class TurnsHandler:
             if known is not None:
                 self._rooms.move_to_end(room_id)
         if known is None:
-            # This is all that it takes where one PDU comes at a time: it is not even parsed.
-            first = [key for key, _ in self._area.keys_txn(txn, room_id, 0, _FAR_MS, 2)]
+            # This is all that it takes where one PDU comes at a time.
+            first = self._area.first_txn(txn, room_id)
             if len(first) <= 1:
                 return first[0] if first and first[0] not in self._held else None
             known = self._remember(room_id)
         try:
             with known.lock:
-                choice = self._choose_txn(txn, room_id, known)
+                choice = self._choose_among_txn(txn, room_id, known)
                 self._count(known)
         except Exception:
             # What is known may be what is wrong. The next choice reads all of it anew.
@@ -204,8 +203,8 @@ class TurnsHandler:
     def _count(self, known: _Known) -> None:
         with self._lock:
             if self._rooms.get(known.room_id) is known:
-                self._known += len(known.room) - known.counted
-                known.counted = len(known.room)
+                self._known += known.room.weight - known.counted
+                known.counted = known.room.weight
 
     def _choose_txn(self, txn: Cursor, room_id: str, known: _Known) -> Choice | None:
         now_ms = self._homeserver.now_ms()

@@ -22,6 +22,7 @@ from itertools import islice
 
 import attr
 
+from synapse_sticky.handlers.staging.turns.pdu import Key, WaitingPdu
 from synapse_sticky.handlers.staging.turns.waiting import Place, WaitingOrigins
 
 PRUNE_FROM = 100
@@ -32,35 +33,6 @@ _FEW = 20
 
 _MOST_LOOKED_INTO = 8
 """Of how many origins whose PDUs all wait for others it is found out, in one choice, for what."""
-
-Key = tuple[str, str]
-"""The origin and the event ID: the same event may be staged of several origins."""
-
-
-@attr.s(auto_attribs=True, frozen=True, slots=True)
-class WaitingPdu:
-    """A staged PDU, as far as its turn depends on it.
-
-    prev_event_ids: those that an event can have. A PDU with so many that Synapse refuses it can
-        have none here.
-    until_ms: when it stops being sticky; 0 if it is not sticky.
-    """
-
-    origin: str
-    event_id: str
-    received_ts_ms: int
-    depth: int
-    prev_event_ids: tuple[str, ...]
-    until_ms: int = 0
-
-    @property
-    def key(self) -> Key:
-        return self.origin, self.event_id
-
-    @property
-    def place(self) -> Place:
-        """Its place among the PDUs of its origin."""
-        return self.received_ts_ms, self.depth, self.event_id
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
@@ -78,10 +50,12 @@ class StagedRoom:
     """The staged PDUs of one room.
 
     waiting: the origins that have some, and take turns.
+    weight: that of all PDUs (``WaitingPdu.weight``).
     """
 
     def __init__(self) -> None:
         self.waiting = WaitingOrigins()
+        self.weight = 0
         self._pdus: dict[Key, WaitingPdu] = {}
         self._origins_of: dict[str, set[str]] = {}
         self._places: dict[str, list[Place]] = {}
@@ -148,6 +122,7 @@ class StagedRoom:
         if pdu.key in self._pdus:
             return
         self._pdus[pdu.key] = pdu
+        self.weight += pdu.weight
         self._origins_of.setdefault(pdu.event_id, set()).add(pdu.origin)
         insort(self._received, (pdu.place, pdu.origin))
         places = self._places.setdefault(pdu.origin, [])
@@ -171,6 +146,7 @@ class StagedRoom:
         pdu = self._pdus.pop(key, None)
         if pdu is None:
             return
+        self.weight -= pdu.weight
         places = self._places[pdu.origin]
         del places[bisect_left(places, pdu.place)]
         del self._received[bisect_left(self._received, (pdu.place, pdu.origin))]

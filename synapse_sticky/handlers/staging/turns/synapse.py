@@ -1,6 +1,7 @@
 """The staging area of inbound PDUs, as Synapse takes them out of it."""
 
 import json
+import threading
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -9,13 +10,14 @@ from synapse.events import make_event_from_dict
 from synapse.module_api import EventBase
 
 from synapse_sticky.handlers.staging.held import Held
-from synapse_sticky.handlers.staging.pdu import LONGEST_NAME, StagedPdu
+from synapse_sticky.handlers.staging.pdu import StagedPdu
 from synapse_sticky.handlers.staging.turns.handler import PAGE
-from synapse_sticky.handlers.staging.turns.room import Key, WaitingPdu
+from synapse_sticky.handlers.staging.turns.pdu import Key, WaitingPdu
 from synapse_sticky.handlers.staging.turns.waiting import Persisted
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.database import found_txn
 from synapse_sticky.homeserver.seams import STORE, method, table
+from synapse_sticky.homeserver.spec import LONGEST_NAME
 from synapse_sticky.logs import bounded
 
 logger = bounded(__name__)
@@ -50,6 +52,7 @@ SEAMS = (
 _FIELD: str = StickyEvent.EVENT_FIELD_NAME
 _STAGED = "FROM federation_inbound_events_staging WHERE room_id = ?"
 _OF_PDU = "origin, event_id, received_ts, event_json"
+_CONTENT = "received_ts, event_json, internal_metadata"
 _MOST_PREV_EVENTS = 20
 """Synapse refuses a PDU with more of them, without a look at them."""
 
@@ -69,6 +72,8 @@ class SynapseTurns:
         self._store = homeserver.store
         self._has_failed = False
         self._tell_txn: TellTxn | None = None
+        # By thread: what the first PDUs of a room have, as far as its transaction has read them.
+        self._first = threading.local()
 
     def tell_chosen(self, tell_txn: TellTxn) -> None:
         """From now on tells of each sticky PDU that is chosen, in the same transaction."""
@@ -76,17 +81,17 @@ class SynapseTurns:
 
     def choose_by(self, choose_txn: Callable[[Cursor, str], Key | None]) -> None:
         def read_txn(txn: Cursor, room_id: str) -> tuple[str, str, str, str] | None:
+            self._first.rows = {}
             chosen = choose_txn(txn, room_id)
             if chosen is None:
                 return None
-            txn.execute(
-                "SELECT received_ts, event_json, internal_metadata"
-                f" {_STAGED} AND origin = ? AND event_id = ?",
-                (room_id, *chosen),
-            )
-            row = txn.fetchone()
-            if row is None:
-                return None
+            if (row := self._first.rows.get(chosen)) is None:
+                txn.execute(
+                    f"SELECT {_CONTENT} {_STAGED} AND origin = ? AND event_id = ?",
+                    (room_id, *chosen),
+                )
+                if (row := txn.fetchone()) is None:
+                    return None
             received_ts_ms, event_json, metadata = row
             if self._tell_txn is not None and _FIELD in event_json:
                 self._tell_txn(txn, *chosen, received_ts_ms)
@@ -147,6 +152,15 @@ class SynapseTurns:
         self._has_failed = True
 
     # Reading
+
+    def first_txn(self, txn: Cursor, room_id: str) -> Sequence[Key]:
+        # With all that Synapse needs of them: mostly there is one, and it is chosen.
+        txn.execute(
+            f"SELECT origin, event_id, {_CONTENT} {_STAGED} ORDER BY received_ts LIMIT 2",
+            (room_id,),
+        )
+        self._first.rows = {(row[0], row[1]): row[2:] for row in txn.fetchall()}
+        return [*self._first.rows]
 
     def page_txn(self, txn: Cursor, room_id: str, from_ms: int) -> Sequence[WaitingPdu]:
         txn.execute(

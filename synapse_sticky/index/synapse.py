@@ -114,7 +114,9 @@ class SynapseStickyStream:
         writers, ids = self.writers, self._ids
         up_to = ids.get_current_token()
         if len(writers) == 1:
-            return {writers[0]: up_to}  # nobody else's positions are later
+            # Its own is the same, unless a process with another configuration still writes. Then
+            # the database answers.
+            return {writers[0]: up_to}
         found = ids.get_positions()
         return {writer: max(found.get(writer, up_to), up_to) for writer in writers}
 

@@ -13,7 +13,7 @@ from twisted.enterprise.adbapi import ConnectionLost
 from twisted.internet import defer
 
 from synapse_sticky.handlers.staging.batches import suspects
-from synapse_sticky.handlers.staging.batches.synapse import _FIELD, Batches
+from synapse_sticky.handlers.staging.batches.synapse import Batches
 from synapse_sticky.homeserver.causes import Verdict
 from tests.unit.test_causes import of_postgres, of_sqlite, staging_of
 
@@ -27,9 +27,6 @@ class Event:
     event_id: str
     error: Exception | None = None
     is_sticky: bool = True
-
-    def get_dict(self) -> dict[str, Any]:
-        return {_FIELD: {}} if self.is_sticky else {}
 
     def sticky_duration(self) -> int | None:
         return 1 if self.is_sticky else None

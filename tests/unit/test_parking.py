@@ -15,10 +15,9 @@ from synapse.events import make_event_from_dict, relation_from_event
 from synapse_sticky.handlers.staging.held import Held
 from synapse_sticky.handlers.staging.parking import places, synapse, tables
 from synapse_sticky.handlers.staging.parking.handler import ParkingHandler
-from synapse_sticky.handlers.staging.parking.pdus import Outcome, ParkedPdu, ScheduledPdu
+from synapse_sticky.handlers.staging.parking.pdus import Here, Outcome, ParkedPdu, ScheduledPdu
 from synapse_sticky.handlers.staging.parking.possible import is_possible
 from synapse_sticky.handlers.staging.parking.tables import ParkedTable
-from synapse_sticky.handlers.staging.parking.trying import _Here
 from synapse_sticky.handlers.staging.pdu import StagedPdu
 from synapse_sticky.homeserver.causes import Verdict
 from synapse_sticky.homeserver.layout import migrate
@@ -176,7 +175,7 @@ def test_a_chain_is_complete_as_a_whole(homeserver: Any, table: ParkedTable) -> 
     def complete(
         pdus: list[ScheduledPdu], there: set[str], existing: tuple[str, ...] = ()
     ) -> list[ScheduledPdu]:
-        here = _Here(there, {*existing})
+        here = Here(there, {*existing})
         return handler_of(homeserver, table)._trying._complete("a.test", pdus, here)
 
     assert complete(chain, {"$a"}) == chain[:2]
@@ -554,5 +553,5 @@ def test_ids_that_no_event_has_are_stored_and_read_once() -> None:
     assert (pdu.prev_event_ids, pdu.auth_event_ids) == ((longest, ""), ("",))
     # It never seems to lack nothing, and what Synapse gets is as it was received.
     scheduled = ScheduledPdu(pdu.event_id, pdu.prev_event_ids, 0, 0, 0)
-    assert not _Here({longest}, set()).has_all_before(scheduled)
+    assert not Here({longest}, set()).has_all_before(scheduled)
     assert json.loads(pdu.event_json)["prev_events"] == content["prev_events"]

@@ -373,11 +373,14 @@ def test_ids_that_are_too_long_are_not_remembered(
     monkeypatch.setattr(staged, "_PAGE", 10)
     counts = staged.StagedCounts(SynapseReceipt(store), store.now_ms)
     long = [f"$b{number}" + 59_000 * "x" for number in range(25)]
+    # Those that a cut ID would not get past.
+    long += [f"$b\0{number}" + 59_000 * "x" for number in range(25)]
+    long += ["$b" + 255 * "y" + f"\U0010ffff{number}" for number in range(25)]
     store.stage("there", ROOM, long, HOUR_MS)
     store.stage("there", ROOM, ["$a", "$b12", "$c", "$" + 254 * "d"], HOUR_MS)
     for event_id in long:
         counts.staged("there", staged.StickyPdu(event_id, ROOM, store.now + HOUR_MS))
-    for _ in range(4):
+    for _ in range(len(long) // 10 + 2):
         assert done(store.transact("test", counts.look_txn, "there", 3))
     assert len(counts) == 4
     excess = done(store.transact("test", counts.excess_txn, "there", ROOM, 3))

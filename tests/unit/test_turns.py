@@ -508,6 +508,30 @@ def test_memory_is_bounded_if_the_ids_are_long(
     assert sorted(process.until(None)) == sorted([*staged, behind]), "none is passed over"
 
 
+@pytest.mark.requirement("H1", "H3")
+def test_a_room_with_long_ids_costs_other_rooms_nothing(
+    database: Database, process: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handler, "_MOST_KNOWN", 500)
+    for number in range(150):
+        database.stage("a", f"${number:03d}" + 59_000 * "x", room_id="!long")
+        for room_id in ("!one", "!two"):
+            database.stage("a", f"{room_id}{number}", room_id=room_id)
+
+    def choose(room_id: str) -> int:
+        database.rows = 0
+        process.handler.choose_txn(cast(Cursor, database), room_id)
+        return database.rows
+
+    for room_id in ("!one", "!two", "!long"):
+        choose(room_id)
+    database.now += handler._OVERLAP_MS
+    for _ in range(3):
+        assert choose("!long") <= handler.PAGE + 5
+        assert choose("!one") <= 5
+        assert choose("!two") <= 5
+
+
 @pytest.mark.requirement("D7")
 @pytest.mark.parametrize(
     "fields",
@@ -566,6 +590,28 @@ class _InPlace(Database):
 
     async def transact(self, what: str, function: Any, *args: Any) -> Any:
         return function(self, *args)
+
+
+@pytest.mark.requirement("D7")
+def test_a_transaction_that_is_tried_again_reads_all_anew() -> None:
+    class Retried(_InPlace):
+        async def transact(self, what: str, function: Any, *args: Any) -> Any:
+            function(self, *args)
+            self.connection.execute(
+                "UPDATE federation_inbound_events_staging SET internal_metadata = 'anew'"
+            )
+            return function(self, *args)
+
+    database = Retried()
+    area = SynapseTurns(cast(Homeserver, database), Held())
+    area.choose_by(lambda txn, room_id: area.first_txn(txn, room_id)[0])
+    database.stage("a", "$1")
+    store: Any = database.replaced["get_next_staged_event_id_for_room"]
+    assert asyncio.run(store(ROOM)) == ("a", "$1")
+    assert area._first.rows == {}, "no more memory than while it runs"
+    get = database.replaced["get_next_staged_event_for_room"]
+    # What was read the second time is no JSON, so Synapse chooses.
+    assert asyncio.run(get(ROOM, RoomVersions.V11))[0] == "original"
 
 
 @pytest.mark.requirement("D7", "H1")

@@ -117,6 +117,8 @@ class JoinsHandler:
             *(table, self._newcomers, self._destinations),
         )
         self._purged = PurgedRooms(homeserver, rooms, self._pushed, self._destinations, table)
+        timed = homeserver.metrics.timed
+        self._take_in = timed("joins", "acknowledged", self._take_in_acknowledged)
         self._is_loaded = False
         self._is_starting = True
         self._early: dict[str, None] = {}
@@ -126,7 +128,6 @@ class JoinsHandler:
         """Takes effect once the newcomers of an earlier run are loaded."""
         timed = self._homeserver.metrics.timed
         self._federation.serve_backlog_from(timed("joins", "push", self.next_batch))
-        self._take_in = timed("joins", "acknowledged", self._take_in_acknowledged)
         self._federation.on_acknowledged(self._acknowledged)
         self._federation.on_refused(self._refusals.refused)
         self._federation.on_reachable(self._reached.note)

@@ -25,7 +25,6 @@ from synapse_sticky.homeserver.database import portions
 from synapse_sticky.homeserver.spec import LONGEST_NAME
 
 _FAR_MS = 2**62
-_LAST = "\U0010ffff"
 
 _PAGE = 2_000
 """How many of an origin's PDUs are looked at in each check."""
@@ -68,15 +67,28 @@ class Excess:
     is_moving: bool
 
 
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class Page:
+    """Some staged PDUs of a server.
+
+    event_ids: without those that are longer than ``LONGEST_NAME``.
+    last_event_id: that of the last one, however long; empty if there is none.
+    number: how many there are, with those.
+    """
+
+    event_ids: Sequence[str]
+    last_event_id: str
+    number: int
+
+
 class StagingArea(Protocol):
     """The PDUs of a server in the staging area, as part of one transaction."""
 
     def has_more_txn(self, txn: Cursor, origin: str, at_most: int) -> bool:
         """Are more PDUs of the origin staged than this, sticky or not?"""
 
-    def page_txn(self, txn: Cursor, origin: str, after_event_id: str, most: int) -> Sequence[str]:
-        """The event IDs of so many of the origin's PDUs, in the order of their code points, after
-        this one. Of one that is longer than ``LONGEST_NAME`` it is the beginning."""
+    def page_txn(self, txn: Cursor, origin: str, after_event_id: str, most: int) -> Page:
+        """So many of the origin's PDUs, in the database's order, after this one."""
 
     def pdus_txn(self, txn: Cursor, origin: str, event_ids: Sequence[str]) -> Sequence[StickyPdu]:
         """These PDUs of the origin, read as they were received; those that are staged."""
@@ -222,19 +234,19 @@ class StagedCounts:
         with self._lock:
             of = self._origins.setdefault(origin, _OfOrigin())
             self._origins.move_to_end(origin)
-        page = [*self._area.page_txn(txn, origin, of.after_event_id, _PAGE)]
-        if of.after_event_id and (left := _PAGE - len(page)):
-            page += self._area.page_txn(txn, origin, "", left)
-        unknown = [e for e in page if e not in of and not _is_never_persisted(e)]
+        page = self._area.page_txn(txn, origin, of.after_event_id, _PAGE)
+        event_ids, last = [*page.event_ids], page.last_event_id
+        if of.after_event_id and (left := _PAGE - page.number):
+            page = self._area.page_txn(txn, origin, "", left)
+            event_ids, last = [*event_ids, *page.event_ids], page.last_event_id or last
+        unknown = [event_id for event_id in event_ids if event_id not in of]
         for portion in portions(unknown, _AT_ONCE):
             pdus = self._area.pdus_txn(txn, origin, portion)
             with self._lock:
                 for pdu in pdus:
                     of.add(pdu, self._now_ms())
         with self._lock:
-            of.after_event_id = page[-1] if page else ""
-            if _is_never_persisted(of.after_event_id):
-                of.after_event_id += _LAST  # nor any other that begins like that
+            of.after_event_id = last
             of.expire(self._now_ms())
             self._forget(origin, of)
         return True

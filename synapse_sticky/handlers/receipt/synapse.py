@@ -11,7 +11,7 @@ from synapse.module_api.errors import Codes
 
 from synapse_sticky._core import sticky_until_ms
 from synapse_sticky.handlers.receipt.handler import Check, ReceivedPdu, Transaction
-from synapse_sticky.handlers.receipt.staged import StickyPdu
+from synapse_sticky.handlers.receipt.staged import Page, StickyPdu
 from synapse_sticky.homeserver import Cursor, Homeserver
 from synapse_sticky.homeserver.database import portions
 from synapse_sticky.homeserver.seams import HOMESERVER, STORE, method, table
@@ -51,6 +51,8 @@ _TOO_MANY = (
 
 _PARSED_AT_ONCE = 50  # each is of 200 kB at most
 _STAGED = "FROM federation_inbound_events_staging WHERE origin = ?"
+_SIZE_ON_SQLITE = "LENGTH(CAST(event_id AS BLOB))"
+_MOST_BYTES = 4 * LONGEST_NAME
 
 
 class SynapseReceipt:
@@ -155,12 +157,23 @@ class SynapseReceipt:
         row = txn.fetchone()
         return row is not None and row[0] > at_most
 
-    def page_txn(self, txn: Cursor, origin: str, after_event_id: str, most: int) -> Sequence[str]:
+    def page_txn(self, txn: Cursor, origin: str, after_event_id: str, most: int) -> Page:
+        size = "OCTET_LENGTH(event_id)" if self._homeserver.is_postgres else _SIZE_ON_SQLITE
+        of_page = f"{_STAGED} AND event_id > ? ORDER BY event_id LIMIT"
         txn.execute(
-            f"SELECT SUBSTR(event_id, 1, ?) {_STAGED} AND event_id > ? ORDER BY event_id LIMIT ?",
-            (LONGEST_NAME + 1, origin, after_event_id, most),
+            f"SELECT CASE WHEN {size} <= {_MOST_BYTES} THEN event_id END {of_page} ?",
+            (origin, after_event_id, most),
         )
-        return [event_id for (event_id,) in txn.fetchall()]
+        found = [event_id for (event_id,) in txn.fetchall()]
+        last = found[-1] if found else ""
+        if last is None:
+            txn.execute(
+                f"SELECT event_id {of_page} 1 OFFSET ?", (origin, after_event_id, len(found) - 1)
+            )
+            row = txn.fetchone()
+            last = row[0] if row else ""
+        known = [e for e in found if e is not None and len(e) <= LONGEST_NAME]
+        return Page(known, last, len(found))
 
     def staged_txn(self, txn: Cursor, origin: str, event_ids: Sequence[str]) -> Collection[str]:
         clause, args = self._homeserver.in_list("event_id", event_ids)

@@ -13,7 +13,6 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import attr
-from synapse.api.constants import StickyEvent
 from synapse.module_api.errors import SynapseError
 
 from synapse_sticky.handlers.staging.batches.suspects import Suspects
@@ -36,7 +35,6 @@ SEAMS = (
     *attributes(f"{_PERSISTING}._PersistEventsTask", "events_and_contexts"),
 )
 
-_FIELD: str = StickyEvent.EVENT_FIELD_NAME
 _OF_AN_EVENT = (Verdict.REFUSED, Verdict.UNKNOWN)
 """A cause that nobody knows may be one event's, too."""
 
@@ -51,6 +49,10 @@ class _Part:
 
     pairs: list[Any]
     error: Exception | None = None
+
+
+def _is_sticky(event: Any) -> bool:
+    return event.sticky_duration() is not None
 
 
 def _events_of(task: Any) -> list[Any]:
@@ -105,18 +107,19 @@ class Batches:
             try:
                 result = await original(room_id, task)
             except Exception as e:
-                if parts := self._parts_to_try(room_id, task, e):
-                    return await self._by_themselves(persist, room_id, task, parts)
-                self._raise_if_to_blame(events, e)
-                raise
-            for event in events:
-                self._suspects.persisted(event.event_id)
-            return result
+                parts = self._parts_to_try(room_id, task, e)
+                if not parts:
+                    self._raise_if_to_blame(events, e)
+                    raise
+            else:
+                for event in events:
+                    self._suspects.persisted(event.event_id)
+                return result
+            return await self._by_themselves(persist, room_id, task, parts)
 
         def per_item_callback(room_id: str, task: Any) -> Awaitable[Any]:
             # Each event comes by here.
-            is_any_sticky = any(e.sticky_duration() is not None for e in _events_of(task))
-            is_plain = not is_any_sticky and not self._suspects
+            is_plain = not self._suspects and not any(map(_is_sticky, _events_of(task)))
             return (original if is_plain else persist)(room_id, task)
 
         return per_item_callback
@@ -146,13 +149,13 @@ class Batches:
         if len(events) != 1 or cause is None or not cause.is_lost_connection():
             return
         (event,) = events
-        if _FIELD in event.get_dict() and self._suspects.failed(event.event_id):
+        if _is_sticky(event) and self._suspects.failed(event.event_id):
             raise SynapseError(500, "It ends the database's connection each time") from error
 
     def _parts_of(self, room_id: str, task: Any) -> list[_Part]:
         """The parts of a batch that has a sticky event; none if that is not all of it."""
         batch = _events_of(task)
-        if not any(_FIELD in event.get_dict() for event in batch):
+        if not any(map(_is_sticky, batch)):
             return []
         there = set(map(id, batch))
         parts = [p for p in self._parts.get(room_id, ()) if {id(e) for e, _ in p.pairs} & there]

@@ -6,8 +6,9 @@ longer, and at least as long as the last one took. A round of which something is
 that the server answers: the next one has no delay, and twice as many PDUs.
 
 What a server answers may lead to ever more events that are missing, and each costs time to look at.
-After some rounds that came to nothing the next ones are rare, and all of these together are no more
-than two a second, however many servers and rooms there are.
+After some rounds after which something is missing all the same the next ones are rare. All of these
+together are no more than two a second: each server has the same share, and each of its rooms has
+the same of that.
 
 Pure: no clock. All times are of a clock that nobody sets.
 """
@@ -24,19 +25,21 @@ ROUNDS = Backoff(1_000, 10_000, spread=0)
 """The delays between rounds of which nothing is persisted."""
 
 LONGEST_DELAY_MS = 60_000
-"""What takes long, or what a server has parked in many rooms, is tried this often at least."""
+"""What takes long, or what a server has parked in many rooms, is tried this often at least, but for
+rare rounds of many servers or rooms."""
 
 _EACH_ROOM_MS = 500
 """A server that has PDUs parked in many rooms is asked about no more than two of them a second."""
 
-_IN_VAIN = 10
-"""After so many rounds in a row that came to nothing, the origin and room count as in vain."""
+_RARE_FROM = 10
+"""After so many rounds in a row that left something missing, the next ones are rare."""
 
-IN_VAIN = Backoff(ROUNDS.max_ms, LONGEST_DELAY_MS, spread=0)
-"""The delays from then on, for as long as few servers have any."""
+RARE_ROUNDS = Backoff(ROUNDS.max_ms, LONGEST_DELAY_MS, spread=0)
+"""The delays between rare rounds, where few servers and rooms have any."""
 
-_EACH_IN_VAIN_MS = 500
-"""All servers of which any round is in vain have the same share of two rounds a second."""
+_EACH_RARE_MS = 500
+_REMEMBERED_MS = 3_600_000
+"""For so long it is remembered how many rounds left something missing, if nothing is parked now."""
 
 _AT_ONCE = 2
 _MOST_AT_ONCE = 16
@@ -53,7 +56,7 @@ class Pace:
     """Of one origin and room.
 
     failures: how many rounds in a row came to nothing, or could not begin.
-    in_vain: how many of them began.
+    in_vain: after how many rounds in a row something was missing that Synapse had asked for.
     at_once: how many PDUs the next round has.
     under_way: what of the last round may not have been tried yet.
     next_ms: when the next round may begin.
@@ -67,13 +70,20 @@ class Pace:
     next_ms: int = 0
     look_ms: int | None = None
     _began_ms: int = 0
+    _ended_ms: int = 0
     _looks: int = 0
     _has_progress: bool = False
     _is_woken: bool = False
     _woken_ms: int = -LONGEST_DELAY_MS
 
-    def may_begin(self, now_ms: int) -> bool:
-        """May the next round begin?"""
+    def may_begin(self, now_ms: int, share_ms: int = 0) -> bool:
+        """May the next round begin?
+
+        Args:
+            share_ms: how far apart the rare rounds of this origin and room are at present.
+        """
+        if self.is_rare and now_ms < self._ended_ms + share_ms:
+            return False
         return not self.under_way and now_ms >= self.next_ms
 
     def begin(self, event_ids: Collection[str], now_ms: int) -> None:
@@ -90,18 +100,24 @@ class Pace:
         self._looks = 0 if has_progress else self._looks + 1
         self.look_ms = now_ms + ROUNDS.after(self._looks + 1)
 
-    @property
-    def is_in_vain(self) -> bool:
-        """Did so many rounds come to nothing that the next ones are rare?"""
-        return self.in_vain >= _IN_VAIN
+    def continue_from(self, in_vain: int, ended_ms: int) -> None:
+        """So many rounds had left something missing when the last parked PDU had gone."""
+        self.in_vain, self._ended_ms = in_vain, ended_ms
+        if self.is_rare:
+            self.next_ms = ended_ms + RARE_ROUNDS.max_ms
 
-    def ended(self, has_progress: bool, rooms: int, servers: int, now_ms: int) -> bool:
+    @property
+    def is_rare(self) -> bool:
+        """Did so many rounds leave something missing that the next ones are rare?"""
+        return self.in_vain >= _RARE_FROM
+
+    def ended(self, has_progress: bool, rooms: int, now_ms: int, *, lacks: bool = True) -> bool:
         """All of the round was tried. Gives whether the server answers again.
 
         Args:
             has_progress: whether any PDU was persisted meanwhile.
             rooms: in how many rooms the origin has parked PDUs.
-            servers: how many origins have anything that is in vain.
+            lacks: whether a PDU of the round comes after events that are missing.
         """
         self.under_way = frozenset()
         if has_progress or self._has_progress:
@@ -111,12 +127,11 @@ class Pace:
             self.next_ms = now_ms
             self.look_ms = None
             return answers_again
-        self.in_vain += 1
+        self.in_vain += lacks
+        self._ended_ms = now_ms
         self.pause(rooms, now_ms, now_ms - self._began_ms)
-        if self.is_in_vain:
-            # Also this server's own share is one for all of its rooms.
-            delay_ms = rooms * max(servers, 1) * _EACH_IN_VAIN_MS
-            delay_ms = max(delay_ms, IN_VAIN.after(self.in_vain - _IN_VAIN + 1))
+        if self.is_rare:
+            delay_ms = RARE_ROUNDS.after(self.in_vain - _RARE_FROM + 1)
             self.next_ms = max(self.next_ms, now_ms + delay_ms)
         # Synapse may go on with what it has fetched after it gave the PDU itself up.
         self.look_ms = min(self.next_ms, now_ms + _LOOK_AFTER_MS)
@@ -135,7 +150,7 @@ class Pace:
 
     def look_again_ms(self, now_ms: int) -> int:
         """After which delay to look whether something else has brought what is missing."""
-        if not self.is_in_vain:
+        if not self.is_rare:
             return ROUNDS.max_ms
         return min(max(self.next_ms - now_ms, ROUNDS.max_ms), LONGEST_DELAY_MS)
 
@@ -147,11 +162,13 @@ class Pace:
         """Somebody has looked, and no round begins."""
         if not self.under_way:
             self.look_ms = self.next_ms if now_ms < self.next_ms else None
+            if self.is_rare and self.look_ms is None:
+                self.look_ms = now_ms + LONGEST_DELAY_MS  # its share may be larger then
 
     def wake(self, now_ms: int) -> None:
         """The server has answered something: the next round has no delay. Not too often, as that
         may be about other rooms; and not where it has answered for long, and in vain."""
-        if self.is_in_vain or now_ms - self._woken_ms < ROUNDS.max_ms:
+        if self.is_rare or now_ms - self._woken_ms < ROUNDS.max_ms:
             return
         self._is_woken = bool(self.under_way)
         if not self._is_woken:
@@ -167,32 +184,61 @@ class Paces:
         self._of: dict[str, dict[str, Pace]] = {}
         # Those used last behind.
         self._pairs: OrderedDict[Pair, None] = OrderedDict()
+        # By origin: the rooms with rare rounds.
+        self._rare: dict[str, set[str]] = {}
+        # When those that left something missing were forgotten, and after how many such rounds.
+        self._before: OrderedDict[Pair, tuple[int, int]] = OrderedDict()
 
-    def of(self, pair: Pair) -> Pace:
+    def of(self, pair: Pair, now_ms: int) -> Pace:
         """The pace of this origin and room."""
         origin, room_id = pair
         self._pairs[pair] = None
         self._pairs.move_to_end(pair)
         if len(self._pairs) > _MOST_PAIRS:
-            self.forget(next(iter(self._pairs)))
-        return self._of.setdefault(origin, {}).setdefault(room_id, Pace())
+            self.forget(next(iter(self._pairs)), now_ms)
+        rooms = self._of.setdefault(origin, {})
+        if room_id not in rooms:
+            rooms[room_id] = Pace()
+            ended_ms, in_vain = self._before.pop(pair, (-_REMEMBERED_MS, 0))
+            if now_ms - ended_ms < _REMEMBERED_MS:
+                # It would be tried often again whenever what is parked has expired.
+                rooms[room_id].continue_from(in_vain, ended_ms)
+                self.note(pair)
+        return rooms[room_id]
 
-    def forget(self, pair: Pair) -> None:
+    def note(self, pair: Pair) -> None:
+        """The pace may have got rare, or not be any more."""
+        origin, room_id = pair
+        if self._of[origin][room_id].is_rare:
+            self._rare.setdefault(origin, set()).add(room_id)
+        elif rare := self._rare.get(origin):
+            rare.discard(room_id)
+            if not rare:
+                del self._rare[origin]
+
+    def forget(self, pair: Pair, now_ms: int) -> None:
         """Nothing of this origin and room is parked any more."""
         if pair in self._pairs:
             del self._pairs[pair]
             rooms = self._of[pair[0]]
+            pace = rooms[pair[1]]
+            if pace.in_vain:
+                self._before[pair] = now_ms, pace.in_vain
+                if len(self._before) > _MOST_PAIRS:
+                    self._before.popitem(last=False)
+                pace.in_vain = 0
+                self.note(pair)
             del rooms[pair[1]]
             if not rooms:
                 del self._of[pair[0]]
 
+    def share_ms(self, origin: str) -> int:
+        """How far apart the rare rounds of one room of the origin are, if all have their share."""
+        return len(self._rare) * len(self._rare.get(origin, ())) * _EACH_RARE_MS
+
     def rooms(self, origin: str) -> int:
         """In how many rooms the origin has parked PDUs."""
         return len(self._of.get(origin, ()))
-
-    def in_vain(self) -> int:
-        """How many origins have anything that is in vain."""
-        return sum(any(p.is_in_vain for p in rooms.values()) for rooms in self._of.values())
 
     def under_way(self, origin: str) -> int:
         """In how many rooms a round of the origin is under way."""

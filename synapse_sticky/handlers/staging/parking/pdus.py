@@ -67,3 +67,17 @@ StageTxn = Callable[[Cursor, str, Sequence[ParkedPdu]], None]
 
 KnownTxn = Callable[[Cursor, Collection[str]], set[str]]
 """``(cursor, room_ids)``: those of the rooms that this server knows. A deleted one it does not."""
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class Here:
+    """Which events are persisted in full, and which auth_events are here at all."""
+
+    persisted: set[str]
+    existing: set[str]
+
+    def has_all_before(self, pdu: ScheduledPdu) -> bool:
+        """Is all here that the PDU comes after?"""
+        return self.persisted.issuperset(pdu.prev_event_ids) and self.existing.issuperset(
+            pdu.auth_event_ids
+        )

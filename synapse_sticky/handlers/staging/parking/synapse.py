@@ -163,7 +163,7 @@ class SynapseStaging:
                     await original(origin, pdu, *args, **options)
                 except Exception as e:
                     # Synapse drops it.
-                    if found := await self._verdict_on(pdu, e):
+                    if is_possible(pdu) and (found := await self._verdict_on(pdu, e)):
                         await self._fail(fail, origin, pdu, *found)
                     raise
                 # The main process joins rooms. Until it has, it queues the room's PDUs in memory
@@ -224,8 +224,6 @@ class SynapseStaging:
 
     async def _verdict_on(self, pdu: EventBase, e: Exception) -> tuple[str, Verdict] | None:
         """Why it was not persisted, and whether that passes; None if Synapse itself refuses it."""
-        if not is_possible(pdu):
-            return None
         cause = self._cause_of(e)
         verdict = None if cause is None else cause.verdict()
         if verdict is Verdict.PASSES:

@@ -13,11 +13,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-import attr
-
 from synapse_sticky.backoff import Backoff
 from synapse_sticky.handlers.staging.parking.pace import ROUNDS, Pace, Paces, Pair, of_round
-from synapse_sticky.handlers.staging.parking.pdus import LONGEST_MS, ScheduledPdu
+from synapse_sticky.handlers.staging.parking.pdus import LONGEST_MS, Here, ScheduledPdu
 from synapse_sticky.handlers.staging.parking.tables import ParkedTable
 from synapse_sticky.homeserver import Cancellable, Homeserver
 from synapse_sticky.logs import bounded
@@ -171,7 +169,7 @@ class Trying:
             except Exception:
                 # The PDUs of other origins and rooms do not wait for these.
                 logger.exception("Could not stage PDUs of %s for %s again", origin, room_id)
-                self._paces.forget((origin, room_id))
+                self._paces.forget((origin, room_id), self._homeserver.steady_ms())
                 await self._postpone(origin, room_id)
         self._note_absent(*absent_from)
 
@@ -189,11 +187,11 @@ class Trying:
         now_ms = self._homeserver.now_ms()
         parked = await self._table.of_room(origin, room_id)
         if not parked:
-            self._paces.forget((origin, room_id))
+            self._paces.forget((origin, room_id), self._homeserver.steady_ms())
             return True
         if self._staging.is_joining(room_id) or not await self._rooms.is_in_room(room_id):
             # Until the room is joined Synapse would drop all, or have them in memory only.
-            self._paces.forget((origin, room_id))
+            self._paces.forget((origin, room_id), self._homeserver.steady_ms())
             expired = await self._table.stage_again(
                 *(origin, room_id, []),
                 ended=[pdu for pdu in parked if pdu.until_ms <= now_ms],
@@ -202,14 +200,19 @@ class Trying:
             )
             self._homeserver.metrics.unparked(0, len(expired))
             return False
-        pace = self._paces.of((origin, room_id))
+        pace = self._paces.of((origin, room_id), self._homeserver.steady_ms())
         # Before it is read what is persisted: else some would seem to have failed.
         goes_on = bool(pace.under_way) and await self._origins.still_staged(origin, pace.under_way)
         here = await self._here(parked)
         ended = [p for p in parked if p.event_id in here.persisted or p.until_ms <= now_ms]
         gone = {pdu.event_id for pdu in ended}
         left = [pdu for pdu in parked if pdu.event_id not in gone]
-        self._look(origin, pace, bool(goes_on), has_progress=bool(gone & here.persisted))
+        self._look(
+            (origin, room_id),
+            goes_on=bool(goes_on),
+            has_progress=bool(gone & here.persisted),
+            lacks=any(p.event_id in pace.under_way and not here.has_all_before(p) for p in left),
+        )
         to_stage, due_ms = await self._next(origin, pace, left, here)
         if to_stage:
             pace.begin([pdu.event_id for pdu in to_stage], self._homeserver.steady_ms())
@@ -227,29 +230,31 @@ class Trying:
         persisted = len(deleted & here.persisted)
         self._homeserver.metrics.unparked(persisted, len(deleted) - persisted)
         if not left:
-            self._paces.forget((origin, room_id))
+            self._paces.forget((origin, room_id), self._homeserver.steady_ms())
         if to_stage or counted:
             await self._staging.process(room_id)
         return True
 
-    async def _here(self, parked: Sequence[ScheduledPdu]) -> "_Here":
+    async def _here(self, parked: Sequence[ScheduledPdu]) -> Here:
         prevs = {prev for pdu in parked for prev in pdu.prev_event_ids}
         auths = {auth for pdu in parked for auth in pdu.auth_event_ids}
         persisted = await self._staging.persisted({*prevs, *(pdu.event_id for pdu in parked)})
-        return _Here(persisted, await self._staging.existing(auths) if auths else set())
+        return Here(persisted, await self._staging.existing(auths) if auths else set())
 
-    def _look(self, origin: str, pace: Pace, goes_on: bool, *, has_progress: bool) -> None:
+    def _look(self, pair: Pair, *, goes_on: bool, has_progress: bool, lacks: bool) -> None:
         """What has become of the last round?"""
-        now_ms = self._homeserver.steady_ms()
+        now_ms, rooms = self._homeserver.steady_ms(), self._paces.rooms(pair[0])
+        pace = self._paces.of(pair, now_ms)
         if goes_on:
             pace.goes_on(has_progress, now_ms)
         elif (pace.under_way or has_progress) and pace.ended(
-            has_progress, self._paces.rooms(origin), self._paces.in_vain(), now_ms
+            has_progress, rooms, now_ms, lacks=lacks
         ):
-            self._paces.wake(origin, now_ms)
+            self._paces.wake(pair[0], now_ms)
+        self._paces.note(pair)
 
     async def _next(
-        self, origin: str, pace: Pace, left: Sequence[ScheduledPdu], here: "_Here"
+        self, origin: str, pace: Pace, left: Sequence[ScheduledPdu], here: Here
     ) -> tuple[list[ScheduledPdu], dict[ScheduledPdu, int]]:
         """What is to be staged now, and when the PDUs are due next."""
         now_ms = self._homeserver.now_ms()
@@ -259,7 +264,8 @@ class Trying:
         waiting = [pdu for pdu in waiting if pdu.event_id not in complete]
         waiting.sort(key=lambda pdu: (pdu.due_ms, pdu.received_ts_ms, pdu.event_id))
         chosen: list[ScheduledPdu] = []
-        if waiting and pace.may_begin(self._homeserver.steady_ms()):
+        share_ms = self._paces.share_ms(origin)
+        if waiting and pace.may_begin(self._homeserver.steady_ms(), share_ms):
             chosen = await self._chosen(origin, pace, waiting, here)
         in_order = waiting
         if chosen:
@@ -273,7 +279,7 @@ class Trying:
         return [*to_stage, *chosen], due_ms
 
     async def _chosen(
-        self, origin: str, pace: Pace, waiting: Sequence[ScheduledPdu], here: "_Here"
+        self, origin: str, pace: Pace, waiting: Sequence[ScheduledPdu], here: Here
     ) -> list[ScheduledPdu]:
         """The PDUs of the next round."""
         if self._paces.under_way(origin) >= _MOST_ROOMS:
@@ -309,11 +315,11 @@ class Trying:
             logger.debug("%s does not answer", origin, exc_info=True)
 
     def _complete(
-        self, origin: str, parked: Sequence[ScheduledPdu], here: "_Here"
+        self, origin: str, parked: Sequence[ScheduledPdu], here: Here
     ) -> list[ScheduledPdu]:
         """The PDUs that lack nothing: what they come after is here, or comes before the PDU in the
         result. No PDU is given a second time, as it may fail for ever."""
-        here = _Here({*here.persisted}, {*here.existing})
+        here = Here({*here.persisted}, {*here.existing})
         complete = []
         for pdu in parked:
             key = (origin, pdu.event_id)
@@ -325,20 +331,6 @@ class Trying:
         while len(self._tried) > _MOST_TRIED:
             self._tried.popitem(last=False)
         return complete
-
-
-@attr.s(auto_attribs=True, frozen=True, slots=True)
-class _Here:
-    """Which events are persisted in full, and which auth_events are here at all."""
-
-    persisted: set[str]
-    existing: set[str]
-
-    def has_all_before(self, pdu: ScheduledPdu) -> bool:
-        """Is all here that the PDU comes after?"""
-        return self.persisted.issuperset(pdu.prev_event_ids) and self.existing.issuperset(
-            pdu.auth_event_ids
-        )
 
 
 def _next_ms(pdu: ScheduledPdu, now_ms: int, at_most_ms: int) -> int:

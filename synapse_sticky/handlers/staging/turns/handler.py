@@ -48,6 +48,9 @@ _MOST_KNOWN = 20_000
 prev_events of its own with the longest IDs. One whose own ID is longer counts for several. Of a
 room with more of them the later ones take part when the first are processed."""
 
+_MOST_EXCESS = 1_000
+"""For so many more PDUs those of a room may count. Then no more of them are read for now."""
+
 _MOST_ROOMS = 2_000
 """How many rooms with several staged PDUs are remembered. With more of them, each choice in a room
 that was forgotten reads the room's PDUs anew."""
@@ -115,6 +118,11 @@ class _Known:
     counted: int = 0
     chosen: Choice | None = None
     chosen_ms: int = 0
+
+    @property
+    def is_heavy(self) -> bool:
+        """Are its PDUs' IDs so long that it takes the memory of many more?"""
+        return self.room.weight - len(self.room) > _MOST_EXCESS
 
 
 class TurnsHandler:
@@ -307,9 +315,12 @@ class TurnsHandler:
     def _has_room_for(self, known: _Known) -> bool:
         """Forgets other rooms, if need be."""
         self._count(known)
+        if known.is_heavy:
+            return False  # until some are gone: other rooms do not pay for it
         with self._lock:
             while self._known >= _MOST_KNOWN and len(self._rooms) > 1:
                 # This one is the last, but for those that another thread is at.
-                room_id = next(other for other in self._rooms if self._rooms[other] is not known)
-                self._known -= self._rooms.pop(room_id).counted
+                others = [room_id for room_id, other in self._rooms.items() if other is not known]
+                heavy = (room_id for room_id in others if self._rooms[room_id].is_heavy)
+                self._known -= self._rooms.pop(next(heavy, others[0])).counted
             return self._known < _MOST_KNOWN

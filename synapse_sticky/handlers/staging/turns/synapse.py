@@ -82,9 +82,13 @@ class SynapseTurns:
     def choose_by(self, choose_txn: Callable[[Cursor, str], Key | None]) -> None:
         def read_txn(txn: Cursor, room_id: str) -> tuple[str, str, str, str] | None:
             self._first.rows = {}
-            chosen = choose_txn(txn, room_id)
-            if chosen is None:
-                return None
+            try:
+                chosen = choose_txn(txn, room_id)
+                return None if chosen is None else content_txn(txn, room_id, chosen)
+            finally:
+                self._first.rows = {}
+
+        def content_txn(txn: Cursor, room_id: str, chosen: Key) -> tuple[str, str, str, str] | None:
             if (row := self._first.rows.get(chosen)) is None:
                 txn.execute(
                     f"SELECT {_CONTENT} {_STAGED} AND origin = ? AND event_id = ?",

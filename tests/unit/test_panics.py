@@ -20,7 +20,7 @@ from synapse_sticky.config import FederationConfig, LimitConfig, LocalConfig, Mo
 from synapse_sticky.handlers.deferral.handler import DeferralHandler
 from synapse_sticky.handlers.deferral.tables import DeferredTable
 from synapse_sticky.handlers.receipt.handler import ReceiptHandler, ReceivedPdu, Transaction
-from synapse_sticky.handlers.receipt.staged import StickyPdu
+from synapse_sticky.handlers.receipt.staged import Page, StickyPdu
 from synapse_sticky.handlers.sending.handler import LocalSend, SendingHandler
 from synapse_sticky.index import IndexFollower, StickyRow
 from synapse_sticky.limits import LimitReport
@@ -397,8 +397,8 @@ class Sink:
     def has_more_txn(self, txn: object, origin: str, at_most: int) -> bool:
         return False
 
-    def page_txn(self, *_: object) -> list[str]:
-        return []
+    def page_txn(self, *_: object) -> Page:
+        return Page([], "", 0)
 
     def pdus_txn(self, *_: object) -> list[StickyPdu]:
         return []

@@ -13,7 +13,8 @@ from synapse_sticky.handlers.staging.held import Held
 from synapse_sticky.handlers.staging.pruning.handler import PruningHandler
 from synapse_sticky.handlers.staging.pruning.synapse import SynapsePruning
 from synapse_sticky.handlers.staging.turns.handler import PAGE, TurnsHandler
-from synapse_sticky.handlers.staging.turns.room import PRUNE_FROM, StagedRoom, WaitingPdu
+from synapse_sticky.handlers.staging.turns.pdu import WaitingPdu
+from synapse_sticky.handlers.staging.turns.room import PRUNE_FROM, StagedRoom
 from synapse_sticky.handlers.staging.turns.synapse import SynapseTurns
 from synapse_sticky.handlers.staging.turns.waiting import WaitingOrigins
 from tests.unit.staging import STAGING, CountingStore, has_no_scan, prepared

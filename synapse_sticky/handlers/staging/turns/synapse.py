@@ -63,6 +63,13 @@ TellTxn = Callable[[Cursor, str, str, int], None]
 epoch."""
 
 
+class _First(threading.local):
+    """What the first PDUs of a room have, while a transaction of this thread chooses one."""
+
+    def __init__(self) -> None:
+        self.rows: dict[Key, tuple[int, str, str]] = {}
+
+
 class SynapseTurns:
     """Implements ``handler.Area``."""
 
@@ -72,8 +79,7 @@ class SynapseTurns:
         self._store = homeserver.store
         self._has_failed = False
         self._tell_txn: TellTxn | None = None
-        # By thread: what the first PDUs of a room have, as far as its transaction has read them.
-        self._first = threading.local()
+        self._first = _First()
 
     def tell_chosen(self, tell_txn: TellTxn) -> None:
         """From now on tells of each sticky PDU that is chosen, in the same transaction."""

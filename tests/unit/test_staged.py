@@ -212,7 +212,7 @@ def test_a_room_that_turns_have_forgotten_is_not_read_for_pruning(
         raise LookupError("once")
 
     with monkeypatch.context() as patched:
-        patched.setattr(processing.turns, "_choose_txn", fails)
+        patched.setattr(processing.turns, "_choose_among_txn", fails)
         assert processing.next() is not None, "the first"
     store.reset()
     assert not processing.prune()

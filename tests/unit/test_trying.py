@@ -289,6 +289,6 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(5):
         paces.of((f"{number}.test", ROOM), 0).pause(1, 0)
     assert [pair for pair, _ in paces._looks()] == [("3.test", ROOM), ("4.test", ROOM)]
-    paces.forget(("3.test", ROOM), 0)
+    paces.forget(("3.test", ROOM))
     assert paces.rooms("3.test") == 0
     assert paces.next_look_ms() is not None

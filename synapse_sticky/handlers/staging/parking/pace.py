@@ -6,9 +6,9 @@ longer, and at least as long as the last one took. A round of which something is
 that the server answers: the next one has no delay, and twice as many PDUs.
 
 What a server answers may lead to ever more events that are missing, and each costs time to look at.
-After some rounds after which something is missing all the same the next ones are rare. All of these
-together are no more than two a second: each server has the same share, and each of its rooms has
-the same of that.
+If something is missing all the same after some rounds, the next ones are rare. All of these
+together are no more than one in two seconds, by whoever they are caused: each server has the same
+share, and each of its rooms has the same of that.
 
 Pure: no clock. All times are of a clock that nobody sets.
 """
@@ -34,10 +34,8 @@ _EACH_ROOM_MS = 500
 _RARE_FROM = 10
 """After so many rounds in a row that left something missing, the next ones are rare."""
 
-RARE_ROUNDS = Backoff(ROUNDS.max_ms, LONGEST_DELAY_MS, spread=0)
-"""The delays between rare rounds, where few servers and rooms have any."""
-
-_EACH_RARE_MS = 500
+EACH_RARE_MS = 2_000
+_SPREAD = Backoff(1_000, 1_000, spread=0.5)
 _REMEMBERED_MS = 3_600_000
 """For so long it is remembered how many rounds left something missing, if nothing is parked now."""
 
@@ -61,6 +59,7 @@ class Pace:
     under_way: what of the last round may not have been tried yet.
     next_ms: when the next round may begin.
     look_ms: when somebody is to look what has become of the last one; None if that is not needed.
+    ended_ms: when the last round that came to nothing had ended.
     """
 
     failures: int = 0
@@ -69,8 +68,9 @@ class Pace:
     under_way: frozenset[str] = frozenset()
     next_ms: int = 0
     look_ms: int | None = None
+    ended_ms: int = 0
     _began_ms: int = 0
-    _ended_ms: int = 0
+    _thousandths: int = 1_000
     _looks: int = 0
     _has_progress: bool = False
     _is_woken: bool = False
@@ -82,9 +82,13 @@ class Pace:
         Args:
             share_ms: how far apart the rare rounds of this origin and room are at present.
         """
-        if self.is_rare and now_ms < self._ended_ms + share_ms:
-            return False
-        return not self.under_way and now_ms >= self.next_ms
+        return not self.under_way and now_ms >= self._may_begin_ms(share_ms)
+
+    def _may_begin_ms(self, share_ms: int) -> int:
+        if not self.is_rare:
+            return self.next_ms
+        # Give or take a half: else those that ended together would always be tried together.
+        return max(self.next_ms, self.ended_ms + share_ms * self._thousandths // 1_000)
 
     def begin(self, event_ids: Collection[str], now_ms: int) -> None:
         """A round of these PDUs begins. If one is under way, these come to it."""
@@ -99,12 +103,6 @@ class Pace:
         self._has_progress |= has_progress
         self._looks = 0 if has_progress else self._looks + 1
         self.look_ms = now_ms + ROUNDS.after(self._looks + 1)
-
-    def continue_from(self, in_vain: int, ended_ms: int) -> None:
-        """So many rounds had left something missing when the last parked PDU had gone."""
-        self.in_vain, self._ended_ms = in_vain, ended_ms
-        if self.is_rare:
-            self.next_ms = ended_ms + RARE_ROUNDS.max_ms
 
     @property
     def is_rare(self) -> bool:
@@ -128,11 +126,8 @@ class Pace:
             self.look_ms = None
             return answers_again
         self.in_vain += lacks
-        self._ended_ms = now_ms
+        self.ended_ms, self._thousandths = now_ms, _SPREAD.after(1)
         self.pause(rooms, now_ms, now_ms - self._began_ms)
-        if self.is_rare:
-            delay_ms = RARE_ROUNDS.after(self.in_vain - _RARE_FROM + 1)
-            self.next_ms = max(self.next_ms, now_ms + delay_ms)
         # Synapse may go on with what it has fetched after it gave the PDU itself up.
         self.look_ms = min(self.next_ms, now_ms + _LOOK_AFTER_MS)
         is_woken, self._is_woken = self._is_woken, False
@@ -148,22 +143,21 @@ class Pace:
         self.next_ms = now_ms + min(delay_ms, LONGEST_DELAY_MS)
         self.look_ms = self.next_ms
 
-    def look_again_ms(self, now_ms: int) -> int:
+    def look_again_ms(self, now_ms: int, share_ms: int) -> int:
         """After which delay to look whether something else has brought what is missing."""
-        if not self.is_rare:
-            return ROUNDS.max_ms
-        return min(max(self.next_ms - now_ms, ROUNDS.max_ms), LONGEST_DELAY_MS)
+        left_ms = self._may_begin_ms(share_ms) - now_ms if self.is_rare else 0
+        return min(max(left_ms, ROUNDS.max_ms), LONGEST_DELAY_MS)
 
     def put_off(self, now_ms: int) -> None:
         """The server has enough to answer."""
         self.next_ms = now_ms + _LOOK_AFTER_MS
 
-    def begins_nothing(self, now_ms: int) -> None:
+    def begins_nothing(self, now_ms: int, share_ms: int = 0) -> None:
         """Somebody has looked, and no round begins."""
         if not self.under_way:
-            self.look_ms = self.next_ms if now_ms < self.next_ms else None
-            if self.is_rare and self.look_ms is None:
-                self.look_ms = now_ms + LONGEST_DELAY_MS  # its share may be larger then
+            may_ms = self._may_begin_ms(share_ms)
+            # Its share may be larger by then.
+            self.look_ms = min(may_ms, now_ms + LONGEST_DELAY_MS) if now_ms < may_ms else None
 
     def wake(self, now_ms: int) -> None:
         """The server has answered something: the next round has no delay. Not too often, as that
@@ -184,10 +178,10 @@ class Paces:
         self._of: dict[str, dict[str, Pace]] = {}
         # Those used last behind.
         self._pairs: OrderedDict[Pair, None] = OrderedDict()
-        # By origin: the rooms with rare rounds.
+        # By origin: the rooms with rare rounds, now or before.
         self._rare: dict[str, set[str]] = {}
-        # When those that left something missing were forgotten, and after how many such rounds.
-        self._before: OrderedDict[Pair, tuple[int, int]] = OrderedDict()
+        # Those that left something missing and have nothing parked now, the last ones behind.
+        self._before: OrderedDict[Pair, Pace] = OrderedDict()
 
     def of(self, pair: Pair, now_ms: int) -> Pace:
         """The pace of this origin and room."""
@@ -195,46 +189,48 @@ class Paces:
         self._pairs[pair] = None
         self._pairs.move_to_end(pair)
         if len(self._pairs) > _MOST_PAIRS:
-            self.forget(next(iter(self._pairs)), now_ms)
+            self.forget(next(iter(self._pairs)))
         rooms = self._of.setdefault(origin, {})
         if room_id not in rooms:
-            rooms[room_id] = Pace()
-            ended_ms, in_vain = self._before.pop(pair, (-_REMEMBERED_MS, 0))
-            if now_ms - ended_ms < _REMEMBERED_MS:
-                # It would be tried often again whenever what is parked has expired.
-                rooms[room_id].continue_from(in_vain, ended_ms)
-                self.note(pair)
+            while self._before and self._oldest_ended_ms() < now_ms - _REMEMBERED_MS:
+                self._note_rare(self._before.popitem(last=False)[0], is_rare=False)
+            rooms[room_id] = self._before.pop(pair) if pair in self._before else Pace()
         return rooms[room_id]
+
+    def _oldest_ended_ms(self) -> int:
+        return next(iter(self._before.values())).ended_ms
 
     def note(self, pair: Pair) -> None:
         """The pace may have got rare, or not be any more."""
+        self._note_rare(pair, is_rare=self._of[pair[0]][pair[1]].is_rare)
+
+    def _note_rare(self, pair: Pair, *, is_rare: bool) -> None:
         origin, room_id = pair
-        if self._of[origin][room_id].is_rare:
+        if is_rare:
             self._rare.setdefault(origin, set()).add(room_id)
         elif rare := self._rare.get(origin):
             rare.discard(room_id)
             if not rare:
                 del self._rare[origin]
 
-    def forget(self, pair: Pair, now_ms: int) -> None:
+    def forget(self, pair: Pair) -> None:
         """Nothing of this origin and room is parked any more."""
         if pair in self._pairs:
             del self._pairs[pair]
             rooms = self._of[pair[0]]
-            pace = rooms[pair[1]]
+            pace = rooms.pop(pair[1])
             if pace.in_vain:
-                self._before[pair] = now_ms, pace.in_vain
+                # Else it would be tried often again whenever what is parked has expired.
+                pace.under_way, pace.look_ms = frozenset(), None
+                self._before[pair] = pace
                 if len(self._before) > _MOST_PAIRS:
-                    self._before.popitem(last=False)
-                pace.in_vain = 0
-                self.note(pair)
-            del rooms[pair[1]]
+                    self._note_rare(self._before.popitem(last=False)[0], is_rare=False)
             if not rooms:
                 del self._of[pair[0]]
 
     def share_ms(self, origin: str) -> int:
         """How far apart the rare rounds of one room of the origin are, if all have their share."""
-        return len(self._rare) * len(self._rare.get(origin, ())) * _EACH_RARE_MS
+        return len(self._rare) * len(self._rare.get(origin, ())) * EACH_RARE_MS
 
     def rooms(self, origin: str) -> int:
         """In how many rooms the origin has parked PDUs."""

@@ -169,7 +169,7 @@ class Trying:
             except Exception:
                 # The PDUs of other origins and rooms do not wait for these.
                 logger.exception("Could not stage PDUs of %s for %s again", origin, room_id)
-                self._paces.forget((origin, room_id), self._homeserver.steady_ms())
+                self._paces.forget((origin, room_id))
                 await self._postpone(origin, room_id)
         self._note_absent(*absent_from)
 
@@ -187,11 +187,11 @@ class Trying:
         now_ms = self._homeserver.now_ms()
         parked = await self._table.of_room(origin, room_id)
         if not parked:
-            self._paces.forget((origin, room_id), self._homeserver.steady_ms())
+            self._paces.forget((origin, room_id))
             return True
         if self._staging.is_joining(room_id) or not await self._rooms.is_in_room(room_id):
             # Until the room is joined Synapse would drop all, or have them in memory only.
-            self._paces.forget((origin, room_id), self._homeserver.steady_ms())
+            self._paces.forget((origin, room_id))
             expired = await self._table.stage_again(
                 *(origin, room_id, []),
                 ended=[pdu for pdu in parked if pdu.until_ms <= now_ms],
@@ -217,7 +217,7 @@ class Trying:
         if to_stage:
             pace.begin([pdu.event_id for pdu in to_stage], self._homeserver.steady_ms())
         else:
-            pace.begins_nothing(self._homeserver.steady_ms())
+            pace.begins_nothing(self._homeserver.steady_ms(), self._paces.share_ms(origin))
         # These are tried when they are due, and no more often.
         counted = [pdu for pdu in left if pdu.tries and pdu.is_due(now_ms)]
         due_ms.update((pdu, _next_ms(pdu, now_ms, LONGEST_MS // 2)) for pdu in counted)
@@ -230,7 +230,7 @@ class Trying:
         persisted = len(deleted & here.persisted)
         self._homeserver.metrics.unparked(persisted, len(deleted) - persisted)
         if not left:
-            self._paces.forget((origin, room_id), self._homeserver.steady_ms())
+            self._paces.forget((origin, room_id))
         if to_stage or counted:
             await self._staging.process(room_id)
         return True
@@ -274,7 +274,7 @@ class Trying:
         due_ms = dict.fromkeys(to_stage, now_ms + ROUNDS.max_ms)
         if chosen or any(pdu.is_due(now_ms) for pdu in waiting):
             # The table keeps their order.
-            next_ms = now_ms + pace.look_again_ms(self._homeserver.steady_ms())
+            next_ms = now_ms + pace.look_again_ms(self._homeserver.steady_ms(), share_ms)
             due_ms.update((pdu, next_ms + n) for n, pdu in enumerate(in_order))
         return [*to_stage, *chosen], due_ms
 

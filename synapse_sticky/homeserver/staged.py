@@ -22,11 +22,16 @@ def begin_on_staged_pdus(homeserver: Homeserver) -> None:
     Synapse itself begins with the next transaction of anybody. This process must receive them.
     """
     server: Any = homeserver.hs.get_federation_server()
+
+    def begin() -> None:
+        # It is a background process of its own: whoever waits for that loses the logging context.
+        server._handle_old_staged_events()
+
     if not server._started_handling_of_staged_events:
         server._started_handling_of_staged_events = True
-        server._handle_old_staged_events()
+        begin()
         homeserver.api.looping_background_call(
-            server._handle_old_staged_events,
+            begin,
             _MINUTE_MS,
             desc="synapse_sticky_staged",
             run_on_all_instances=True,

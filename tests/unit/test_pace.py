@@ -28,14 +28,14 @@ class Rounds:
             self.pace(pair)
 
     def pace(self, pair: Pair) -> Pace:
-        return self.paces.of(pair, self.now_ms)
+        return self.paces.of(pair)
 
     def run(self, for_ms: int, *, lacks: bool = True) -> None:
         for _ in range(for_ms // 1_000):
             self.now_ms += 1_000
             for pair, begun in self.begun.items():
                 pace = self.pace(pair)
-                if pace.may_begin(self.now_ms, self.paces.share_ms(pair[0])):
+                if pace.may_begin(self.now_ms, self.paces.share_ms(pair[0], self.now_ms)):
                     begun.append(self.now_ms)
                     pace.begin(["$parked"], self.now_ms)
                     self.end(pair, lacks=lacks)
@@ -92,7 +92,9 @@ def test_all_rare_rounds_are_few_and_another_server_has_its_share(servers: int, 
     # The first time that something of it is persisted, it is as before.
     rounds.pace(honest).begin(["$parked"], rounds.now_ms)
     assert rounds.end(honest, has_progress=True)
-    assert rounds.pace(honest).may_begin(rounds.now_ms, rounds.paces.share_ms("honest"))
+    assert rounds.pace(honest).may_begin(
+        rounds.now_ms, rounds.paces.share_ms("honest", rounds.now_ms)
+    )
     assert rounds.pace(honest).at_once > 2
 
 
@@ -140,10 +142,16 @@ def test_what_expires_and_comes_again_is_not_tried_more_often(expires_after_ms: 
         rounds.run(expires_after_ms)
     last_ms = HOUR_MS // 2
     assert 0 < rounds.in_last(last_ms) <= last_ms // EACH_RARE_MS * 5 // 4
-    # A day later it may be another matter.
-    pair = pairs[0]
-    rounds.paces.forget(pair)
-    assert rounds.paces.of(pair, rounds.now_ms + 24 * HOUR_MS).in_vain == 0
+    # Some time later it is another matter, whoever comes or stays.
+    for pair in pairs:
+        rounds.paces.forget(pair)
+    honest = ("honest", "!room")
+    rounds.begun = {honest: []}
+    rounds.run(600_000)
+    assert rounds.pace(honest).is_rare
+    assert rounds.paces.share_ms("honest", rounds.now_ms) == 201 * EACH_RARE_MS
+    rounds.run(HOUR_MS)
+    assert rounds.paces.share_ms("honest", rounds.now_ms) == EACH_RARE_MS
 
 
 @pytest.mark.requirement("H3")
@@ -153,5 +161,8 @@ def test_what_else_brings_a_missing_event_is_seen_within_a_minute() -> None:
     assert pace.look_again_ms(0, 0) == ROUNDS.max_ms
     rounds.run(HOUR_MS // 4)
     assert pace.is_rare
-    assert not pace.may_begin(rounds.now_ms, rounds.paces.share_ms("there"))
-    assert pace.look_again_ms(rounds.now_ms, rounds.paces.share_ms("there")) <= LONGEST_DELAY_MS
+    assert not pace.may_begin(rounds.now_ms, rounds.paces.share_ms("there", rounds.now_ms))
+    assert (
+        pace.look_again_ms(rounds.now_ms, rounds.paces.share_ms("there", rounds.now_ms))
+        <= LONGEST_DELAY_MS
+    )

@@ -287,7 +287,7 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("synapse_sticky.handlers.staging.parking.pace._MOST_PAIRS", 2)
     paces = Paces()
     for number in range(5):
-        paces.of((f"{number}.test", ROOM), 0).pause(1, 0)
+        paces.of((f"{number}.test", ROOM)).pause(1, 0)
     assert [pair for pair, _ in paces._looks()] == [("3.test", ROOM), ("4.test", ROOM)]
     paces.forget(("3.test", ROOM))
     assert paces.rooms("3.test") == 0

@@ -183,7 +183,7 @@ class Paces:
         # Those that left something missing and have nothing parked now, the last ones behind.
         self._before: OrderedDict[Pair, Pace] = OrderedDict()
 
-    def of(self, pair: Pair, now_ms: int) -> Pace:
+    def of(self, pair: Pair) -> Pace:
         """The pace of this origin and room."""
         origin, room_id = pair
         self._pairs[pair] = None
@@ -192,8 +192,6 @@ class Paces:
             self.forget(next(iter(self._pairs)))
         rooms = self._of.setdefault(origin, {})
         if room_id not in rooms:
-            while self._before and self._oldest_ended_ms() < now_ms - _REMEMBERED_MS:
-                self._note_rare(self._before.popitem(last=False)[0], is_rare=False)
             rooms[room_id] = self._before.pop(pair) if pair in self._before else Pace()
         return rooms[room_id]
 
@@ -228,8 +226,14 @@ class Paces:
             if not rooms:
                 del self._of[pair[0]]
 
-    def share_ms(self, origin: str) -> int:
-        """How far apart the rare rounds of one room of the origin are, if all have their share."""
+    def share_ms(self, origin: str, now_ms: int) -> int:
+        """How far apart the rare rounds of one room of the origin are, if all have their share.
+
+        Those of before count as well. Else a server would have a large share each time that what it
+        has parked has expired, and is parked again.
+        """
+        while self._before and self._oldest_ended_ms() < now_ms - _REMEMBERED_MS:
+            self._note_rare(self._before.popitem(last=False)[0], is_rare=False)
         return len(self._rare) * len(self._rare.get(origin, ())) * EACH_RARE_MS
 
     def rooms(self, origin: str) -> int:

@@ -200,7 +200,7 @@ class Trying:
             )
             self._homeserver.metrics.unparked(0, len(expired))
             return False
-        pace = self._paces.of((origin, room_id), self._homeserver.steady_ms())
+        pace = self._paces.of((origin, room_id))
         # Before it is read what is persisted: else some would seem to have failed.
         goes_on = bool(pace.under_way) and await self._origins.still_staged(origin, pace.under_way)
         here = await self._here(parked)
@@ -217,7 +217,10 @@ class Trying:
         if to_stage:
             pace.begin([pdu.event_id for pdu in to_stage], self._homeserver.steady_ms())
         else:
-            pace.begins_nothing(self._homeserver.steady_ms(), self._paces.share_ms(origin))
+            pace.begins_nothing(
+                self._homeserver.steady_ms(),
+                self._paces.share_ms(origin, self._homeserver.steady_ms()),
+            )
         # These are tried when they are due, and no more often.
         counted = [pdu for pdu in left if pdu.tries and pdu.is_due(now_ms)]
         due_ms.update((pdu, _next_ms(pdu, now_ms, LONGEST_MS // 2)) for pdu in counted)
@@ -244,7 +247,7 @@ class Trying:
     def _look(self, pair: Pair, *, goes_on: bool, has_progress: bool, lacks: bool) -> None:
         """What has become of the last round?"""
         now_ms, rooms = self._homeserver.steady_ms(), self._paces.rooms(pair[0])
-        pace = self._paces.of(pair, now_ms)
+        pace = self._paces.of(pair)
         if goes_on:
             pace.goes_on(has_progress, now_ms)
         elif (pace.under_way or has_progress) and pace.ended(
@@ -264,7 +267,7 @@ class Trying:
         waiting = [pdu for pdu in waiting if pdu.event_id not in complete]
         waiting.sort(key=lambda pdu: (pdu.due_ms, pdu.received_ts_ms, pdu.event_id))
         chosen: list[ScheduledPdu] = []
-        share_ms = self._paces.share_ms(origin)
+        share_ms = self._paces.share_ms(origin, self._homeserver.steady_ms())
         if waiting and pace.may_begin(self._homeserver.steady_ms(), share_ms):
             chosen = await self._chosen(origin, pace, waiting, here)
         in_order = waiting

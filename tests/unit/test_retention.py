@@ -235,7 +235,7 @@ def test_a_room_is_read_once_between_two_ticks() -> None:
 
     def take_in() -> list[str]:
         read.clear()
-        while rereads:
+        while rereads.due:
             done(rereads.read(stream, StickyIndex("here"), lambda rows: None))
         return sorted(read)
 
@@ -246,11 +246,11 @@ def test_a_room_is_read_once_between_two_ticks() -> None:
     assert take_in() == ["!a", "!b"]
     for _ in range(5_000):
         rereads.add("!a")
-        assert not rereads
+        assert not rereads.due
     rereads.tick()
     assert take_in() == ["!a"], "as it has changed since"
     rereads.tick()
-    assert not rereads
+    assert not rereads.due
     rereads.tick()
     rereads.add("!a")
     assert take_in() == ["!a"]
@@ -287,7 +287,7 @@ def test_a_room_that_cannot_be_read_stays_due() -> None:
     rereads.add("!a")
     with pytest.raises(OSError, match="away"):
         done(rereads.read(stream, StickyIndex("here"), lambda rows: None))  # type: ignore[arg-type]
-    assert rereads
+    assert rereads.due
 
 
 # Others

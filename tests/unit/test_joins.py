@@ -234,6 +234,26 @@ def start(here: Here) -> None:
     done(install(here).load())
 
 
+@pytest.mark.requirement("H3")
+def test_what_others_acknowledge_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each event comes by there, once for each server in its room."""
+    here = Here(NOW_MS, [])
+    start(here)
+    asked: list[str] = []
+
+    def now_ms() -> int:
+        asked.append("time")
+        return NOW_MS
+
+    timers = here.timers
+    monkeypatch.setattr(here, "now_ms", now_ms)
+    monkeypatch.setattr(here, "steady_ms", now_ms)
+    done(here.callbacks["on_acknowledged"]("elsewhere", [("!room", "$1")]))
+    here.callbacks["on_catch_up_recorded"]("elsewhere")
+    assert asked == []
+    assert here.timers is timers
+
+
 @pytest.mark.requirement("P3", "E4")
 def test_no_join_falls_between_the_position_and_the_newcomers() -> None:
     here = Here(NOW_MS + HOUR_MS, [])

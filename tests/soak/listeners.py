@@ -23,11 +23,17 @@ class Member:
 
 
 class Listener(ABC):
-    """A client that syncs all the time."""
+    """A client that syncs all the time.
+
+    first: what the first section of each room had. Of a room that was just joined that is also what
+        comes after the client's token, and may come once more (D4).
+    """
 
     def __init__(self, member: Member) -> None:
         self.member = member
         self.told: Counter[str] = Counter()
+        self.first: set[str] = set()
+        self._rooms: set[str] = set()
         self._ends = threading.Event()
         self._thread = threading.Thread(target=self._listen, daemon=True)
         self._thread.start()
@@ -48,8 +54,12 @@ class Listener(ABC):
                 sections = self._sync(client)
             except (requests.RequestException, ApiError):
                 continue  # the same again
-            for section in sections.values():
-                self.told.update(event["event_id"] for event in section["events"])
+            for room_id, section in sections.items():
+                event_ids = [event["event_id"] for event in section["events"]]
+                self.told.update(event_ids)
+                if event_ids and room_id not in self._rooms:
+                    self._rooms.add(room_id)
+                    self.first.update(event_ids)
 
     def end(self) -> None:
         self._ends.set()

@@ -12,7 +12,8 @@ rest, and what was promised is checked:
 - a newcomer is sent all of it, and nothing again and again;
 - nobody is given what their server knows to be redacted, or of a user who was banned like this; a
   newcomer that joins later is not sent it;
-- nobody is told twice, but for what is in a room as it is joined, and nothing is twice in a server's stream;
+- nobody is told twice, but for what is in a room as it is joined, and nothing is twice in a
+  server's stream;
 - nothing that was refused is persisted;
 - nothing is left to be released or to be sent;
 - every room that an administrator deletes is deleted.

@@ -213,14 +213,12 @@ class Trying:
             has_progress=bool(gone & here.persisted),
             lacks=any(p.event_id in pace.under_way and not here.has_all_before(p) for p in left),
         )
-        to_stage, due_ms = await self._next(origin, pace, left, here)
+        share_ms = self._paces.share_ms(origin, self._homeserver.steady_ms())
+        to_stage, due_ms = await self._next(origin, pace, share_ms, left, here)
         if to_stage:
             pace.begin([pdu.event_id for pdu in to_stage], self._homeserver.steady_ms())
         else:
-            pace.begins_nothing(
-                self._homeserver.steady_ms(),
-                self._paces.share_ms(origin, self._homeserver.steady_ms()),
-            )
+            pace.begins_nothing(self._homeserver.steady_ms(), share_ms)
         # These are tried when they are due, and no more often.
         counted = [pdu for pdu in left if pdu.tries and pdu.is_due(now_ms)]
         due_ms.update((pdu, _next_ms(pdu, now_ms, LONGEST_MS // 2)) for pdu in counted)
@@ -257,7 +255,7 @@ class Trying:
         self._paces.note(pair)
 
     async def _next(
-        self, origin: str, pace: Pace, left: Sequence[ScheduledPdu], here: Here
+        self, origin: str, pace: Pace, share_ms: int, left: Sequence[ScheduledPdu], here: Here
     ) -> tuple[list[ScheduledPdu], dict[ScheduledPdu, int]]:
         """What is to be staged now, and when the PDUs are due next."""
         now_ms = self._homeserver.now_ms()
@@ -267,7 +265,6 @@ class Trying:
         waiting = [pdu for pdu in waiting if pdu.event_id not in complete]
         waiting.sort(key=lambda pdu: (pdu.due_ms, pdu.received_ts_ms, pdu.event_id))
         chosen: list[ScheduledPdu] = []
-        share_ms = self._paces.share_ms(origin, self._homeserver.steady_ms())
         if waiting and pace.may_begin(self._homeserver.steady_ms(), share_ms):
             chosen = await self._chosen(origin, pace, waiting, here)
         in_order = waiting
